@@ -1,0 +1,23 @@
+"""What an artifact is worth on a table that it did not see. `python -m jobs.evaluate data.path=newer.parquet`"""
+
+from __future__ import annotations
+
+from rb_gpu.learn.job_config import EvaluateConfig
+from rb_gpu.learn.pipeline import evaluate_artifact
+
+from .common import job, run_folder
+from .tables import policy_table
+
+
+def run(config: EvaluateConfig) -> int:
+    """Evaluates and prints the policy table."""
+    evaluation = evaluate_artifact(config, run_folder() / "quarantine.parquet")
+    print(f"\n{config.artifact} on {evaluation.queries:,} queries ({evaluation.grade} values):\n")
+    print(policy_table(evaluation))
+    return 0
+
+
+main = job("evaluate", run)
+
+if __name__ == "__main__":
+    main()

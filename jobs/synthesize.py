@@ -1,0 +1,23 @@
+"""Plants trajectories whose truth is known, at any scale. `python -m jobs.synthesize n=1000000 out=FOLDER`"""
+
+from __future__ import annotations
+
+from rb_gpu.learn.job_config import SynthesizeConfig
+from rb_gpu.learn.synthesize import synthesize
+
+from .common import job
+
+
+def run(config: SynthesizeConfig) -> int:
+    """Plants and prints what was written."""
+    summary = synthesize(config)
+    bad = "; ".join(f"{reason}: {n}" for reason, n in sorted(summary.bad_rows.items())) or "none"
+    print(f"{summary.out}: {summary.rows} rows, {summary.n_bytes / 2**20:.0f} MiB, bad rows: {bad}")
+    print(f"learn from it: data.path={summary.out}/trajectories.parquet; the truth is in truth.npz and truth.parquet")
+    return 0
+
+
+main = job("synthesize", run)
+
+if __name__ == "__main__":
+    main()

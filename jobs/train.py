@@ -1,0 +1,27 @@
+"""Trajectories in, artifact out. `python -m jobs.train data=files data.path='logs/*.parquet' judge.cost_weight=0.1`"""
+
+from __future__ import annotations
+
+from rb_gpu.learn.config import TrainConfig
+from rb_gpu.learn.pipeline import train
+
+from .common import EXIT_REFUSED, job, run_folder
+from .tables import policy_table
+
+
+def run(config: TrainConfig) -> int:
+    """Trains and prints what the bank is worth; 3 where the gate refused to serve it."""
+    published = train(config, run_folder() / "quarantine.parquet")
+    evaluation, counts = published.evaluation, published.manifest["counts"]
+    print(f"\nOn {evaluation.queries:,} held-out queries ({evaluation.grade} values):\n\n{policy_table(evaluation)}\n")
+    print(f"{counts['patterns']} patterns: {counts['verdicts']} have a better config than the default, "
+          f"on {counts['default_stands']} the default stands")  # fmt: skip
+    print(f"artifact: {published.folder}\n{'promoted' if published.decision.promote else 'NOT promoted'}: "
+          f"{published.decision.reason}")  # fmt: skip
+    return 0 if published.decision.promote else EXIT_REFUSED
+
+
+main = job("train", run)
+
+if __name__ == "__main__":
+    main()

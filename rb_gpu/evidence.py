@@ -1,0 +1,134 @@
+"""Evidence: the sufficient statistics of each (pattern, config) cell, all of which add.
+
+Suffixes: P patterns, C configs, O outcomes, B latency bins, M merged patterns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+OUTCOMES = ("f1", "product", "log2_latency", "cost")
+LATENCY_BINS = 64
+BINS_PER_OCTAVE = 2
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Cell sums; float64 unless said otherwise. w is a row's weight: decay over time, divided by propensity if logged.
+
+    rows: (P, C) int64 trajectories. w, w2: (P, C) Σw and Σw². mean: (P, C, O) weighted means of OUTCOMES. comoment:
+    (P, C, O, O) Σw·(y − mean)(y − mean)ᵀ. precision, recall, latency_us: (P, C) weighted means. latency_hist:
+    (P, C, B) weights by half octaves of latency from 1 µs. pair_*: the same moments of the differences between a row's
+    outcomes and those of the default on the same query, 0 rows where the default was not tried on it.
+    """
+
+    rows: npt.NDArray[np.int64]
+    w: Floats
+    w2: Floats
+    mean: Floats
+    comoment: Floats
+    precision: Floats
+    recall: Floats
+    latency_us: Floats
+    latency_hist: Floats
+    pair_rows: npt.NDArray[np.int64]
+    pair_w: Floats
+    pair_w2: Floats
+    pair_mean: Floats
+    pair_comoment: Floats
+
+    def regroup(self, group_P: npt.NDArray[np.int64], groups: int) -> Evidence:
+        """The evidence of `groups` merged patterns: equal to that of their pooled rows (Chan, Golub & LeVeque 1979).
+
+        group_P: (P,) the merged pattern of each pattern; a negative one is left out.
+        """
+        kept = group_P >= 0
+
+        def add(x: npt.NDArray[np.generic]) -> Floats:
+            out = np.zeros((groups, *x.shape[1:]), dtype=x.dtype)
+            np.add.at(out, group_P[kept], x[kept])
+            return out
+
+        def moments(w: Floats, mean: Floats, comoment: Floats) -> tuple[Floats, Floats, Floats]:
+            w_M = add(w)
+            mean_M = _ratio(add(w[..., None] * mean), w_M[..., None])
+            away = np.where(kept[:, None, None], mean - mean_M[np.maximum(group_P, 0)], 0.0)
+            spread = w[..., None, None] * away[..., :, None] * away[..., None, :]
+            return w_M, mean_M, add(comoment + spread)
+
+        w_M, mean_M, comoment_M = moments(self.w, self.mean, self.comoment)
+        pair_w_M, pair_mean_M, pair_comoment_M = moments(self.pair_w, self.pair_mean, self.pair_comoment)
+        return Evidence(
+            rows=add(self.rows).astype(np.int64),
+            w=w_M,
+            w2=add(self.w2),
+            mean=mean_M,
+            comoment=comoment_M,
+            precision=_ratio(add(self.w * self.precision), w_M),
+            recall=_ratio(add(self.w * self.recall), w_M),
+            latency_us=_ratio(add(self.w * self.latency_us), w_M),
+            latency_hist=add(self.latency_hist),
+            pair_rows=add(self.pair_rows).astype(np.int64),
+            pair_w=pair_w_M,
+            pair_w2=add(self.pair_w2),
+            pair_mean=pair_mean_M,
+            pair_comoment=pair_comoment_M,
+        )
+
+    def select(self, rows_P: npt.NDArray[np.int64]) -> Evidence:
+        """The evidence of the given patterns, in the given order."""
+        return Evidence(**{f.name: getattr(self, f.name)[rows_P] for f in fields(self)})
+
+    def with_unknown(self) -> Evidence:
+        """The same evidence and one more pattern, the last, of which nothing is known."""
+        return Evidence(**{f.name: _one_more_row(getattr(self, f.name)) for f in fields(self)})
+
+    @property
+    def paired(self) -> bool:
+        """Whether every row of another config has the default's outcome on the same query beside it."""
+        other = self.rows.sum(0) > 0
+        return bool(self.pair_rows.sum() > 0 and (self.pair_rows.sum(0) == self.rows.sum(0))[other].all())
+
+    def latency_quantile(self, q: float) -> Floats:
+        """(P, C) latency in µs below which the share q of the weight lies (log-linear inside a bin); NaN if empty."""
+        total = self.latency_hist.sum(-1)
+        running = self.latency_hist.cumsum(-1)
+        target = q * total
+        bin_PC = np.minimum((running < target[..., None]).sum(-1), LATENCY_BINS - 1)
+        inside = np.take_along_axis(self.latency_hist, bin_PC[..., None], -1)[..., 0]
+        below = np.take_along_axis(running, bin_PC[..., None], -1)[..., 0] - inside
+        octaves = (bin_PC + _ratio(target - below, inside)) / BINS_PER_OCTAVE
+        return np.where(total > 0, np.exp2(octaves), np.nan)
+
+
+def _one_more_row(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.concatenate([x, np.zeros_like(x, shape=(1, *x.shape[1:]))])
+
+
+def _ratio(numerator: Floats, denominator: Floats) -> Floats:
+    out = np.zeros(np.broadcast(numerator, denominator).shape)
+    return np.divide(numerator, denominator, out=out, where=denominator > 0)
+
+
+def linear_moments(
+    w: Floats, w2: Floats, mean: Floats, comoment: Floats, direction_O: Floats
+) -> tuple[Floats, Floats, Floats]:
+    """Weighted mean, unbiased variance and effective sample size (Kish: w²/Σw²) of direction·outcomes, each (P, C).
+
+    Variance is NaN where fewer than two effective rows are left.
+    """
+    size = _ratio(w * w, w2)
+    freedom = w - _ratio(w2, w)
+    second = np.einsum("pcij,i,j->pc", comoment, direction_O, direction_O)
+    # equal values leave a square of rounding errors behind, which is no variance
+    rounding = 1e-12 * (np.abs(mean) @ np.abs(direction_O))
+    second = np.where(second <= w * rounding**2, 0.0, second)
+    enough = freedom > 1e-9 * np.maximum(w, 1e-300)
+    variance = np.divide(np.maximum(second, 0.0), freedom, out=np.full(w.shape, np.nan), where=enough)
+    return mean @ direction_O, variance, size

@@ -1,0 +1,110 @@
+"""Export and import of a bank as JSON: versioned, exact, validated like an artifact.
+
+Layout: `patterns`, `verdicts` and `configs` are lists of objects with the fields of `rb_gpu.types`; `cells` holds the
+(pattern, config) arrays by name as nested lists; a NaN is null. Python writes the shortest decimal that reads back as
+the same float, so that nothing is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rb_gpu.artifact import ARRAYS, BankData, LookupSettings, check_bank
+from rb_gpu.errors import ArtifactError
+from rb_gpu.posterior import Objective
+
+FORMAT = "rb_gpu.bank"
+FORMAT_VERSION = 1
+AXIS_OF = {"patterns": "A", "verdicts": "P", "configs": "C"}
+PREFIX_OF = {"patterns": "", "verdicts": "verdict_", "configs": "config_"}
+# names that read better alone, and what the arrays call them
+RENAMED = {"pattern_id": "id", "centroids": "centroid", "support": "support_count", "level": "abstraction_level"}
+
+
+def _columns(section: str) -> dict[str, str]:
+    """Field name in the JSON to array name, for the arrays whose first axis is the section's."""
+    axis, prefix = AXIS_OF[section], PREFIX_OF[section]
+    names = [name for name, (_, axes) in ARRAYS.items() if axes in (axis, axis + "D")]
+    return {RENAMED.get(name, name.removeprefix(prefix)): name for name in names}
+
+
+def _plain(array: npt.NDArray[Any]) -> Any:
+    if array.dtype.kind == "f" and np.isnan(array).any():
+        boxed = array.astype(object)
+        boxed[np.isnan(array)] = None
+        return boxed.tolist()
+    return array.tolist()
+
+
+def write_export(data: BankData, path: Path) -> None:
+    """Writes the bank to `path`, replacing what stands there only once all is written."""
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        **data.head(),
+        "evaluation": data.facts.get("evaluation"),
+        "counts": data.facts.get("counts"),
+    }
+    listed = set()
+    for section in AXIS_OF:
+        columns = _columns(section)
+        listed |= set(columns.values())
+        values = {field: _plain(data.arrays[name]) for field, name in columns.items()}
+        length = len(next(iter(values.values())))
+        document[section] = [{field: values[field][row] for field in columns} for row in range(length)]
+    document["cells"] = {name: _plain(data.arrays[name]) for name in ARRAYS if name not in listed}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(document, indent=1, allow_nan=False))
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_export(path: Path) -> BankData:
+    """The bank that `write_export` wrote. Raises ArtifactError where it is damaged or of another version."""
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); give a file that bank.export wrote") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ArtifactError(f"{path} is no {FORMAT} export; give a file that bank.export wrote")
+    if document.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path} has format_version={document.get('format_version')}, this rb_gpu reads {FORMAT_VERSION}; "
+            "export it again with this version"
+        )
+    try:
+        arrays = {name: _array(name, document["cells"][name]) for name in ARRAYS if name in document["cells"]}
+        for section in AXIS_OF:
+            for field, name in _columns(section).items():
+                arrays[name] = _array(name, [entry[field] for entry in document[section]])
+        data = BankData(
+            arrays=arrays,
+            tiers=tuple(str(tier) for tier in document["tiers"]),
+            default=int(document["default_config"]),
+            metric=str(document["metric"]),
+            embedder=str(document["embedder"]),
+            method=str(document["method"]),
+            grade=str(document["grade"]),
+            objective=Objective(**document["objective"]),
+            lookup=LookupSettings(**document["lookup"]),
+            facts={key: document[key] for key in ("evaluation", "counts") if document.get(key) is not None},
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ArtifactError(f"{path} is incomplete or damaged ({error!r}); export it again") from error
+    check_bank(data)
+    return data
+
+
+def _array(name: str, values: Any) -> npt.NDArray[Any]:
+    """The array of one name; a null is NaN in a float array and an error in another."""
+    dtype = np.dtype(ARRAYS[name][0])
+    return np.array(values, dtype=np.float64).astype(dtype) if dtype.kind == "f" else np.array(values, dtype=dtype)

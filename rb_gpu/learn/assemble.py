@@ -1,0 +1,159 @@
+"""Puts what was learned into the arrays of an artifact: leaves first, then each level above.
+
+Suffixes: A patterns of all levels, P leaves, G nodes of one level, D dims, Q queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rb_gpu.artifact import ARRAYS, BankData, LookupSettings
+from rb_gpu.evidence import Evidence
+from rb_gpu.learn.config import TrainConfig, is_auto
+from rb_gpu.learn.patterns import summarise
+from rb_gpu.learn.trajectories import Trajectories
+from rb_gpu.learn.verdicts import VerdictColumns, grade, verdict_matrices
+from rb_gpu.params import ConfigTable
+from rb_gpu.posterior import Beliefs, Objective
+
+Rows = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+# tests vote wholly or not at all, so that a weighted majority decides
+MAJORITY = 0.5
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """The leaves: label_Q (Q,) of each training query, -1 where it was pruned; sums_PD and mass_P, the weighted sum of
+    each leaf's embeddings and its weight, from which the centroids of every level come; evidence; parents per level.
+    """
+
+    label_Q: Rows
+    sums_PD: Floats
+    mass_P: Floats
+    evidence: Evidence
+    parents: list[Rows]
+
+
+def assemble(
+    trajectories: Trajectories,
+    config: TrainConfig,
+    leaves: Leaves,
+    objective: Objective,
+    beliefs: Beliefs,
+    verdicts: VerdictColumns,
+    floor: float,
+) -> BankData:
+    """The bank's arrays and settings; its facts are left to the caller."""
+    configs = trajectories.configs
+    score, probability, gain = verdict_matrices(verdicts, beliefs, configs, config.judge.method)
+    confidence_P = best_probability(probability[:-1], configs.default)
+    arrays = _pattern_arrays(trajectories, config.cluster.metric, leaves, confidence_P)
+    for f in fields(ConfigTable):
+        if f"config_{f.name}" in ARRAYS:
+            arrays[f"config_{f.name}"] = getattr(configs, f.name)
+    arrays |= {
+        "margin": beliefs.margin,
+        "score": score,
+        "probability": probability,
+        "gain": gain,
+        "expected_quality": beliefs.quality,
+        "verdict_config": verdicts.config_id,
+        **{f"verdict_{f.name}": getattr(verdicts, f.name) for f in fields(VerdictColumns) if f.name != "config_id"},
+        **{f"evidence_{f.name}": getattr(leaves.evidence, f.name) for f in fields(Evidence)},
+    }
+    eb = config.judge.method == "eb"
+    return BankData(
+        arrays={name: np.ascontiguousarray(arrays[name], dtype=dtype) for name, (dtype, _) in ARRAYS.items()},
+        tiers=configs.tiers,
+        default=configs.default,
+        metric=config.cluster.metric,
+        embedder=config.data.embedder,
+        method=config.judge.method,
+        grade=grade(trajectories.propensity is not None, leaves.evidence.paired),
+        objective=objective,
+        lookup=LookupSettings(
+            top_k=config.lookup.top_k,
+            beta=config.lookup.beta,
+            floor=floor,
+            min_probability=config.judge.min_probability if eb else MAJORITY,
+            likeliest=eb and objective.kind == "floor",
+            auto_margin=is_auto(config.judge.margin),
+        ),
+    )
+
+
+def best_probability(probability_PC: Floats, default: int) -> Floats:
+    """(P,) the highest probability, over configs other than the default, of beating it."""
+    other = probability_PC.copy()
+    other[:, default] = 0.0
+    return np.asarray(other.max(1))
+
+
+def _pattern_arrays(
+    trajectories: Trajectories, metric: str, leaves: Leaves, confidence_P: Floats
+) -> dict[str, npt.NDArray[Any]]:
+    """The columns of every level, one after the other."""
+    levels: list[dict[str, npt.NDArray[Any]]] = []
+    count_P, score_P = _ratings(trajectories, leaves.label_Q, len(leaves.mass_P))
+    weight_P = leaves.evidence.w.sum(1)
+    newest = int(trajectories.timestamp.max())
+    group_P = np.arange(len(leaves.mass_P))
+    start = 0
+    for level in range(len(leaves.parents) + 1):
+        nodes = int(group_P.max()) + 1
+        stop = start + nodes
+
+        def add(values: npt.NDArray[Any], group: Rows = group_P, nodes: int = nodes) -> npt.NDArray[Any]:
+            out = np.zeros((nodes, *values.shape[1:]), dtype=values.dtype)
+            np.add.at(out, group, values)
+            return out
+
+        rows = summarise(leaves.evidence.regroup(group_P, nodes), trajectories.configs)
+        params = rows.optimal_params
+        levels.append(
+            {
+                "centroids": _centroids(add(leaves.sums_PD), add(leaves.mass_P), metric),
+                "pattern_id": np.arange(start, stop),
+                "level": np.full(nodes, level),
+                "parent": leaves.parents[level] + stop if level < len(leaves.parents) else np.full(nodes, -1),
+                "support": rows.support,
+                "precision": rows.precision,
+                "recall": rows.recall,
+                "latency_us": rows.latency_us,
+                "quality": rows.quality,
+                "confidence": add(confidence_P * weight_P) / np.maximum(add(weight_P), 1e-300),
+                "created_at": np.full(nodes, newest),
+                "updated_at": np.full(nodes, newest),
+                "rating_count": add(count_P),
+                "rating_score": add(score_P),
+                "optimal_ef_search": np.array([p.ef_search for p in params]),
+                "optimal_n_probes": np.array([p.n_probes for p in params]),
+                "optimal_tier": np.array([trajectories.configs.tiers.index(p.model_tier) for p in params]),
+                "optimal_context_tokens": np.array([p.context_tokens for p in params]),
+                "optimal_temperature": np.array([p.temperature for p in params]),
+            }
+        )
+        if level < len(leaves.parents):
+            group_P = leaves.parents[level][group_P]
+        start = stop
+    return {name: np.concatenate([one[name] for one in levels]) for name in levels[0]}
+
+
+def _centroids(sums_GD: Floats, mass_G: Floats, metric: str) -> Floats:
+    """Means of the members; on the sphere where the metric is cosine."""
+    scale = np.linalg.norm(sums_GD, axis=1) if metric == "cosine" else mass_G
+    return np.asarray(sums_GD / np.maximum(scale, 1e-300)[:, None])
+
+
+def _ratings(trajectories: Trajectories, label_Q: Rows, patterns: int) -> tuple[Rows, Floats]:
+    """Votes per leaf: how many, and their sum as shares of a positive vote (1 star 0, 5 stars 1)."""
+    label_N = label_Q[trajectories.query_row]
+    rated = (trajectories.rating > 0) & (label_N >= 0)
+    score = (trajectories.rating[rated].astype(np.float64) - 1.0) / 4.0
+    count = np.bincount(label_N[rated], minlength=patterns).astype(np.int64)
+    return count, np.bincount(label_N[rated], weights=score, minlength=patterns).astype(np.float64)

@@ -1,0 +1,308 @@
+"""The typed settings of training. conf/*.yaml carry the same keys; Hydra refuses an unknown key or a wrong type.
+
+Each dataclass checks its bounds in __post_init__, which runs when a composed config becomes an object, before a job
+reads or writes anything.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rb_gpu.errors import ConfigError
+
+SAMPLE_FOLDER = Path(__file__).resolve().parent.parent / "sample"
+
+
+def check(key: str, value: Any, ok: bool, bound: str, remedy: str) -> None:
+    """Raises ConfigError `key=value is not BOUND; REMEDY` unless ok."""
+    if not ok:
+        raise ConfigError(f"{key}={value} is not {bound}; {remedy}")
+
+
+def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ConfigError unless value is one of choices."""
+    check(key, value, value in choices, f"one of {', '.join(choices)}", "choose one of them")
+
+
+def check_count(key: str, value: int, least: int = 1) -> None:
+    """Raises ConfigError unless value >= least."""
+    check(key, value, value >= least, f"an integer >= {least}", f"raise it to {least} or more")
+
+
+def check_share(key: str, value: float) -> None:
+    """Raises ConfigError unless 0 <= value <= 1."""
+    check(key, value, 0.0 <= value <= 1.0, "a share in [0, 1]", "give a number from 0 to 1")
+
+
+def check_nonnegative(key: str, value: float) -> None:
+    """Raises ConfigError unless value is finite and >= 0."""
+    check(key, value, math.isfinite(value) and value >= 0, "a finite number >= 0", "give 0 or more")
+
+
+def is_auto(value: int | float | str) -> bool:
+    """Whether a setting is to be worked out from the data."""
+    return value == "auto"
+
+
+@dataclass
+class DataConfig:
+    """Where trajectories come from. path, queries: file, directory, glob, or a list of them."""
+
+    path: Any = None
+    queries: Any = None
+    embedder: str = "unknown"
+    max_bad_fraction: float = 0.01
+    capacity: int | None = None
+
+    def __post_init__(self) -> None:
+        check_share("data.max_bad_fraction", self.max_bad_fraction)
+        if self.capacity is not None:
+            check_count("data.capacity", self.capacity)
+        for key, value in (("data.path", self.path), ("data.queries", self.queries)):
+            listed = value if isinstance(value, (list, tuple)) else [value]
+            ok = value is None or (len(listed) > 0 and all(isinstance(v, str) and v for v in listed))
+            check(key, value, ok, "a path or a list of paths", f"give {key}=FILE, DIR, GLOB or [A,B]")
+
+
+@dataclass
+class ParamsConfig:
+    """What the search parameters may be. default: `auto`, or the parameters that differ from SearchParams()."""
+
+    tiers: Any = "auto"
+    default: Any = "auto"
+    temperature_step: float = 0.05
+    context_step: int = 1
+
+    def __post_init__(self) -> None:
+        tiers_ok = self.tiers == "auto" or (
+            isinstance(self.tiers, (list, tuple))
+            and len(self.tiers) > 0
+            and all(isinstance(t, str) and t for t in self.tiers)
+            and len(set(self.tiers)) == len(self.tiers)
+        )
+        check("params.tiers", self.tiers, tiers_ok, "auto or a list of distinct names", "list them cheapest first")
+        default_ok = self.default == "auto" or isinstance(self.default, dict)
+        check("params.default", self.default, default_ok, "auto or a mapping", "give e.g. {ef_search: 64}")
+        check("params.temperature_step", self.temperature_step, 0 < self.temperature_step <= 2, "in (0, 2]", "lower it")
+        check_count("params.context_step", self.context_step)
+
+
+@dataclass
+class QualityConfig:
+    """The one quality function: f1 of precision and recall, or their product."""
+
+    name: str = "f1"
+
+    def __post_init__(self) -> None:
+        check_choice("quality.name", self.name, ("f1", "product"))
+
+
+@dataclass
+class ClusterConfig:
+    """k-means. epsilon: the largest centroid shift at which Lloyd stops, in units of the data's median distance."""
+
+    k: int | str = "auto"
+    metric: str = "cosine"
+    max_iter: int = 100
+    epsilon: float = 1e-4
+    n_init: int = 1
+    merge_similarity: float = 0.95
+
+    def __post_init__(self) -> None:
+        k_ok = is_auto(self.k) or (isinstance(self.k, int) and self.k >= 1)
+        check("cluster.k", self.k, k_ok, "auto or an integer >= 1", "set cluster.k=auto")
+        check_choice("cluster.metric", self.metric, ("cosine", "l2"))
+        check_count("cluster.max_iter", self.max_iter)
+        check_count("cluster.n_init", self.n_init)
+        check_nonnegative("cluster.epsilon", self.epsilon)
+        check_share("cluster.merge_similarity", self.merge_similarity)
+
+
+@dataclass
+class JudgeConfig:
+    """How configs are compared. Weights are in units of quality; half_life in days (null: no decay)."""
+
+    method: str = "eb"
+    objective: str = "utility"
+    latency_weight: float = 0.02
+    cost_weight: float = 0.2
+    max_latency_us: float | None = None
+    max_cost: float | None = None
+    target: float = 0.95
+    margin: float | str = "auto"
+    min_probability: float = 0.8
+    alpha: float = 0.05
+    min_samples: int = 3
+    half_life: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("judge.method", self.method, ("eb", "welch", "reference"))
+        check_choice("judge.objective", self.objective, ("utility", "bound", "floor"))
+        check_nonnegative("judge.latency_weight", self.latency_weight)
+        check_nonnegative("judge.cost_weight", self.cost_weight)
+        for key, bound in (("judge.max_latency_us", self.max_latency_us), ("judge.max_cost", self.max_cost)):
+            check(key, bound, bound is None or bound > 0, "a number > 0", "give the bound or leave it out")
+        bounded = self.objective != "bound" or self.max_latency_us is not None or self.max_cost is not None
+        check("judge.objective", self.objective, bounded, "complete", "give judge.max_latency_us or judge.max_cost")
+        check_share("judge.target", self.target)
+        margin_ok = is_auto(self.margin) or (not isinstance(self.margin, str) and math.isfinite(self.margin))
+        check("judge.margin", self.margin, margin_ok, "auto or a number", "set judge.margin=auto")
+        check("judge.min_probability", self.min_probability, 0.5 <= self.min_probability < 1, "in [0.5, 1)", "use 0.8")
+        check("judge.alpha", self.alpha, 0 < self.alpha < 1, "in (0, 1)", "use 0.05")
+        check_count("judge.min_samples", self.min_samples, 2)
+        check("judge.half_life", self.half_life, self.half_life is None or self.half_life > 0, "days > 0", "use null")
+
+
+@dataclass
+class HierarchyConfig:
+    """Levels above the leaves. counts: `auto`, or the number of patterns at levels 1, 2 and 3."""
+
+    counts: Any = "auto"
+
+    def __post_init__(self) -> None:
+        ok = self.counts == "auto" or (
+            isinstance(self.counts, (list, tuple))
+            and len(self.counts) == 3
+            and all(isinstance(c, int) and c >= 1 for c in self.counts)
+            and self.counts[0] >= self.counts[1] >= self.counts[2]
+        )
+        check("hierarchy.counts", self.counts, ok, "auto or three decreasing counts", "give e.g. [32,8,2]")
+
+
+@dataclass
+class PruneConfig:
+    """Patterns that are not worth keeping, by support (rows) and confidence."""
+
+    min_support: int = 3
+    min_confidence: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_count("prune.min_support", self.min_support)
+        check_share("prune.min_confidence", self.min_confidence)
+
+
+@dataclass
+class IndexConfig:
+    """The Faiss pattern index. nprobe, ef_search, m, ef_construction are Faiss's own; nlist auto is sqrt(patterns)."""
+
+    kind: str = "flat"
+    nlist: int | str = "auto"
+    nprobe: int = 8
+    m: int = 32
+    ef_construction: int = 200
+    ef_search: int = 64
+
+    def __post_init__(self) -> None:
+        check_choice("index.kind", self.kind, ("off", "flat", "ivf", "hnsw"))
+        nlist_ok = is_auto(self.nlist) or (isinstance(self.nlist, int) and self.nlist >= 1)
+        check("index.nlist", self.nlist, nlist_ok, "auto or an integer >= 1", "set index.nlist=auto")
+        for key in ("nprobe", "ef_construction", "ef_search"):
+            check_count(f"index.{key}", getattr(self, key))
+        check_count("index.m", self.m, 2)
+
+
+@dataclass
+class LookupConfig:
+    """How a query's answer is put together from its nearest patterns. floor: least cosine, auto from the data."""
+
+    top_k: int = 5
+    beta: float = 16.0
+    floor: float | str = "auto"
+
+    def __post_init__(self) -> None:
+        check_count("lookup.top_k", self.top_k)
+        check_nonnegative("lookup.beta", self.beta)
+        ok = is_auto(self.floor) or (not isinstance(self.floor, str) and -1 <= self.floor <= 1)
+        check("lookup.floor", self.floor, ok, "auto or a cosine in [-1, 1]", "set lookup.floor=auto")
+
+
+@dataclass
+class RouterConfig:
+    """The FastGRNN router; kind off trains none."""
+
+    kind: str = "off"
+    hidden: int = 64
+    rank: int = 16
+    epochs: int = 30
+    batch_size: int = 1024
+    learning_rate: float = 3e-3
+    patience: int = 4
+
+    def __post_init__(self) -> None:
+        check_choice("router.kind", self.kind, ("off", "fastgrnn"))
+        for key in ("hidden", "rank", "epochs", "batch_size", "patience"):
+            check_count(f"router.{key}", getattr(self, key))
+        check("router.learning_rate", self.learning_rate, self.learning_rate > 0, "a number > 0", "use 3e-3")
+
+
+@dataclass
+class EvalConfig:
+    """Held-out evaluation on the newest share of the queries, with a paired bootstrap."""
+
+    holdout: float = 0.2
+    bootstrap: int = 2000
+
+    def __post_init__(self) -> None:
+        check("eval.holdout", self.holdout, 0 < self.holdout < 1, "a share in (0, 1)", "use 0.2")
+        check_count("eval.bootstrap", self.bootstrap, 100)
+
+
+@dataclass
+class GateConfig:
+    """A candidate is promoted where the 95 % lower bound of its gain over what is served now exceeds min_gain."""
+
+    min_gain: float = -0.005
+    min_rows: int = 100
+
+    def __post_init__(self) -> None:
+        check("gate.min_gain", self.min_gain, math.isfinite(self.min_gain), "a finite number", "use -0.005")
+        check_count("gate.min_rows", self.min_rows)
+
+
+@dataclass
+class RegistryConfig:
+    """Where artifacts live and how many versions stay."""
+
+    path: str = "artifacts"
+    keep: int = 10
+
+    def __post_init__(self) -> None:
+        check("registry.path", repr(self.path), bool(self.path), "a folder", "set registry.path=artifacts")
+        check_count("registry.keep", self.keep, 2)
+
+
+@dataclass
+class DeviceConfig:
+    """kind: auto, cpu or cuda. memory_budget: bytes that the data may take on a GPU before it is streamed in chunks."""
+
+    kind: str = "auto"
+    memory_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("device.kind", self.kind, ("auto", "cpu", "cuda"))
+        if self.memory_budget is not None:
+            check_count("device.memory_budget", self.memory_budget, 2**20)
+
+
+@dataclass
+class TrainConfig:
+    """Everything that `jobs.train` reads."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    params: ParamsConfig = field(default_factory=ParamsConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    hierarchy: HierarchyConfig = field(default_factory=HierarchyConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    index: IndexConfig = field(default_factory=IndexConfig)
+    lookup: LookupConfig = field(default_factory=LookupConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    registry: RegistryConfig = field(default_factory=RegistryConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    seed: int = 0

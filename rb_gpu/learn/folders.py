@@ -1,0 +1,65 @@
+"""A new output folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rb_gpu.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".partial"
+
+
+@contextmanager
+def new_folder(out: str | Path, key: str = "out") -> Iterator[Path]:
+    """Gives a temporary sibling of `out` to write files into; it is fsynced and renamed when the block ends well.
+
+    A block that raises leaves nothing. A killed process leaves no `out`, only a hidden `.NAME.*.partial` beside it,
+    which a later run names in a warning. key: the setting that messages name. Raises ConfigError where `out` exists or
+    its parent cannot be written.
+    """
+    target = Path(out).absolute()
+    _refuse_existing(target, key)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}{SUFFIX}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        leftovers = [p for p in target.parent.iterdir() if p.name.startswith(f".{target.name}.") and p.suffix == SUFFIX]
+        partial.mkdir()
+    except OSError as error:
+        raise ConfigError(
+            f"{key}={out} cannot be made ({error.strerror}); choose a folder that you may write"
+        ) from error
+    for left in leftovers:
+        # not removed here: it may belong to a run that is still at work
+        log.warning("%s was left by a killed run, or another run is writing it; delete it once none is", left)
+    try:
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _fsync(path)
+        _refuse_existing(target, key)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _fsync(target.parent)
+
+
+def _refuse_existing(target: Path, key: str) -> None:
+    # lexists: a dangling link is somebody's too
+    if os.path.lexists(target):
+        raise ConfigError(f"{key}={target} already exists; choose another {key}, or delete it first")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

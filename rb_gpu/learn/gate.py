@@ -1,0 +1,42 @@
+"""The gate between a candidate and what is served: never publish something worse."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rb_gpu.learn.config import GateConfig
+from rb_gpu.learn.policy import Evaluation
+from rb_gpu.registry import CHAMPION
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether the candidate is promoted, and why."""
+
+    promote: bool
+    reason: str
+
+
+def decide(evaluation: Evaluation, config: GateConfig, refusal: str | None) -> Decision:
+    """Promotes where the 95 % lower bound of the candidate's gain over what is served exceeds gate.min_gain.
+
+    What is served is the champion, or the default where there is none. refusal: why the two cannot be compared.
+    """
+    if refusal is not None:
+        return Decision(False, f"{refusal}; train into another registry.path, or promote by hand")
+    matched = evaluation.value("bank").matched
+    if matched < config.min_rows:
+        return Decision(
+            False, f"only {matched} held-out rows tried what the bank picks, gate.min_rows={config.min_rows}"
+        )
+    served = CHAMPION if CHAMPION in evaluation.bank_gains else "default"
+    over = evaluation.bank_gains[served]
+    if not math.isfinite(over.low):
+        return Decision(False, f"no held-out row tried what the {served} picks; log some, or promote by hand")
+    promote = over.low > config.min_gain
+    return Decision(
+        promote,
+        f"held-out gain over the {served} {over.gain:+.4f}, 95 % lower bound {over.low:+.4f}, "
+        f"{'above' if promote else 'not above'} gate.min_gain={config.min_gain:g}",
+    )

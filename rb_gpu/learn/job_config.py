@@ -1,0 +1,192 @@
+"""The settings of the jobs besides train, and the store in which Hydra finds every schema."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rb_gpu.errors import ConfigError
+from rb_gpu.learn.config import (
+    SAMPLE_FOLDER,
+    ClusterConfig,
+    DataConfig,
+    DeviceConfig,
+    EvalConfig,
+    GateConfig,
+    HierarchyConfig,
+    IndexConfig,
+    JudgeConfig,
+    LookupConfig,
+    ParamsConfig,
+    PruneConfig,
+    QualityConfig,
+    RegistryConfig,
+    RouterConfig,
+    TrainConfig,
+    check,
+    check_choice,
+    check_count,
+    check_nonnegative,
+    check_share,
+    is_auto,
+)
+
+
+@dataclass
+class EvaluateConfig:
+    """What `jobs.evaluate` reads: an artifact and a table that it did not see."""
+
+    artifact: str = "artifacts/champion"
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    seed: int = 0
+
+
+@dataclass
+class RegistryJobConfig:
+    """What `jobs.registry` reads."""
+
+    action: str = "list"
+    version: str | None = None
+    registry: RegistryConfig = field(default_factory=RegistryConfig)
+
+    def __post_init__(self) -> None:
+        check_choice("action", self.action, ("list", "inspect", "promote", "rollback", "verify"))
+        needs = self.action == "promote" and self.version is None
+        check("version", self.version, not needs, "given", "add version=VERSION; action=list shows them")
+
+
+@dataclass
+class CollectConfig:
+    """What `jobs.collect` reads. base: (M, D) .npy corpus. queries: .npy (Q, D) or Parquet with query_embedding.
+
+    hnsw_ef_search: the ef_search grid of an HNSW index. ivf_n_probes: the n_probes grid of an IVF index of ivf_nlist
+    cells. An empty grid leaves that index out.
+    """
+
+    base: str = "???"
+    queries: str = "???"
+    out: str = "collected"
+    top_k: int = 10
+    max_queries: int | None = None
+    hnsw_m: int = 16
+    hnsw_ef_construction: int = 100
+    hnsw_ef_search: list[int] = field(default_factory=lambda: [10, 16, 32, 64, 128, 256])
+    ivf_nlist: int | str = "auto"
+    ivf_n_probes: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("top_k", "hnsw_ef_construction"):
+            check_count(key, getattr(self, key))
+        check_count("hnsw_m", self.hnsw_m, 2)
+        if self.max_queries is not None:
+            check_count("max_queries", self.max_queries)
+        nlist_ok = is_auto(self.ivf_nlist) or (isinstance(self.ivf_nlist, int) and self.ivf_nlist >= 1)
+        check("ivf_nlist", self.ivf_nlist, nlist_ok, "auto or an integer >= 1", "set ivf_nlist=auto")
+        for key in ("hnsw_ef_search", "ivf_n_probes"):
+            grid = getattr(self, key)
+            ok = all(v >= 1 for v in grid) and len(set(grid)) == len(grid)
+            check(key, grid, ok, "a list of distinct integers >= 1", "give e.g. [8,16,32]")
+        least_ef = min(self.hnsw_ef_search, default=self.top_k)
+        bound = f"at least top_k={self.top_k}, below which Faiss searches with top_k"
+        check("hnsw_ef_search", self.hnsw_ef_search, least_ef >= self.top_k, bound, "raise it or lower top_k")
+        # a table of both indexes marks the parameter that an index lacks with 1
+        same = 1 in self.hnsw_ef_search and 1 in self.ivf_n_probes
+        check("hnsw_ef_search", self.hnsw_ef_search, not same, "free of 1 where ivf_n_probes has 1", "leave one 1 out")
+        check_count("seed", self.seed, 0)
+        both_empty = not self.hnsw_ef_search and not self.ivf_n_probes
+        check("hnsw_ef_search", self.hnsw_ef_search, not both_empty, "non-empty where ivf_n_probes is", "give a grid")
+
+
+# mean quality of every config that is not planted as a pattern's best
+PLANTED_QUALITY = 0.5
+
+
+@dataclass
+class SynthesizeConfig:
+    """What `jobs.synthesize` reads: n rows, dim, planted patterns, configs, effect of the best config, noise.
+
+    effect: how much higher the quality of a pattern's best config is; 0 plants a world in which all configs are equal.
+    spread: standard deviation of an embedding around its pattern's centre, as a share of the centre's norm.
+    quality_noise: standard deviation of quality within a cell. bad_fraction: share of rows planted as bad.
+    chunk_rows: rows of a Parquet row group, which is what memory grows with.
+    """
+
+    out: str = "synthetic"
+    n: int = 200_000
+    dim: int = 128
+    patterns: int = 64
+    configs: int = 6
+    effect: float = 0.1
+    spread: float = 0.5
+    quality_noise: float = 0.1
+    bad_fraction: float = 0.0
+    chunk_rows: int = 65_536
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("n", "patterns", "chunk_rows"):
+            check_count(key, getattr(self, key))
+        check_count("dim", self.dim, 2)
+        check("configs", self.configs, 2 <= self.configs <= 4096, "in [2, 4096]", "choose 2 or more")
+        check("effect", self.effect, 0 <= self.effect <= 0.4, "in [0, 0.4]", "lower it")
+        check_nonnegative("spread", self.spread)
+        best = PLANTED_QUALITY + self.effect
+        # no distribution on [0, 1] of mean m has a standard deviation over sqrt(m (1 - m))
+        widest = math.sqrt(best * (1 - best))
+        bound = f"in (0, {widest:.3f}), as effect={self.effect:g} allows"
+        check("quality_noise", self.quality_noise, 0 < self.quality_noise < widest, bound, "lower it, or effect")
+        check_share("bad_fraction", self.bad_fraction)
+        check_count("seed", self.seed, 0)
+
+
+SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "params": ParamsConfig,
+    "quality": QualityConfig,
+    "cluster": ClusterConfig,
+    "judge": JudgeConfig,
+    "hierarchy": HierarchyConfig,
+    "prune": PruneConfig,
+    "index": IndexConfig,
+    "lookup": LookupConfig,
+    "router": RouterConfig,
+    "eval": EvalConfig,
+    "gate": GateConfig,
+    "registry": RegistryConfig,
+    "device": DeviceConfig,
+}
+JOBS: dict[str, type] = {
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "registry": RegistryJobConfig,
+    "collect": CollectConfig,
+    "synthesize": SynthesizeConfig,
+}
+
+
+def register_schemas() -> None:
+    """Puts every schema into Hydra's store as GROUP/schema and JOB_schema, and the `rb_sample` resolver."""
+    store = ConfigStore.instance()
+    for group, section in SECTIONS.items():
+        store.store(group=group, name="schema", node=section)
+    for job, node in JOBS.items():
+        store.store(name=f"{job}_schema", node=node)
+    OmegaConf.register_new_resolver("rb_sample", lambda name: str(SAMPLE_FOLDER / name), replace=True)
+
+
+def to_object(composed: DictConfig) -> Any:
+    """The checked dataclass of a composed config. Raises ConfigError with the key that is wrong."""
+    try:
+        return OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        raise ConfigError(str(error).splitlines()[0]) from error

@@ -1,0 +1,358 @@
+"""The job: the only file that knows the order of the stages.
+
+Suffixes: Q queries, N rows, K clusters, P leaves, D dims.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rb_gpu.artifact import INDEX_FILE, REPORT_FILE, ROUTER_FILE, BankData, load_artifact, write_artifact
+from rb_gpu.bank import ReasoningBank
+from rb_gpu.errors import ArtifactError, ConfigError, DataError
+from rb_gpu.learn.assemble import Leaves, assemble, best_probability
+from rb_gpu.learn.config import ParamsConfig, TrainConfig, is_auto
+from rb_gpu.learn.devices import resolve_device
+from rb_gpu.learn.distances import label_sums, nearest, normalise_
+from rb_gpu.learn.evidence import gather_evidence, row_weights
+from rb_gpu.learn.gate import Decision, decide
+from rb_gpu.learn.hierarchy import build_hierarchy, consolidate, level_counts, prune
+from rb_gpu.learn.index import build_index
+from rb_gpu.learn.job_config import EvaluateConfig
+from rb_gpu.learn.kmeans import kmeans
+from rb_gpu.learn.policy import Evaluation, best_single, held_out_outcomes, improvement_percent, value_bank
+from rb_gpu.learn.report import render_report
+from rb_gpu.learn.router import train_router
+from rb_gpu.learn.trajectories import Trajectories, load, split_by_time
+from rb_gpu.learn.verdicts import judge, resolve_objective
+from rb_gpu.params import AUTO_TIER
+from rb_gpu.posterior import Objective, believe
+from rb_gpu.registry import CHAMPION, Registry
+from rb_gpu.router import FastGRNNRouter
+
+log = logging.getLogger(__name__)
+
+# rows that a cell has on average, at least, where k is worked out from the data
+ROWS_PER_CELL = 10
+# share of training queries that lie farther from every pattern than the automatic floor
+FLOOR_QUANTILE = 0.001
+
+
+@dataclass(frozen=True)
+class LearnedBank:
+    """What `learn` returns. label_Q: leaf of each training query. seconds: wall time by stage."""
+
+    data: BankData
+    index: bytes | None
+    router: FastGRNNRouter | None
+    label_Q: npt.NDArray[np.int64]
+    seconds: dict[str, float]
+
+    def bank(self) -> ReasoningBank:
+        """The bank, ready to answer."""
+        return ReasoningBank(self.data, self.index)
+
+
+@dataclass
+class Stopwatch:
+    """Wall seconds by stage, logged as each one ends."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times one stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+        log.info("%-12s %8.2f s", name, self.seconds[name])
+
+
+def auto_k(queries: int, rows: int, configs: int) -> int:
+    """√queries clusters, fewer where a (pattern, config) cell would hold under ROWS_PER_CELL rows on average."""
+    return max(1, min(round(math.sqrt(queries)), rows // (ROWS_PER_CELL * configs)))
+
+
+def learn(trajectories: Trajectories, config: TrainConfig) -> LearnedBank:
+    """The whole job without input or output: cluster, consolidate, sum, judge, build levels and index.
+
+    A pure function: same trajectories, config and device, same bits. Raises DataError, ConfigError.
+    """
+    watch = Stopwatch()
+    device = resolve_device(config.device.kind)
+    with watch.stage("cluster"):
+        x_QD = torch.from_numpy(trajectories.x_QD)
+        if config.cluster.metric == "cosine":
+            x_QD = normalise_(x_QD.clone())
+        decay_N = row_weights(replace(trajectories, propensity=None), config.judge.half_life).numpy()
+        weight_Q = torch.from_numpy(np.bincount(trajectories.query_row, weights=decay_N)).float()
+        label_Q = _cluster(x_QD, weight_Q, trajectories, config)
+    with watch.stage("judge"):
+        weight_N = row_weights(trajectories, config.judge.half_life)
+        leaves = _leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
+        objective = resolve_objective(config.judge, config.quality, trajectories, leaves.evidence)
+        default = trajectories.configs.default
+        beliefs = believe(leaves.evidence, leaves.parents, objective, default, config.judge.margin)
+        confidence_P = best_probability(beliefs.probability[:-1], default)
+        kept_P = prune(leaves.evidence.rows.sum(1), confidence_P, 1, config.prune.min_confidence)
+        if not kept_P.all():
+            if not kept_P.any():
+                raise ConfigError(
+                    f"prune.min_confidence={config.prune.min_confidence:g} removes all {len(kept_P)} patterns "
+                    f"(the highest confidence is {confidence_P.max():.3f}); lower it"
+                )
+            label_Q = _drop_labels(leaves.label_Q, kept_P)
+            leaves = _leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
+            beliefs = believe(leaves.evidence, leaves.parents, objective, default, config.judge.margin)
+        verdicts = judge(leaves.evidence, trajectories.configs, objective, beliefs, config.judge)
+    with watch.stage("index"):
+        data = assemble(trajectories, config, leaves, objective, beliefs, verdicts, 0.0)
+        floor = _floor(x_QD, data) if is_auto(config.lookup.floor) else float(config.lookup.floor)
+        index = build_index(data.arrays["centroids"][: data.leaves], config.index)
+    router = None
+    if config.router.kind == "fastgrnn":
+        with watch.stage("router"):
+            router = _router(x_QD, trajectories, objective, weight_N, config, device)
+    issued = int((~verdicts.stands).sum())
+    facts = {
+        "index": {"kind": config.index.kind},
+        "counts": {
+            "trajectories": len(trajectories),
+            "queries": len(trajectories.query_id),
+            "configs": len(trajectories.configs),
+            "patterns": data.leaves,
+            "verdicts": issued,
+            "default_stands": data.leaves - issued,
+            "levels": np.bincount(data.arrays["level"]).tolist(),
+        },
+        "data": {
+            **asdict(trajectories.source),
+            "oldest_timestamp": int(trajectories.timestamp.min()),
+            "newest_timestamp": int(trajectories.timestamp.max()),
+        },
+        "config": asdict(config),
+        "device": str(device),
+    }
+    log.info(
+        "%d patterns, %d verdicts, the default stands on %d (default: %s)",
+        data.leaves, issued, data.leaves - issued, trajectories.configs.describe(default),
+    )  # fmt: skip
+    data = replace(data, lookup=replace(data.lookup, floor=floor), facts=facts)
+    return LearnedBank(data, index, router, leaves.label_Q, watch.seconds)
+
+
+def _cluster(
+    x_QD: torch.Tensor, weight_Q: torch.Tensor, trajectories: Trajectories, config: TrainConfig
+) -> npt.NDArray[np.int64]:
+    """The consolidated leaf of each query (Q,)."""
+    cluster, queries = config.cluster, len(x_QD)
+    source = trajectories.source.path or "memory"
+    if not bool((x_QD != x_QD[0]).any()):
+        raise DataError(
+            f"data.path={source}: all {queries} query embeddings are one and the same; check the embedder's output"
+        )
+    k = auto_k(queries, len(trajectories), len(trajectories.configs)) if is_auto(cluster.k) else int(cluster.k)
+    if k > queries:
+        raise ConfigError(
+            f"cluster.k={k} exceeds the {queries} queries to learn from in data.path={source}; "
+            "lower cluster.k or set cluster.k=auto"
+        )
+    result = kmeans(
+        x_QD, k, max_iter=cluster.max_iter, epsilon=cluster.epsilon, n_init=cluster.n_init, metric=cluster.metric,
+        seed=config.seed, device=config.device.kind, weight=weight_Q, memory_budget=config.device.memory_budget,
+    )  # fmt: skip
+    found = len(result.centroids)
+    if found < k and not is_auto(cluster.k):
+        raise ConfigError(
+            f"cluster.k={k} exceeds the {found} distinct embeddings in data.path={source}; "
+            "lower cluster.k or set cluster.k=auto"
+        )
+    device = resolve_device(config.device.kind)
+    merged_K = consolidate(result.centroids.cpu().numpy(), cluster.merge_similarity, device)
+    log.info("k-means: k=%d, %d updates, inertia %.6g; %d leaves after merging cosine > %g",
+             found, result.n_iter, result.inertia, int(merged_K.max()) + 1, cluster.merge_similarity)  # fmt: skip
+    label_Q = merged_K[result.labels.cpu().numpy()]
+    rows_P = np.bincount(label_Q, weights=np.bincount(trajectories.query_row), minlength=int(merged_K.max()) + 1)
+    kept_P = rows_P >= config.prune.min_support
+    if not kept_P.any():
+        raise ConfigError(
+            f"prune.min_support={config.prune.min_support} removes all patterns (the largest has {int(rows_P.max())} "
+            "rows); lower it, or lower cluster.k"
+        )
+    return _drop_labels(label_Q, kept_P)
+
+
+def _drop_labels(label_Q: npt.NDArray[np.int64], kept_P: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Labels numbered anew over the patterns that stay; -1 for those that go."""
+    new_P = np.where(kept_P, np.cumsum(kept_P) - 1, -1)
+    return np.where(label_Q < 0, -1, new_P[np.maximum(label_Q, 0)])
+
+
+def _leaves(
+    x_QD: torch.Tensor,
+    weight_Q: torch.Tensor,
+    label_Q: npt.NDArray[np.int64],
+    trajectories: Trajectories,
+    weight_N: torch.Tensor,
+    config: TrainConfig,
+    device: torch.device,
+) -> Leaves:
+    labels, patterns = torch.from_numpy(label_Q).to(device), int(label_Q.max()) + 1
+    sums, mass = label_sums(x_QD, weight_Q.to(device), labels, patterns)
+    sums_PD, mass_P = sums.cpu().numpy(), mass.cpu().numpy()
+    evidence = gather_evidence(trajectories, labels, patterns, weight_N, device)
+    means_PD = sums_PD / np.maximum(mass_P, 1e-300)[:, None]
+    counts = level_counts(patterns, config.hierarchy.counts)
+    parents = build_hierarchy(means_PD, mass_P, counts)
+    return Leaves(label_Q, sums_PD, mass_P, evidence, parents)
+
+
+def _floor(x_QD: torch.Tensor, data: BankData) -> float:
+    """The cosine to its nearest leaf that all but FLOOR_QUANTILE of the training queries exceed."""
+    leaves = normalise_(torch.from_numpy(data.arrays["centroids"][: data.leaves].copy()))
+    unit_QD = x_QD if data.metric == "cosine" else normalise_(x_QD.clone())
+    _, d2 = nearest(unit_QD, leaves)
+    return float(np.quantile(1.0 - d2.numpy() / 2.0, FLOOR_QUANTILE))
+
+
+def _router(
+    x_QD: torch.Tensor,
+    trajectories: Trajectories,
+    objective: Objective,
+    weight_N: torch.Tensor,
+    config: TrainConfig,
+    device: torch.device,
+) -> FastGRNNRouter:
+    rows = held_out_outcomes(trajectories, objective)
+    training = train_router(
+        x_QD[torch.from_numpy(trajectories.query_row)].to(device),
+        torch.from_numpy(trajectories.config_id).to(device),
+        torch.from_numpy(rows.utility).float().to(device),
+        weight_N.float().to(device),
+        trajectories.configs,
+        config.router,
+        torch.Generator(device=device).manual_seed(config.seed),
+        device,
+    )
+    log.info("router: best of %d epochs is %d, validation loss %.4f", len(training.valid_loss), training.best_epoch,
+             training.valid_loss[training.best_epoch])  # fmt: skip
+    return training.router
+
+
+@dataclass(frozen=True)
+class Published:
+    """What `train` did: the artifact's folder, its manifest, the policy table and the gate's decision."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    evaluation: Evaluation
+    decision: Decision
+
+
+def train(config: TrainConfig, quarantine: Path | None = None) -> Published:
+    """Loads, learns, evaluates, publishes, and promotes where the gate lets it. Raises RbGpuError."""
+    watch = Stopwatch()
+    registry = Registry(Path(config.registry.path), config.registry.keep)
+    with registry.locked():
+        with watch.stage("load"):
+            everything = load(config.data, config.params, quarantine)
+            training, held_out = split_by_time(everything, config.eval.holdout)
+            log.info("%d rows, %d queries, %d configs, dim %d; newest %d queries held out", len(everything),
+                     len(everything.query_id), len(everything.configs), everything.x_QD.shape[1],
+                     len(held_out.query_id))  # fmt: skip
+        learned = learn(training, config)
+        watch.seconds |= learned.seconds
+        with watch.stage("evaluate"):
+            bank = learned.bank()
+            champion, refusal = _champion(registry, bank)
+            single = best_single(bank.data.evidence, bank.data.objective)
+            evaluation = value_bank(bank, held_out, single, config.eval, config.seed, champion)
+            decision = decide(evaluation, config.gate, refusal)
+        facts = {
+            **learned.data.facts,
+            "evaluation": {**asdict(evaluation), "improvement_percent": improvement_percent(evaluation)},
+            "gate": asdict(decision),
+            "parent": registry.champion(),
+            "seconds": watch.seconds,
+            "packages": package_versions(),
+        }
+        data = replace(learned.data, facts=_without_nan(facts))
+        files = {REPORT_FILE: render_report(bank, data.facts).encode()}
+        if learned.index is not None:
+            files[INDEX_FILE] = learned.index
+        if learned.router is not None:
+            files[ROUTER_FILE] = learned.router.to_bytes()
+        folder = registry.path / registry.new_version()
+        try:
+            manifest = write_artifact(folder, data, files)
+        except OSError as error:
+            raise ArtifactError(
+                f"registry.path={registry.path} cannot be written ({error.strerror}); free space or choose another"
+            ) from error
+        if decision.promote:
+            registry.promote(folder.name, decision.reason)
+        registry.retain()
+    return Published(folder, manifest, evaluation, decision)
+
+
+def evaluate_artifact(config: EvaluateConfig, quarantine: Path | None = None) -> Evaluation:
+    """The policy table of a published artifact on a table that it did not see. Raises ArtifactError, DataError."""
+    bank = ReasoningBank.load(config.artifact)
+    data = bank.data
+    params = ParamsConfig(**data.facts["config"]["params"])
+    if params.tiers == "auto" and data.tiers != (AUTO_TIER,):
+        params.tiers = list(data.tiers)
+    params.default = bank.default.as_dict()
+    table = load(config.data, params, quarantine)
+    if table.x_QD.shape[1] != data.dim:
+        raise DataError(
+            f"data.path={table.source.path} has {table.x_QD.shape[1]} dimensions, artifact={config.artifact} has "
+            f"{data.dim}; embed the queries with {data.embedder}"
+        )
+    best = data.configs[best_single(data.evidence, data.objective)]
+    single = table.configs.id_of(best)
+    return value_bank(bank, table, -1 if single is None else single, config.eval, config.seed)
+
+
+def _champion(registry: Registry, bank: ReasoningBank) -> tuple[ReasoningBank | None, str | None]:
+    """The served bank where it can be compared with the new one, else why it cannot."""
+    if registry.champion() is None:
+        return None, None
+    try:
+        data, _ = load_artifact(registry.path / CHAMPION)
+    except ArtifactError as error:
+        log.warning("the champion cannot be read and is not compared with: %s", error)
+        return None, None
+    for name in ("metric", "dim", "embedder"):
+        old, new = getattr(data, name), getattr(bank.data, name)
+        if old != new:
+            return None, f"the champion's {name} is {old}, the candidate's is {new}"
+    return ReasoningBank(data), None
+
+
+def package_versions() -> dict[str, str]:
+    """What ran."""
+    names = ("rb_gpu", "torch", "numpy", "scipy", "pyarrow", "safetensors", "hydra-core")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null stands for a number that is not known."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

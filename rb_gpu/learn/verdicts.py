@@ -1,0 +1,284 @@
+"""Which config each pattern should use: empirical Bayes, corrected Welch tests, or the reference document's procedure.
+
+Suffixes: P patterns, C configs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from rb_gpu.evidence import OUTCOMES, Evidence, linear_moments
+from rb_gpu.learn.config import JudgeConfig, QualityConfig
+from rb_gpu.learn.trajectories import Trajectories
+from rb_gpu.params import ConfigTable
+from rb_gpu.posterior import Beliefs, Objective
+
+Floats = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.int64]
+
+Z_95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class VerdictColumns:
+    """One verdict per pattern, (P,) each. Where `stands`, config_id is the default. Unknown numbers are NaN."""
+
+    config_id: Rows
+    stands: npt.NDArray[np.bool_]
+    confidence: Floats
+    probability: Floats
+    effect: Floats
+    effect_low: Floats
+    effect_high: Floats
+    p_value: Floats
+    p_adjusted: Floats
+    improvement: Floats
+    consistency: Floats
+    support: Rows
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One-sided tests of every config against the default, (P, C) each; NaN where there is no test."""
+
+    effect: Floats
+    error: Floats
+    freedom: Floats
+    p_value: Floats
+
+
+def compare(evidence: Evidence, direction_O: Floats, default: int, min_samples: int) -> Comparison:
+    """Welch's t-test (Welch 1947) of each config against the default, one-sided for better, from sufficient statistics.
+
+    Where every query was tried under the default too, the paired t-test in its place. A cell of fewer than min_samples
+    rows, or of zero variance on both sides, has no test.
+    """
+    if evidence.paired:
+        moments = (evidence.pair_w, evidence.pair_w2, evidence.pair_mean, evidence.pair_comoment)
+        effect, variance, size = linear_moments(*moments, direction_O)
+        squared = variance / np.maximum(size, 1e-300)
+        freedom = size - 1.0
+        tested = evidence.pair_rows >= min_samples
+    else:
+        mean, variance, size = linear_moments(evidence.w, evidence.w2, evidence.mean, evidence.comoment, direction_O)
+        part = variance / np.maximum(size, 1e-300)
+        effect = mean - mean[:, [default]]
+        squared = part + part[:, [default]]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            bottom = part**2 / (size - 1.0)
+            freedom = squared**2 / (bottom + bottom[:, [default]])
+        tested = (evidence.rows >= min_samples) & (evidence.rows[:, [default]] >= min_samples)
+    with np.errstate(invalid="ignore"):
+        tested = tested & (squared > 0) & (freedom > 0)
+    tested[:, default] = False
+    error = np.sqrt(np.where(tested, squared, np.nan))
+    freedom = np.where(tested, freedom, np.nan)
+    p_value = np.where(tested, stats.t.sf(np.where(tested, effect, np.nan) / error, freedom), np.nan)
+    return Comparison(np.where(tested, effect, np.nan), error, freedom, p_value)
+
+
+def holm(p_PC: Floats) -> Floats:
+    """Holm's (1979) adjusted p-values along the last axis; NaN is no test and stays NaN."""
+    order = np.argsort(np.where(np.isnan(p_PC), np.inf, p_PC), axis=-1)
+    tests = (~np.isnan(p_PC)).sum(-1, keepdims=True)
+    factor = np.maximum(tests - np.arange(p_PC.shape[-1]), 1)
+    ranked = np.take_along_axis(p_PC, order, -1) * factor
+    ranked = np.minimum(np.maximum.accumulate(np.nan_to_num(ranked, nan=0.0), axis=-1), 1.0)
+    out = np.empty_like(p_PC)
+    np.put_along_axis(out, order, ranked, -1)
+    return np.where(np.isnan(p_PC), np.nan, out)
+
+
+def benjamini_hochberg(p_P: Floats) -> Floats:
+    """Benjamini & Hochberg's (1995) adjusted p-values; NaN is no test and stays NaN."""
+    tested = np.flatnonzero(~np.isnan(p_P))
+    out = np.full(p_P.shape, np.nan)
+    if len(tested):
+        order = tested[np.argsort(p_P[tested])]
+        scaled = p_P[order] * len(order) / np.arange(1, len(order) + 1)
+        out[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
+    return out
+
+
+def judge(
+    evidence: Evidence, configs: ConfigTable, objective: Objective, beliefs: Beliefs, config: JudgeConfig
+) -> VerdictColumns:
+    """The verdict of every pattern by `judge.method`. Only eb knows the objectives bound and floor."""
+    comparison = compare(evidence, objective.direction, configs.default, config.min_samples)
+    adjusted = holm(comparison.p_value)
+    if config.method == "reference":
+        return _reference(evidence, configs, config, comparison, adjusted)
+    if config.method == "welch":
+        chosen = _welch(comparison, adjusted, configs.default, config.alpha)
+        gain, spread = np.nan_to_num(comparison.effect), comparison.error * stats.t.ppf(0.975, comparison.freedom)
+    else:
+        chosen = beliefs.choose(config.min_probability, configs.default, objective.kind == "floor")[:-1]
+        gain, spread = beliefs.gain[:-1], Z_95 * np.sqrt(beliefs.gain_variance[:-1])
+    effect, half = _pick(gain, chosen), _pick(spread, chosen)
+    probability = _pick(beliefs.probability[:-1], chosen)
+    quality = beliefs.quality[:-1]
+    improvement = _relative(_pick(quality, chosen), quality[:, configs.default], evidence.rows[:, configs.default] > 0)
+    return _columns(
+        evidence, objective, configs, chosen, comparison, adjusted, probability, probability, effect, half, improvement
+    )
+
+
+def _welch(comparison: Comparison, adjusted: Floats, default: int, alpha: float) -> Rows:
+    """Best of the configs that pass: patterns by Benjamini-Hochberg on their least Holm p, then configs by Holm at the
+    share of alpha that the number of selected patterns leaves (Benjamini & Bogomolov 2014).
+    """
+    least = np.where(np.isnan(adjusted), np.inf, adjusted).min(1)
+    patterns_p = np.where(np.isinf(least), np.nan, least)
+    selected = np.nan_to_num(benjamini_hochberg(patterns_p), nan=1.0) <= alpha
+    level = alpha * selected.sum() / max(int((~np.isnan(patterns_p)).sum()), 1)
+    passed = selected[:, None] & (np.nan_to_num(adjusted, nan=1.0) <= level)
+    best = np.where(passed, comparison.effect, -np.inf).argmax(1)
+    return np.where(passed.any(1), best, default)
+
+
+def _reference(
+    evidence: Evidence, configs: ConfigTable, config: JudgeConfig, comparison: Comparison, adjusted: Floats
+) -> VerdictColumns:
+    """Section 5 of the reference document: best group by mean F1 of those with 3 rows or more, tested by Welch's
+    two-sided test on precision * recall against all trajectories of the pattern; the default is found by ef_search
+    alone. Where its test is undefined (NaN), there is no verdict.
+    """
+    f1, product = OUTCOMES.index("f1"), OUTCOMES.index("product")
+    rows = evidence.rows
+    mean_f1 = evidence.mean[..., f1]
+    best = np.where(rows >= 3, mean_f1, -np.inf).argmax(1)
+    mean_all = (evidence.w * evidence.mean[..., product]).sum(1) / np.maximum(evidence.w.sum(1), 1e-300)
+    away = evidence.mean[..., product] - mean_all[:, None]
+    square_all = (evidence.comoment[..., product, product] + evidence.w * away**2).sum(1)
+    n_all = rows.sum(1)
+    n_best, mean_best = _pick(rows, best), _pick(evidence.mean[..., product], best)
+    square_best = _pick(evidence.comoment[..., product, product], best)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        test = stats.ttest_ind_from_stats(
+            mean_best, np.sqrt(square_best / (n_best - 1)), n_best,
+            mean_all, np.sqrt(square_all / (n_all - 1)), n_all, equal_var=False,
+        )  # fmt: skip
+        p_value = np.asarray(test.pvalue, dtype=np.float64)
+        quality = _pick(mean_f1, best)
+        spread = np.sqrt(_pick(evidence.comoment[..., f1, f1], best) / n_best)
+        consistency = 1.0 / (1.0 + spread / quality)
+        same_ef = configs.ef_search == configs.ef_search[configs.default]
+        weight = np.where(same_ef, evidence.w, 0.0)
+        default_quality = (weight * evidence.mean[..., product]).sum(1) / weight.sum(1)
+        default_quality = np.where(weight.sum(1) > 0, default_quality, 0.5)
+        improvement = np.where(default_quality > 0, (quality - default_quality) / default_quality, np.nan)
+        passed = (n_all >= config.min_samples) & (n_best >= 3) & (p_value <= config.alpha) & np.isfinite(consistency)
+    chosen = np.where(passed, best, configs.default)
+    confidence = np.where(passed, quality * consistency, 0.0)
+    half = comparison.error * stats.t.ppf(0.975, comparison.freedom)
+    return VerdictColumns(
+        config_id=chosen,
+        stands=~passed,
+        confidence=confidence,
+        probability=np.full(len(rows), np.nan),
+        effect=np.nan_to_num(_pick(comparison.effect, chosen)),
+        effect_low=_pick(comparison.effect - half, chosen),
+        effect_high=_pick(comparison.effect + half, chosen),
+        p_value=np.where(passed, p_value, np.nan),
+        p_adjusted=benjamini_hochberg(_pick(adjusted, chosen)),
+        improvement=np.where(passed, improvement, 0.0),
+        consistency=np.where(passed, consistency, np.nan),
+        support=_pick(rows, chosen),
+    )
+
+
+def _columns(
+    evidence: Evidence,
+    objective: Objective,
+    configs: ConfigTable,
+    chosen: Rows,
+    comparison: Comparison,
+    adjusted: Floats,
+    confidence: Floats,
+    probability: Floats,
+    effect: Floats,
+    half: Floats,
+    improvement: Floats,
+) -> VerdictColumns:
+    stands = chosen == configs.default
+    quality, variance, _ = linear_moments(
+        evidence.w, evidence.w2, evidence.mean, evidence.comoment, objective.quality_direction
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        consistency = 1.0 / (1.0 + np.sqrt(_pick(variance, chosen)) / _pick(quality, chosen))
+    return VerdictColumns(
+        config_id=chosen,
+        stands=stands,
+        confidence=np.where(stands, 0.0, confidence),
+        probability=probability,
+        effect=np.where(stands, 0.0, effect),
+        effect_low=np.where(stands, 0.0, effect - half),
+        effect_high=np.where(stands, 0.0, effect + half),
+        p_value=_pick(comparison.p_value, chosen),
+        p_adjusted=benjamini_hochberg(_pick(adjusted, chosen)),
+        improvement=np.where(stands & np.isfinite(improvement), 0.0, improvement),
+        consistency=consistency,
+        support=_pick(evidence.rows, chosen),
+    )
+
+
+def _pick(values_PC: npt.NDArray[Any], chosen_P: Rows) -> npt.NDArray[Any]:
+    return np.take_along_axis(values_PC, chosen_P[:, None], axis=1)[:, 0]
+
+
+def _relative(quality: Floats, base: Floats, known: npt.NDArray[np.bool_]) -> Floats:
+    usable = known & (base > 0)
+    relative: Floats = np.divide(quality - base, base, out=np.full(base.shape, np.nan), where=usable)
+    return relative
+
+
+def grade(logged_propensity: bool, paired: bool) -> str:
+    """How far a verdict may be read as cause: randomized where propensities are logged, or every query was tried under
+    the default and beside it; else associational.
+    """
+    return "randomized" if logged_propensity or paired else "associational"
+
+
+def verdict_matrices(
+    verdicts: VerdictColumns, beliefs: Beliefs, configs: ConfigTable, method: str
+) -> tuple[Floats, Floats, Floats]:
+    """What a lookup votes with: score, probability and gain, (P + 1, C) each, the last row where no pattern is near.
+
+    eb votes with its beliefs. The tests of welch and reference say yes or no, so that a pattern votes wholly for its
+    verdict, or for no config where the default stands.
+    """
+    if method == "eb":
+        return beliefs.score, beliefs.probability, beliefs.gain
+    votes, gain = np.zeros(beliefs.score.shape), np.zeros(beliefs.score.shape)
+    issued = np.flatnonzero(~verdicts.stands)
+    votes[issued, verdicts.config_id[issued]] = 1.0
+    gain[issued, verdicts.config_id[issued]] = np.nan_to_num(verdicts.effect[issued])
+    return votes, votes, gain
+
+
+def resolve_objective(
+    judging: JudgeConfig, quality: QualityConfig, trajectories: Trajectories, evidence: Evidence
+) -> Objective:
+    """The objective with its references: the default's geometric mean latency, and the dearest config's mean cost."""
+    root = evidence.regroup(np.zeros(len(evidence.rows), dtype=np.int64), 1)
+    octaves = root.mean[0, :, OUTCOMES.index("log2_latency")]
+    default = trajectories.configs.default
+    tried = root.rows[0] > 0
+    octave = octaves[default] if tried[default] else octaves[tried].mean()
+    dearest = float(root.mean[0, :, OUTCOMES.index("cost")].max())
+    return Objective(
+        kind=judging.objective,
+        quality=quality.name,
+        latency_weight=judging.latency_weight,
+        cost_weight=judging.cost_weight,
+        latency_ref_us=float(np.exp2(octave)),
+        cost_ref=dearest if dearest > 0 else 1.0,
+        target=judging.target,
+        max_latency_us=judging.max_latency_us,
+        max_cost=judging.max_cost,
+    )

@@ -1,0 +1,319 @@
+"""What the evidence says about each config of each pattern: effects over the default, pooled through the hierarchy.
+
+NumPy only, so that the batch job and a lookup with another trade-off compute the same numbers.
+Suffixes: P leaves, C configs, O outcomes, G nodes of the level above.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from rb_gpu.evidence import OUTCOMES, Evidence, Floats, linear_moments
+
+Rows = npt.NDArray[np.int64]
+
+# rows that the variance pooled over patterns counts for beside a cell's own (a moderated variance, Smyth 2004)
+PRIOR_ROWS = 4.0
+FAMILY_ERROR = 0.05
+# share of its variance that an effect keeps once it is taken as 0: not none, so that a precision stays finite
+SPIKE = 1e-6
+_erf = np.frompyfunc(math.erf, 1, 1)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is maximised. quality: f1 or product; weights and references as in design section 7.
+
+    kind utility: quality − latency_weight·log2(latency / latency_ref) − cost_weight·cost / cost_ref.
+    """
+
+    kind: str
+    quality: str
+    latency_weight: float
+    cost_weight: float
+    latency_ref_us: float
+    cost_ref: float
+    target: float
+    max_latency_us: float | None
+    max_cost: float | None
+
+    @property
+    def quality_direction(self) -> Floats:
+        """(O,) quality as a combination of OUTCOMES."""
+        return np.array([float(name == self.quality) for name in OUTCOMES])
+
+    @property
+    def direction(self) -> Floats:
+        """(O,) what is maximised as a combination of OUTCOMES; its constant does not matter to a comparison."""
+        direction = self.quality_direction
+        if self.kind == "utility":
+            direction[OUTCOMES.index("log2_latency")] = -self.latency_weight
+            direction[OUTCOMES.index("cost")] = -self.cost_weight / self.cost_ref
+        return direction
+
+    def utility(self, quality: Floats, latency_us: Floats, cost: Floats) -> Floats:
+        """Utility of single outcomes, with its constant, elementwise; quality alone where kind is bound or floor."""
+        if self.kind != "utility":
+            return quality
+        octaves = np.log2(np.maximum(latency_us, 1.0) / self.latency_ref_us)
+        return quality - self.latency_weight * octaves - self.cost_weight * cost / self.cost_ref
+
+
+@dataclass(frozen=True)
+class Beliefs:
+    """Posterior of each cell's gain over the default and of its quality; (P + 1, C) each, float64.
+
+    The last row is for a pattern that is not known: what the table foretells of one more pattern. A query that is near
+    no pattern is answered by it.
+
+    gain, gain_variance: of the objective's difference to the default. probability: that it beats the default by the
+    margin (bound: and keeps the bound; floor: that quality reaches the target). score: what is maximised among the
+    configs that are probable enough. quality: expected quality. margin: (C,).
+    """
+
+    gain: Floats
+    gain_variance: Floats
+    probability: Floats
+    score: Floats
+    quality: Floats
+    margin: Floats
+
+    def choose(self, min_probability: float, default: int, likeliest: bool) -> Rows:
+        """(P + 1,) the config of highest score among those with probability >= min_probability, else the default.
+
+        likeliest: where none is probable enough, the most probable in place of the default (a floor asks for that).
+        """
+        return choose(self.score, self.probability, min_probability, default, likeliest)
+
+
+def choose(
+    score: npt.NDArray[np.floating], probability: npt.NDArray[np.floating], least: float, default: int, likeliest: bool
+) -> Rows:
+    """For each row of (P, C): argmax score where probability >= least, else default or the likeliest config."""
+    eligible = probability >= least
+    best = np.where(eligible, score, -np.inf).argmax(1)
+    fallback = probability.argmax(1) if likeliest else np.full(len(best), default)
+    return np.where(eligible.any(1), best, fallback)
+
+
+def normal_cdf(z: Floats) -> Floats:
+    """Standard normal distribution function, elementwise."""
+    return 0.5 * (1.0 + np.asarray(_erf(z / math.sqrt(2.0)), dtype=np.float64))
+
+
+def effects(evidence: Evidence, direction_O: Floats, default: int) -> tuple[Floats, Floats]:
+    """Raw effect over the default (P, C) and its variance, infinite where the cell or the default has no evidence.
+
+    Differences are paired where every query was tried under the default too. A cell's variance is moderated by its
+    config's variance over all patterns; where that is zero or unknown, nothing can be said and it is infinite.
+    """
+    if evidence.paired:
+        moments = (evidence.pair_w, evidence.pair_w2, evidence.pair_mean, evidence.pair_comoment)
+        effect, variance, size = linear_moments(*moments, direction_O)
+        error = _error(variance, size)
+    else:
+        mean, variance, size = linear_moments(evidence.w, evidence.w2, evidence.mean, evidence.comoment, direction_O)
+        error = _error(variance, size)
+        effect = mean - mean[:, [default]]
+        error = error + error[:, [default]]
+    known = np.isfinite(error) & (error > 0)
+    effect, error = np.where(known, effect, 0.0), np.where(known, error, np.inf)
+    effect[:, default], error[:, default] = 0.0, np.inf
+    return effect, error
+
+
+def _error(variance: Floats, size: Floats) -> Floats:
+    """Variance of each cell's mean, from moderated cell variances."""
+    freedom = np.where(np.isfinite(variance), np.maximum(size - 1.0, 0.0), 0.0)
+    within = np.where(np.isfinite(variance), variance, 0.0)
+    total = freedom.sum(0)
+    pooled = np.divide((freedom * within).sum(0), total, out=np.full(total.shape, np.nan), where=total > 0)
+    moderated = (PRIOR_ROWS * pooled + freedom * within) / (PRIOR_ROWS + freedom)
+    # a variance that is itself estimated makes its inverse too large on average: the first-order correction
+    moderated = moderated * (1.0 + 2.0 * freedom / (PRIOR_ROWS + freedom) ** 2)
+    usable = (size > 0) & (pooled > 0)
+    error: Floats = np.divide(moderated, size, out=np.full(size.shape, np.inf), where=usable)
+    return error
+
+
+def pool(effect: Floats, variance: Floats, parents: Sequence[Rows], tested: bool) -> tuple[Floats, Floats, Floats]:
+    """Posterior mean and variance of every cell (P, C), and the variance of the root (C,).
+
+    A normal model on the tree: a child scatters around its parent by τ² (per level and config, Paule & Mandel 1982).
+    Beliefs go up and then down exactly (Pearl 1988): a child's prior is its parent's posterior from everything but that
+    child, so no row counts twice. parents: for each level from the leaves, the row of each node's parent; the last
+    level's nodes hang below one root. An infinite variance says that a cell has no evidence.
+
+    tested: what chance alone could show is taken as nothing, so that equal configs stay equal: a config's effect on the
+    whole is 0 unless a test rejects that, and its τ² are 0 unless Cochran's Q over the leaves rejects homogeneity, at
+    FAMILY_ERROR for all configs and both tests together.
+    """
+    levels = [*parents, np.zeros(_width(parents, len(effect)), dtype=np.int64)]
+    mean, var = effect, variance
+    varied = _varies(effect, variance) if tested else np.ones(effect.shape[1], dtype=bool)
+    messages: list[tuple[Floats, Floats, Floats, Floats]] = []
+    for parent in levels:
+        groups = int(parent.max()) + 1
+        tau2 = np.where(varied, paule_mandel(mean, var, parent, groups), 0.0)
+        precision = np.where(np.isfinite(var), 1.0 / (var + tau2), 0.0)
+        messages.append((mean, var, precision, tau2))
+        total = _add(precision, parent, groups)
+        up = np.divide(_add(precision * mean, parent, groups), total, out=np.zeros(total.shape), where=total > 0)
+        mean, var = up, np.divide(1.0, total, out=np.full(total.shape, np.inf), where=total > 0)
+    root_var = var[0]
+    if tested:
+        doubtful = ~_differs(mean[0], root_var)
+        mean[0, doubtful] = 0.0
+        var[0, doubtful] *= SPIKE
+    for parent, (child_mean, child_var, precision, tau2) in zip(reversed(levels), reversed(messages), strict=True):
+        above = np.divide(1.0, var, out=np.zeros(var.shape), where=np.isfinite(var))[parent]
+        cavity = above - precision
+        known = cavity > 1e-9 * np.maximum(above, 1e-300)
+        prior_mean = np.divide(
+            above * mean[parent] - precision * child_mean, cavity, out=np.zeros(cavity.shape), where=known
+        )
+        prior_var = np.divide(1.0, cavity, out=np.full(cavity.shape, np.inf), where=known) + tau2
+        own = np.where(np.isfinite(child_var), 1.0 / child_var, 0.0)
+        prior = np.where(np.isfinite(prior_var), 1.0 / prior_var, 0.0)
+        total = own + prior
+        mean = np.divide(own * child_mean + prior * prior_mean, total, out=np.zeros(total.shape), where=total > 0)
+        var = np.divide(1.0, total, out=np.full(total.shape, np.inf), where=total > 0)
+    return mean, var, root_var
+
+
+def _width(parents: Sequence[Rows], leaves: int) -> int:
+    return int(parents[-1].max()) + 1 if parents else leaves
+
+
+def _add(x: Floats, group: Rows, groups: int) -> Floats:
+    out = np.zeros((groups, x.shape[1]))
+    np.add.at(out, group, x)
+    return out
+
+
+def _rejects(p_C: Floats) -> npt.NDArray[np.bool_]:
+    """Which hypotheses fall at a false discovery rate of FAMILY_ERROR / 2 (Benjamini & Hochberg); NaN is no test."""
+    order = np.argsort(np.where(np.isnan(p_C), np.inf, p_C))
+    tests = int(np.count_nonzero(~np.isnan(p_C)))
+    passed = np.flatnonzero(p_C[order[:tests]] <= FAMILY_ERROR / 2 * np.arange(1, tests + 1) / max(tests, 1))
+    rejected = np.zeros(len(p_C), dtype=bool)
+    rejected[order[: passed[-1] + 1 if len(passed) else 0]] = True
+    return rejected
+
+
+def _differs(mean_C: Floats, var_C: Floats) -> npt.NDArray[np.bool_]:
+    """Which configs differ from the default on the whole, by a two-sided normal test."""
+    known = np.isfinite(var_C) & (var_C > 0)
+    z = np.divide(np.abs(mean_C), np.sqrt(var_C), out=np.zeros(len(mean_C)), where=known)
+    return _rejects(np.where(known, 2.0 * normal_cdf(-z), np.nan))
+
+
+def _varies(effect: Floats, variance: Floats) -> npt.NDArray[np.bool_]:
+    """For which configs the leaves scatter more than their errors explain: Cochran's Q (1954), its chi-squared tail by
+    Wilson & Hilferty's cube root (1931).
+    """
+    weight = np.where(np.isfinite(variance), 1.0 / variance, 0.0)
+    total = weight.sum(0)
+    centre = np.divide((weight * effect).sum(0), total, out=np.zeros(total.shape), where=total > 0)
+    freedom = np.isfinite(variance).sum(0) - 1.0
+    ratio = (weight * (effect - centre) ** 2).sum(0) / np.maximum(freedom, 1.0)
+    part = 2.0 / (9.0 * np.maximum(freedom, 1.0))
+    z = (np.cbrt(ratio) - (1.0 - part)) / np.sqrt(part)
+    return _rejects(np.where(freedom > 0, normal_cdf(-z), np.nan))
+
+
+def paule_mandel(mean: Floats, var: Floats, parent: Rows, groups: int) -> Floats:
+    """τ² (C,) at which the children's weighted squares around their parents' means equal their degrees of freedom.
+
+    Paule & Mandel (1982) with one mean per parent. 0 where the children scatter no more than their errors.
+    """
+    informative = np.isfinite(var)
+    freedom = np.maximum(_add(informative.astype(np.float64), parent, groups) - 1.0, 0.0).sum(0)
+
+    def excess(tau2: Floats) -> Floats:
+        weight = np.where(informative, 1.0 / (np.where(informative, var, 1.0) + tau2), 0.0)
+        total = _add(weight, parent, groups)
+        centre = np.divide(_add(weight * mean, parent, groups), total, out=np.zeros(total.shape), where=total > 0)
+        return np.asarray((weight * (mean - centre[parent]) ** 2).sum(0) - freedom)
+
+    spread = np.where(informative, mean, 0.0)
+    high = np.maximum((spread.max(0) - spread.min(0)) ** 2, 1e-300)
+    low = np.zeros_like(high)
+    over_dispersed = (excess(low) > 0) & (freedom > 0)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        above = excess(middle) > 0
+        low, high = np.where(above, middle, low), np.where(above, high, middle)
+    return np.where(over_dispersed, 0.5 * (low + high), 0.0)
+
+
+def believe(
+    evidence: Evidence, parents: Sequence[Rows], objective: Objective, default: int, margin: float | str | Floats
+) -> Beliefs:
+    """The posterior beliefs of every leaf, and of a leaf that is not known, under an objective.
+
+    margin: a number, (C,) numbers, or "auto": the standard error of the config's difference to the default over the
+    whole table, since no smaller gain can be told from none.
+    """
+    evidence = evidence.with_unknown()
+    parents = [np.append(parent, parent.max() + 1) for parent in parents]
+    effect, variance = effects(evidence, objective.direction, default)
+    gain, gain_variance, root_variance = pool(effect, variance, parents, tested=True)
+    gain[:, default], gain_variance[:, default] = 0.0, 0.0
+    configs = len(root_variance)
+    if isinstance(margin, str):
+        margin_C = np.sqrt(np.where(np.isfinite(root_variance), root_variance, 0.0))
+    else:
+        margin_C = np.broadcast_to(np.asarray(margin, dtype=np.float64), (configs,)).copy()
+    margin_C[default] = 0.0
+    known = np.isfinite(gain_variance) & (gain_variance > 0)
+    z_PC = np.divide(gain - margin_C, np.sqrt(gain_variance), out=np.full(gain.shape, -np.inf), where=known)
+    probability = np.where(known, normal_cdf(np.where(known, z_PC, 0.0)), 0.0)
+
+    direction = objective.quality_direction
+    level, level_var, size = linear_moments(evidence.w, evidence.w2, evidence.mean, evidence.comoment, direction)
+    quality, quality_var, _ = pool(level, np.where(size > 0, _error(level_var, size), np.inf), parents, tested=False)
+    quality = np.where(np.isfinite(quality_var), quality, _fallback_quality(level, evidence.w))
+    score = gain
+    if objective.kind == "bound":
+        keeps = _keeps_bound(evidence, objective)
+        probability = np.where(keeps[:, [default]], probability, 1.0) * keeps
+        score = quality
+    elif objective.kind == "floor":
+        certain = np.isfinite(quality_var) & (quality_var > 0)
+        z_PC = np.divide(quality - objective.target, np.sqrt(quality_var), out=np.zeros(quality.shape), where=certain)
+        probability = np.where(certain, normal_cdf(z_PC), quality >= objective.target)
+        score = -_expense(evidence)
+    return Beliefs(gain, gain_variance, probability, score, quality, margin_C)
+
+
+def _fallback_quality(level: Floats, w: Floats) -> Floats:
+    """A constant outcome has no variance to pool by: its plain mean over all patterns stands in."""
+    total = w.sum(0)
+    mean = np.divide((w * level).sum(0), total, out=np.zeros(total.shape), where=total > 0)
+    return np.where(w > 0, level, mean)
+
+
+def _expense(evidence: Evidence) -> Floats:
+    """(P, C) mean cost, or mean latency where no cost was logged; a config never tried here at its mean over all."""
+    cost = evidence.mean[..., OUTCOMES.index("cost")]
+    price = cost if (cost > 0).any() else evidence.latency_us
+    return _fallback_quality(price, evidence.w)
+
+
+def _keeps_bound(evidence: Evidence, objective: Objective) -> npt.NDArray[np.bool_]:
+    """(P, C) whether p95 latency and mean cost stay under their bounds; a cell without rows answers by the root's."""
+    everything = evidence.regroup(np.zeros(len(evidence.rows), dtype=np.int64), 1)
+    keeps = np.ones(evidence.rows.shape, dtype=bool)
+    for bound, leaf, root in (
+        (objective.max_latency_us, evidence.latency_quantile(0.95), everything.latency_quantile(0.95)),
+        (objective.max_cost, evidence.mean[..., OUTCOMES.index("cost")], everything.mean[..., OUTCOMES.index("cost")]),
+    ):
+        if bound is not None:
+            keeps &= np.where(evidence.rows > 0, leaf, root) <= bound
+    return keeps

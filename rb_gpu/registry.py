@@ -1,0 +1,146 @@
+"""The registry: a folder of artifact versions, a link to the champion, one job at a time.
+
+artifacts/20261123T061500-3f2a91/   versions, immutable
+artifacts/champion                  a relative link, switched by an atomic replace
+artifacts/history.jsonl             one line per promotion: when, which, why
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rb_gpu.artifact import MANIFEST, read_manifest, sync_folder, verify_artifact
+from rb_gpu.errors import ArtifactError, RegistryError
+
+CHAMPION = "champion"
+HISTORY = "history.jsonl"
+LOCK = ".lock"
+VERSION = re.compile(r"\d{8}T\d{6}-[0-9a-f]{6}")
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Versions below `path`; the last `keep` stay, and always the champion and the one before it."""
+
+    path: Path
+    keep: int = 10
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the registry for one job and clears what a killed one left. Raises RegistryError where it is taken."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / LOCK).open("a+")
+        except OSError as error:
+            raise RegistryError(
+                f"registry.path={self.path} cannot be written ({error.strerror}); choose another registry.path"
+            ) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise RegistryError(
+                    f"registry.path={self.path} is in use by another job (process {file.read().strip() or 'unknown'}); "
+                    "wait for it, or choose another registry.path"
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            for stale in self.path.glob(".tmp-*"):
+                shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
+            yield
+
+    def versions(self) -> list[str]:
+        """Every version, oldest first."""
+        if not self.path.is_dir():
+            return []
+        return sorted(entry.name for entry in self.path.iterdir() if VERSION.fullmatch(entry.name))
+
+    def new_version(self) -> str:
+        """A name that sorts after those before it: UTC seconds, then random digits."""
+        return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.urandom(3).hex()}"
+
+    def champion(self) -> str | None:
+        """The version that is served, None where there is none."""
+        link = self.path / CHAMPION
+        return link.readlink().name if link.is_symlink() else None
+
+    def folder(self, version: str) -> Path:
+        """The folder of a version; "champion" stands for the one served. Raises RegistryError where it is unknown."""
+        name = self.champion() if version == CHAMPION else version
+        if name is None:
+            raise RegistryError(f"version={version}: nothing is served yet in {self.path}; promote a version first")
+        if not VERSION.fullmatch(name) or not (self.path / name / MANIFEST).is_file():
+            shown = ", ".join(self.versions()[-5:]) or "none"
+            raise RegistryError(f"version={version} is not in {self.path} (newest: {shown}); action=list shows all")
+        return self.path / name
+
+    def promote(self, version: str, reason: str) -> None:
+        """Serves a version from now on, once all its files are verified. Raises ArtifactError, RegistryError."""
+        folder = self.folder(version)
+        verify_artifact(folder)
+        temporary = self.path / f".tmp-{CHAMPION}-{os.getpid()}"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(folder.name)
+        before = self.champion()
+        temporary.replace(self.path / CHAMPION)
+        sync_folder(self.path)
+        entry = {"time": int(time.time()), "version": folder.name, "before": before, "reason": reason}
+        with (self.path / HISTORY).open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every promotion, oldest first; a line torn by a crash is left out."""
+        out = []
+        path = self.path / HISTORY
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            try:
+                out.append(json.loads(line))
+            except ValueError:
+                continue
+        return out
+
+    def rollback(self) -> str:
+        """Serves what was served before the champion and returns its version. Raises RegistryError, ArtifactError."""
+        champion = self.champion()
+        for entry in reversed(self.history()):
+            before = entry.get("before")
+            if entry.get("version") == champion and before and before != champion:
+                self.promote(before, f"rolled back from {champion}")
+                return str(before)
+        raise RegistryError(f"{self.path} has nothing to roll back to; action=list shows the versions to promote")
+
+    def retain(self) -> list[str]:
+        """Removes the oldest versions over `keep`; returns those removed."""
+        champion = self.champion()
+        before = next((e.get("before") for e in reversed(self.history()) if e.get("version") == champion), None)
+        old = [version for version in self.versions()[: -self.keep] if version not in (champion, before)]
+        for version in old:
+            # renamed first, so that a removal cut short leaves no version with missing files
+            doomed = self.path / f".tmp-removed-{version}"
+            (self.path / version).rename(doomed)
+            shutil.rmtree(doomed)
+        return old
+
+    def manifests(self) -> list[tuple[str, dict[str, Any] | None]]:
+        """Each version with its manifest, None where it cannot be read."""
+        out: list[tuple[str, dict[str, Any] | None]] = []
+        for version in self.versions():
+            try:
+                out.append((version, read_manifest(self.path / version)))
+            except ArtifactError:
+                out.append((version, None))
+        return out

@@ -1,0 +1,387 @@
+"""The log of answered queries: a bounded ring in one SQLite file, on a local disk, that many processes may write."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import operator
+import os
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from itertools import islice
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from rb_gpu.errors import ConfigError, DataError
+from rb_gpu.types import QueryTrajectory, UserFeedback
+
+_logger = logging.getLogger(__name__)
+
+_APPLICATION_ID = 0x72624C47  # "rbLG"
+_VERSION = 1
+_ROWS_PER_TRANSACTION = 1000  # short enough for other processes to get their turn
+_ROWS_PER_STATEMENT = 50  # one hold of the interpreter lock; 50 * 16 values are below the 999 of SQLite's oldest builds
+_LOCK_TIMEOUT_S = 1.0  # a fork may have to wait for it; a writer tries again
+_OPEN_TIMEOUT_S = 30.0
+_WARNING_INTERVAL_S = 60.0
+
+# A vote is a row of its own, since it may come before its trajectory, or from a process that never saw it.
+# seq has no gaps: SQLite gives max + 1, and only the oldest rows are ever deleted.
+_CREATE = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS trajectory (
+    seq INTEGER PRIMARY KEY, id INTEGER NOT NULL UNIQUE, query_id INTEGER, ef_search INTEGER NOT NULL,
+    n_probes INTEGER NOT NULL, context_tokens INTEGER NOT NULL, model_tier TEXT NOT NULL, temperature REAL NOT NULL,
+    precision REAL, recall REAL, latency_us INTEGER NOT NULL, cost REAL, timestamp INTEGER NOT NULL, propensity REAL,
+    policy TEXT, retrieved_ids TEXT NOT NULL, query_embedding BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS vote (
+    seq INTEGER PRIMARY KEY, id INTEGER NOT NULL UNIQUE, rating INTEGER NOT NULL, comment TEXT);
+PRAGMA application_id = {_APPLICATION_ID};
+PRAGMA user_version = {_VERSION};
+COMMIT;
+"""
+_INSERT = "INSERT INTO {} VALUES {} ON CONFLICT (id) DO NOTHING"
+_EVICT = "DELETE FROM {0} WHERE seq <= (SELECT max(seq) FROM {0}) - ?"
+_SELECT = """
+SELECT t.seq, t.id, coalesce(query_id, t.id) AS query_id, query_embedding, ef_search, n_probes, context_tokens,
+    model_tier, temperature, precision, recall, latency_us, cost, coalesce(rating, 0) AS rating, timestamp, propensity,
+    policy FROM trajectory t LEFT JOIN vote USING (id) WHERE t.seq > ? AND t.seq <= ? ORDER BY t.seq LIMIT ?
+"""
+_DTYPES = {
+    "i8": ("seq", "timestamp"),
+    "u8": ("id", "query_id", "latency_us"),
+    "u4": ("ef_search", "n_probes", "context_tokens"),
+    "f4": ("temperature", "precision", "recall", "cost", "propensity"),
+    "i1": ("rating",),
+}
+
+# A child of fork() that inherits an open connection would share SQLite's book-keeping of its parent's file locks, and
+# so corrupt the file. Whoever uses SQLite here holds the gate; a fork takes it and first closes what is open.
+_gate = threading.Lock()
+_open_logs: set[TrajectoryLog] = set()
+
+_Record = dict[str, tuple[int | float | str | bytes | None, ...]]  # rows by table: a trajectory, its vote, or both
+
+
+class TrajectoryLog:
+    """Appends trajectories and votes to the ring at `path`, from any number of threads and processes.
+
+    The caller only puts onto a queue of `queue_size` records in memory; one daemon thread writes it every
+    `flush_interval` seconds. A killed process loses what was not written yet, never the file; a normal exit writes all,
+    except from a worker of `multiprocessing`, which has to call `close`. A forked child starts with an empty queue.
+
+    capacity: newest trajectories kept, and newest votes. dim: length that every embedding must have, None for any.
+    Raises ConfigError for a setting out of bounds, DataError where the file is no log of this version or fails to open.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        capacity: int = 1_000_000,
+        dim: int | None = None,
+        flush_interval: float = 0.2,
+        queue_size: int = 65_536,
+    ) -> None:
+        for name, value in (("capacity", capacity), ("dim", 1 if dim is None else dim), ("queue_size", queue_size)):
+            if value < 1:
+                raise ConfigError(f"{name}={value!r} is below 1; give a positive integer")
+        if not 0 < flush_interval <= threading.TIMEOUT_MAX:  # false for NaN too
+            raise ConfigError(f"flush_interval={flush_interval!r} is not a positive number of seconds; try 0.2")
+        self.path = Path(path).absolute()  # the process may change its folder before the file is opened again
+        self._capacity, self._dim, self._queue_size, self._flush_interval = capacity, dim, queue_size, flush_interval
+        self._connection: sqlite3.Connection | None = None
+        self._deadline: float | None = None  # set by close
+        self._start_empty()
+        with _gate:
+            self._connect()
+            _open_logs.add(self)
+        atexit.register(self.close)
+
+    def _start_empty(self) -> None:
+        """State of a new log, and of a forked child: its parent writes what was queued."""
+        self._queue: deque[_Record] = deque()
+        self._changed = threading.Condition()  # guards the queue, the counts and the thread
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._accepted = self._written = self._dropped = self._duplicates = 0
+        self._warned_at: dict[str, float] = {}
+
+    @property
+    def dropped(self) -> int:
+        """Records (trajectories and votes) that this process lost: the queue was full, or the log closed."""
+        return self._dropped
+
+    @property
+    def duplicates(self) -> int:
+        """Trajectories that this process wrote in vain: the id was in the file already, and the first one stands."""
+        return self._duplicates
+
+    def record(self, trajectory: QueryTrajectory) -> bool:
+        """Queues a copy of a trajectory, with its feedback as a vote; False where it was dropped.
+
+        Raises DataError where the embedding is not one vector of `dim` float32 or an integer is outside its 64 bits,
+        TypeError or ValueError where another field is of a wrong type.
+        """
+        shape = np.shape(trajectory.query_embedding)
+        if len(shape) != 1 or self._dim not in (None, shape[0]):
+            shapes = f"{shape}, not ({self._dim or 'D'},)"
+            raise DataError(f"query_embedding of {trajectory.id} has shape {shapes}; log the vector that was searched")
+        params = trajectory.search_params
+        ids = _signed(trajectory.id), None if trajectory.query_id is None else _signed(trajectory.query_id)
+        counts = int(params.ef_search), int(params.n_probes), int(params.context_tokens)
+        choice = _text(params.model_tier), float(params.temperature)
+        quality = float(trajectory.precision), float(trajectory.recall)
+        price = _signed(trajectory.latency_us), None if trajectory.cost is None else float(trajectory.cost)
+        odds = None if trajectory.propensity is None else float(trajectory.propensity)
+        origin = _signed(trajectory.timestamp, -(2**63)), odds, _text(trajectory.policy)
+        retrieved = json.dumps(trajectory.retrieved_ids)
+        embedding = np.asarray(trajectory.query_embedding, dtype="<f4").tobytes()
+        record: _Record = {
+            "trajectory": (None, *ids, *counts, *choice, *quality, *price, *origin, retrieved, embedding)
+        }
+        return self._put(record if trajectory.feedback is None else record | _vote(trajectory.id, trajectory.feedback))
+
+    def record_feedback(self, trajectory_id: int, feedback: UserFeedback) -> bool:
+        """Queues a vote; False where it was dropped. The first vote for an id to reach the file stands, a later one
+        changes nothing. It may come before its trajectory. Raises DataError where the id is no uint64.
+        """
+        return self._put(_vote(trajectory_id, feedback))
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Waits until all that was queued before is in the file; False after `timeout` seconds, or where close lost it.
+
+        What is in the file survives the death of the process; a power cut may take the last of it.
+        """
+        with self._changed:
+            target = self._accepted
+            self._wake.set()
+            self._changed.wait_for(lambda: self._written >= target or self._thread is None, timeout)
+            return self._written >= target
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Writes what is queued; where the file cannot be written for `timeout` seconds, the rest counts as dropped."""
+        with self._changed:
+            self._deadline = self._deadline or time.monotonic() + timeout
+            self._wake.set()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+        with _gate:
+            self._disconnect()
+            _open_logs.discard(self)
+        atexit.unregister(self.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _put(self, record: _Record) -> bool:
+        with self._changed:
+            if self._deadline is None and len(self._queue) < self._queue_size:
+                self._queue.append(record)
+                self._accepted += 1
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name="rb_gpu trajectory log", daemon=True)
+                    self._thread.start()
+                if 2 * len(self._queue) == self._queue_size:
+                    self._wake.set()
+                return True
+            self._dropped += 1
+        self._warn("the log is closed" if self._deadline else "the queue is full; raise queue_size")
+        return False
+
+    def _warn(self, problem: str) -> None:
+        """Logs each problem once a minute at most: a full disk must not flood the service's own log."""
+        now = time.monotonic()
+        if now - self._warned_at.get(problem, -_WARNING_INTERVAL_S) >= _WARNING_INTERVAL_S:
+            self._warned_at[problem] = now
+            _logger.warning("trajectory log %s: %s (%d records dropped so far)", self.path, problem, self._dropped)
+
+    def _run(self) -> None:
+        deadline = None
+        while deadline is None or (self._queue and time.monotonic() < deadline):
+            self._wake.wait(self._flush_interval if deadline is None else 0.05)
+            self._wake.clear()
+            deadline = self._deadline  # read before the queue, so that nothing put before close stays behind
+            try:
+                while self._queue:
+                    self._write_batch()
+            except Exception as error:  # whatever it is, a dead writer would lose all that follows
+                self._warn(f"cannot write, will try again: {error}")
+        with self._changed:
+            lost = len(self._queue)
+            self._dropped += lost
+            self._thread = None
+            self._changed.notify_all()
+        if lost:
+            self._warn("closed before the queue could be written")
+
+    def _write_batch(self) -> None:
+        with self._changed:
+            batch = list(islice(self._queue, _ROWS_PER_TRANSACTION))
+        with _gate:
+            try:
+                duplicates = self._transact(batch)
+            except BaseException:
+                self._disconnect()  # takes back what the transaction did; its rows are still queued
+                raise
+        with self._changed:
+            for _ in batch:
+                self._queue.popleft()
+            self._written += len(batch)
+            self._duplicates += duplicates
+            self._changed.notify_all()
+
+    def _transact(self, batch: list[_Record]) -> int:
+        """Writes the batch and returns how many of its trajectories were duplicates."""
+        connection = self._connect()
+        connection.execute("BEGIN IMMEDIATE")
+        repeated = {"trajectory": 0, "vote": 0}
+        for table in repeated:
+            rows = [record[table] for record in batch if table in record]
+            for start in range(0, len(rows), _ROWS_PER_STATEMENT):
+                part = rows[start : start + _ROWS_PER_STATEMENT]
+                insert = _INSERT.format(table, ", ".join([f"({', '.join('?' * len(part[0]))})"] * len(part)))
+                added = connection.execute(insert, [value for row in part for value in row]).rowcount
+                repeated[table] += len(part) - added
+            connection.execute(_EVICT.format(table), (self._capacity,))
+        connection.execute("COMMIT")
+        return repeated["trajectory"]
+
+    def _connect(self) -> sqlite3.Connection:
+        """The open connection, or a new one where the file was deleted or rotated away. Only with the gate held."""
+        if self._connection and not (self.path.exists() and self._file == self.path.stat().st_ino):
+            self._disconnect()
+        if not self._connection:
+            self._connection = _open_writer(self.path)
+            self._file: int = self.path.stat().st_ino
+        return self._connection
+
+    def _disconnect(self) -> None:
+        if self._connection:
+            self._connection.close()
+            self._connection = None
+
+
+def read_batches(
+    path: str | os.PathLike[str], rows: int = 65_536, after: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """The log's rows in the order of insertion, `rows` at a time, up to the newest when the first batch is read.
+
+    Each batch maps the columns of the trajectory table to arrays of its n rows: seq, timestamp (UTC seconds) int64; id,
+    query_id (the row's own id where none was logged), latency_us uint64; ef_search, n_probes, context_tokens uint32;
+    temperature, precision, recall, cost, propensity float32, NaN where unknown; rating int8, 0 where there is none.
+    Lists: model_tier str, policy str or None, query_embedding read-only float32 vectors, each as long as it was logged.
+
+    after: a row's seq; only later rows come. Writers may go on; what they evict before it is read is missing.
+    The first batch raises ConfigError for rows < 1, DataError where the file is missing or no log of this version.
+    """
+    if rows < 1:
+        raise ConfigError(f"rows={rows!r} is below 1; give the number of rows to read at a time")
+    absolute, seq = Path(path).absolute(), after or 0
+    newest = _select(absolute, "SELECT max(seq) AS newest FROM trajectory", ())["newest"][0]
+    # a connection per batch: one kept open would stop the writers from emptying the write-ahead log
+    while batch := _select(absolute, _SELECT, (seq, newest, rows)):
+        for dtype, names in _DTYPES.items():
+            for name in names:  # SQLite has int64 for uint64; NumPy reads None as NaN
+                batch[name] = np.array(batch[name], dtype=dtype.replace("u8", "i8")).view(dtype)
+        # count: a blob with a torn last number gives a shorter vector, not an error
+        batch["query_embedding"] = [np.frombuffer(blob, "<f4", len(blob) // 4) for blob in batch["query_embedding"]]
+        seq = int(batch["seq"][-1])
+        yield batch
+
+
+def _signed(value: int, low: int = 0) -> int:
+    """A 64-bit integer, unsigned where `low` is 0, as the int64 with the same bits: all that SQLite has."""
+    number = operator.index(value)
+    if not low <= number < low + 2**64:
+        raise DataError(f"{number} is outside [{low}, {low + 2**64 - 1}]; log ids, times and latencies in 64 bits")
+    return number - 2**64 if number >= 2**63 else number
+
+
+def _text(value: str | None) -> str | None:
+    if value is not None:
+        value.encode()  # a lone surrogate has to fail here, in the caller, and not for ever in the writer
+    return value
+
+
+def _vote(trajectory_id: int, feedback: UserFeedback) -> _Record:
+    return {"vote": (None, _signed(trajectory_id), int(feedback.rating), _text(feedback.comment))}
+
+
+def _open_writer(path: Path) -> sqlite3.Connection:
+    deadline = time.monotonic() + _OPEN_TIMEOUT_S
+    while True:
+        try:
+            with ExitStack() as on_error:
+                # the gate keeps threads apart, and a fork closes from its own thread
+                connection = sqlite3.connect(path, _LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+                on_error.callback(connection.close)
+                if _is_empty(connection, path):
+                    connection.execute("PRAGMA journal_mode = WAL")
+                    connection.executescript(_CREATE)
+                connection.execute("PRAGMA synchronous = NORMAL")
+                on_error.pop_all()
+                return connection
+        except sqlite3.Error as error:
+            # SQLite does not wait by itself where several processes make the file at the same time
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise DataError(f"{path}: {error}; give the path of a trajectory log that you may write") from error
+            time.sleep(0.01)
+
+
+def _select(path: Path, query: str, values: tuple[int, ...]) -> dict[str, Any]:
+    """Columns of a query on a read-only connection; empty where it gives no row."""
+    # without -wal nobody writes; immutable then keeps the reader from making one, which it may not be allowed to do, or
+    # which the next writer could not use
+    wal = path.with_name(path.name + "-wal")
+    alone = not wal.exists()
+    uri = path.as_uri() + ("?mode=ro&immutable=1" if alone else "?mode=ro")
+    try:
+        with _gate, closing(sqlite3.connect(uri, _OPEN_TIMEOUT_S, uri=True)) as connection:
+            if _is_empty(connection, path):
+                raise DataError(f"{path}: the file is empty; give the path of a trajectory log that was written to")
+            cursor = connection.execute(query, values)
+            names, rows = [name for name, *_ in cursor.description], cursor.fetchall()
+    except sqlite3.Error as error:
+        raise DataError(f"{path}: {error}; give the path of a trajectory log that you may read") from error
+    if alone and wal.exists():  # a writer came meanwhile
+        return _select(path, query, values)
+    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=False))
+
+
+def _is_empty(connection: sqlite3.Connection, path: Path) -> bool:
+    """Whether the file holds nothing yet; DataError where it holds anything but a log of this version."""
+    # tables first: another process may be making the file between these queries
+    queries = "SELECT count(*) FROM sqlite_master", "PRAGMA application_id", "PRAGMA user_version"
+    tables, application_id, version = (connection.execute(query).fetchone()[0] for query in queries)
+    if application_id == _APPLICATION_ID and version != _VERSION:
+        raise DataError(f"{path}: log of schema {version}, this rb_gpu reads {_VERSION}; upgrade rb_gpu")
+    if application_id != _APPLICATION_ID and tables:
+        raise DataError(f"{path}: the database is no rb_gpu trajectory log; give another path")
+    return bool(application_id != _APPLICATION_ID)
+
+
+def _before_fork() -> None:
+    _gate.acquire()
+    for log in _open_logs:
+        log._disconnect()
+
+
+def _after_fork_in_child() -> None:
+    for log in _open_logs:
+        log._start_empty()
+    _gate.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_gate.release, after_in_child=_after_fork_in_child)

@@ -1,0 +1,180 @@
+"""The values that pass between a service and the bank; the names are the reference document's (section 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from rb_gpu.params import SearchParams
+
+Vector = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class UserFeedback:
+    """A user's rating of one answer, 1 (bad) to 5 (good). Raises ValueError outside that."""
+
+    rating: int
+    comment: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rating, bool) or self.rating not in (1, 2, 3, 4, 5):
+            raise ValueError(f"rating={self.rating!r} is not an integer in [1, 5]; map your scale to 1..5")
+
+    @property
+    def score(self) -> float:
+        """The rating as a share of a positive vote, 0 for 1 and 1 for 5."""
+        return (self.rating - 1) / 4
+
+
+@dataclass(frozen=True, slots=True)
+class QueryTrajectory:
+    """One answered query. precision, recall in [0, 1]; latency_us in microseconds; timestamp in UTC seconds.
+
+    propensity is the probability in (0, 1] with which the serving policy chose these parameters, None where unknown.
+    """
+
+    id: int
+    query_embedding: Vector
+    search_params: SearchParams
+    precision: float
+    recall: float
+    latency_us: int
+    timestamp: int
+    retrieved_ids: tuple[str, ...] = ()
+    feedback: UserFeedback | None = None
+    query_id: int | None = None
+    cost: float | None = None
+    propensity: float | None = None
+    policy: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedPattern:
+    """A cluster of query embeddings with its statistics.
+
+    `quality` is the reference's mean precision * recall; `confidence` is the probability that the pattern's best
+    config beats the default by the margin. Children of level L are patterns of level L - 1; a leaf has none.
+    """
+
+    id: int
+    centroid: Vector
+    optimal_params: SearchParams
+    confidence: float
+    quality: float
+    support_count: int
+    avg_precision: float
+    avg_recall: float
+    avg_latency_us: int
+    created_at: int
+    updated_at: int
+    abstraction_level: int
+    children: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictEvidence:
+    """Why a verdict says what it says.
+
+    effect: gain over the default in the objective's unit, with its 95 % interval [effect_low, effect_high].
+    avg_improvement: relative gain in quality over the default; None where the default was never tried or scored 0.
+    p_value: of the chosen config against the default; p_adjusted: the same, corrected for the number of configs and
+    patterns. probability: posterior P(beats the default by the margin). consistency: 1 / (1 + std / mean) of quality.
+    grade: randomized, adjusted or associational. Unknown numbers are NaN.
+    """
+
+    support_count: int
+    avg_improvement: float | None
+    p_value: float
+    consistency: float
+    p_adjusted: float
+    effect: float
+    effect_low: float
+    effect_high: float
+    probability: float
+    method: str
+    grade: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Which config a pattern should use; where `default_stands`, that is the default, for want of a better one."""
+
+    pattern_id: int
+    recommended_params: SearchParams
+    confidence: float
+    evidence: VerdictEvidence
+    config_id: int
+    default_stands: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PatternMatch:
+    """A pattern and its cosine similarity to the query, in [-1, 1]."""
+
+    pattern: LearnedPattern
+    similarity: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tradeoff:
+    """What an octave of latency, and cost as a share of its reference, weigh against quality; both >= 0."""
+
+    latency_weight: float
+    cost_weight: float
+
+    def __post_init__(self) -> None:
+        for name in ("latency_weight", "cost_weight"):
+            value = getattr(self, name)
+            if not (np.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value!r} is not a finite number >= 0; give 0 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSource:
+    """Where an answer came from: a pattern, or the default (pattern_id None)."""
+
+    pattern_id: int | None
+
+    @property
+    def is_default(self) -> bool:
+        """Whether the default parameters were returned."""
+        return self.pattern_id is None
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizedParams:
+    """The answer for one query.
+
+    confidence: probability that `params` beat the default by the margin; 0 where the default is returned.
+    expected_quality: quality expected of `params` here. expected_gain: expected gain
+    over the default in the objective's unit. config_id: row of `bank.configs`, None for an interpolated setting that
+    was never tried. reason: in a few words, why this answer.
+    """
+
+    params: SearchParams
+    confidence: float
+    source: ParamSource
+    expected_quality: float
+    expected_gain: float
+    config_id: int | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningBankStats:
+    """Counters of this process and figures of the artifact (reference section 8).
+
+    avg_improvement_percent comes from held-out data: the bank's gain in quality over the default; NaN if not measured.
+    """
+
+    total_trajectories: int = 0
+    total_patterns: int = 0
+    total_verdicts: int = 0
+    total_lookups: int = 0
+    total_feedback: int = 0
+    pattern_hit_rate: float = 0.0
+    avg_recommendation_confidence: float = 0.0
+    avg_improvement_percent: float = field(default=float("nan"))

@@ -1,0 +1,227 @@
+"""k-means against brute force, the document's own reading, and what it promises about seeds, weights and edges."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score
+
+from rb_gpu.learn import distances
+from rb_gpu.learn.kmeans import kmeans, seed_plus_plus
+
+
+def blobs(clusters: int, per: int, dim: int, spread: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(clusters, dim)) * 3
+    label = np.repeat(np.arange(clusters), per)
+    return (centres[label] + spread * rng.normal(size=(len(label), dim))).astype(np.float32), label
+
+
+def brute_force_labels(x: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    d2 = ((x[:, None].astype(np.float64) - centroids[None].astype(np.float64)) ** 2).sum(2)
+    return d2.argmin(1), d2
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize(("n", "dim", "k"), [(500, 16, 7), (300, 1, 5), (64, 200, 64), (1000, 3, 40)])
+def test_labels_are_the_exact_assignment_to_the_final_centroids(metric, n, dim, k):
+    x = np.random.default_rng(1).normal(size=(n, dim)).astype(np.float32) + (10 if metric == "l2" else 0)
+    result = kmeans(x, k, metric=metric, seed=3)
+    points = x / np.linalg.norm(x, axis=1, keepdims=True) if metric == "cosine" else x
+    _, d2 = brute_force_labels(points, result.centroids)
+    chosen = d2[np.arange(n), result.labels]
+    assert np.all(chosen <= d2.min(1) + 1e-5 * (1 + d2.min(1)))
+    assert result.inertia == pytest.approx(chosen.sum(), rel=1e-5, abs=1e-6)
+
+
+def test_from_the_same_start_it_ends_where_the_document_ends():
+    x, _ = blobs(6, 40, 5, 1.5)
+    start, _ = oracles.kmeans_plus_plus(x.astype(float).tolist(), 6, np.random.default_rng(0).random(6).tolist())
+    centroids, labels, _ = oracles.lloyd(x.astype(float).tolist(), start, 200)
+    result = kmeans(x, 6, init=np.array(start, np.float32), max_iter=200, epsilon=0.0)
+    assert np.array_equal(result.labels, labels)
+    np.testing.assert_allclose(result.centroids, centroids, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_all_well_separated_clusters_are_found(seed):
+    # without the exchange step plain k-means++ finds 90 to 97 of 100
+    x, label = blobs(100, 60, 16, 0.5)
+    assert adjusted_rand_score(label, kmeans(x, 100, seed=seed).labels) > 0.999
+
+
+def test_inertia_is_no_worse_than_scikit_learns():
+    x = np.random.default_rng(0).normal(size=(3000, 12)).astype(np.float32)
+    ours = np.median([kmeans(x, 30, seed=s).inertia for s in range(5)])
+    theirs = np.median([KMeans(30, n_init=1, random_state=s).fit(x).inertia_ for s in range(5)])
+    assert ours <= 1.005 * theirs
+
+
+def test_seeds_are_distributed_as_d_squared_sampling():
+    # five points on a line, two seeds: the joint law of (first, second) is known in closed form
+    x = torch.tensor([[0.0], [1.0], [3.0], [7.0], [7.5]])
+    d2 = (x - x.T).square().numpy().astype(float)
+    law = d2 / d2.sum(1, keepdims=True) / len(x)
+    generator = torch.Generator().manual_seed(0)
+    counts = np.zeros((5, 5))
+    for _ in range(6000):
+        seeds, _, _ = seed_plus_plus(x, torch.ones(5), 2, generator, torch.device("cpu"))
+        first, second = (int((x[:, 0] == s).nonzero()[0]) for s in seeds[:, 0])
+        counts[first, second] += 1
+    possible = law > 0
+    assert counts[~possible].sum() == 0
+    assert stats.chisquare(counts[possible], law[possible] * counts.sum()).pvalue > 1e-4
+
+
+def test_a_block_of_seeds_is_distributed_as_one_after_the_other():
+    # the third and fourth seed come from one block of candidates: accepted by D²_now / D²_before
+    x = torch.tensor([[0.0], [1.0], [4.0], [9.0], [10.0], [30.0]])
+    generator = torch.Generator().manual_seed(1)
+    rng = np.random.default_rng(1)
+    ours, theirs = np.zeros(6), np.zeros(6)
+    for _ in range(4000):
+        seeds, _, _ = seed_plus_plus(x, torch.ones(6), 4, generator, torch.device("cpu"))
+        ours[[int((x[:, 0] == s).nonzero()[0]) for s in seeds[:, 0]]] += 1
+        _, indices = oracles.kmeans_plus_plus(x.double().tolist(), 4, rng.random(4).tolist())
+        theirs[indices] += 1
+    assert stats.chi2_contingency(np.stack([ours, theirs])).pvalue > 1e-4
+
+
+def test_weights_count_as_repeated_points():
+    x, _ = blobs(4, 25, 3, 1.0)
+    weight = np.random.default_rng(0).integers(1, 5, len(x))
+    repeated = np.repeat(x, weight, axis=0)
+    start = x[[0, 30, 60, 90]]
+    weighted, plain = kmeans(x, 4, init=start, weight=weight), kmeans(repeated, 4, init=start)
+    np.testing.assert_allclose(weighted.centroids, plain.centroids, rtol=1e-4, atol=1e-5)
+    assert weighted.inertia == pytest.approx(plain.inertia, rel=1e-5)
+
+
+def test_points_of_weight_zero_are_never_seeds():
+    x = np.array([[0.0, 0], [1, 0], [50, 50]], np.float32)
+    for seed in range(20):
+        result = kmeans(x, 3, weight=np.array([1.0, 1.0, 0.0]), seed=seed)
+        assert len(result.centroids) == 2
+
+
+def test_no_more_clusters_than_distinct_points(caplog):
+    x = np.repeat(np.random.default_rng(0).normal(size=(7, 5)), 30, axis=0).astype(np.float32)
+    with caplog.at_level(logging.WARNING):
+        result = kmeans(x, 20)
+    assert len(result.centroids) == 7
+    assert result.inertia == pytest.approx(0, abs=1e-6)
+    assert "7 distinct" in caplog.text
+
+
+def test_k_equal_to_n_gives_every_point_its_own_cluster():
+    x = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    result = kmeans(x, 40)
+    assert sorted(result.labels) == list(range(40))
+
+
+def test_one_cluster_is_the_mean():
+    x = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32) + 1000
+    np.testing.assert_allclose(kmeans(x, 1).centroids[0], x.mean(0, dtype=np.float64), rtol=1e-6)
+
+
+def test_empty_clusters_are_filled_from_the_farthest_points():
+    # two of three starts are equal, so that one of them gets no point; it must take the far group
+    x = np.array([[0.0], [0.1], [10.0], [10.1], [50.0]], np.float32)
+    result = kmeans(x, 3, init=np.array([[0.05], [0.05], [10.05]], np.float32))
+    assert len(set(result.labels)) == 3
+    assert result.inertia < 0.05
+
+
+def test_same_seed_same_bits_and_another_seed_another_start():
+    x = np.random.default_rng(0).normal(size=(2000, 8)).astype(np.float32)
+    first, again, other = (kmeans(x, 25, seed=s, max_iter=3) for s in (5, 5, 6))
+    assert first.centroids.tobytes() == again.centroids.tobytes()
+    assert first.centroids.tobytes() != other.centroids.tobytes()
+
+
+def test_restarts_keep_the_lowest_inertia():
+    x = np.random.default_rng(0).normal(size=(600, 4)).astype(np.float32)
+    assert kmeans(x, 30, n_init=6, seed=1).inertia <= kmeans(x, 30, n_init=1, seed=1).inertia
+
+
+def test_tiles_do_not_change_the_result(monkeypatch):
+    x, _ = blobs(9, 150, 6, 1.0)
+    whole = kmeans(x, 9, seed=2)
+    monkeypatch.setitem(distances.TILE_SCORES, "cpu", 1)
+    tiled = kmeans(x, 9, seed=2)
+    assert np.array_equal(whole.labels, tiled.labels)
+    np.testing.assert_allclose(whole.centroids, tiled.centroids, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.01, 100), st.floats(-50, 50))
+def test_scale_and_place_do_not_matter(seed, scale, shift):
+    x, _ = blobs(5, 30, 4, 0.5, seed=seed % 7)
+    base, moved = kmeans(x, 5, seed=seed), kmeans(x * np.float32(scale) + np.float32(shift), 5, seed=seed)
+    assert adjusted_rand_score(base.labels, moved.labels) > 0.99
+
+
+def test_cosine_ignores_lengths_and_keeps_centroids_on_the_sphere():
+    x, _ = blobs(6, 50, 8, 0.3)
+    lengths = np.random.default_rng(0).uniform(0.1, 10, (len(x), 1)).astype(np.float32)
+    base, scaled = kmeans(x, 6, metric="cosine", seed=1), kmeans(x * lengths, 6, metric="cosine", seed=1)
+    assert np.array_equal(base.labels, scaled.labels)
+    np.testing.assert_allclose(np.linalg.norm(scaled.centroids, axis=1), 1, rtol=1e-6)
+
+
+def test_one_huge_outlier_does_not_swallow_the_rest():
+    x, label = blobs(5, 50, 4, 0.1)
+    x = np.vstack([x, np.full((1, 4), 1e6, np.float32)])
+    assert adjusted_rand_score(np.append(label, 5), kmeans(x, 6, seed=0).labels) > 0.99
+
+
+def test_torch_in_torch_out_and_the_input_is_left_alone():
+    x = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
+    before = x.clone()
+    result = kmeans(x, 4, metric="cosine")
+    assert isinstance(result.centroids, torch.Tensor)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: kmeans(np.zeros((0, 3)), 2), "shape"),
+        (lambda: kmeans(np.zeros(5), 2), "shape"),
+        (lambda: kmeans(np.ones((5, 2)), 0), "k=0"),
+        (lambda: kmeans(np.ones((5, 2)), 2, metric="l1"), "metric"),
+        (lambda: kmeans(np.ones((5, 2)), 2, init="random"), "init"),
+        (lambda: kmeans(np.ones((5, 2)), 2, init=np.ones((2, 3))), "init"),
+        (lambda: kmeans(np.full((5, 2), np.nan), 2), "NaN"),
+        (lambda: kmeans(np.zeros((5, 2)), 2, metric="cosine"), "norm 0"),
+        (lambda: kmeans(np.ones((5, 2)), 2, weight=np.ones(4)), "weight"),
+        (lambda: kmeans(np.ones((5, 2)), 2, weight=-np.ones(5)), "weight"),
+    ],
+)
+def test_a_bad_argument_is_named(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
+
+
+def test_cuda_without_a_device_says_what_to_do():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(ValueError, match=r"device=cuda.*install.*device=cpu"):
+        kmeans(np.ones((5, 2)), 1, device="cuda")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees_with_the_cpu():
+    x, _ = blobs(20, 500, 32, 0.5)
+    start = x[:: len(x) // 20][:20]
+    on_gpu, on_cpu = kmeans(x, 20, init=start, device="cuda"), kmeans(x, 20, init=start, device="cpu")
+    assert on_gpu.inertia == pytest.approx(on_cpu.inertia, rel=1e-4)
