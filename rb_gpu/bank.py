@@ -6,6 +6,7 @@ Suffixes: B queries, D dims.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -48,6 +49,7 @@ class ReasoningBank:
         self._seen: tuple[int, int, int] | None = None
         self._log = TrajectoryLog(log) if log is not None else None
         self._lock = threading.Lock()
+        self._reloading = threading.Lock()
         self._pattern_of: OrderedDict[int, int] = OrderedDict()
         self._rated: set[int] = set()
         self._ratings: dict[int, tuple[int, float]] = {}
@@ -61,8 +63,8 @@ class ReasoningBank:
         search: auto, exact or index. log: SQLite file in which record_trajectory and record_feedback keep what they
         are given. Raises ArtifactError where the artifact is damaged.
         """
-        data, manifest, seen = _read(Path(path))
-        bank = cls(data, read_file(Path(path).resolve(), manifest, INDEX_FILE), search, log)
+        data, index, seen = _read(Path(path))
+        bank = cls(data, index, search, log)
         bank._path, bank._seen = Path(path), seen
         return bank
 
@@ -78,22 +80,28 @@ class ReasoningBank:
     def reload_if_changed(self) -> bool:
         """Opens the artifact again where its link or manifest changed; a bad new one is logged and the old one stays.
 
-        Returns whether another artifact is served now.
+        Returns whether another artifact is served now. The votes of this process end with the artifact that they were
+        for: the next training reads them from the log, and its artifact brings them back.
         """
-        if self._path is None:
-            return False
-        try:
-            if _fingerprint(self._path) == self._seen:
+        with self._reloading:
+            if self._path is None:
                 return False
-            data, manifest, seen = _read(self._path)
-            if data.dim != self.dim:
-                raise ArtifactError(f"the new artifact has {data.dim} dims, this bank serves {self.dim}; restart")
-            state = BankState(data, read_file(self._path.resolve(), manifest, INDEX_FILE), self._wanted_search)
-        except (ArtifactError, OSError) as error:
-            log.error("kept the artifact in use: %s", error)
-            return False
-        self._state, self._seen = state, seen
-        return True
+            try:
+                if _fingerprint(self._path) == self._seen:
+                    return False
+                data, index, seen = _read(self._path)
+                if data.dim != self.dim:
+                    raise ArtifactError(f"the new artifact has {data.dim} dims, this bank serves {self.dim}; restart")
+                state = BankState(data, index, self._wanted_search)
+            except (ArtifactError, OSError) as error:
+                log.error("kept the artifact in use: %s", error)
+                return False
+            with self._lock:
+                self._state, self._seen = state, seen
+                self._pattern_of.clear()
+                self._rated.clear()
+                self._ratings.clear()
+            return True
 
     @property
     def data(self) -> BankData:
@@ -142,7 +150,8 @@ class ReasoningBank:
         state = self._state
         rows, cosine = state.search.nearest(unit_queries(query, state.data.dim, 1), k)
         return [
-            PatternMatch(state.patterns.by_row(int(row)), float(c))
+            # a cosine of float32 vectors may round to just over 1
+            PatternMatch(state.patterns.by_row(int(row)), min(1.0, max(-1.0, float(c))))
             for row, c in zip(rows[0], cosine[0], strict=True)
             if row >= 0
         ]
@@ -200,10 +209,11 @@ class ReasoningBank:
         """Remembers which pattern a query fell into, for its feedback, and keeps it in the log where there is one."""
         state = self._state
         rows, _ = state.search.nearest(unit_queries(trajectory.query_embedding, state.data.dim, 1), 1)
-        pattern_id = int(state.data.arrays["pattern_id"][rows[0, 0]])
         with self._lock:
             self._trajectories += 1
-            self._pattern_of[trajectory.id] = pattern_id
+            # an inverted file may find nothing (row -1), and a reload may have come between: then there is no pattern
+            if rows[0, 0] >= 0 and state is self._state:
+                self._pattern_of[trajectory.id] = int(state.data.arrays["pattern_id"][rows[0, 0]])
             if len(self._pattern_of) > REMEMBERED_TRAJECTORIES:
                 forgotten, _ = self._pattern_of.popitem(last=False)
                 self._rated.discard(forgotten)
@@ -234,20 +244,20 @@ class ReasoningBank:
         """(alpha, beta) of the Beta posterior of a pattern's share of positive votes, from a uniform prior; votes of
         the training data and of this process. Raises KeyError where there is no such pattern.
         """
-        row = self.patterns.row_of(pattern_id)
-        arrays = self.data.arrays
-        count, score = self._ratings.get(pattern_id, (0, 0.0))
+        with self._lock:
+            arrays, row = self._state.data.arrays, self._state.patterns.row_of(pattern_id)
+            count, score = self._ratings.get(pattern_id, (0, 0.0))
         count, score = count + int(arrays["rating_count"][row]), score + float(arrays["rating_score"][row])
         return 1.0 + score, 1.0 + count - score
 
     def stats(self) -> ReasoningBankStats:
         """Counters of this process and figures of the artifact (reference section 8)."""
-        arrays, facts = self.data.arrays, self.data.facts
-        improvement = facts.get("evaluation", {}).get("improvement_percent")
         with self._lock:
+            arrays, facts = self._state.data.arrays, self._state.data.facts
+            improvement = facts.get("evaluation", {}).get("improvement_percent")
             return ReasoningBankStats(
                 total_trajectories=self._trajectories + int(facts.get("counts", {}).get("trajectories", 0)),
-                total_patterns=len(self.patterns),
+                total_patterns=len(arrays["pattern_id"]),
                 total_verdicts=int((arrays["verdict_stands"] == 0).sum()),
                 total_lookups=self._lookups,
                 total_feedback=self._feedback,
@@ -266,6 +276,8 @@ class ReasoningBank:
         if tradeoff is None:
             return state
         if not isinstance(tradeoff, Tradeoff):
+            if isinstance(tradeoff, bool) or not isinstance(tradeoff, (int, float, np.number)):
+                raise ValueError(f"tradeoff={tradeoff!r} is neither a number nor a Tradeoff; give one of them")
             by_cost = bool((state.data.arrays["evidence_mean"][..., 3] > 0).any())
             tradeoff = Tradeoff(0.0, float(tradeoff)) if by_cost else Tradeoff(float(tradeoff), 0.0)
         return state.under(tradeoff)
@@ -283,7 +295,9 @@ def _fingerprint(path: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def _read(path: Path) -> tuple[BankData, dict[str, Any], tuple[int, int, int]]:
+def _read(path: Path) -> tuple[BankData, bytes | None, tuple[int, int, int]]:
+    """The bank, its index, and the fingerprint, all of the one folder that the link leads to now."""
+    path = Path(os.path.realpath(path))
     try:
         seen = _fingerprint(path)
     except OSError as error:
@@ -291,4 +305,4 @@ def _read(path: Path) -> tuple[BankData, dict[str, Any], tuple[int, int, int]]:
             f"{path} holds no {MANIFEST} ({error.strerror}); run jobs.train or check the path"
         ) from error
     data, manifest = load_artifact(path)
-    return data, manifest, seen
+    return data, read_file(path, manifest, INDEX_FILE), seen

@@ -1,8 +1,8 @@
 """Export and import of a bank as JSON: versioned, exact, validated like an artifact.
 
 Layout: `patterns`, `verdicts` and `configs` are lists of objects with the fields of `rb_gpu.types`; `cells` holds the
-(pattern, config) arrays by name as nested lists; a NaN is null. Python writes the shortest decimal that reads back as
-the same float, so that nothing is lost.
+(pattern, config) arrays by name as nested lists; a NaN is null, and an endless number the string "inf" or "-inf".
+Python writes the shortest decimal that reads back as the same float, so that nothing is lost.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def _columns(section: str) -> dict[str, str]:
 
 
 def _plain(array: npt.NDArray[Any]) -> Any:
-    if array.dtype.kind == "f" and np.isnan(array).any():
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
         boxed = array.astype(object)
         boxed[np.isnan(array)] = None
+        boxed[array == np.inf], boxed[array == -np.inf] = "inf", "-inf"
         return boxed.tolist()
     return array.tolist()
 
@@ -88,7 +89,7 @@ def read_export(path: Path) -> BankData:
                 arrays[name] = _array(name, [entry[field] for entry in document[section]])
         data = BankData(
             arrays=arrays,
-            tiers=tuple(str(tier) for tier in document["tiers"]),
+            tiers=tuple(_tiers(document["tiers"])),
             default=int(document["default_config"]),
             metric=str(document["metric"]),
             embedder=str(document["embedder"]),
@@ -100,11 +101,27 @@ def read_export(path: Path) -> BankData:
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ArtifactError(f"{path} is incomplete or damaged ({error!r}); export it again") from error
-    check_bank(data)
+    try:
+        check_bank(data)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
     return data
 
 
+def _tiers(values: Any) -> list[str]:
+    if not isinstance(values, list) or not all(isinstance(tier, str) for tier in values):
+        raise TypeError(f"tiers={values!r} is no list of names")
+    return values
+
+
 def _array(name: str, values: Any) -> npt.NDArray[Any]:
-    """The array of one name; a null is NaN in a float array and an error in another."""
+    """The array of one name; a null is NaN in a float array. Raises ValueError where another holds no integers."""
     dtype = np.dtype(ARRAYS[name][0])
-    return np.array(values, dtype=np.float64).astype(dtype) if dtype.kind == "f" else np.array(values, dtype=dtype)
+    if dtype.kind == "f":
+        with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which check_bank refuses
+            return np.array(values, dtype=np.float64).astype(dtype)
+    # NumPy would cut fractions off and read numbers out of strings
+    read = np.array(values)
+    if read.dtype.kind not in "iu" or not (read.astype(dtype) == read).all():
+        raise ValueError(f"{name} holds what is no {dtype}")
+    return read.astype(dtype)

@@ -86,18 +86,25 @@ class Beliefs:
     def choose(self, min_probability: float, default: int, likeliest: bool) -> Rows:
         """(P + 1,) the config of highest score among those with probability >= min_probability, else the default.
 
-        likeliest: where none is probable enough, the most probable in place of the default (a floor asks for that).
+        likeliest: where none is probable enough, the one of highest quality in place of the default (a floor asks for
+        that).
         """
-        return choose(self.score, self.probability, min_probability, default, likeliest)
+        return choose(self.score, self.probability, self.quality, min_probability, default, likeliest)
 
 
 def choose(
-    score: npt.NDArray[np.floating], probability: npt.NDArray[np.floating], least: float, default: int, likeliest: bool
+    score: npt.NDArray[np.floating],
+    probability: npt.NDArray[np.floating],
+    quality: npt.NDArray[np.floating],
+    least: float,
+    default: int,
+    likeliest: bool,
 ) -> Rows:
-    """For each row of (P, C): argmax score where probability >= least, else default or the likeliest config."""
+    """For each row of (P, C): argmax score where probability >= least, else the default, or argmax quality."""
     eligible = probability >= least
     best = np.where(eligible, score, -np.inf).argmax(1)
-    fallback = probability.argmax(1) if likeliest else np.full(len(best), default)
+    # probabilities of a floor far out of reach are all 0; the highest quality is then the likeliest to reach it
+    fallback = quality.argmax(1) if likeliest else np.full(len(best), default)
     return np.where(eligible.any(1), best, fallback)
 
 

@@ -7,6 +7,7 @@ artifacts/history.jsonl             one line per promotion: when, which, why
 
 from __future__ import annotations
 
+import calendar
 import fcntl
 import json
 import os
@@ -26,6 +27,7 @@ CHAMPION = "champion"
 HISTORY = "history.jsonl"
 LOCK = ".lock"
 VERSION = re.compile(r"\d{8}T\d{6}-[0-9a-f]{6}")
+STAMP = "%Y%m%dT%H%M%S"
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,11 @@ class Registry:
         return sorted(entry.name for entry in self.path.iterdir() if VERSION.fullmatch(entry.name))
 
     def new_version(self) -> str:
-        """A name that sorts after those before it: UTC seconds, then random digits."""
-        return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.urandom(3).hex()}"
+        """A name that sorts after those before it: UTC seconds, at least one after the newest's, then random digits."""
+        seconds = int(time.time())
+        if versions := self.versions():
+            seconds = max(seconds, calendar.timegm(time.strptime(versions[-1][:15], STAMP)) + 1)
+        return f"{time.strftime(STAMP, time.gmtime(seconds))}-{os.urandom(3).hex()}"
 
     def champion(self) -> str | None:
         """The version that is served, None where there is none."""
@@ -90,44 +95,66 @@ class Registry:
         """Serves a version from now on, once all its files are verified. Raises ArtifactError, RegistryError."""
         folder = self.folder(version)
         verify_artifact(folder)
+        self._switch(folder.name, {"version": folder.name, "before": self.champion(), "reason": reason})
+
+    def _switch(self, version: str, entry: dict[str, Any]) -> None:
         temporary = self.path / f".tmp-{CHAMPION}-{os.getpid()}"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(folder.name)
-        before = self.champion()
-        temporary.replace(self.path / CHAMPION)
-        sync_folder(self.path)
-        entry = {"time": int(time.time()), "version": folder.name, "before": before, "reason": reason}
-        with (self.path / HISTORY).open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            # written first: a crash between the two leaves a line that nothing follows from, not an unknown champion
+            with (self.path / HISTORY).open("a+b") as file:
+                # a line that a crash tore must not swallow this one
+                torn = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+                line = json.dumps({"time": int(time.time()), **entry}) + "\n"
+                file.write(b"\n" * torn + line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(version)
+            temporary.replace(self.path / CHAMPION)
+            sync_folder(self.path)
+        except OSError as error:
+            raise RegistryError(
+                f"{self.path / CHAMPION} cannot be switched ({error.strerror}); free space, or make it a link"
+            ) from error
 
     def history(self) -> list[dict[str, Any]]:
         """Every promotion, oldest first; a line torn by a crash is left out."""
         out = []
         path = self.path / HISTORY
-        for line in path.read_text().splitlines() if path.is_file() else []:
+        for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
             try:
-                out.append(json.loads(line))
+                entry = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(entry, dict):
+                out.append(entry)
         return out
 
     def rollback(self) -> str:
-        """Serves what was served before the champion and returns its version. Raises RegistryError, ArtifactError."""
+        """Serves what was served before the champion was promoted, and returns its version; once more goes on back,
+        never forth. Raises RegistryError, ArtifactError.
+        """
+        champion, before = self.champion(), self._predecessor()
+        if before is None:
+            raise RegistryError(f"{self.path} has nothing to roll back to; action=list shows the versions to promote")
+        folder = self.folder(before)
+        verify_artifact(folder)
+        entry = {"version": before, "before": champion, "reason": f"rolled back from {champion}", "rollback": True}
+        self._switch(before, entry)
+        return before
+
+    def _predecessor(self) -> str | None:
         champion = self.champion()
         for entry in reversed(self.history()):
             before = entry.get("before")
-            if entry.get("version") == champion and before and before != champion:
-                self.promote(before, f"rolled back from {champion}")
+            if entry.get("version") == champion and not entry.get("rollback") and before and before != champion:
                 return str(before)
-        raise RegistryError(f"{self.path} has nothing to roll back to; action=list shows the versions to promote")
+        return None
 
     def retain(self) -> list[str]:
         """Removes the oldest versions over `keep`; returns those removed."""
-        champion = self.champion()
-        before = next((e.get("before") for e in reversed(self.history()) if e.get("version") == champion), None)
-        old = [version for version in self.versions()[: -self.keep] if version not in (champion, before)]
+        kept = (self.champion(), self._predecessor())
+        old = [version for version in self.versions()[: -self.keep] if version not in kept]
         for version in old:
             # renamed first, so that a removal cut short leaves no version with missing files
             doomed = self.path / f".tmp-removed-{version}"

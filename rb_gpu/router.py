@@ -23,7 +23,7 @@ from rb_gpu.types import OptimizedParams
 
 Vector = npt.NDArray[np.float32]
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = 1
 MAX_INFLUENCE = 0.3
 LEAST_CONFIDENCE = 0.5
 # the bank's tier replaces the router's only where its verdict is this sure
@@ -135,7 +135,7 @@ class FastGRNNRouter:
 
     def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], tiers: tuple[str, ...]) -> None:
         _check(arrays, tiers)
-        self._arrays = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()}
+        self._arrays = {name: np.asarray(array, dtype=np.float32, order="C") for name, array in arrays.items()}
         self.tiers = tiers
         self.dim = int(self._arrays["w1"].shape[0])
         self.hidden = int(self._arrays["w2"].shape[1])
@@ -187,8 +187,9 @@ class FastGRNNRouter:
 
     def to_bytes(self) -> bytes:
         """The content of router.safetensors."""
-        metadata = {"format_version": FORMAT_VERSION, "tiers": json.dumps(self.tiers)}
-        return bytes(save_tensors(self._arrays, metadata))
+        # one entry: safetensors writes several in an order that changes from run to run
+        metadata = json.dumps({"format_version": FORMAT_VERSION, "tiers": self.tiers})
+        return bytes(save_tensors(self._arrays, {"router": metadata}))
 
     @classmethod
     def from_bytes(cls, content: bytes) -> FastGRNNRouter:
@@ -196,13 +197,13 @@ class FastGRNNRouter:
         try:
             arrays = load_tensors(content)
             size = int.from_bytes(content[:8], "little")
-            metadata = json.loads(content[8 : 8 + size])["__metadata__"]
+            metadata = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["router"])
             if metadata["format_version"] != FORMAT_VERSION:
                 raise ArtifactError(
                     f"router.safetensors has format_version={metadata['format_version']}, "
                     f"this rb_gpu reads {FORMAT_VERSION}; train again"
                 )
-            tiers = tuple(str(tier) for tier in json.loads(metadata["tiers"]))
+            tiers = tuple(str(tier) for tier in metadata["tiers"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"router.safetensors cannot be read ({error!r}); train again") from error
         return cls(arrays, tiers)

@@ -42,6 +42,10 @@ class ExactSearch:
         cosine = unit_BD @ self._unit_DP
         k = min(k, cosine.shape[1])
         rows = np.argpartition(-cosine, k - 1, axis=1)[:, :k] if k < cosine.shape[1] else _all_rows(cosine)
+        least = np.take_along_axis(cosine, rows, axis=1).min(axis=1, keepdims=True)
+        # a partition takes any of the leaves that are equally near as the last one
+        tied = np.flatnonzero((cosine >= least).sum(axis=1) > k)
+        rows[tied] = np.argsort(-cosine[tied], axis=1, kind="stable")[:, :k]
         rows.sort(axis=1)
         found = np.take_along_axis(cosine, rows, axis=1)
         order = np.argsort(-found, axis=1, kind="stable")
@@ -56,6 +60,9 @@ class FaissSearch:
     """A Faiss index over the unit leaves (inner product), as the job built it: flat, IVF or HNSW."""
 
     def __init__(self, index: Any, kind: str, leaves: int, dim: int) -> None:
+        # 0 is Faiss's METRIC_INNER_PRODUCT
+        if index.metric_type != 0 or not index.is_trained:
+            raise ArtifactError("index.faiss is not trained, or not for inner products; train again")
         if index.ntotal != leaves or index.d != dim:
             raise ArtifactError(
                 f"index.faiss holds {index.ntotal} patterns of {index.d} dims, the bank {leaves} of {dim}; train again"

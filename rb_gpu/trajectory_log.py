@@ -11,60 +11,24 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from rb_gpu.errors import ConfigError, DataError
+from rb_gpu.trajectory_file import gate, open_writer
 from rb_gpu.types import QueryTrajectory, UserFeedback
 
 _logger = logging.getLogger(__name__)
 
-_APPLICATION_ID = 0x72624C47  # "rbLG"
-_VERSION = 1
 _ROWS_PER_TRANSACTION = 1000  # short enough for other processes to get their turn
 _ROWS_PER_STATEMENT = 50  # one hold of the interpreter lock; 50 * 16 values are below the 999 of SQLite's oldest builds
-_LOCK_TIMEOUT_S = 1.0  # a fork may have to wait for it; a writer tries again
-_OPEN_TIMEOUT_S = 30.0
 _WARNING_INTERVAL_S = 60.0
 
-# A vote is a row of its own, since it may come before its trajectory, or from a process that never saw it.
-# seq has no gaps: SQLite gives max + 1, and only the oldest rows are ever deleted.
-_CREATE = f"""
-BEGIN IMMEDIATE;
-CREATE TABLE IF NOT EXISTS trajectory (
-    seq INTEGER PRIMARY KEY, id INTEGER NOT NULL UNIQUE, query_id INTEGER, ef_search INTEGER NOT NULL,
-    n_probes INTEGER NOT NULL, context_tokens INTEGER NOT NULL, model_tier TEXT NOT NULL, temperature REAL NOT NULL,
-    precision REAL, recall REAL, latency_us INTEGER NOT NULL, cost REAL, timestamp INTEGER NOT NULL, propensity REAL,
-    policy TEXT, retrieved_ids TEXT NOT NULL, query_embedding BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS vote (
-    seq INTEGER PRIMARY KEY, id INTEGER NOT NULL UNIQUE, rating INTEGER NOT NULL, comment TEXT);
-PRAGMA application_id = {_APPLICATION_ID};
-PRAGMA user_version = {_VERSION};
-COMMIT;
-"""
 _INSERT = "INSERT INTO {} VALUES {} ON CONFLICT (id) DO NOTHING"
 _EVICT = "DELETE FROM {0} WHERE seq <= (SELECT max(seq) FROM {0}) - ?"
-_SELECT = """
-SELECT t.seq, t.id, coalesce(query_id, t.id) AS query_id, query_embedding, ef_search, n_probes, context_tokens,
-    model_tier, temperature, precision, recall, latency_us, cost, coalesce(rating, 0) AS rating, timestamp, propensity,
-    policy FROM trajectory t LEFT JOIN vote USING (id) WHERE t.seq > ? AND t.seq <= ? ORDER BY t.seq LIMIT ?
-"""
-_DTYPES = {
-    "i8": ("seq", "timestamp"),
-    "u8": ("id", "query_id", "latency_us"),
-    "u4": ("ef_search", "n_probes", "context_tokens"),
-    "f4": ("temperature", "precision", "recall", "cost", "propensity"),
-    "i1": ("rating",),
-}
-
-# A child of fork() that inherits an open connection would share SQLite's book-keeping of its parent's file locks, and
-# so corrupt the file. Whoever uses SQLite here holds the gate; a fork takes it and first closes what is open.
-_gate = threading.Lock()
 _open_logs: set[TrajectoryLog] = set()
 
 _Record = dict[str, tuple[int | float | str | bytes | None, ...]]  # rows by table: a trajectory, its vote, or both
@@ -99,7 +63,7 @@ class TrajectoryLog:
         self._connection: sqlite3.Connection | None = None
         self._deadline: float | None = None  # set by close
         self._start_empty()
-        with _gate:
+        with gate:
             self._connect()
             _open_logs.add(self)
         atexit.register(self.close)
@@ -173,7 +137,7 @@ class TrajectoryLog:
             thread = self._thread
         if thread is not None:
             thread.join()
-        with _gate:
+        with gate:
             self._disconnect()
             _open_logs.discard(self)
         atexit.unregister(self.close)
@@ -228,7 +192,7 @@ class TrajectoryLog:
     def _write_batch(self) -> None:
         with self._changed:
             batch = list(islice(self._queue, _ROWS_PER_TRANSACTION))
-        with _gate:
+        with gate:
             try:
                 duplicates = self._transact(batch)
             except BaseException:
@@ -262,7 +226,7 @@ class TrajectoryLog:
         if self._connection and not (self.path.exists() and self._file == self.path.stat().st_ino):
             self._disconnect()
         if not self._connection:
-            self._connection = _open_writer(self.path)
+            self._connection = open_writer(self.path)
             self._file: int = self.path.stat().st_ino
         return self._connection
 
@@ -270,34 +234,6 @@ class TrajectoryLog:
         if self._connection:
             self._connection.close()
             self._connection = None
-
-
-def read_batches(
-    path: str | os.PathLike[str], rows: int = 65_536, after: int | None = None
-) -> Iterator[dict[str, Any]]:
-    """The log's rows in the order of insertion, `rows` at a time, up to the newest when the first batch is read.
-
-    Each batch maps the columns of the trajectory table to arrays of its n rows: seq, timestamp (UTC seconds) int64; id,
-    query_id (the row's own id where none was logged), latency_us uint64; ef_search, n_probes, context_tokens uint32;
-    temperature, precision, recall, cost, propensity float32, NaN where unknown; rating int8, 0 where there is none.
-    Lists: model_tier str, policy str or None, query_embedding read-only float32 vectors, each as long as it was logged.
-
-    after: a row's seq; only later rows come. Writers may go on; what they evict before it is read is missing.
-    The first batch raises ConfigError for rows < 1, DataError where the file is missing or no log of this version.
-    """
-    if rows < 1:
-        raise ConfigError(f"rows={rows!r} is below 1; give the number of rows to read at a time")
-    absolute, seq = Path(path).absolute(), after or 0
-    newest = _select(absolute, "SELECT max(seq) AS newest FROM trajectory", ())["newest"][0]
-    # a connection per batch: one kept open would stop the writers from emptying the write-ahead log
-    while batch := _select(absolute, _SELECT, (seq, newest, rows)):
-        for dtype, names in _DTYPES.items():
-            for name in names:  # SQLite has int64 for uint64; NumPy reads None as NaN
-                batch[name] = np.array(batch[name], dtype=dtype.replace("u8", "i8")).view(dtype)
-        # count: a blob with a torn last number gives a shorter vector, not an error
-        batch["query_embedding"] = [np.frombuffer(blob, "<f4", len(blob) // 4) for blob in batch["query_embedding"]]
-        seq = int(batch["seq"][-1])
-        yield batch
 
 
 def _signed(value: int, low: int = 0) -> int:
@@ -318,61 +254,8 @@ def _vote(trajectory_id: int, feedback: UserFeedback) -> _Record:
     return {"vote": (None, _signed(trajectory_id), int(feedback.rating), _text(feedback.comment))}
 
 
-def _open_writer(path: Path) -> sqlite3.Connection:
-    deadline = time.monotonic() + _OPEN_TIMEOUT_S
-    while True:
-        try:
-            with ExitStack() as on_error:
-                # the gate keeps threads apart, and a fork closes from its own thread
-                connection = sqlite3.connect(path, _LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-                on_error.callback(connection.close)
-                if _is_empty(connection, path):
-                    connection.execute("PRAGMA journal_mode = WAL")
-                    connection.executescript(_CREATE)
-                connection.execute("PRAGMA synchronous = NORMAL")
-                on_error.pop_all()
-                return connection
-        except sqlite3.Error as error:
-            # SQLite does not wait by itself where several processes make the file at the same time
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise DataError(f"{path}: {error}; give the path of a trajectory log that you may write") from error
-            time.sleep(0.01)
-
-
-def _select(path: Path, query: str, values: tuple[int, ...]) -> dict[str, Any]:
-    """Columns of a query on a read-only connection; empty where it gives no row."""
-    # without -wal nobody writes; immutable then keeps the reader from making one, which it may not be allowed to do, or
-    # which the next writer could not use
-    wal = path.with_name(path.name + "-wal")
-    alone = not wal.exists()
-    uri = path.as_uri() + ("?mode=ro&immutable=1" if alone else "?mode=ro")
-    try:
-        with _gate, closing(sqlite3.connect(uri, _OPEN_TIMEOUT_S, uri=True)) as connection:
-            if _is_empty(connection, path):
-                raise DataError(f"{path}: the file is empty; give the path of a trajectory log that was written to")
-            cursor = connection.execute(query, values)
-            names, rows = [name for name, *_ in cursor.description], cursor.fetchall()
-    except sqlite3.Error as error:
-        raise DataError(f"{path}: {error}; give the path of a trajectory log that you may read") from error
-    if alone and wal.exists():  # a writer came meanwhile
-        return _select(path, query, values)
-    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=False))
-
-
-def _is_empty(connection: sqlite3.Connection, path: Path) -> bool:
-    """Whether the file holds nothing yet; DataError where it holds anything but a log of this version."""
-    # tables first: another process may be making the file between these queries
-    queries = "SELECT count(*) FROM sqlite_master", "PRAGMA application_id", "PRAGMA user_version"
-    tables, application_id, version = (connection.execute(query).fetchone()[0] for query in queries)
-    if application_id == _APPLICATION_ID and version != _VERSION:
-        raise DataError(f"{path}: log of schema {version}, this rb_gpu reads {_VERSION}; upgrade rb_gpu")
-    if application_id != _APPLICATION_ID and tables:
-        raise DataError(f"{path}: the database is no rb_gpu trajectory log; give another path")
-    return bool(application_id != _APPLICATION_ID)
-
-
 def _before_fork() -> None:
-    _gate.acquire()
+    gate.acquire()
     for log in _open_logs:
         log._disconnect()
 
@@ -380,8 +263,8 @@ def _before_fork() -> None:
 def _after_fork_in_child() -> None:
     for log in _open_logs:
         log._start_empty()
-    _gate.release()
+    gate.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_gate.release, after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=gate.release, after_in_child=_after_fork_in_child)

@@ -43,10 +43,12 @@ class PatternView(Mapping[int, LearnedPattern]):
 
     def _make(self, row: int) -> LearnedPattern:
         arrays = self._data.arrays
+        centroid = arrays["centroids"][row]
+        centroid.flags.writeable = False
         children = np.flatnonzero(arrays["parent"] == row) if arrays["level"][row] else np.empty(0, np.int64)
         return LearnedPattern(
             id=int(arrays["pattern_id"][row]),
-            centroid=arrays["centroids"][row],
+            centroid=centroid,
             optimal_params=SearchParams(
                 ef_search=int(arrays["optimal_ef_search"][row]),
                 n_probes=int(arrays["optimal_n_probes"][row]),

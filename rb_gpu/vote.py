@@ -29,8 +29,9 @@ class BankState:
 
     def __init__(self, data: BankData, index: bytes | None, search: str) -> None:
         leaves = data.arrays["centroids"][: data.leaves]
-        norm = np.linalg.norm(leaves, axis=1, keepdims=True)
-        unit_PD = np.ascontiguousarray(leaves / np.maximum(norm, np.finfo(np.float32).tiny), dtype=np.float32)
+        # in float64, since squares of float32 may overflow
+        norm = np.linalg.norm(leaves.astype(np.float64), axis=1, keepdims=True)
+        unit_PD = np.ascontiguousarray(leaves / np.where(norm > 0, norm, 1.0), dtype=np.float32)
         self.data = data
         self.configs: ConfigTable = data.configs
         self.params: list[SearchParams] = list(self.configs)
@@ -72,8 +73,12 @@ class BankState:
 def unit_queries(query: npt.ArrayLike, dim: int, ndim: int) -> Matrix:
     """Queries (B, D) float32 of norm 1, from (D,) where ndim is 1. Raises ValueError saying what came."""
     try:
-        values = np.asarray(query, dtype=np.float32)
-    except (TypeError, ValueError) as error:
+        given = np.asarray(query)
+        if given.dtype.kind not in "fiu":
+            raise TypeError(f"dtype {given.dtype}")
+        with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+            values = given.astype(np.float32, copy=False)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"query is no array of numbers ({error}); give {dim} floats") from None
     if values.ndim != ndim or values.shape[-1] != dim:
         expected = f"({dim},)" if ndim == 1 else f"(B, {dim})"
@@ -111,10 +116,11 @@ def vote(state: BankState, unit_BD: Matrix) -> Votes:
         return mixed
 
     probability = mix(state.probability)
-    config = choose(mix(state.score), probability, settings.min_probability, default, settings.likeliest)
+    quality = mix(state.quality)
+    config = choose(mix(state.score), probability, quality, settings.min_probability, default, settings.likeliest)
     picked = config[:, None]
     confidence = np.where(config == default, 0.0, np.take_along_axis(probability, picked, 1)[:, 0])
-    quality = np.take_along_axis(mix(state.quality), picked, 1)[:, 0]
+    quality = np.take_along_axis(quality, picked, 1)[:, 0]
     gain = np.where(config == default, 0.0, np.take_along_axis(mix(state.gain), picked, 1)[:, 0])
     nearest = np.where(near, rows_BK[:, 0], -1)
     return nearest, config, confidence.astype(np.float32), quality.astype(np.float32), gain.astype(np.float32)
@@ -173,7 +179,7 @@ def interpolate(state: BankState, unit_1D: Matrix) -> OptimizedParams:
     }
     return OptimizedParams(
         params=params,
-        confidence=mixed["probability"] if tried else 0.0,
+        confidence=mixed["probability"] if tried and config_id != configs.default else 0.0,
         source=ParamSource(int(arrays["pattern_id"][rows[0]])),
         expected_quality=mixed["quality"] if tried else float(share @ arrays["quality"][rows]),
         expected_gain=mixed["gain"],

@@ -22,7 +22,8 @@ import pytest
 
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.params import SearchParams
-from rb_gpu.trajectory_log import TrajectoryLog, read_batches
+from rb_gpu.trajectory_file import read_batches
+from rb_gpu.trajectory_log import TrajectoryLog
 from rb_gpu.types import QueryTrajectory, UserFeedback
 
 HERE = Path(__file__).parent

@@ -14,7 +14,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from rb_gpu.errors import DataError
-from rb_gpu.trajectory_log import read_batches
+from rb_gpu.trajectory_file import read_batches
 
 BATCH_ROWS = 65_536
 PARQUET_SUFFIXES = (".parquet", ".pq")

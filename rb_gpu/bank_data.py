@@ -1,0 +1,275 @@
+"""What an artifact holds: the arrays and settings of a bank, and the checks that all of them pass before use.
+
+Suffixes: A patterns of all levels (leaves first), P leaves, U = P + 1 leaves and what stands for no leaf, C configs,
+D dims, O outcomes, B latency bins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rb_gpu.errors import ArtifactError
+from rb_gpu.evidence import LATENCY_BINS, OUTCOMES, Evidence
+from rb_gpu.params import MAX_TEMPERATURE, ConfigTable
+from rb_gpu.posterior import Objective
+
+# every array of bank.safetensors: dtype, and axes named as in this file's legend
+ARRAYS: dict[str, tuple[str, str]] = {
+    "centroids": ("float32", "AD"),
+    "pattern_id": ("uint64", "A"),
+    "level": ("uint8", "A"),
+    "parent": ("int64", "A"),
+    "support": ("int64", "A"),
+    "precision": ("float32", "A"),
+    "recall": ("float32", "A"),
+    "latency_us": ("int64", "A"),
+    "quality": ("float32", "A"),
+    "confidence": ("float32", "A"),
+    "created_at": ("int64", "A"),
+    "updated_at": ("int64", "A"),
+    "rating_count": ("int64", "A"),
+    "rating_score": ("float64", "A"),
+    "optimal_ef_search": ("uint32", "A"),
+    "optimal_n_probes": ("uint32", "A"),
+    "optimal_tier": ("uint32", "A"),
+    "optimal_context_tokens": ("uint32", "A"),
+    "optimal_temperature": ("float32", "A"),
+    "config_ef_search": ("uint32", "C"),
+    "config_n_probes": ("uint32", "C"),
+    "config_tier": ("uint32", "C"),
+    "config_context_tokens": ("uint32", "C"),
+    "config_temperature": ("float32", "C"),
+    "margin": ("float64", "C"),
+    "score": ("float32", "UC"),
+    "probability": ("float32", "UC"),
+    "gain": ("float32", "UC"),
+    "expected_quality": ("float32", "UC"),
+    "verdict_config": ("int64", "P"),
+    "verdict_stands": ("uint8", "P"),
+    "verdict_support": ("int64", "P"),
+    "verdict_confidence": ("float64", "P"),
+    "verdict_probability": ("float64", "P"),
+    "verdict_effect": ("float64", "P"),
+    "verdict_effect_low": ("float64", "P"),
+    "verdict_effect_high": ("float64", "P"),
+    "verdict_p_value": ("float64", "P"),
+    "verdict_p_adjusted": ("float64", "P"),
+    "verdict_improvement": ("float64", "P"),
+    "verdict_consistency": ("float64", "P"),
+    "evidence_rows": ("int64", "PC"),
+    "evidence_w": ("float64", "PC"),
+    "evidence_w2": ("float64", "PC"),
+    "evidence_mean": ("float64", "PCO"),
+    "evidence_comoment": ("float64", "PCOO"),
+    "evidence_precision": ("float64", "PC"),
+    "evidence_recall": ("float64", "PC"),
+    "evidence_latency_us": ("float64", "PC"),
+    "evidence_latency_hist": ("float64", "PCB"),
+    "evidence_pair_rows": ("int64", "PC"),
+    "evidence_pair_w": ("float64", "PC"),
+    "evidence_pair_w2": ("float64", "PC"),
+    "evidence_pair_mean": ("float64", "PCO"),
+    "evidence_pair_comoment": ("float64", "PCOO"),
+}
+
+
+@dataclass(frozen=True)
+class LookupSettings:
+    """How an answer is put together: nearest patterns, softmax slope, least cosine, least probability.
+
+    likeliest: where no config is probable enough, the one of highest quality runs in place of the default.
+    auto_margin: whether another trade-off works out its own margin.
+    """
+
+    top_k: int
+    beta: float
+    floor: float
+    min_probability: float
+    likeliest: bool
+    auto_margin: bool
+
+
+@dataclass(frozen=True)
+class BankData:
+    """Everything a bank answers from. arrays: as in ARRAYS. metric, embedder: what its embeddings are.
+
+    method, grade: how its verdicts were judged. facts: further JSON of the manifest (counts, held-out results, config,
+    data, timings), for people and for the gate.
+    """
+
+    arrays: dict[str, npt.NDArray[Any]]
+    tiers: tuple[str, ...]
+    default: int
+    metric: str
+    embedder: str
+    method: str
+    grade: str
+    objective: Objective
+    lookup: LookupSettings
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dim(self) -> int:
+        """D, the length of a query embedding."""
+        return int(self.arrays["centroids"].shape[1])
+
+    @property
+    def leaves(self) -> int:
+        """P, the number of patterns at level 0."""
+        return len(self.arrays["verdict_config"])
+
+    @property
+    def configs(self) -> ConfigTable:
+        """The C configs."""
+        columns = {
+            f.name: self.arrays[f"config_{f.name}"] for f in fields(ConfigTable) if f"config_{f.name}" in self.arrays
+        }
+        return ConfigTable(**columns, tiers=self.tiers, default=self.default)
+
+    @property
+    def evidence(self) -> Evidence:
+        """The evidence of the leaves."""
+        return Evidence(**{f.name: self.arrays[f"evidence_{f.name}"] for f in fields(Evidence)})
+
+    def parents(self) -> list[npt.NDArray[np.int64]]:
+        """For each level from the leaves, the row of each node's parent within the level above."""
+        level, parent = self.arrays["level"], self.arrays["parent"]
+        starts = [int(np.searchsorted(level, one)) for one in range(int(level.max()) + 2)]
+        return [parent[start:stop] - stop for start, stop in pairwise(starts[:-1])]
+
+    def head(self) -> dict[str, Any]:
+        """What the manifest says of the bank besides its arrays."""
+        return {
+            "metric": self.metric,
+            "dim": self.dim,
+            "embedder": self.embedder,
+            "tiers": list(self.tiers),
+            "default_config": self.default,
+            "method": self.method,
+            "grade": self.grade,
+            "objective": asdict(self.objective),
+            "lookup": asdict(self.lookup),
+        }
+
+
+def check_bank(data: BankData) -> None:
+    """Raises ArtifactError where a setting or an array is missing, or its type, shape, range or cross-reference is
+    wrong, so that nothing that passes can fail in a lookup.
+    """
+    _check_settings(data)
+    sizes = _check_shapes(data.arrays)
+    _require(sizes["U"] == sizes["P"] + 1, "score has not one row more than there are leaves")
+    _require(min(sizes["P"], sizes["C"], sizes["D"]) >= 1, "no patterns, configs or dimensions")
+    _check_values(data)
+    _check_references(data)
+
+
+def _require(ok: bool | np.bool_, what: str) -> None:
+    if not ok:
+        raise ArtifactError(f"{what}; the artifact is damaged, train it again or roll back")
+
+
+def _check_settings(data: BankData) -> None:
+    objective, lookup, tiers = data.objective, data.lookup, data.tiers
+    _require(len(tiers) > 0 and len(set(tiers)) == len(tiers) and all(tiers), f"tiers={tiers} are not distinct names")
+    for name, value, choices in (
+        ("metric", data.metric, ("cosine", "l2")),
+        ("method", data.method, ("eb", "welch", "reference")),
+        ("objective.kind", objective.kind, ("utility", "bound", "floor")),
+        ("objective.quality", objective.quality, ("f1", "product")),
+    ):
+        _require(value in choices, f"{name}={value!r} is not one of {', '.join(choices)}")
+    least = {"latency_weight": 0.0, "cost_weight": 0.0, "latency_ref_us": 1e-300, "cost_ref": 1e-300, "target": -1e300}
+    for name, low in least.items():
+        value = getattr(objective, name)
+        _require(_is_number(value, low), f"objective.{name}={value!r} is not a finite number in its bounds")
+    for name in ("max_latency_us", "max_cost"):
+        value = getattr(objective, name)
+        _require(value is None or _is_number(value, 0.0), f"objective.{name}={value!r} is not a number >= 0")
+    top_k = lookup.top_k
+    _require(isinstance(top_k, int) and _is_number(top_k, 1), f"lookup.top_k={top_k!r} is not an integer >= 1")
+    for name, low, high in (("beta", 0.0, 1e300), ("floor", -1e300, 1e300), ("min_probability", 0.0, 1.0)):
+        value = getattr(lookup, name)
+        _require(_is_number(value, low, high), f"lookup.{name}={value!r} is not a number in its bounds")
+    for name in ("likeliest", "auto_margin"):
+        _require(isinstance(getattr(lookup, name), bool), f"lookup.{name} is not true or false")
+    facts = {name: data.facts.get(name, {}) for name in ("counts", "evaluation", "index")}
+    for name, value in facts.items():
+        _require(isinstance(value, dict), f"{name} is no object")
+    _require(_is_number(facts["counts"].get("trajectories", 0), 0), "counts.trajectories is no count")
+    improvement = facts["evaluation"].get("improvement_percent")
+    _require(improvement is None or _is_number(improvement, -1e300), "evaluation.improvement_percent is no number")
+
+
+def _is_number(value: Any, low: float, high: float = 1e300) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+def _check_shapes(arrays: dict[str, npt.NDArray[Any]]) -> dict[str, int]:
+    """Size of every axis."""
+    odd = set(ARRAYS) ^ set(arrays)
+    _require(not odd, f"array {min(odd, default='')} is missing or unknown")
+    sizes = {"O": len(OUTCOMES), "B": LATENCY_BINS}
+    for name, (dtype, axes) in ARRAYS.items():
+        array = arrays[name]
+        fits = array.dtype == dtype and array.ndim == len(axes)
+        _require(fits, f"{name} is {array.dtype} {array.shape}, not {dtype} by {axes}")
+        for axis, size in zip(axes, array.shape, strict=True):
+            _require(sizes.setdefault(axis, size) == size, f"{name} has {size} along {axis}, others {sizes[axis]}")
+    return sizes
+
+
+def _check_values(data: BankData) -> None:
+    arrays = data.arrays
+    for name, (dtype, _) in ARRAYS.items():
+        array = arrays[name]
+        # a verdict's numbers are NaN where they are not known, and its interval may be endless
+        if dtype.startswith("float") and not name.startswith("verdict_"):
+            _require(np.isfinite(array).all(), f"{name} is not finite")
+        if dtype == "int64" and name not in ("parent", "created_at", "updated_at"):
+            _require((array >= 0).all(), f"{name} is negative")
+    for name in ("precision", "recall", "quality", "confidence", "probability"):
+        _require(((arrays[name] >= 0) & (arrays[name] <= 1)).all(), f"{name} is outside [0, 1]")
+    for name in ("w", "w2", "latency_hist", "pair_w", "pair_w2"):
+        _require((arrays[f"evidence_{name}"] >= 0).all(), f"evidence_{name} is negative")
+    score = arrays["rating_score"]
+    _require(((score >= 0) & (score <= arrays["rating_count"])).all(), "rating_score is outside 0 .. rating_count")
+    for prefix in ("config", "optimal"):
+        for column in ("ef_search", "n_probes", "context_tokens"):
+            _require((arrays[f"{prefix}_{column}"] >= 1).all(), f"{prefix}_{column} is below 1")
+        temperature = arrays[f"{prefix}_temperature"]
+        inside = ((temperature >= 0) & (temperature <= MAX_TEMPERATURE)).all()
+        _require(inside, f"{prefix}_temperature is outside [0, {MAX_TEMPERATURE:g}]")
+    leaves = arrays["centroids"][: data.leaves].astype(np.float64)
+    _require(data.metric != "cosine" or (np.square(leaves).sum(1) > 0).all(), "a centroid has norm 0")
+
+
+def _check_references(data: BankData) -> None:
+    arrays, leaves, configs = data.arrays, data.leaves, len(data.arrays["margin"])
+    level, parent = arrays["level"].astype(np.int64), arrays["parent"]
+    patterns = len(level)
+    _require(patterns >= leaves, "there are more verdicts than patterns")
+    _require(len(np.unique(arrays["pattern_id"])) == patterns, "pattern_id repeats")
+    _require((arrays["pattern_id"] < 2**63).all(), "pattern_id is over 2^63 - 1")
+    _require((np.diff(level) >= 0).all() and (level[:leaves] == 0).all(), "level is out of order")
+    _require((level[leaves:] > 0).all(), "a leaf stands among the levels above")
+    top = parent == -1
+    _require(((parent < patterns) & (parent >= -1)).all(), "parent points outside")
+    _require((level[parent[~top]] == level[~top] + 1).all(), "a parent is not one level above its child")
+    _require((top == (level == level.max())).all(), "parent is missing below the top level, or given on it")
+    _require(np.isin(np.arange(leaves, patterns), parent).all(), "a pattern above the leaves has no children")
+    for name, bound in (
+        ("verdict_config", configs),
+        ("config_tier", len(data.tiers)),
+        ("optimal_tier", len(data.tiers)),
+    ):
+        _require((arrays[name] < bound).all(), f"{name} points outside")
+    _require(_is_number(data.default, 0, configs - 1), f"default_config={data.default} is outside 0 .. {configs - 1}")
+    stands = arrays["verdict_stands"]
+    _require((stands <= 1).all(), "verdict_stands is neither 0 nor 1")
+    _require((arrays["verdict_config"][stands == 1] == data.default).all(), "a default stands that is not the default")

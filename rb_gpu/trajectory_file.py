@@ -1,0 +1,135 @@
+"""The SQLite file of a trajectory log: its schema, how it is opened, and how it is read in batches."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rb_gpu.errors import ConfigError, DataError
+
+_APPLICATION_ID = 0x72624C47  # "rbLG"
+_VERSION = 1
+_LOCK_TIMEOUT_S = 1.0  # a fork may have to wait for it; a writer tries again
+_OPEN_TIMEOUT_S = 30.0
+
+# A vote is a row of its own, since it may come before its trajectory, or from a process that never saw it.
+# seq has no gaps: SQLite gives max + 1, and only the oldest rows are ever deleted.
+_CREATE = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS trajectory (
+    seq INTEGER PRIMARY KEY, id INTEGER NOT NULL UNIQUE, query_id INTEGER, ef_search INTEGER NOT NULL,
+    n_probes INTEGER NOT NULL, context_tokens INTEGER NOT NULL, model_tier TEXT NOT NULL, temperature REAL NOT NULL,
+    precision REAL, recall REAL, latency_us INTEGER NOT NULL, cost REAL, timestamp INTEGER NOT NULL, propensity REAL,
+    policy TEXT, retrieved_ids TEXT NOT NULL, query_embedding BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS vote (
+    seq INTEGER PRIMARY KEY, id INTEGER NOT NULL UNIQUE, rating INTEGER NOT NULL, comment TEXT);
+PRAGMA application_id = {_APPLICATION_ID};
+PRAGMA user_version = {_VERSION};
+COMMIT;
+"""
+_SELECT = """
+SELECT t.seq, t.id, coalesce(query_id, t.id) AS query_id, query_embedding, ef_search, n_probes, context_tokens,
+    model_tier, temperature, precision, recall, latency_us, cost, coalesce(rating, 0) AS rating, timestamp, propensity,
+    policy FROM trajectory t LEFT JOIN vote USING (id) WHERE t.seq > ? AND t.seq <= ? ORDER BY t.seq LIMIT ?
+"""
+_DTYPES = {
+    "i8": ("seq", "timestamp"),
+    "u8": ("id", "query_id", "latency_us"),
+    "u4": ("ef_search", "n_probes", "context_tokens"),
+    "f4": ("temperature", "precision", "recall", "cost", "propensity"),
+    "i1": ("rating",),
+}
+
+# A child of fork() that inherits an open connection would share SQLite's book-keeping of its parent's file locks, and
+# so corrupt the file. Whoever uses SQLite here holds the gate; a fork takes it and first closes what is open.
+gate = threading.Lock()
+
+
+def read_batches(
+    path: str | os.PathLike[str], rows: int = 65_536, after: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """The log's rows in the order of insertion, `rows` at a time, up to the newest when the first batch is read.
+
+    Each batch maps the columns of the trajectory table to arrays of its n rows: seq, timestamp (UTC seconds) int64; id,
+    query_id (the row's own id where none was logged), latency_us uint64; ef_search, n_probes, context_tokens uint32;
+    temperature, precision, recall, cost, propensity float32, NaN where unknown; rating int8, 0 where there is none.
+    Lists: model_tier str, policy str or None, query_embedding read-only float32 vectors, each as long as it was logged.
+
+    after: a row's seq; only later rows come. Writers may go on; what they evict before it is read is missing.
+    The first batch raises ConfigError for rows < 1, DataError where the file is missing or no log of this version.
+    """
+    if rows < 1:
+        raise ConfigError(f"rows={rows!r} is below 1; give the number of rows to read at a time")
+    absolute, seq = Path(path).absolute(), after or 0
+    newest = _select(absolute, "SELECT max(seq) AS newest FROM trajectory", ())["newest"][0]
+    # a connection per batch: one kept open would stop the writers from emptying the write-ahead log
+    while batch := _select(absolute, _SELECT, (seq, newest, rows)):
+        for dtype, names in _DTYPES.items():
+            for name in names:  # SQLite has int64 for uint64; NumPy reads None as NaN
+                batch[name] = np.array(batch[name], dtype=dtype.replace("u8", "i8")).view(dtype)
+        # count: a blob with a torn last number gives a shorter vector, not an error
+        batch["query_embedding"] = [np.frombuffer(blob, "<f4", len(blob) // 4) for blob in batch["query_embedding"]]
+        seq = int(batch["seq"][-1])
+        yield batch
+
+
+def open_writer(path: Path) -> sqlite3.Connection:
+    """A connection that may write, to a file made where there is none. Only with the gate held. Raises DataError."""
+    deadline = time.monotonic() + _OPEN_TIMEOUT_S
+    while True:
+        try:
+            with ExitStack() as on_error:
+                # the gate keeps threads apart, and a fork closes from its own thread
+                connection = sqlite3.connect(path, _LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+                on_error.callback(connection.close)
+                if _is_empty(connection, path):
+                    connection.execute("PRAGMA journal_mode = WAL")
+                    connection.executescript(_CREATE)
+                connection.execute("PRAGMA synchronous = NORMAL")
+                on_error.pop_all()
+                return connection
+        except sqlite3.Error as error:
+            # SQLite does not wait by itself where several processes make the file at the same time
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise DataError(f"{path}: {error}; give the path of a trajectory log that you may write") from error
+            time.sleep(0.01)
+
+
+def _select(path: Path, query: str, values: tuple[int, ...]) -> dict[str, Any]:
+    """Columns of a query on a read-only connection; empty where it gives no row."""
+    # without -wal nobody writes; immutable then keeps the reader from making one, which it may not be allowed to do, or
+    # which the next writer could not use
+    wal = path.with_name(path.name + "-wal")
+    alone = not wal.exists()
+    uri = path.as_uri() + ("?mode=ro&immutable=1" if alone else "?mode=ro")
+    try:
+        with gate, closing(sqlite3.connect(uri, _OPEN_TIMEOUT_S, uri=True)) as connection:
+            if _is_empty(connection, path):
+                raise DataError(f"{path}: the file is empty; give the path of a trajectory log that was written to")
+            cursor = connection.execute(query, values)
+            names, rows = [name for name, *_ in cursor.description], cursor.fetchall()
+    except sqlite3.Error as error:
+        raise DataError(f"{path}: {error}; give the path of a trajectory log that you may read") from error
+    if alone and wal.exists():  # a writer came meanwhile
+        return _select(path, query, values)
+    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=False))
+
+
+def _is_empty(connection: sqlite3.Connection, path: Path) -> bool:
+    """Whether the file holds nothing yet; DataError where it holds anything but a log of this version."""
+    # tables first: another process may be making the file between these queries
+    queries = "SELECT count(*) FROM sqlite_master", "PRAGMA application_id", "PRAGMA user_version"
+    tables, application_id, version = (connection.execute(query).fetchone()[0] for query in queries)
+    if application_id == _APPLICATION_ID and version != _VERSION:
+        raise DataError(f"{path}: log of schema {version}, this rb_gpu reads {_VERSION}; upgrade rb_gpu")
+    if application_id != _APPLICATION_ID and tables:
+        raise DataError(f"{path}: the database is no rb_gpu trajectory log; give another path")
+    return bool(application_id != _APPLICATION_ID)

@@ -1,0 +1,114 @@
+"""Values of policies against brute force, and the gate."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_verdicts import table
+
+from rb_gpu.learn.config import GateConfig
+from rb_gpu.learn.evidence import gather_evidence, row_weights
+from rb_gpu.learn.gate import decide
+from rb_gpu.learn.policy import SINGLE, best_single, evaluate, held_out_outcomes, oracle
+from rb_gpu.posterior import Objective
+
+QUALITY = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
+
+
+def policies(rows, bank):
+    n = len(rows.query_id)
+    return {"default": np.zeros(n, int), SINGLE: np.full(n, 1), "bank": np.asarray(bank)}
+
+
+def test_a_full_table_is_valued_exactly():
+    table_ = table(seed=1, n=600, configs=3, effect=[0, 0.05, 0.02], full=True)
+    rows = held_out_outcomes(table_, QUALITY)
+    choice = np.arange(200) % 3
+    chosen = policies(table_, choice)
+    chosen["oracle"] = oracle(rows)
+    result = evaluate(rows, chosen, 300, 0)
+    by_query = rows.utility.reshape(200, 3)
+    assert result.grade == "exact"
+    assert result.value("bank").utility == pytest.approx(by_query[np.arange(200), choice].mean())
+    assert result.value("oracle").utility == pytest.approx(by_query.max(1).mean())
+    assert result.value("bank").acted == pytest.approx((choice != 0).mean())
+    gap = by_query.max(1).mean() - by_query[:, 1].mean()
+    expected = (result.value("bank").utility - by_query[:, 1].mean()) / gap
+    assert result.value("bank").captured == pytest.approx(expected)
+    assert result.bank_gains["default"].gain == pytest.approx(result.value("bank").utility - by_query[:, 0].mean())
+
+
+def test_intervals_are_paired():
+    # queries differ far more than configs: an unpaired interval would be ten times as wide
+    table_ = table(seed=2, n=900, configs=3, effect=[0, 0.1, 0], full=True)
+    rows = held_out_outcomes(table_, QUALITY)
+    result = evaluate(rows, policies(table_, np.ones(300, int)), 500, 0)
+    gain = result.bank_gains["default"]
+    difference = rows.utility.reshape(300, 3)[:, 1] - rows.utility.reshape(300, 3)[:, 0]
+    half = 1.96 * difference.std() / math.sqrt(300)
+    assert gain.high - gain.low == pytest.approx(2 * half, rel=0.15)
+    assert result.bank_gains[SINGLE].gain == 0.0
+
+
+def test_logged_propensities_make_a_skewed_log_fair():
+    # the log tries config 1 on hard queries only; its plain mean says that it is bad
+    rng = np.random.default_rng(3)
+    n = 20_000
+    table_ = table(seed=3, n=n, configs=2)
+    hard = rng.random(n) < 0.5
+    p_one = np.where(hard, 0.9, 0.1)
+    config = (rng.random(n) < p_one).astype(np.int64)
+    quality = np.clip(0.7 - 0.4 * hard + 0.1 * config + 0.05 * rng.normal(size=n), 0, 1).astype(np.float32)
+    propensity = np.where(config == 1, p_one, 1 - p_one).astype(np.float32)
+    logged = {"config_id": config, "precision": quality, "recall": quality, "propensity": propensity}
+    table_ = table_.__class__(**{**table_.__dict__, **logged})
+    result = evaluate(held_out_outcomes(table_, QUALITY), policies(table_, np.ones(n, int)), 200, 0)
+    gain = result.bank_gains["default"]
+    assert result.grade == "snips"
+    assert gain.gain == pytest.approx(0.1, abs=0.02)
+    assert quality[config == 1].mean() < quality[config == 0].mean()
+    unlogged = table_.__class__(**{**table_.__dict__, "propensity": None})
+    assert evaluate(held_out_outcomes(unlogged, QUALITY), policies(unlogged, np.ones(n, int)), 200, 0).grade == (
+        "associational"
+    )
+
+
+def test_a_choice_that_no_row_tried_has_no_value():
+    table_ = table(seed=4, n=300, configs=3, full=True)
+    result = evaluate(held_out_outcomes(table_, QUALITY), policies(table_, np.full(100, -1)), 100, 0)
+    assert math.isnan(result.value("bank").utility)
+    assert result.value("bank").matched == 0
+    assert math.isnan(result.bank_gains["default"].low)
+
+
+def test_best_single_is_the_best_mean():
+    table_ = table(seed=5, n=3000, configs=4, effect=[0, 0.02, 0.1, 0.01])
+    evidence = gather_evidence(table_, torch.zeros(3000, dtype=int), 1, row_weights(table_, None), torch.device("cpu"))
+    assert best_single(evidence, QUALITY) == 2
+
+
+def test_utility_counts_latency_and_cost():
+    objective = Objective("utility", "f1", 0.1, 0.2, 1000.0, 4.0, 0.95, None, None)
+    value = objective.utility(np.array([0.8]), np.array([4000.0]), np.array([2.0]))
+    assert value[0] == pytest.approx(0.8 - 0.1 * 2 - 0.2 * 0.5)
+
+
+@pytest.mark.parametrize(
+    ("effect", "gate", "refusal", "promoted", "says"),
+    [
+        (0.1, GateConfig(), None, True, "above gate.min_gain"),
+        (-0.1, GateConfig(), None, False, "not above gate.min_gain"),
+        (0.1, GateConfig(min_gain=0.5), None, False, "not above"),
+        (0.1, GateConfig(min_rows=10_000), None, False, "gate.min_rows=10000"),
+        (0.1, GateConfig(), "the champion's dim is 3", False, "dim is 3"),
+    ],
+)
+def test_the_gate_promotes_only_what_is_better(effect, gate, refusal, promoted, says):
+    table_ = table(seed=6, n=900, configs=2, effect=[0, effect], full=True)
+    evaluation = evaluate(held_out_outcomes(table_, QUALITY), policies(table_, np.ones(450, int)), 200, 0)
+    decision = decide(evaluation, gate, refusal)
+    assert decision.promote is promoted
+    assert says in decision.reason

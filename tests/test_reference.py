@@ -1,0 +1,116 @@
+"""Every name of the reference document has its place here; corrected formulas agree with their scalar reading."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import numpy as np
+import oracles
+import pytest
+import torch
+
+import rb_gpu
+from rb_gpu.learn import PatternExtractor, VerdictJudge, hierarchy
+from rb_gpu.learn.evidence import f1_score
+from rb_gpu.types import LearnedPattern, QueryTrajectory
+
+FIELDS = {
+    rb_gpu.QueryTrajectory: "id query_embedding search_params retrieved_ids precision recall latency_us "
+    "feedback timestamp",
+    rb_gpu.SearchParams: "ef_search n_probes model_tier context_tokens temperature",
+    rb_gpu.LearnedPattern: "id centroid optimal_params confidence support_count avg_precision avg_recall "
+    "avg_latency_us created_at updated_at abstraction_level children",
+    rb_gpu.Verdict: "pattern_id recommended_params confidence evidence",
+    rb_gpu.VerdictEvidence: "support_count avg_improvement p_value consistency",
+    rb_gpu.PatternMatch: "pattern similarity",
+    rb_gpu.OptimizedParams: "params confidence source",
+    rb_gpu.ReasoningBankStats: "total_trajectories total_patterns total_verdicts pattern_hit_rate "
+    "avg_recommendation_confidence avg_improvement_percent",
+    PatternExtractor: "k max_iter epsilon",
+    VerdictJudge: "min_samples alpha",
+    rb_gpu.RouterDecision: "params reasoning_confidence reasoning_pattern_id",
+}
+CALLS = {
+    rb_gpu.ReasoningBank: "record_trajectory find_similar_patterns optimized_params record_feedback stats "
+    "export from_export",
+    PatternExtractor: "extract",
+    VerdictJudge: "judge",
+    rb_gpu.FastGRNNRouter: "forward forward_with_reasoning",
+    hierarchy: "consolidate prune build_hierarchy",
+}
+
+
+@pytest.mark.parametrize("kind", FIELDS, ids=lambda kind: kind.__name__)
+def test_every_field_of_the_document_is_there(kind):
+    assert set(FIELDS[kind].split()) <= {f.name for f in fields(kind)}
+
+
+@pytest.mark.parametrize("owner", CALLS, ids=lambda owner: owner.__name__)
+def test_every_call_of_the_document_is_there(owner):
+    assert all(callable(getattr(owner, name)) for name in CALLS[owner].split())
+
+
+def cluster_of(seed: int, n: int, good: bool = True) -> list[QueryTrajectory]:
+    rng = np.random.default_rng(seed)
+    centre = rng.normal(size=6)
+    out = []
+    for i in range(n):
+        params = rb_gpu.SearchParams(
+            ef_search=int(rng.choice([16, 33, 64])), n_probes=int(rng.choice([1, 4])),
+            model_tier=str(rng.choice(["small", "large"])), context_tokens=int(rng.choice([1000, 3000])),
+            temperature=float(rng.choice([0.0, 0.35, 1.0])),
+        )  # fmt: skip
+        p, r = rng.random(2) * good
+        embedding = (centre + 0.01 * rng.normal(size=6)).astype(np.float32)
+        out.append(QueryTrajectory(i, embedding, params, p, r, int(rng.integers(500, 900)), i))
+    return out
+
+
+@pytest.mark.parametrize(("seed", "good"), [(0, True), (1, True), (2, True), (3, False)])
+def test_a_pattern_is_the_documents_with_its_corrections(seed, good):
+    trajectories = cluster_of(seed, 57, good)
+    [pattern] = PatternExtractor(k=1).extract(trajectories)
+    latency = {"small": [], "large": []}
+    for t in trajectories:
+        latency[t.search_params.model_tier].append(t.latency_us)
+    tiers = sorted(latency, key=lambda tier: np.mean(latency[tier]))
+    rows = []
+    for t in trajectories:
+        s = t.search_params
+        rows.append(oracles.Trajectory(
+            t.id, t.query_embedding, s.ef_search, s.n_probes, s.model_tier, s.context_tokens, s.temperature,
+            t.precision, t.recall, t.latency_us, t.timestamp,
+        ))  # fmt: skip
+    expected = oracles.create_pattern_corrected(rows, tiers)
+    best, wanted = pattern.optimal_params, expected["optimal_params"]
+    assert (best.ef_search, best.n_probes) == (wanted.ef_search, wanted.n_probes)
+    assert (best.model_tier, best.context_tokens) == (wanted.model_tier, wanted.context_tokens)
+    assert best.temperature == pytest.approx(wanted.temperature, abs=1e-6)
+    assert pattern.quality == pytest.approx(expected["quality"], rel=1e-5, abs=1e-9)
+    assert pattern.avg_precision == pytest.approx(expected["avg_precision"], rel=1e-5)
+    assert pattern.avg_recall == pytest.approx(expected["avg_recall"], rel=1e-5)
+    assert pattern.avg_latency_us == pytest.approx(expected["avg_latency_us"], abs=1)
+    assert pattern.support_count == 57
+    assert pattern.children == ()
+
+
+def test_small_clusters_are_left_out_and_k_over_n_still_clusters():
+    far = QueryTrajectory(900, -np.ones(6, np.float32), rb_gpu.SearchParams(), 1.0, 1.0, 1, 1)
+    trajectories = [*cluster_of(5, 40), far]
+    patterns = PatternExtractor(k=2).extract(trajectories)
+    assert [p.support_count for p in patterns] == [40]
+    repeated = [t for _ in range(4) for t in cluster_of(6, 5)]
+    repeated = [replace(t, id=i) for i, t in enumerate(repeated)]
+    assert sorted(p.support_count for p in PatternExtractor(k=500).extract(repeated)) == [4] * 5
+
+
+def test_quality_is_one_function():
+    for p, r in ((0.0, 0.0), (1.0, 1.0), (0.3, 0.9)):
+        ours = float(f1_score(torch.tensor([p]).double(), torch.tensor([r]).double())[0])
+        assert ours == pytest.approx(oracles.f1_exact(p, r))
+
+
+def test_a_pattern_has_the_declared_types():
+    [pattern] = PatternExtractor(k=1).extract(cluster_of(7, 30))
+    assert isinstance(pattern, LearnedPattern)
+    assert pattern.centroid.dtype == np.float32
