@@ -105,6 +105,8 @@ def read_export(path: Path) -> BankData:
         check_bank(data)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
+    if document.get("dim") != data.dim:
+        raise ArtifactError(f"{path} says dim={document.get('dim')}, its centroids have {data.dim}; export it again")
     return data
 
 

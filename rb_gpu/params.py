@@ -46,12 +46,16 @@ class SearchParams:
                 raise ConfigError(f"{name}={value!r} is not an integer in [1, {MAX_COUNT}]; give a positive integer")
         if not isinstance(self.model_tier, str) or not self.model_tier:
             raise ConfigError(f"model_tier={self.model_tier!r} is not a non-empty string; give the tier's name")
-        if not 0.0 <= self.temperature <= MAX_TEMPERATURE:  # false for NaN too
-            raise ConfigError(f"temperature={self.temperature!r} is outside [0, {MAX_TEMPERATURE:g}]; clamp it")
+        number = isinstance(self.temperature, (int, float, np.number)) and not isinstance(self.temperature, bool)
+        if not (number and 0.0 <= self.temperature <= MAX_TEMPERATURE):  # false for NaN too
+            raise ConfigError(
+                f"temperature={self.temperature!r} is not a number in [0, {MAX_TEMPERATURE:g}]; give one in it"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """The five parameters by name, as plain Python values."""
-        return asdict(self)
+        values = asdict(self)
+        return values | {k: v.item() for k, v in values.items() if isinstance(v, np.generic)}
 
 
 def temperature_bucket(temperature: npt.ArrayLike, step: float) -> npt.NDArray[np.int64]:
@@ -138,12 +142,14 @@ def quantise(
     """The distinct configs of N rows, and each row's config.
 
     columns: ef_search, n_probes, context_tokens (N,) integers; model_tier (N,) index into `tiers`; temperature (N,).
-    Temperature goes to the nearest multiple of `temperature_step`, context to the nearest multiple of `context_step`.
+    Temperature goes to the nearest multiple of `temperature_step`, context to the nearest multiple of `context_step`
+    above 0.
     Returns a table (default row 0; the caller sets it) and config_id (N,) int64. Raises ConfigError over MAX_CONFIGS.
     """
     context = np.asarray(columns["context_tokens"], dtype=np.int64)
     if context_step > 1:
-        context = np.maximum(np.rint(context / context_step).astype(np.int64) * context_step, 1)
+        steps = np.maximum(np.rint(context / context_step).astype(np.int64), 1)  # a context of 0 tokens is none
+        context = np.minimum(steps * context_step, MAX_COUNT)
     keys = np.stack(
         [
             np.asarray(columns["ef_search"], dtype=np.int64),

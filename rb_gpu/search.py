@@ -72,7 +72,8 @@ class FaissSearch:
     def nearest(self, unit_BD: Matrix, k: int) -> tuple[Rows, Matrix]:
         """See Search.nearest."""
         cosine, rows = self._index.search(unit_BD, min(k, self._leaves))
-        return rows, np.where(rows < 0, np.float32(-1), cosine)
+        found = (rows >= 0) & (rows < self._leaves)  # an inverted file may hold any id
+        return np.where(found, rows, -1), np.where(found, cosine, np.float32(-1))
 
 
 def open_search(unit_PD: Matrix, index: bytes | None, kind: str, wanted: str) -> Search:
@@ -94,6 +95,7 @@ def open_search(unit_PD: Matrix, index: bytes | None, kind: str, wanted: str) ->
         raise ArtifactError("search=index needs Faiss; pip install 'rb_gpu[index]' or use search=exact") from None
     try:
         read = faiss.deserialize_index(np.frombuffer(index, dtype=np.uint8))
-    except RuntimeError as error:
-        raise ArtifactError(f"index.faiss cannot be read ({str(error).splitlines()[0]}); train again") from error
+    except (RuntimeError, MemoryError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(f"index.faiss cannot be read ({reason}); train again") from error
     return FaissSearch(read, kind, *unit_PD.shape)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,26 @@ def test_full_disk_leaves_nothing(data: BankData, tmp_path: Path, monkeypatch: A
     with pytest.raises(OSError, match="No space left"):
         write_artifact(tmp_path / "new", data, {"report.html": b"<p>"})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_artifact_appears_whole(data: BankData, tmp_path: Path) -> None:
+    torn, versions = [], [tmp_path / f"v{i}" for i in range(30)]
+
+    def read() -> None:
+        for folder in versions:
+            while not folder.exists():
+                pass
+            try:
+                verify_artifact(folder)
+            except ArtifactError as error:
+                torn.append(error)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    for folder in versions:
+        write_artifact(folder, data, {"report.html": b"<p>"})
+    reader.join()
+    assert torn == []
 
 
 def test_interrupt_leaves_nothing(data: BankData, tmp_path: Path, monkeypatch: Any) -> None:
@@ -191,6 +212,14 @@ def test_links_out_of_the_folder_are_refused(artifact: Path, tmp_path: Path) -> 
         (artifact / name).unlink()
         (tmp_path / name).rename(artifact / name)
     load_artifact(artifact)
+
+
+def test_a_link_is_refused_even_if_the_manifest_has_its_size(artifact: Path, tmp_path: Path) -> None:
+    path = artifact / "bank.safetensors"
+    path.rename(tmp_path / "bank")
+    path.symlink_to(tmp_path / "bank")
+    edit_manifest(artifact, lambda m: m["files"][path.name].update(size=path.lstat().st_size))
+    refused(artifact, "no plain file")
 
 
 def test_a_pipe_in_place_of_the_manifest_does_not_hang(artifact: Path) -> None:

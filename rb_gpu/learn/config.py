@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rb_gpu.errors import ConfigError
+from rb_gpu.params import PARAMETERS, SearchParams
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent.parent / "sample"
 
@@ -86,6 +87,15 @@ class ParamsConfig:
         check("params.tiers", self.tiers, tiers_ok, "auto or a list of distinct names", "list them cheapest first")
         default_ok = self.default == "auto" or isinstance(self.default, dict)
         check("params.default", self.default, default_ok, "auto or a mapping", "give e.g. {ef_search: 64}")
+        if isinstance(self.default, dict):
+            for name, value in self.default.items():
+                check(
+                    f"params.default.{name}", value, name in PARAMETERS, f"one of {', '.join(PARAMETERS)}", "rename it"
+                )
+            try:
+                SearchParams(**self.default)
+            except ConfigError as error:
+                raise ConfigError(f"params.default.{error}") from None
         check("params.temperature_step", self.temperature_step, 0 < self.temperature_step <= 2, "in (0, 2]", "lower it")
         check_count("params.context_step", self.context_step)
 
@@ -306,3 +316,6 @@ class TrainConfig:
     registry: RegistryConfig = field(default_factory=RegistryConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("seed", self.seed, 0)

@@ -1,6 +1,9 @@
-"""Arrow embedding columns of every kind in the contract to float32 matrices. Suffixes: N rows, D dims."""
+"""The columns of design section 4: their bounds, and Arrow arrays of every kind to NumPy. Suffixes: N rows, D dims."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -8,53 +11,148 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rb_gpu.errors import DataError
+from rb_gpu.params import MAX_COUNT, MAX_TEMPERATURE
+
+NULL_TIER, UNKNOWN_TIER = -1, -2
+MAX_INT64 = 2**63 - 1
 
 
-def embedding_dim(column: pa.Array, source: str) -> int:
-    """D of a column: what its type fixes, or the most common length of its lists. Raises DataError on another type."""
-    kind = column.type
-    if pa.types.is_fixed_size_list(kind) and _is_float(kind.value_type):
+@dataclass(frozen=True)
+class Column:
+    """One column of the contract: its NumPy dtype, the least and largest value, and whether a null is a bad row."""
+
+    dtype: type
+    least: float = -np.inf
+    largest: float = np.inf
+    nullable: bool = False
+    open_below: bool = False
+    unit: str = ""
+
+    def outside(self, array: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """Which values are outside the bounds."""
+        below = array <= self.least if self.open_below else array < self.least
+        return np.asarray(below | (array > self.largest))
+
+    @property
+    def bounds(self) -> str:
+        """The bounds and the unit, for messages."""
+        return f"{'(' if self.open_below else '['}{self.least}, {self.largest}]{self.unit}"
+
+
+CONTRACT: dict[str, Column] = {
+    "id": Column(np.uint64),
+    "query_id": Column(np.uint64),
+    "ef_search": Column(np.int64, 1, MAX_COUNT),
+    "n_probes": Column(np.int64, 1, MAX_COUNT),
+    "context_tokens": Column(np.int64, 1, MAX_COUNT),
+    "temperature": Column(np.float32, 0, MAX_TEMPERATURE),
+    "precision": Column(np.float32, 0, 1),
+    "recall": Column(np.float32, 0, 1),
+    "latency_us": Column(np.int64, 0, MAX_INT64),
+    "cost": Column(np.float32, 0),
+    "rating": Column(np.int8, 1, 5, nullable=True),
+    # the years 1 to 9999: milliseconds are outside
+    "timestamp": Column(np.int64, -62_135_596_800, 253_402_300_799, unit=" in UTC seconds"),
+    "propensity": Column(np.float32, 0, 1, open_below=True),
+}
+
+
+def embedding_dim(kind: pa.DataType, source: str) -> int | None:
+    """D that the type of an embedding column fixes, None for lists, whose rows tell. Raises DataError on others."""
+    if pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type) and kind.list_size > 0:
         return int(kind.list_size)
-    if pa.types.is_fixed_size_binary(kind) and kind.byte_width % 4 == 0:
+    if pa.types.is_fixed_size_binary(kind) and kind.byte_width > 0 and kind.byte_width % 4 == 0:
         return int(kind.byte_width // 4)
-    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_float(kind.value_type):
-        lengths = pc.drop_null(pc.list_value_length(column)).to_numpy(zero_copy_only=False)
-        if len(lengths) == 0:
-            raise DataError(f"{source}: query_embedding is null in every row; export the embeddings")
-        return int(np.bincount(lengths).argmax())
+    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_floating(kind.value_type):
+        return None
     raise DataError(
         f"{source}: query_embedding is {kind}; store fixed_size_list or list of half, float or double, "
         "or fixed_size_binary of 4 bytes a dimension"
     )
 
 
-def _is_float(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_floating(kind))
+def list_dim(column: pa.Array) -> int | None:
+    """The most common length of a column of lists; None where every row is null or empty."""
+    lengths = pc.drop_null(pc.list_value_length(column)).to_numpy(zero_copy_only=False)
+    values, count = np.unique(lengths[lengths > 0], return_counts=True)
+    return int(values[count.argmax()]) if len(values) else None
 
 
-def decode_embeddings(column: pa.Array, dim: int, source: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+def decode_embeddings(column: pa.Array, dim: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
     """(N, D) float32, and which rows have D values (N,); the others are zero. Nulls inside a row come out as NaN."""
     n = len(column)
     valid = column.is_valid().to_numpy(zero_copy_only=False)
     kind = column.type
     if pa.types.is_fixed_size_binary(kind):
-        if kind.byte_width != 4 * dim:
-            raise DataError(f"{source}: query_embedding has {kind.byte_width // 4} dimensions, not {dim}")
-        raw = np.frombuffer(column.buffers()[1], np.float32, count=n * dim, offset=column.offset * 4 * dim)
+        buffer = column.buffers()[1] if n else b""
+        raw = np.frombuffer(buffer, np.float32, count=n * dim, offset=column.offset * 4 * dim if n else 0)
         return np.where(valid[:, None], raw.reshape(n, dim), np.float32(0)), valid
     if pa.types.is_fixed_size_list(kind):
         # .values ignores both the slice and the nulls, which keeps rows aligned where .flatten() would drop null rows
-        flat = column.values.slice(column.offset * dim, n * dim)
-        return _matrix(flat, n, dim, valid), valid
-    lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
-    right = lengths == dim
+        matrix = _matrix(column.values.slice(column.offset * dim, n * dim), dim)
+        return matrix if valid.all() else np.where(valid[:, None], matrix, np.float32(0)), valid
+    right = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False) == dim
+    if right.all():
+        return _matrix(column.flatten(), dim), right
     out = np.zeros((n, dim), np.float32)
-    out[right] = _matrix(column.filter(pa.array(right)).flatten(), int(right.sum()), dim, None)
+    out[right] = _matrix(column.filter(pa.array(right)).flatten(), dim)
     return out, right
 
 
-def _matrix(flat: pa.Array, n: int, dim: int, valid: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.float32]:
-    matrix: npt.NDArray[np.float32] = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(n, dim)
-    if valid is not None and not valid.all():
-        matrix = np.where(valid[:, None], matrix, np.float32(0))
-    return matrix
+def _matrix(flat: pa.Array, dim: int) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # a double beyond float32 becomes infinite, and so a bad row
+        matrix: npt.NDArray[np.float32] = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+    return matrix.reshape(-1, dim)
+
+
+def decode_numbers(column: pa.Array, dtype: type, where: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    """(N,) numbers, not yet of `dtype` where that would hide a fraction or wrap, and which are null or not finite (0).
+
+    Signed ids are taken as the 64 bits of unsigned ones. Raises DataError on a type that is no number.
+    """
+    kind = column.type
+    is_float = pa.types.is_floating(kind)
+    if dtype is np.uint64 and not pa.types.is_integer(kind):
+        raise DataError(f"{where} is {kind}; store ids as uint64")
+    if not (is_float or pa.types.is_integer(kind)):
+        raise DataError(f"{where} is {kind}; store it as a number")
+    missing = column.is_null().to_numpy(zero_copy_only=False)
+    array = np.asarray(pc.fill_null(column, 0).to_numpy(zero_copy_only=False))
+    if dtype is np.uint64:
+        return array.astype(np.uint64), missing
+    if dtype is np.float32:
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+    if is_float:
+        missing = missing | ~np.isfinite(array)
+        array = np.where(missing, 0, array)
+    return array, missing
+
+
+def decode_times(column: pa.Array, where: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """(N,) UTC seconds, and which are null (0). Raises DataError on a type that is neither timestamp nor integer."""
+    if pa.types.is_timestamp(column.type):
+        column = pc.cast(column, pa.timestamp("s", column.type.tz), safe=False)
+    elif not pa.types.is_integer(column.type):
+        raise DataError(f"{where} is {column.type}; store a timestamp, or integer UTC seconds")
+    seconds = pc.fill_null(pc.cast(column, pa.int64(), safe=False), 0)
+    return seconds.to_numpy(zero_copy_only=False), column.is_null().to_numpy(zero_copy_only=False)
+
+
+def decode_tiers(column: pa.Array, names: list[str], fixed: bool, where: str) -> npt.NDArray[np.int32]:
+    """(N,) codes into `names`, which grows unless it is fixed; NULL_TIER also for an empty name, UNKNOWN_TIER."""
+    encoded = column if pa.types.is_dictionary(column.type) else pc.dictionary_encode(column)
+    if not (pa.types.is_string(encoded.type.value_type) or pa.types.is_large_string(encoded.type.value_type)):
+        raise DataError(f"{where} is {column.type}; store the tier's name as a string")
+    local = encoded.dictionary.to_pylist()
+    code = np.full(len(local) + 1, NULL_TIER, np.int32)
+    for i, name in enumerate(local):
+        if name in names:
+            code[i] = names.index(name)
+        elif name and not fixed:
+            names.append(name)
+            code[i] = len(names) - 1
+        elif name:
+            code[i] = UNKNOWN_TIER
+    indices = pc.fill_null(pc.cast(encoded.indices, pa.int64()), len(local))
+    return np.asarray(code[indices.to_numpy(zero_copy_only=False)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -45,6 +45,9 @@ class EvaluateConfig:
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("seed", self.seed, 0)
 
 
 @dataclass
@@ -184,9 +187,20 @@ def register_schemas() -> None:
 def to_object(composed: DictConfig) -> Any:
     """The checked dataclass of a composed config. Raises ConfigError with the key that is wrong."""
     try:
-        return OmegaConf.to_object(composed)
+        settings = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         cause = error.__cause__ or error.__context__
         if isinstance(cause, ConfigError):
             raise cause from None
         raise ConfigError(str(error).splitlines()[0]) from error
+    _refuse_unknown(settings)
+    return settings
+
+
+def _refuse_unknown(settings: Any, prefix: str = "") -> None:
+    """Raises ConfigError for a key that no dataclass has: `+judge.foo=1` makes Hydra add one in spite of the schema."""
+    known = [f.name for f in fields(settings)]
+    for name, value in vars(settings).items():
+        check(f"{prefix}{name}", value, name in known, f"one of {', '.join(known)}", "drop it, or mend its name")
+        if is_dataclass(value):
+            _refuse_unknown(value, f"{prefix}{name}.")

@@ -7,84 +7,87 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rb_gpu.errors import DataError
-from rb_gpu.learn.decode import decode_embeddings, embedding_dim
-from rb_gpu.learn.sources import Source, guarded, list_paths, open_source
-from rb_gpu.params import MAX_COUNT, MAX_TEMPERATURE
+from rb_gpu.learn.decode import (
+    CONTRACT,
+    NULL_TIER,
+    UNKNOWN_TIER,
+    decode_embeddings,
+    decode_numbers,
+    decode_tiers,
+    decode_times,
+    embedding_dim,
+    list_dim,
+)
+from rb_gpu.learn.sources import BATCH_ROWS, Source, guarded, list_paths, open_source
 
 log = logging.getLogger(__name__)
 
 OFFENDERS_SHOWN = 5
+# of embeddings at a time; Arrow takes several times as much to read them
+CHUNK_BYTES = 1 << 22
+COMPACT_ROWS = 4096
 
 Columns = dict[str, npt.NDArray[Any]]
 
 
-@dataclass(frozen=True)
-class Column:
-    """One column of the contract: its NumPy dtype, the least and largest value, and whether a null is a bad row."""
-
-    dtype: type
-    least: float = -np.inf
-    largest: float = np.inf
-    nullable: bool = False
-    open_below: bool = False
-
-
-CONTRACT: dict[str, Column] = {
-    "id": Column(np.uint64),
-    "query_id": Column(np.uint64),
-    "ef_search": Column(np.int64, 1, MAX_COUNT),
-    "n_probes": Column(np.int64, 1, MAX_COUNT),
-    "context_tokens": Column(np.int64, 1, MAX_COUNT),
-    "temperature": Column(np.float32, 0, MAX_TEMPERATURE),
-    "precision": Column(np.float32, 0, 1),
-    "recall": Column(np.float32, 0, 1),
-    "latency_us": Column(np.int64, 0),
-    "cost": Column(np.float32, 0),
-    "rating": Column(np.int8, 1, 5, nullable=True),
-    "timestamp": Column(np.int64),
-    "propensity": Column(np.float32, 0, 1, open_below=True),
-}
-
-
 @dataclass
 class BadRows:
-    """Bad rows, counted by reason, with where each one stands: (file, row in the file, id, reason)."""
+    """Bad rows by reason, with where each one stands. parts: (file, rows in the file, their ids, reason)."""
 
-    rows: list[tuple[str, int, int, str]] = field(default_factory=list)
+    parts: list[tuple[str, npt.NDArray[np.int64], npt.NDArray[np.uint64], str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return sum(len(rows) for _, rows, _, _ in self.parts)
+
+    def __iter__(self) -> Iterator[tuple[str, int, int, str]]:
+        for file, rows, ids, reason in self.parts:
+            yield from ((file, int(row), int(i), reason) for row, i in zip(rows, ids, strict=True))
+
+    @property
+    def rows(self) -> list[tuple[str, int, int, str]]:
+        """(file, row in the file, id, reason) of each one."""
+        return list(self)
 
     def by_reason(self) -> dict[str, int]:
         """How many bad rows each reason has, most first."""
-        return dict(Counter(reason for *_, reason in self.rows).most_common())
+        count: Counter[str] = Counter()
+        for _, rows, _, reason in self.parts:
+            count[reason] += len(rows)
+        return dict(count.most_common())
 
-    def add(self, source: str, row: npt.NDArray[np.int64], ids: npt.NDArray[Any], reason: str) -> None:
+    def add(self, file: str, rows: npt.NDArray[np.int64], ids: npt.NDArray[np.uint64], reason: str) -> None:
         """Adds the given rows of one file under one reason."""
-        self.rows.extend((source, int(r), int(i), reason) for r, i in zip(row, ids, strict=True))
+        if len(rows):
+            self.parts.append((file, rows, ids, reason))
 
     def write(self, path: Path) -> None:
         """Writes the quarantine table: file, row (in the file), id, reason."""
-        columns = list(zip(*self.rows, strict=True)) or [(), (), (), ()]
         schema = pa.schema([("file", pa.string()), ("row", pa.int64()), ("id", pa.uint64()), ("reason", pa.string())])
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table([pa.array(c, t.type) for c, t in zip(columns, schema, strict=True)], schema), path)
+        with pq.ParquetWriter(path, schema) as writer:
+            for file, rows, ids, reason in self.parts:
+                n = len(rows)
+                writer.write_table(pa.table([pa.repeat(file, n), rows, ids, pa.repeat(reason, n)], schema))
 
     def check(self, total: int, max_bad_fraction: float, path: str) -> None:
         """Raises DataError where no good row is left, or more than max_bad_fraction of the rows are bad."""
-        bad = len(self.rows)
-        if bad < total and bad <= max_bad_fraction * total:
+        bad = len(self)
+        if bad < total and bad / total <= max_bad_fraction:  # a product would round 29 of 100 to over 0.29
             return
-        shown = "; ".join(f"{Path(s).name} row {r} (id {i}): {why}" for s, r, i, why in self.rows[:OFFENDERS_SHOWN])
+        first = islice(self, OFFENDERS_SHOWN)
+        shown = "; ".join(f"{Path(s).name} row {r} (id {i}): {why}" for s, r, i, why in first)
         bound = f"over data.max_bad_fraction={max_bad_fraction:g}" if bad < total else "and none is left to learn from"
         counts = ", ".join(f"{reason}: {n}" for reason, n in self.by_reason().items())
         raise DataError(
@@ -95,9 +98,10 @@ class BadRows:
 
 @dataclass
 class Table:
-    """Good rows of one or several files. tier: (N,) int32 codes into tier_names, absent where no file has the column.
+    """Good rows of one or several files. model_tier: (N,) int32 codes into tier_names.
 
-    columns has only what every file holds. source: what was read, for messages.
+    columns has only what every file holds. file_id: (N,) int32 index into `files`; file_row: (N,) int64 row in it.
+    source: what was read, for messages. total_rows: rows seen, bad ones too.
     """
 
     columns: Columns
@@ -105,6 +109,27 @@ class Table:
     total_rows: int
     source: str
     files: list[str]
+    file_id: npt.NDArray[np.int32]
+    file_row: npt.NDArray[np.int64]
+
+    def refuse(self, mask: npt.NDArray[np.bool_], reason: str, key: str, bad: BadRows) -> None:
+        """Drops the rows of the mask as bad ones, in place: a copy would double the memory. key: column of the ids."""
+        if not mask.any():
+            return
+        for file_id in np.unique(self.file_id[mask]):
+            rows = mask & (self.file_id == file_id)
+            bad.add(self.files[file_id], self.file_row[rows], self.columns[key][rows], reason)
+        self.columns = {name: _compact(array, ~mask) for name, array in self.columns.items()}
+        self.file_id, self.file_row = _compact(self.file_id, ~mask), _compact(self.file_row, ~mask)
+
+
+def _compact(array: npt.NDArray[Any], keep: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+    end = 0
+    for start in range(0, len(keep), COMPACT_ROWS):
+        kept = array[start : start + COMPACT_ROWS][keep[start : start + COMPACT_ROWS]]
+        array[end : end + len(kept)] = kept
+        end += len(kept)
+    return array[:end]
 
 
 def read_table(
@@ -115,68 +140,105 @@ def read_table(
     tiers: Sequence[str] | None = None,
     newest: int | None = None,
     key: str = "data.path",
+    unique: str = "id",
 ) -> Table:
     """Reads the required and optional columns of every file of `path`, sets bad rows aside, and joins the rest.
 
-    tiers: the configured tiers, another name is a bad row; None takes all. newest: keep the rows of largest timestamp.
+    tiers: the configured tiers, another name is a bad row; None takes all. newest: keep the rows of largest timestamp,
+    of equal ones the last. unique: a repeated value in this column, if it is read, is a bad row.
     Returns query_embedding as (N, D) float32. Raises DataError naming the file and the column: missing file or column,
     a type that cannot be read, a dimension that differs between files, no rows.
     """
     sources = [open_source(filesystem, name, key) for filesystem, name in list_paths(path, key)]
     label = path if isinstance(path, str) else ", ".join(path)
+    return check_sources(sources, label, required, optional, bad, tiers, newest, key, unique)
+
+
+def check_sources(
+    sources: Sequence[Source],
+    label: str,
+    required: Sequence[str],
+    optional: Sequence[str],
+    bad: BadRows,
+    tiers: Sequence[str] | None = None,
+    newest: int | None = None,
+    key: str = "data.path",
+    unique: str = "id",
+) -> Table:
+    """`read_table` of opened sources."""
     for source in sources:
-        missing = [c for c in required if c not in source.schema.names]
-        if missing:
-            raise DataError(
-                f"{key}={source.name} has no column {missing[0]}; add it (the table needs {', '.join(required)})"
-            )
+        _check_columns(source, required, optional, key)
+    files = [source.name for source in sources]
+    sources = [source for source in sources if source.rows]
     total = sum(source.rows for source in sources)
     if total == 0:
         raise DataError(f"{key}={label} has no rows; check the log's export")
     wanted = [c for c in (*required, *optional) if all(c in s.schema.names for s in sources)]
-    for column in set(optional) - set(wanted):
+    for column in sorted(set(optional) - set(wanted)):
         if any(column in s.schema.names for s in sources):
             log.warning("%s: %s is in some files only and is taken as absent", key, column)
     dim = _common_dim(sources, key) if "query_embedding" in wanted else None
-    cutoff = _cutoff(sources, newest) if newest is not None and newest < total else None
-    size = total if cutoff is None else min(total, cutoff.rows_kept)
+    cutoff = _cutoff(sources, newest, key) if newest is not None and newest < total else None
+    size = total if cutoff is None else cutoff.rows_kept
 
     columns: Columns = {c: np.empty(size, CONTRACT[c].dtype) for c in wanted if c in CONTRACT}
     if dim is not None:
         columns["query_embedding"] = np.empty((size, dim), np.float32)
     if "model_tier" in wanted:
         columns["model_tier"] = np.empty(size, np.int32)
-    origin_file, origin_row = np.empty(size, np.int32), np.empty(size, np.int64)
+    file_id, file_row = np.empty(size, np.int32), np.empty(size, np.int64)
     tier_names: list[str] = list(tiers or ())
     filled = 0
-    for file_id, source in enumerate(sources):
+    for source in sources:
         row = 0
-        for batch in guarded(source, wanted, key):
+        for batch in guarded(source, wanted, _batch_rows(dim), key):
             rows = np.arange(row, row + batch.num_rows)
             row += batch.num_rows
             if cutoff is not None:
-                keep = cutoff.keep(_timestamps(batch.column("timestamp"), source.name))
+                keep = cutoff.keep(_times(batch.column("timestamp"), f"{key}={source.name}"))
                 batch, rows = batch.filter(pa.array(keep)), rows[keep]
-            values, good = _check_batch(batch, rows, source.name, dim, tier_names, tiers is not None, bad, key)
+            values, good = _check_batch(batch, wanted, rows, source.name, dim, tier_names, tiers is not None, bad, key)
             n = int(good.sum())
             for name, array in values.items():
                 columns[name][filled : filled + n] = array if n == len(good) else array[good]
-            origin_file[filled : filled + n], origin_row[filled : filled + n] = file_id, rows[good]
+            file_id[filled : filled + n], file_row[filled : filled + n] = files.index(source.name), rows[good]
             filled += n
     columns = {name: array[:filled] for name, array in columns.items()}
-    if "id" in columns:
-        columns = _drop_duplicates(columns, origin_file[:filled], origin_row[:filled], sources, bad)
-    kept_total = total if cutoff is None else cutoff.rows_kept
-    return Table(columns, tier_names, kept_total, label, [source.name for source in sources])
+    table = Table(columns, tier_names, size, label, files, file_id[:filled], file_row[:filled])
+    if unique in columns:
+        repeated = np.ones(filled, dtype=bool)
+        repeated[np.unique(columns[unique], return_index=True)[1]] = False
+        table.refuse(repeated, f"duplicate {unique}", unique, bad)
+    return table
+
+
+def _check_columns(source: Source, required: Sequence[str], optional: Sequence[str], key: str) -> None:
+    count = Counter(source.schema.names)
+    for column in (*required, *optional):
+        if column in required and column not in count:
+            raise DataError(
+                f"{key}={source.name} has no column {column}; add it (the table needs {', '.join(required)})"
+            )
+        if count[column] > 1:
+            raise DataError(f"{key}={source.name} has {count[column]} columns {column}; leave one")
+
+
+def _batch_rows(dim: int | None) -> int:
+    return BATCH_ROWS if dim is None else min(max(CHUNK_BYTES // (4 * dim), 256), BATCH_ROWS)
 
 
 def _common_dim(sources: Sequence[Source], key: str) -> int:
     dims: dict[int, str] = {}
     for source in sources:
-        if source.rows == 0:
-            continue
-        first = next(iter(guarded(source, ["query_embedding"], key))).column(0)
-        dims.setdefault(embedding_dim(first, f"{key}={source.name}"), source.name)
+        dim = embedding_dim(source.schema.field("query_embedding").type, f"{key}={source.name}")
+        if dim is None:
+            batches = guarded(source, ["query_embedding"], _batch_rows(1024), key)
+            # a batch of nulls, or a whole file of them, tells nothing
+            dim = next((d for batch in batches if (d := list_dim(batch.column(0)))), None)
+        if dim is not None:
+            dims.setdefault(dim, source.name)
+    if not dims:
+        raise DataError(f"{key}={sources[0].name}: query_embedding is null in every row; export the embeddings")
     if len(dims) > 1:
         (dim_a, file_a), (dim_b, file_b) = list(dims.items())[:2]
         raise DataError(
@@ -188,7 +250,7 @@ def _common_dim(sources: Sequence[Source], key: str) -> int:
 
 @dataclass
 class _Cutoff:
-    """Rows with a timestamp over `after` stay, and the last `ties` of those equal to it."""
+    """Rows with a timestamp over `after` stay, and the last of those equal to it."""
 
     after: int
     ties_to_skip: int
@@ -202,25 +264,29 @@ class _Cutoff:
         return kept
 
 
-def _cutoff(sources: Sequence[Source], newest: int) -> _Cutoff:
+def _cutoff(sources: Sequence[Source], newest: int, key: str) -> _Cutoff:
     times = np.concatenate(
-        [_timestamps(b.column(0), s.name) for s in sources for b in s.batches(["timestamp"])] or [np.empty(0, np.int64)]
+        [
+            _times(batch.column(0), f"{key}={source.name}")
+            for source in sources
+            for batch in guarded(source, ["timestamp"], BATCH_ROWS, key)
+        ]
     )
     after = int(np.partition(times, len(times) - newest)[len(times) - newest])
     ties = int((times == after).sum()) - (newest - int((times > after).sum()))
     return _Cutoff(after, ties, newest)
 
 
-def _timestamps(column: pa.Array, source: str) -> npt.NDArray[np.int64]:
-    if pa.types.is_timestamp(column.type):
-        column = pc.cast(column, pa.timestamp("s"), safe=False)
-    elif not pa.types.is_integer(column.type):
-        raise DataError(f"{source}: timestamp is {column.type}; store a timestamp, or integer UTC seconds")
-    return np.asarray(pc.fill_null(pc.cast(column, pa.int64()), 0).to_numpy(zero_copy_only=False), np.int64)
+def _times(column: pa.Array, source: str) -> npt.NDArray[np.int64]:
+    """Timestamps as the ring buffer sees them: a bad one is older than all others, lest it push good rows out."""
+    seconds, missing = decode_times(column, f"{source}: column timestamp")
+    bad = missing | CONTRACT["timestamp"].outside(seconds)
+    return np.where(bad, np.iinfo(np.int64).min, seconds)
 
 
 def _check_batch(
     batch: pa.RecordBatch,
+    wanted: Sequence[str],
     rows: npt.NDArray[np.int64],
     source: str,
     dim: int | None,
@@ -236,87 +302,35 @@ def _check_batch(
 
     def refuse(mask: npt.NDArray[np.bool_], reason: str) -> None:
         hit = mask & good
-        if hit.any():
-            bad.add(source, rows[hit], ids[hit], reason)
-            good[hit] = False
+        bad.add(source, rows[hit], ids[hit], reason)
+        good[hit] = False
 
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+    for name in wanted:  # not the batch's order: reasons go by the contract's, whatever the file's
+        column, where = batch.column(name), f"{key}={source}: column {name}"
         if name == "query_embedding":
-            embedding, right_length = decode_embeddings(column, dim or 0, f"{key}={source}")
+            embedding, right_length = decode_embeddings(column, dim or 0)
             refuse(~right_length, f"query_embedding has not {dim} values")
             norm2 = np.einsum("nd,nd->n", embedding, embedding, dtype=np.float64)
             refuse(~np.isfinite(norm2), "query_embedding is not finite")
             refuse(norm2 == 0, "query_embedding has norm 0")
             values[name] = embedding
         elif name == "model_tier":
-            codes = _tier_codes(column, tier_names, tiers_fixed)
-            refuse(codes == -1, "model_tier is null")
-            refuse(codes == -2, f"unknown model_tier (params.tiers={tier_names})")
+            codes = decode_tiers(column, tier_names, tiers_fixed, where)
+            refuse(codes == NULL_TIER, "model_tier is null")
+            refuse(codes == UNKNOWN_TIER, f"unknown model_tier (params.tiers={tier_names})")
             values[name] = codes
         else:
             rule = CONTRACT[name]
-            array, null = _numbers(column, name, rule, f"{key}={source}")
-            if name in ("id", "query_id"):
-                ids = array if name == "id" else ids
+            array, missing = (
+                decode_times(column, where) if name == "timestamp" else decode_numbers(column, rule.dtype, where)
+            )
+            if name == "id" or (name == "query_id" and "id" not in wanted):
+                ids = array
             if not rule.nullable:
-                refuse(null, f"{name} is null or not a number")
-            below = array <= rule.least if rule.open_below else array < rule.least
-            outside = (below | (array > rule.largest)) & ~null
-            bracket = "(" if rule.open_below else "["
-            refuse(outside, f"{name} is outside {bracket}{rule.least:g}, {rule.largest:g}]")
-            values[name] = np.where(null, 0, array).astype(rule.dtype)
+                refuse(missing, f"{name} is null or not a number")
+            if rule.dtype is not np.float32 and array.dtype.kind == "f":
+                refuse(array != np.rint(array), f"{name} is not an integer")
+            outside = rule.outside(array) & ~missing
+            refuse(outside, f"{name} is outside {rule.bounds}")
+            values[name] = np.where(missing | outside, 0, array).astype(rule.dtype)
     return values, good
-
-
-def _numbers(column: pa.Array, name: str, rule: Column, source: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-    if name == "timestamp":
-        return _timestamps(column, source), column.is_null().to_numpy(zero_copy_only=False)
-    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-        raise DataError(f"{source}: column {name} is {column.type}; store it as a number")
-    if rule.dtype is np.uint64 and not pa.types.is_integer(column.type):
-        raise DataError(f"{source}: column {name} is {column.type}; store ids as uint64")
-    null = column.is_null().to_numpy(zero_copy_only=False)
-    array = np.asarray(pc.fill_null(column, 0).to_numpy(zero_copy_only=False))
-    if array.dtype.kind == "f":
-        null = null | ~np.isfinite(array)
-        array = np.where(null, 0, array)
-        if rule.dtype is np.int64:
-            null = null | (array != np.rint(array))
-    return array, null
-
-
-def _tier_codes(column: pa.Array, tier_names: list[str], tiers_fixed: bool) -> npt.NDArray[np.int32]:
-    """Codes into tier_names, which grows unless tiers_fixed; -1 null, -2 unknown."""
-    encoded = column if pa.types.is_dictionary(column.type) else pc.dictionary_encode(column)
-    local = encoded.dictionary.to_pylist()
-    mapping = np.full(len(local) + 1, -1, np.int32)
-    for code, name in enumerate(local):
-        if name in tier_names:
-            mapping[code] = tier_names.index(name)
-        elif name and not tiers_fixed:
-            tier_names.append(name)
-            mapping[code] = len(tier_names) - 1
-        elif name:
-            mapping[code] = -2
-    codes: npt.NDArray[np.int32] = mapping[
-        np.asarray(pc.fill_null(encoded.indices, len(local)).to_numpy(zero_copy_only=False))
-    ]
-    return codes
-
-
-def _drop_duplicates(
-    columns: Columns,
-    origin_file: npt.NDArray[np.int32],
-    origin_row: npt.NDArray[np.int64],
-    sources: Sequence[Source],
-    bad: BadRows,
-) -> Columns:
-    _, first = np.unique(columns["id"], return_index=True)
-    if len(first) == len(columns["id"]):
-        return columns
-    repeated = np.ones(len(columns["id"]), dtype=bool)
-    repeated[first] = False
-    for file_id in np.unique(origin_file[repeated]):
-        rows = repeated & (origin_file == file_id)
-        bad.add(sources[file_id].name, origin_row[rows], columns["id"][rows], "duplicate id")
-    return {name: array[~repeated] for name, array in columns.items()}

@@ -8,22 +8,25 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn.config import DataConfig, ParamsConfig
-from rb_gpu.learn.tables import BadRows, Columns, Table, read_table
+from rb_gpu.learn.sources import Source as TableSource
+from rb_gpu.learn.tables import BadRows, Columns, Table, check_sources, read_table
 from rb_gpu.params import PARAMETERS, ConfigTable, SearchParams, quantise
 from rb_gpu.types import QueryTrajectory
 
 log = logging.getLogger(__name__)
 
 OUTCOME_REQUIRED = ("id", "precision", "recall", "latency_us")
+QUERY_REQUIRED = ("query_embedding", "timestamp")
 OUTCOME_OPTIONAL = (*PARAMETERS, "cost", "rating", "propensity")
 
 
@@ -119,15 +122,16 @@ def load(data: DataConfig, params: ParamsConfig, quarantine: Path | None = None)
     bad = BadRows()
     queries = None
     if data.queries is None:
-        required = (*OUTCOME_REQUIRED, "query_embedding", "timestamp")
+        required = (*OUTCOME_REQUIRED, *QUERY_REQUIRED)
         outcomes = read_table(data.path, required, (*OUTCOME_OPTIONAL, "query_id"), bad, tiers, data.capacity)
     else:
-        queries = read_table(data.queries, ("query_id", "query_embedding", "timestamp"), (), bad, key="data.queries")
+        per_query = ("query_id", *QUERY_REQUIRED)
+        queries = read_table(data.queries, per_query, (), bad, key="data.queries", unique="query_id")
         outcomes = read_table(data.path, (*OUTCOME_REQUIRED, "query_id"), OUTCOME_OPTIONAL, bad, tiers)
     seen = outcomes.total_rows + (queries.total_rows if queries else 0)
     columns = _join(outcomes, queries, bad, data.capacity)
-    if bad.rows:
-        log.warning("set %d of %d rows aside: %s", len(bad.rows), seen, bad.by_reason())
+    if len(bad):
+        log.warning("set %d of %d rows aside: %s", len(bad), seen, bad.by_reason())
         if quarantine is not None:
             bad.write(quarantine)
             log.warning("bad rows are listed in %s", quarantine)
@@ -156,11 +160,10 @@ def _join(outcomes: Table, queries: Table | None, bad: BadRows, capacity: int | 
         query_id, first = np.unique(table["query_id"], return_index=True)
         slot = np.minimum(np.searchsorted(query_id, columns["query_id"]), len(query_id) - 1)
         known = query_id[slot] == columns["query_id"] if len(query_id) else np.zeros(len(slot), bool)
-        if not known.all():
-            lost = np.flatnonzero(~known)
-            bad.add(outcomes.source, lost, columns["id"][lost], "query_id is not in data.queries, or is bad there")
-        columns = {name: array[known] for name, array in columns.items() if name != "query_id"}
-        columns["query_row"] = first[slot[known]] if len(query_id) else slot[known]
+        outcomes.refuse(~known, "query_id is not in data.queries, or is bad there", "id", bad)
+        columns, slot = outcomes.columns, slot[known]
+        del columns["query_id"]
+        columns["query_row"] = first[slot]
         columns["timestamp"] = table["timestamp"][columns["query_row"]]
         if capacity is not None and capacity < len(columns["id"]):
             newest = np.sort(np.argsort(columns["timestamp"], kind="stable")[-capacity:])
@@ -178,12 +181,10 @@ def assemble(columns: Columns, tier_names: Sequence[str], params: ParamsConfig, 
     """Quantises parameters to configs, orders tiers, finds the default. Columns as `_join` leaves them."""
     n = len(columns["id"])
     given = {} if params.default == "auto" else dict(params.default)
-    unknown = set(given) - set(PARAMETERS)
-    if unknown:
-        raise ConfigError(f"params.default.{min(unknown)} is no search parameter; use {', '.join(PARAMETERS)}")
     base = SearchParams(**given)
     price = columns.get("cost", columns["latency_us"]).astype(np.float64)
-    tiers, codes = _order_tiers(columns.get("model_tier"), list(tier_names), params, base, price, n)
+    latency_us = columns["latency_us"]
+    tiers, codes = _order_tiers(columns.get("model_tier"), list(tier_names), params, base, price, latency_us)
     absent = {
         "ef_search": base.ef_search,
         "n_probes": base.n_probes,
@@ -192,7 +193,7 @@ def assemble(columns: Columns, tier_names: Sequence[str], params: ParamsConfig, 
     }
     raw: dict[str, npt.NDArray[Any]] = {k: columns[k] if k in columns else np.full(n, v) for k, v in absent.items()}
     table, config_id = quantise(raw | {"model_tier": codes}, tiers, params.temperature_step, params.context_step)
-    table, config_id = _with_default(table, config_id, given, base, params, price, columns["latency_us"])
+    table, config_id = _with_default(table, config_id, given, base, params, price, latency_us)
     trajectories = Trajectories(
         x_QD=columns["x_QD"],
         query_row=columns["query_row"],
@@ -201,7 +202,7 @@ def assemble(columns: Columns, tier_names: Sequence[str], params: ParamsConfig, 
         config_id=config_id,
         precision=columns["precision"],
         recall=columns["recall"],
-        latency_us=columns["latency_us"],
+        latency_us=latency_us,
         cost=columns.get("cost"),
         rating=columns.get("rating", np.zeros(n, np.int8)),
         timestamp=columns["timestamp"],
@@ -218,9 +219,9 @@ def _order_tiers(
     params: ParamsConfig,
     base: SearchParams,
     price: npt.NDArray[np.float64],
-    n: int,
+    latency_us: npt.NDArray[np.int64],
 ) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """Tiers cheapest first (by mean cost, where not logged by latency) and each row's index among them."""
+    """Tiers cheapest first (by mean cost, those that cost the same by mean latency) and each row's index among them."""
     if codes is None:
         tiers = [base.model_tier] if params.tiers == "auto" else list(params.tiers)
         if base.model_tier not in tiers:
@@ -228,12 +229,14 @@ def _order_tiers(
                 f"params.default.model_tier={base.model_tier} is not one of params.tiers={tiers} and the table has no "
                 "model_tier column; set params.default={model_tier: ...} to the tier that ran"
             )
-        return tiers, np.full(n, tiers.index(base.model_tier))
+        return tiers, np.full(len(price), tiers.index(base.model_tier))
     if params.tiers != "auto":
         return names, codes.astype(np.int64)
     count = np.bincount(codes, minlength=len(names))
-    mean_price = np.bincount(codes, weights=price, minlength=len(names)) / np.maximum(count, 1)
-    order = sorted((i for i in range(len(names)) if count[i]), key=lambda i: (mean_price[i], names[i]))
+    mean_price, mean_latency = (
+        np.bincount(codes, weights=w, minlength=len(names)) / np.maximum(count, 1) for w in (price, latency_us)
+    )
+    order = sorted((i for i in range(len(names)) if count[i]), key=lambda i: (mean_price[i], mean_latency[i], names[i]))
     rank = np.zeros(len(names), np.int64)
     rank[order] = np.arange(len(order))
     return [names[i] for i in order], rank[codes]
@@ -271,41 +274,64 @@ def _with_default(
 
 def _fingerprint(trajectories: Trajectories) -> str:
     digest = hashlib.sha256()
-    for name in ("id", "x_QD", "query_row", "config_id", "precision", "recall", "latency_us", "timestamp"):
-        digest.update(np.ascontiguousarray(getattr(trajectories, name)).data)
+    for part in (trajectories, trajectories.configs):
+        for column in fields(part):
+            value = getattr(part, column.name)
+            if isinstance(value, np.ndarray):
+                digest.update(column.name.encode())
+                digest.update(np.ascontiguousarray(value).data)
+    digest.update(repr((trajectories.configs.tiers, trajectories.configs.default)).encode())
     return digest.hexdigest()
 
 
 def from_trajectories(
     trajectories: Sequence[QueryTrajectory], params: ParamsConfig | None = None, source: Source | None = None
 ) -> Trajectories:
-    """Columns of trajectory objects, for a service or a notebook. Raises DataError where there is none."""
+    """Columns of trajectory objects, for a service or a notebook; cost and propensity where all have it.
+
+    Raises DataError where there is none, or naming the first that breaks the rules of a table.
+    """
     if not trajectories:
         raise DataError("no trajectories were given; record some queries first")
     params = params or ParamsConfig()
-    found = sorted({t.search_params.model_tier for t in trajectories})
-    names = found if params.tiers == "auto" else list(params.tiers)
-    unknown = set(found) - set(names)
-    if unknown:
-        raise DataError(f"model_tier={min(unknown)} is not one of params.tiers={names}; add it or drop its rows")
-    column: dict[str, npt.NDArray[Any]] = {
+    batch = _to_arrow(trajectories)
+    tiers = None if params.tiers == "auto" else list(params.tiers)
+    bad = BadRows()
+    table = check_sources(
+        [TableSource("memory", batch.schema, batch.num_rows, lambda columns, rows: iter([batch.select(columns)]))],
+        "memory",
+        (*OUTCOME_REQUIRED, *QUERY_REQUIRED, "query_id"),
+        OUTCOME_OPTIONAL,
+        bad,
+        tiers,
+    )
+    for _, row, trajectory_id, reason in bad:
+        raise DataError(f"trajectories[{row}] (id {trajectory_id}): {reason}; drop it ({len(bad)} such in all)")
+    return assemble(_join(table, None, bad, None), table.tier_names, params, source or Source("memory"))
+
+
+def _to_arrow(trajectories: Sequence[QueryTrajectory]) -> pa.RecordBatch:
+    shape = np.shape(trajectories[0].query_embedding)
+    for i, t in enumerate(trajectories):
+        if np.shape(t.query_embedding) != shape or len(shape) != 1:
+            raise DataError(
+                f"trajectories[{i}] (id {t.id}): query_embedding has shape {np.shape(t.query_embedding)}, not "
+                f"({shape[0] if shape else 'D'},); give one vector each, from one embedder"
+            )
+    x = np.stack([np.asarray(t.query_embedding, np.float32) for t in trajectories])
+    column: dict[str, Any] = {
         "id": np.array([t.id for t in trajectories], np.uint64),
         "query_id": np.array([t.id if t.query_id is None else t.query_id for t in trajectories], np.uint64),
-        "query_embedding": np.stack([np.asarray(t.query_embedding, np.float32) for t in trajectories]),
-        "ef_search": np.array([t.search_params.ef_search for t in trajectories]),
-        "n_probes": np.array([t.search_params.n_probes for t in trajectories]),
-        "model_tier": np.array([names.index(t.search_params.model_tier) for t in trajectories], np.int32),
-        "context_tokens": np.array([t.search_params.context_tokens for t in trajectories]),
-        "temperature": np.array([t.search_params.temperature for t in trajectories], np.float32),
-        "precision": np.array([t.precision for t in trajectories], np.float32),
-        "recall": np.array([t.recall for t in trajectories], np.float32),
-        "latency_us": np.array([t.latency_us for t in trajectories], np.int64),
-        "rating": np.array([t.feedback.rating if t.feedback else 0 for t in trajectories], np.int8),
-        "timestamp": np.array([t.timestamp for t in trajectories], np.int64),
+        "query_embedding": pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1]),
+        **{name: [getattr(t.search_params, name) for t in trajectories] for name in PARAMETERS},
+        **{
+            name: [getattr(t, name) for t in trajectories]
+            for name in ("precision", "recall", "latency_us", "timestamp")
+        },
+        "rating": pa.array([t.feedback.rating if t.feedback else None for t in trajectories], pa.int8()),
     }
-    if all(t.cost is not None for t in trajectories):
-        column["cost"] = np.array([t.cost for t in trajectories], np.float32)
-    if all(t.propensity is not None for t in trajectories):
-        column["propensity"] = np.array([t.propensity for t in trajectories], np.float32)
-    table = Table(column, names, len(trajectories), "memory", [])
-    return assemble(_join(table, None, BadRows(), None), names, params, source or Source("memory"))
+    for name in ("cost", "propensity"):
+        values = [getattr(t, name) for t in trajectories]
+        if None not in values:
+            column[name] = values
+    return pa.RecordBatch.from_pydict(column)

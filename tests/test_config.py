@@ -1,0 +1,293 @@
+"""Every YAML of conf/ against its schema, and every bound of every setting."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rb_gpu.errors import ConfigError
+from rb_gpu.learn.config import TrainConfig
+from rb_gpu.learn.job_config import JOBS, SECTIONS, register_schemas, to_object
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+YAMLS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))
+NEEDED = {"collect": ["base=base.npy", "queries=queries.npy"], "data/sample": ["data=sample"]}
+
+register_schemas()
+
+
+@cache
+def composed(name: str, *overrides: str, conf: Path = CONF) -> Any:
+    """The settings object of a job, or of the section that an option of a group fills."""
+    group = name.partition("/")[0]
+    # the sample fills several sections, whose schemas the job brings
+    primary = "train" if name == "data/sample" else name
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        config = compose(primary, overrides=[*NEEDED.get(name, []), *overrides])
+    return to_object(config[group] if "/" in primary else config)
+
+
+def schema_of(name: str) -> type:
+    return SECTIONS[name.partition("/")[0]] if "/" in name else JOBS[name]
+
+
+def keys_of(name: str) -> list[str]:
+    """The keys that the YAML sets, as one would type them."""
+    content = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
+    group = name.partition("/")[0]
+    if name == "data/sample":
+        return [f"{section}.{key}" for section in ("data", "params", "judge") for key in content[section]]
+    return [f"{group}.{key}" if "/" in name else key for key in content if key not in ("defaults", "hydra")]
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_yaml_composes_to_its_schema(name):
+    assert type(composed(name)) is (JOBS["train"] if name == "data/sample" else schema_of(name))
+
+
+@pytest.mark.parametrize("name", [name for name in YAMLS if name != "data/sample"])
+def test_yaml_lists_every_key_of_its_schema(name):
+    schema = schema_of(name)
+    plain = {f.name for f in fields(schema) if not is_dataclass(f.default_factory)}
+    assert {key.rpartition(".")[2] for key in keys_of(name)} == plain
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_default_yaml_and_schema_hold_the_same_values(section):
+    if section == "data":  # the schema names no file
+        return
+    assert getattr(composed("train", "data=files"), section) == SECTIONS[section]()
+
+
+@pytest.mark.parametrize("job", ["evaluate", "registry", "collect", "synthesize"])
+def test_job_yaml_and_schema_hold_the_same_values(job):
+    given = {"base": "base.npy", "queries": "queries.npy"} if job == "collect" else {}
+    assert composed(job) == JOBS[job](**given)
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_unknown_key_in_the_yaml_fails(name, tmp_path):
+    shutil.copytree(CONF, tmp_path / "conf")
+    path = tmp_path / "conf" / f"{name}.yaml"
+    path.write_text(f"{path.read_text()}\nnonsense: 1\n")
+    with pytest.raises((ConfigCompositionException, OmegaConfBaseException), match="nonsense"):
+        composed(name, conf=tmp_path / "conf")
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_wrong_type_for_a_key_of_the_yaml_fails(name):
+    key = keys_of(name)[0]
+    with pytest.raises((ConfigCompositionException, ConfigError), match=re.escape(key)):
+        composed(name, f"{key}={{a: 1}}")
+
+
+@pytest.mark.parametrize("schema", [*SECTIONS.values(), *JOBS.values()])
+def test_wrong_type_fails_for_every_key_of_the_schema(schema):
+    for field in fields(schema):
+        with pytest.raises((OmegaConfBaseException, ConfigError), match=f"{field.name}|DictConfig with ListConfig"):
+            to_object(merged(schema, {field.name: {"a": 1}}))
+
+
+@pytest.mark.parametrize("key", ["foo", "judge.foo", "foo.bar"])
+def test_unknown_key_fails_even_with_a_plus(key):
+    with pytest.raises(ConfigCompositionException):
+        composed("train", f"{key}=1")
+    # Hydra's message for the mistake above proposes the +, which passed, and the setting was ignored
+    with pytest.raises(ConfigError, match=f"^{key.replace('foo.bar', 'foo')}=.* is not one of .+; "):
+        composed("train", f"+{key}=1")
+
+
+# what is out of bounds, by key: the schema's other fields are free text or paths
+OUT_OF_BOUNDS: dict[str, list[Any]] = {
+    "data.path": [[], 3, ["a", ""], ""],
+    "data.queries": [[], 3],
+    "data.max_bad_fraction": [-0.01, 1.01, math.nan],
+    "data.capacity": [0, -1],
+    "params.tiers": [[], "small", ["a", "a"], [1], [""]],
+    "params.default": ["small", [1]],
+    "params.temperature_step": [0.0, -1.0, 2.01, math.nan],
+    "params.context_step": [0],
+    "quality.name": ["F1", ""],
+    "cluster.k": [0, -1, "many"],
+    "cluster.metric": ["dot"],
+    "cluster.max_iter": [0],
+    "cluster.epsilon": [-1e-9, math.nan, math.inf],
+    "cluster.n_init": [0],
+    "cluster.merge_similarity": [-0.1, 1.1, math.nan],
+    "judge.method": ["bayes"],
+    "judge.objective": ["quality", "bound"],  # bound without a bound
+    "judge.latency_weight": [-0.1, math.nan, math.inf],
+    "judge.cost_weight": [-0.1, math.nan, math.inf],
+    "judge.max_latency_us": [0.0, -5.0, math.nan],
+    "judge.max_cost": [0.0, -5.0, math.nan],
+    "judge.target": [-0.1, 1.1, math.nan],
+    "judge.margin": ["none", math.nan, math.inf],
+    "judge.min_probability": [0.49, 1.0, math.nan],
+    "judge.alpha": [0.0, 1.0, math.nan],
+    "judge.min_samples": [1],
+    "judge.half_life": [0.0, -1.0, math.nan],
+    "hierarchy.counts": ["many", [4, 2], [2, 4, 1], [4, 2, 0], [4, 2, 1, 1], ["a", "b", "c"]],
+    "prune.min_support": [0],
+    "prune.min_confidence": [-0.1, 1.1, math.nan],
+    "index.kind": ["annoy"],
+    "index.nlist": [0, "many"],
+    "index.nprobe": [0],
+    "index.m": [1],
+    "index.ef_construction": [0],
+    "index.ef_search": [0],
+    "lookup.top_k": [0],
+    "lookup.beta": [-1.0, math.nan, math.inf],
+    "lookup.floor": [-1.01, 1.01, "none", math.nan],
+    "router.kind": ["mlp"],
+    "router.hidden": [0],
+    "router.rank": [0],
+    "router.epochs": [0],
+    "router.batch_size": [0],
+    "router.learning_rate": [0.0, -1.0, math.nan],
+    "router.patience": [0],
+    "eval.holdout": [0.0, 1.0, math.nan],
+    "eval.bootstrap": [99],
+    "gate.min_gain": [math.nan, math.inf],
+    "gate.min_rows": [0],
+    "registry.path": [""],
+    "registry.keep": [1],
+    "device.kind": ["gpu", "cuda:0"],
+    "device.memory_budget": [2**20 - 1],
+}
+OUT_OF_BOUNDS_OF_A_JOB: dict[str, dict[str, list[Any]]] = {
+    "train": {"seed": [-1]},  # NumPy has no negative seed: evaluation died of it after all the learning was done
+    "evaluate": {"seed": [-1]},
+    "registry": {"action": ["delete"]},
+    "collect": {
+        "top_k": [0],
+        "max_queries": [0],
+        "hnsw_m": [1],
+        "hnsw_ef_construction": [0],
+        "hnsw_ef_search": [[0], [16, 16], [5]],
+        "ivf_nlist": [0, "many"],
+        "ivf_n_probes": [[0], [2, 2]],
+        "seed": [-1],
+    },
+    "synthesize": {
+        "n": [0],
+        "dim": [1],
+        "patterns": [0],
+        "configs": [1, 4097],
+        "effect": [-0.1, 0.41, math.nan],
+        "spread": [-1.0, math.nan, math.inf],
+        "quality_noise": [0.0, 0.6, math.nan],
+        "bad_fraction": [-0.1, 1.1, math.nan],
+        "chunk_rows": [0],
+        "seed": [-1],
+    },
+}
+FREE = {"data.embedder", "version", "artifact", "base", "queries", "out"}
+
+
+def merged(schema: type, given: dict[str, Any]) -> Any:
+    needed = {"base": "b", "queries": "q"} if schema is JOBS["collect"] else {}
+    return OmegaConf.merge(OmegaConf.structured(schema), needed, given)
+
+
+def refuses(schema: type, path: str, key: str, value: Any) -> None:
+    """The error names the key, the value, the bound and the remedy."""
+    shown = "('')?" if value == "" else re.escape(str(value))
+    with pytest.raises(ConfigError, match=rf"^{re.escape(path)}={shown} is not \S.+; \S.+"):
+        to_object(merged(schema, {key: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in OUT_OF_BOUNDS.items() for value in values], ids=str
+)
+def test_value_out_of_bounds_names_key_value_bound_and_remedy(key, value):
+    section, _, name = key.partition(".")
+    refuses(SECTIONS[section], key, name, value)
+
+
+@pytest.mark.parametrize(
+    ("job", "key", "value"),
+    [(job, k, v) for job, keys in OUT_OF_BOUNDS_OF_A_JOB.items() for k, values in keys.items() for v in values],
+    ids=str,
+)
+def test_value_out_of_a_jobs_bounds_names_key_value_bound_and_remedy(job, key, value):
+    refuses(JOBS[job], key, key, value)
+
+
+def test_every_setting_has_a_bound_that_is_tested():
+    settings = {f"{section}.{f.name}" for section, schema in SECTIONS.items() for f in fields(schema)}
+    for schema in JOBS.values():
+        settings |= {f.name for f in fields(schema) if not is_dataclass(f.default_factory)}
+    tested = set(OUT_OF_BOUNDS).union(*OUT_OF_BOUNDS_OF_A_JOB.values())
+    assert settings - tested == FREE
+
+
+@pytest.mark.parametrize(
+    ("default", "message"),
+    [
+        # these passed, and the job stopped only after it had read the table
+        ({"ef_serch": 64}, "params.default.ef_serch=64 is not one of ef_search, n_probes, "),
+        ({"ef_search": 0}, "params.default.ef_search=0 is not an integer in [1, 4294967295]; "),
+        ({"ef_search": "64"}, "params.default.ef_search='64' is not an integer in [1, 4294967295]; "),
+        ({"model_tier": ""}, "params.default.model_tier='' is not a non-empty string; "),
+        ({"temperature": 2.5}, "params.default.temperature=2.5 is not a number in [0, 2]; "),
+        ({"temperature": "hot"}, "params.default.temperature='hot' is not a number in [0, 2]; "),
+    ],
+)
+def test_default_parameters_are_checked_before_anything_is_read(default, message):
+    with pytest.raises(ConfigError) as raised:
+        TrainConfig(params=SECTIONS["params"](default=default))
+    assert str(raised.value).startswith(message)
+
+
+def test_error_of_a_section_reaches_the_user_of_a_job():
+    with pytest.raises(ConfigError, match=r"^judge\.alpha=0\.0 is not in \(0, 1\); "):
+        composed("train", "judge.alpha=0")
+
+
+def test_missing_mandatory_key_is_named():
+    with pytest.raises(ConfigError, match="base"):
+        to_object(OmegaConf.structured(JOBS["collect"]))
+
+
+def test_settings_between_which_there_is_a_conflict_fail():
+    with pytest.raises(ConfigError, match=r"^version=None is not given; add version="):
+        JOBS["registry"](action="promote")
+    with pytest.raises(ConfigError, match=r"^hnsw_ef_search="):
+        JOBS["collect"](base="b", queries="q", hnsw_ef_search=[], ivf_n_probes=[])
+    assert SECTIONS["judge"](objective="bound", max_cost=1.0).max_cost == 1.0
+
+
+def test_bounds_themselves_are_allowed():
+    for key, value in {
+        "data.max_bad_fraction": 1.0,
+        "data.capacity": 1,
+        "params.temperature_step": 2.0,
+        "judge.min_probability": 0.5,
+        "lookup.floor": -1.0,
+        "hierarchy.counts": [2, 2, 2],
+        "device.memory_budget": 2**20,
+        "eval.bootstrap": 100,
+    }.items():
+        section, _, name = key.partition(".")
+        assert getattr(SECTIONS[section](**{name: value}), name) == value
+
+
+def test_every_job_has_one_yaml_and_every_section_a_group():
+    assert {name for name in YAMLS if "/" not in name} == set(JOBS)
+    assert {name.partition("/")[0] for name in YAMLS if "/" in name} == set(SECTIONS)
+
+
+def test_no_schema_shares_a_mutable_default():
+    for schema in [*SECTIONS.values(), *JOBS.values()]:
+        assert all(f.default is MISSING or not isinstance(f.default, (list, dict)) for f in fields(schema))
