@@ -171,7 +171,7 @@ class FastGRNNRouter:
         self._heads_weight = np.concatenate([self.arrays[f"{name}_weight"] for name in HEADS])
         self._heads_bias = np.concatenate([self.arrays[f"{name}_bias"] for name in HEADS])
         ends = np.cumsum([len(self.arrays[f"{name}_bias"]) for name in HEADS]).tolist()
-        self._slices = {name: slice(start, end) for name, start, end in zip(HEADS, [0, *ends], ends, strict=False)}
+        self._slices = {name: slice(start, end) for name, start, end in zip(HEADS, [0, *ends[:-1]], ends, strict=True)}
 
     def hidden_state(self, features: npt.ArrayLike) -> Vector:
         """The state h (H,) after the steps of features, (D,) or (T, D) oldest first, from h = 0. Raises ValueError."""
@@ -287,7 +287,7 @@ def _check(arrays: Mapping[str, npt.NDArray[Any]], choices: RouterChoices) -> di
 
 def _check_choices(choices: RouterChoices) -> None:
     tiers = choices.tiers
-    if not tiers or len(set(tiers)) != len(tiers) or not all(isinstance(tier, str) and tier for tier in tiers):
+    if not tiers or not all(isinstance(tier, str) and tier for tier in tiers) or len(set(tiers)) != len(tiers):
         raise ArtifactError(f"router.safetensors: tiers={tiers} are not distinct names; train again")
     for name in ("context_tokens", "ef_search", "n_probes"):
         values = getattr(choices, name)

@@ -1,4 +1,7 @@
-"""Trains the FastGRNN router on logged trajectories.
+"""Trains the FastGRNN router (Kusupati et al. 2018) on logged trajectories.
+
+Rows are single queries, one step each from h = 0. U then has no part in any answer and gets no gradient, so U2 starts,
+and stays, at 0: a session of several steps is read as a gated average of its steps, not through random weights.
 
 Suffixes: N rows, B rows of a batch, D dims, H hidden units, C configs.
 """
@@ -6,6 +9,7 @@ Suffixes: N rows, B rows of a batch, D dims, H hidden units, C configs.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,16 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn.config import RouterConfig
 from rb_gpu.params import ConfigTable
-from rb_gpu.router import NORM_EPSILON, FastGRNNRouter
+from rb_gpu.router import HEADS, NORM_EPSILON, FastGRNNRouter, RouterChoices
 
 VALIDATION_SHARE = 0.1
+LEAST_ROWS = 20
+# a row's pull on the classification heads is exp(standardised utility), from 1/20 to 20 times the mean row's
+IMITATION_RANGE = 3.0
+VALIDATION_BATCH = 65_536
 
 
 @dataclass(frozen=True)
 class RouterTraining:
-    """A trained router and its loss by epoch; best_epoch's weights are the router's."""
+    """A trained router, its mean loss by epoch on both slices, and the epoch (from 0) whose weights it has."""
 
     router: FastGRNNRouter
     train_loss: list[float]
@@ -47,7 +56,7 @@ class FastGRNNCell(nn.Module):
         self.nu = nn.Parameter(torch.tensor(-4.0))
 
     def forward(self, x_BD: Tensor, h_BH: Tensor) -> Tensor:
-        """The next hidden state (B, H)."""
+        """The next hidden state (B, H) from the step's normalised input and the last state."""
         mixed = (x_BD @ self.w1) @ self.w2 + (h_BH @ self.u1) @ self.u2
         gate = torch.sigmoid(mixed + self.bias_gate)
         candidate = torch.tanh(mixed + self.bias_candidate)
@@ -60,14 +69,17 @@ class RouterNet(nn.Module):
     def __init__(self, dim: int, config: RouterConfig, configs: ConfigTable) -> None:
         super().__init__()
         self.cell = FastGRNNCell(dim, config.hidden, config.rank)
-        self.values = {
-            "context": np.unique(configs.context_tokens),
-            "ef": np.unique(configs.ef_search),
-            "probes": np.unique(configs.n_probes),
+        self.choices = RouterChoices.of(configs)
+        widths = {
+            "tier": len(self.choices.tiers),
+            "context": len(self.choices.context_tokens),
+            "ef": len(self.choices.ef_search),
+            "probes": len(self.choices.n_probes),
+            "temperature": 1,
+            "utility": len(configs),
+            "confidence": 1,
         }
-        widths = {name: len(values) for name, values in self.values.items()}
-        widths |= {"tier": len(configs.tiers), "temperature": 1, "utility": len(configs), "confidence": 1}
-        self.heads = nn.ModuleDict({name: nn.Linear(config.hidden, width) for name, width in widths.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(config.hidden, widths[name]) for name in HEADS})
 
     def forward(self, x_BD: Tensor) -> dict[str, Tensor]:
         """Raw outputs of every head, (B, width) each."""
@@ -79,15 +91,14 @@ class RouterNet(nn.Module):
         """One head."""
         return cast(nn.Linear, self.heads[name])
 
-    def export(self, tiers: tuple[str, ...]) -> FastGRNNRouter:
+    def export(self) -> FastGRNNRouter:
         """The light side's router with these weights."""
         arrays = {name: value.detach().cpu().numpy() for name, value in self.cell.named_parameters()}
         for name in self.heads:
             head = self.linear(name)
             arrays[f"{name}_weight"] = head.weight.detach().cpu().numpy()
             arrays[f"{name}_bias"] = head.bias.detach().cpu().numpy()
-        arrays |= {f"{name}_values": values.astype(np.float32) for name, values in self.values.items()}
-        return FastGRNNRouter(arrays, tiers)
+        return FastGRNNRouter(arrays, self.choices)
 
 
 def train_router(
@@ -100,48 +111,70 @@ def train_router(
     generator: torch.Generator,
     device: torch.device,
 ) -> RouterTraining:
-    """Trains on rows oldest first: embedding (N, D), config tried, utility got, weight (decay over propensity).
+    """Trains on logged rows, oldest first; the last tenth decides when to stop.
 
-    utility head: squared error on the config that was tried. tier, context, ef, probes: cross-entropy to what was
-    tried, weighted by exp(standardised utility), so that what did well is imitated; temperature likewise by squared
-    error. confidence: P(the tried config's utility beats the default's predicted one). The newest tenth of the rows
-    decides when to stop. Raises ValueError under 20 rows.
+    x_ND: (N, D) float32 query embeddings. config_id_N: (N,) int64 row of `configs` that ran. utility_N: (N,) float32
+    in the objective's unit. weight_N: (N,) float32 >= 0, decay over propensity. All on `device`, as is `generator`.
+
+    utility: squared error on the config that ran, of utility standardised over the training rows. tier, context, ef,
+    probes: cross-entropy to what ran, each row weighted by weight·exp(standardised utility), so that what did well is
+    imitated; temperature likewise by squared error. confidence: the chance that the utility got beats the one
+    predicted of the default (of any row, where the default never ran), learned on rows that left the default; so it
+    speaks of the configs as the log chose them. Losses add up; Adam; the epoch of least validation loss is kept.
+    The utility head starts at each config's mean; one that never ran stays at the lowest and is never preferred.
+
+    Same rows, generator state and device: same weights. Raises DataError where rows are too few, malformed or do not
+    fit each other, and ConfigError where the loss is no number.
     """
-    if len(x_ND) < 20:
-        raise ValueError(f"{len(x_ND)} rows are too few to train a router; give 20 or more, or set router=off")
+    rows = len(x_ND)
+    train_rows = rows - max(1, int(VALIDATION_SHARE * rows))
+    _check_rows(x_ND, config_id_N, utility_N, weight_N, len(configs), train_rows)
+    weight_N = weight_N / weight_N[:train_rows].mean()
+    mean, spread = utility_N[:train_rows].mean(), utility_N[:train_rows].std().clamp(min=1e-6)
+    standard_N = (utility_N - mean) / spread
+    imitation_N = weight_N * standard_N.clamp(-IMITATION_RANGE, IMITATION_RANGE).exp()
     net = RouterNet(x_ND.shape[1], config, configs).to(device)
     _initialise(net, generator)
+    ran_C = _start_at_means(net, config_id_N[:train_rows], standard_N[:train_rows], weight_N[:train_rows])
     targets = _targets(net, config_id_N, configs, device)
-    mean, spread = utility_N.mean(), utility_N.std().clamp(min=1e-6)
-    standard_N = (utility_N - mean) / spread
-    weight_N = weight_N / weight_N.mean()
-    train_rows = len(x_ND) - max(1, int(VALIDATION_SHARE * len(x_ND)))
+    targets |= {
+        "utility": standard_N,
+        "weight": weight_N,
+        "imitation": imitation_N / imitation_N[:train_rows].mean().clamp(min=1e-6),
+    }
+    default = configs.default if bool(ran_C[configs.default]) else None
     optimiser = torch.optim.Adam(net.parameters(), lr=config.learning_rate)
+    valid = torch.arange(train_rows, rows, device=device)
     train_loss: list[float] = []
     valid_loss: list[float] = []
-    best, best_epoch = copy.deepcopy(net.state_dict()), 0
-    valid = torch.arange(train_rows, len(x_ND), device=device)
+    best, best_epoch = net.state_dict(), 0
 
-    def loss_of(rows: Tensor) -> Tensor:
-        return _loss(net.forward(x_ND[rows]), rows, targets, standard_N, weight_N, configs.default)
+    def loss_of(picked: Tensor) -> Tensor:
+        """Summed over the picked rows."""
+        return _loss(net.forward(x_ND[picked]), {name: column[picked] for name, column in targets.items()}, default)
 
     for epoch in range(config.epochs):
         order = torch.randperm(train_rows, generator=generator, device=device)
-        total = torch.zeros((), device=device)
-        net.train()
-        for start in range(0, train_rows, config.batch_size):
-            rows = order[start : start + config.batch_size]
-            loss = loss_of(rows)
+        total = torch.zeros(2, device=device)
+        for picked in torch.split(order, config.batch_size):
+            loss = loss_of(picked)
             optimiser.zero_grad()
-            torch.autograd.backward(loss)
+            torch.autograd.backward(loss / len(picked))
             optimiser.step()
-            total += loss.detach() * len(rows)
-        net.eval()
+            total[0] += loss.detach() / train_rows
         with torch.no_grad():
-            parts = [loss_of(part) * len(part) for part in torch.split(valid, 65_536)]
-        train_loss.append(float(total) / train_rows)
-        valid_loss.append(float(torch.stack(parts).sum()) / len(valid))
-        if valid_loss[epoch] <= min(valid_loss):
+            for picked in torch.split(valid, VALIDATION_BATCH):
+                total[1] += loss_of(picked) / len(valid)
+        # the epoch's only wait for the device
+        losses = total.tolist()
+        if not all(map(math.isfinite, losses)):
+            raise ConfigError(
+                f"router.learning_rate={config.learning_rate:g}: the loss is no number after epoch {epoch}; lower it, "
+                "or look for NaN in the embeddings"
+            )
+        train_loss.append(losses[0])
+        valid_loss.append(losses[1])
+        if losses[1] <= min(valid_loss):
             best, best_epoch = copy.deepcopy(net.state_dict()), epoch
         elif epoch - best_epoch >= config.patience:
             break
@@ -151,49 +184,75 @@ def train_router(
     with torch.no_grad():
         head.weight *= spread
         head.bias.copy_(head.bias * spread + mean)
-    return RouterTraining(net.export(configs.tiers), train_loss, valid_loss, best_epoch)
+    return RouterTraining(net.export(), train_loss, valid_loss, best_epoch)
+
+
+def _check_rows(
+    x_ND: Tensor, config_id_N: Tensor, utility_N: Tensor, weight_N: Tensor, configs: int, train_rows: int
+) -> None:
+    rows = len(x_ND)
+    if rows < LEAST_ROWS:
+        raise DataError(f"{rows} rows are too few to train a router; give {LEAST_ROWS} or more, or set router=off")
+    shapes = [tuple(column.shape) for column in (x_ND, config_id_N, utility_N, weight_N)]
+    if x_ND.ndim != 2 or shapes[1:] != [(rows,)] * 3:
+        raise DataError(f"x, config_id, utility and weight have shapes {shapes}; give (N, D) and three times (N,)")
+    if not bool(((config_id_N >= 0) & (config_id_N < configs)).all()):
+        raise DataError(f"config_id holds values outside [0, {configs}); quantise rows and configs together")
+    if not bool(
+        (utility_N.isfinite() & weight_N.isfinite() & (weight_N >= 0)).all() & (weight_N[:train_rows] > 0).any()
+    ):
+        raise DataError("utility or weight is not finite, or no weight is above 0; check cost, latency and propensity")
 
 
 def _initialise(net: RouterNet, generator: torch.Generator) -> None:
-    """Glorot's normal start, drawn from the job's own generator."""
+    """Glorot's normal start of W1, W2 and U1, drawn from the job's own generator; U2 and the heads start at 0."""
+    cell = net.cell
     with torch.no_grad():
-        for name, value in net.named_parameters():
-            if value.ndim == 2:
-                value.normal_(0.0, (2.0 / sum(value.shape)) ** 0.5, generator=generator)
-            elif name.startswith("heads") and name.endswith("bias"):
-                value.zero_()
+        for value in (cell.w1, cell.w2, cell.u1):
+            value.normal_(0.0, (2.0 / sum(value.shape)) ** 0.5, generator=generator)
+        cell.u2.zero_()
+        for value in net.heads.parameters():
+            value.zero_()
+
+
+def _start_at_means(net: RouterNet, config_id_N: Tensor, standard_N: Tensor, weight_N: Tensor) -> Tensor:
+    """Starts the utility head at each config's weighted mean; returns which configs ran at all (C,) bool."""
+    bias = net.linear("utility").bias
+    mass = torch.zeros_like(bias).index_add_(0, config_id_N, weight_N)
+    total = torch.zeros_like(bias).index_add_(0, config_id_N, weight_N * standard_N)
+    ran = mass > 0
+    means = total / mass.clamp(min=1e-12)
+    lowest = means.masked_fill(~ran, torch.inf).min()
+    with torch.no_grad():
+        bias.copy_(torch.where(ran, means, lowest))
+    return ran
 
 
 def _targets(net: RouterNet, config_id_N: Tensor, configs: ConfigTable, device: torch.device) -> dict[str, Tensor]:
     """What each row tried, as each head's target (N,)."""
     columns = {
         "tier": configs.tier.astype(np.int64),
-        "context": np.searchsorted(net.values["context"], configs.context_tokens),
-        "ef": np.searchsorted(net.values["ef"], configs.ef_search),
-        "probes": np.searchsorted(net.values["probes"], configs.n_probes),
+        "context": np.searchsorted(net.choices.context_tokens, configs.context_tokens),
+        "ef": np.searchsorted(net.choices.ef_search, configs.ef_search),
+        "probes": np.searchsorted(net.choices.n_probes, configs.n_probes),
         "temperature": configs.temperature,
+        "left_default": (np.arange(len(configs)) != configs.default).astype(np.float32),
     }
     by_config = {name: torch.from_numpy(values).to(device)[config_id_N] for name, values in columns.items()}
     return by_config | {"config": config_id_N}
 
 
-def _loss(
-    out: dict[str, Tensor],
-    rows: Tensor,
-    targets: dict[str, Tensor],
-    standard_N: Tensor,
-    weight_N: Tensor,
-    default: int,
-) -> Tensor:
-    config, utility, weight = targets["config"][rows], standard_N[rows], weight_N[rows]
-    tried = out["utility"].gather(1, config[:, None])[:, 0]
-    loss = (weight * (tried - utility).square()).mean()
-    imitation = weight * utility.clamp(-3, 3).exp()
-    imitation = imitation / imitation.mean().clamp(min=1e-6)
+def _loss(out: dict[str, Tensor], target: dict[str, Tensor], default: int | None) -> Tensor:
+    """The losses of all heads, added up over the rows; default: its config, None where it never ran."""
+    utility, weight, imitation = target["utility"], target["weight"], target["imitation"]
+    predicted = out["utility"].gather(1, target["config"][:, None])[:, 0]
+    loss = weight * (predicted - utility).square()
     for name in ("tier", "context", "ef", "probes"):
-        loss = loss + (imitation * functional.cross_entropy(out[name], targets[name][rows], reduction="none")).mean()
-    temperature = out["temperature"][:, 0] - targets["temperature"][rows]
-    loss = loss + (imitation * temperature.square()).mean()
-    beats = (utility > out["utility"][:, default].detach()).float()
-    doubt = functional.binary_cross_entropy_with_logits(out["confidence"][:, 0], beats, reduction="none")
-    return loss + (weight * (config != default) * doubt).mean()
+        loss = loss + imitation * functional.cross_entropy(out[name], target[name], reduction="none")
+    loss = loss + imitation * (out["temperature"][:, 0] - target["temperature"]).square()
+    # standardised utilities have mean 0
+    baseline = torch.zeros_like(utility) if default is None else out["utility"][:, default].detach()
+    doubt = functional.binary_cross_entropy_with_logits(
+        out["confidence"][:, 0], (utility > baseline).float(), reduction="none"
+    )
+    return (loss + weight * target["left_default"] * doubt).sum()
