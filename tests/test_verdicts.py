@@ -87,13 +87,13 @@ def test_a_full_table_is_tested_in_pairs():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.integers(0, 5))
+@given(st.lists(st.floats(0, 1, allow_subnormal=False), min_size=1, max_size=12), st.integers(0, 5))
 def test_corrections_are_those_of_statsmodels(p, unknown):
     values = np.array(p + [np.nan] * unknown)
     np.random.default_rng(0).shuffle(values)
     known = ~np.isnan(values)
     for ours, method in ((holm(values[None])[0], "holm"), (benjamini_hochberg(values), "fdr_bh")):
-        np.testing.assert_allclose(ours[known], multipletests(values[known], method=method)[1], rtol=1e-12)
+        np.testing.assert_allclose(ours[known], multipletests(values[known], method=method)[1], rtol=1e-9, atol=1e-12)
         assert np.isnan(ours[~known]).all()
 
 

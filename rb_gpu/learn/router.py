@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -121,7 +122,8 @@ def train_router(
     imitated; temperature likewise by squared error. confidence: the chance that the utility got beats the one
     predicted of the default (of any row, where the default never ran), learned on rows that left the default; so it
     speaks of the configs as the log chose them. Losses add up; Adam; the epoch of least validation loss is kept.
-    The utility head starts at each config's mean; one that never ran stays at the lowest and is never preferred.
+    The utility head starts at each config's mean; a config that never ran is predicted a standard deviation under the
+    one of lowest mean, so that it is never preferred.
 
     Same rows, generator state and device: same weights. Raises DataError where rows are too few, malformed or do not
     fit each other, and ConfigError where the loss is no number.
@@ -135,14 +137,16 @@ def train_router(
     imitation_N = weight_N * standard_N.clamp(-IMITATION_RANGE, IMITATION_RANGE).exp()
     net = RouterNet(x_ND.shape[1], config, configs).to(device)
     _initialise(net, generator)
-    ran_C = _start_at_means(net, config_id_N[:train_rows], standard_N[:train_rows], weight_N[:train_rows])
+    means_C = _means(config_id_N[:train_rows], standard_N[:train_rows], weight_N[:train_rows], len(configs))
+    with torch.no_grad():
+        net.linear("utility").bias.copy_(torch.from_numpy(np.nan_to_num(means_C)))
     targets = _targets(net, config_id_N, configs, device)
     targets |= {
         "utility": standard_N,
         "weight": weight_N,
         "imitation": imitation_N / imitation_N[:train_rows].mean().clamp(min=1e-6),
     }
-    default = configs.default if bool(ran_C[configs.default]) else None
+    default = None if np.isnan(means_C[configs.default]) else configs.default
     optimiser = torch.optim.Adam(net.parameters(), lr=config.learning_rate)
     valid = torch.arange(train_rows, rows, device=device)
     train_loss: list[float] = []
@@ -179,11 +183,7 @@ def train_router(
         elif epoch - best_epoch >= config.patience:
             break
     net.load_state_dict(best)
-    # the utility head learned standardised utilities; the light side speaks the objective's unit
-    head = net.linear("utility")
-    with torch.no_grad():
-        head.weight *= spread
-        head.bias.copy_(head.bias * spread + mean)
+    _finish_utility(net.linear("utility"), means_C, mean, spread)
     return RouterTraining(net.export(), train_loss, valid_loss, best_epoch)
 
 
@@ -215,17 +215,23 @@ def _initialise(net: RouterNet, generator: torch.Generator) -> None:
             value.zero_()
 
 
-def _start_at_means(net: RouterNet, config_id_N: Tensor, standard_N: Tensor, weight_N: Tensor) -> Tensor:
-    """Starts the utility head at each config's weighted mean; returns which configs ran at all (C,) bool."""
-    bias = net.linear("utility").bias
-    mass = torch.zeros_like(bias).index_add_(0, config_id_N, weight_N)
-    total = torch.zeros_like(bias).index_add_(0, config_id_N, weight_N * standard_N)
-    ran = mass > 0
-    means = total / mass.clamp(min=1e-12)
-    lowest = means.masked_fill(~ran, torch.inf).min()
+def _means(config_id_N: Tensor, standard_N: Tensor, weight_N: Tensor, configs: int) -> npt.NDArray[np.float64]:
+    """The weighted mean utility of each config (C,), NaN where it never ran."""
+    # on the host: sums by atomics on a GPU differ from run to run
+    config_id, weight = config_id_N.cpu().numpy(), weight_N.cpu().numpy().astype(np.float64)
+    mass = np.bincount(config_id, weight, configs)
+    total = np.bincount(config_id, weight * standard_N.cpu().numpy(), configs)
+    return np.where(mass > 0, total / np.where(mass > 0, mass, 1.0), np.nan)
+
+
+def _finish_utility(head: nn.Linear, means_C: npt.NDArray[np.float64], mean: Tensor, spread: Tensor) -> None:
+    """Puts configs that never ran under the one of lowest mean for every query, and utilities in their own unit."""
+    never, lowest = torch.from_numpy(np.isnan(means_C)).to(head.bias.device), int(np.nanargmin(means_C))
     with torch.no_grad():
-        bias.copy_(torch.where(ran, means, lowest))
-    return ran
+        head.weight[never] = head.weight[lowest]
+        head.bias[never] = head.bias[lowest] - 1.0
+        head.weight *= spread
+        head.bias.copy_(head.bias * spread + mean)
 
 
 def _targets(net: RouterNet, config_id_N: Tensor, configs: ConfigTable, device: torch.device) -> dict[str, Tensor]:
