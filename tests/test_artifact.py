@@ -392,7 +392,7 @@ def test_a_bank_that_passes_the_checks_answers(data: BankData, name: str, seed: 
         bank.optimized_params(queries[3], mode="interpolate")
         bank.optimized_params(queries[3], tradeoff=0.5)
         assert len(list(bank.patterns.values())) == 16 and len(list(bank.verdicts.values())) == 12
-        bank.satisfaction(100)
+        bank.satisfaction(int(arrays["pattern_id"][0]))
         bank.stats()
 
 

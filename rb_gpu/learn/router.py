@@ -228,7 +228,7 @@ def _finish_utility(head: nn.Linear, means_C: npt.NDArray[np.float64], mean: Ten
     """Puts configs that never ran under the one of lowest mean for every query, and utilities in their own unit."""
     never, lowest = torch.from_numpy(np.isnan(means_C)).to(head.bias.device), int(np.nanargmin(means_C))
     with torch.no_grad():
-        head.weight[never] = head.weight[lowest]
+        head.weight[never] = head.weight[lowest].clone()
         head.bias[never] = head.bias[lowest] - 1.0
         head.weight *= spread
         head.bias.copy_(head.bias * spread + mean)
