@@ -397,7 +397,7 @@ def broken(**columns: torch.Tensor) -> list[torch.Tensor]:
         (broken(config=torch.full((100,), 4)), r"outside \[0, 4\)"),
         (broken(config=torch.full((100,), -1)), r"outside \[0, 4\)"),
         (broken(utility=torch.full((100,), torch.nan)), "not finite"),
-        (broken(weight=torch.full((100,), -1.0)), "not finite, or"),
+        (broken(weight=torch.ones(100).index_fill(0, torch.tensor([3]), -1.0)), "not finite, or"),
         (broken(weight=torch.zeros(100)), "no weight is above 0"),
         (broken(weight=torch.ones(99)), "shapes"),
     ],
