@@ -173,7 +173,7 @@ class ReasoningBank:
             answer = interpolate(state, unit_1D)
         else:
             raise ValueError(f"mode={mode!r} is not one of vote, interpolate; choose one of them")
-        self._count(1, int(not answer.source.is_default), answer.confidence)
+        self._count(1, int(answer.source.has_pattern), answer.confidence)
         return answer
 
     def optimized_params_batch(

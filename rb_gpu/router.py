@@ -126,7 +126,7 @@ def blend(decision: RouterDecision, answer: OptimizedParams, configs: ConfigTabl
         return replace(decision, bank_params=answer.params)
     router, bank = decision.params, answer.params
     take_tier = (
-        answer.confidence >= TIER_CONFIDENCE and not answer.source.is_default and bank.model_tier != router.model_tier
+        answer.confidence >= TIER_CONFIDENCE and answer.source.has_pattern and bank.model_tier != router.model_tier
     )
     return replace(
         decision,

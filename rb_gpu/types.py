@@ -134,14 +134,14 @@ class Tradeoff:
 
 @dataclass(frozen=True, slots=True)
 class ParamSource:
-    """Where an answer came from: a pattern, or the default (pattern_id None)."""
+    """Which pattern an answer came from; None where the default stands, or where no pattern is near the query."""
 
     pattern_id: int | None
 
     @property
-    def is_default(self) -> bool:
-        """Whether the default parameters were returned."""
-        return self.pattern_id is None
+    def has_pattern(self) -> bool:
+        """Whether a pattern's evidence chose the parameters."""
+        return self.pattern_id is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,7 +105,7 @@ def test_probability_has_to_reach_the_least_one_asked_for(data: BankData) -> Non
     for least, default in ((0.75, False), (0.7501, True)):
         lookup = replace(data.lookup, min_probability=least)
         answer = ReasoningBank(replace(data, arrays=arrays, lookup=lookup)).optimized_params(query)
-        assert (answer.config_id == data.default) == default == answer.source.is_default
+        assert (answer.config_id == data.default) == default != answer.source.has_pattern
         assert answer.confidence == pytest.approx(0 if default else 0.75)
 
 
@@ -147,7 +147,7 @@ def test_a_default_that_reaches_a_floor_has_no_confidence(data: BankData) -> Non
     arrays["gain"][:, data.default] = 0.5
     answer = ReasoningBank(replace(data, arrays=arrays)).optimized_params(arrays["centroids"][0])
     assert (answer.config_id, answer.confidence, answer.expected_gain) == (data.default, 0.0, 0.0)
-    assert answer.source.is_default
+    assert not answer.source.has_pattern
 
 
 def test_similar_patterns_come_best_first(bank: ReasoningBank) -> None:
@@ -503,7 +503,7 @@ def test_stats_count_what_happened(bank: ReasoningBank) -> None:
     answers = [bank.optimized_params(query) for query in queries[:20]]
     batch = bank.optimized_params_batch(queries[20:])
     bank.record_trajectory(trajectory(1, queries[0], feedback=UserFeedback(3)))
-    hits = sum(not a.source.is_default for a in answers) + int((batch["pattern_id"] >= 0).sum())
+    hits = sum(a.source.has_pattern for a in answers) + int((batch["pattern_id"] >= 0).sum())
     confidence = sum(a.confidence for a in answers) + float(batch["confidence"].sum())
     stats = bank.stats()
     assert (stats.total_lookups, stats.total_feedback) == (40, 1) and 0 < hits < 40
