@@ -16,27 +16,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from rb_gpu.bank_data import ARRAYS, BankData, LookupSettings, check_bank
+from rb_gpu.bank_data import BankData, LookupSettings, check_bank
 from rb_gpu.errors import ArtifactError
 from rb_gpu.posterior import Objective
-
-__all__ = [
-    "ARRAYS",
-    "BANK_FILE",
-    "INDEX_FILE",
-    "MANIFEST",
-    "REPORT_FILE",
-    "ROUTER_FILE",
-    "BankData",
-    "LookupSettings",
-    "check_bank",
-    "load_artifact",
-    "read_file",
-    "read_manifest",
-    "sync_folder",
-    "verify_artifact",
-    "write_artifact",
-]
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"

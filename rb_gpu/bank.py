@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rb_gpu.artifact import INDEX_FILE, MANIFEST, BankData, check_bank, load_artifact, read_file
+from rb_gpu.artifact import INDEX_FILE, MANIFEST, load_artifact, read_file
+from rb_gpu.bank_data import BankData, check_bank
 from rb_gpu.errors import ArtifactError
 from rb_gpu.interchange import read_export, write_export
 from rb_gpu.params import ConfigTable, SearchParams

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rb_gpu.artifact import ARRAYS, BankData, LookupSettings, check_bank
+from rb_gpu.bank_data import ARRAYS, BankData, LookupSettings, check_bank
 from rb_gpu.errors import ArtifactError
 from rb_gpu.posterior import Objective
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rb_gpu.artifact import BankData
+from rb_gpu.bank_data import BankData
 from rb_gpu.params import SearchParams
 from rb_gpu.types import LearnedPattern, Verdict, VerdictEvidence
 

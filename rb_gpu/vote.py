@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rb_gpu.artifact import BankData
+from rb_gpu.bank_data import BankData
 from rb_gpu.params import ConfigTable, SearchParams, round_half_up, snap
 from rb_gpu.posterior import believe, choose
 from rb_gpu.search import Search, open_search

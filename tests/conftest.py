@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rb_gpu.artifact import ARRAYS, BankData, LookupSettings, write_artifact
+from rb_gpu.artifact import write_artifact
 from rb_gpu.bank import ReasoningBank
+from rb_gpu.bank_data import ARRAYS, BankData, LookupSettings
 from rb_gpu.evidence import LATENCY_BINS, OUTCOMES, Evidence
 from rb_gpu.params import SearchParams
 from rb_gpu.posterior import Objective, believe

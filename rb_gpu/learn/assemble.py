@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rb_gpu.artifact import ARRAYS, BankData, LookupSettings
+from rb_gpu.bank_data import ARRAYS, BankData, LookupSettings
 from rb_gpu.evidence import Evidence
 from rb_gpu.learn.config import TrainConfig, is_auto
 from rb_gpu.learn.patterns import summarise

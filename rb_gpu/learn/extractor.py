@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from rb_gpu.artifact import BankData
+from rb_gpu.bank_data import BankData
 from rb_gpu.learn.assemble import Leaves, assemble
 from rb_gpu.learn.config import ClusterConfig, JudgeConfig, ParamsConfig, PruneConfig, QualityConfig, TrainConfig
 from rb_gpu.learn.evidence import gather_evidence, row_weights

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rb_gpu.artifact import INDEX_FILE, REPORT_FILE, ROUTER_FILE, BankData, load_artifact, write_artifact
+from rb_gpu.artifact import INDEX_FILE, REPORT_FILE, ROUTER_FILE, load_artifact, write_artifact
 from rb_gpu.bank import ReasoningBank
+from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ArtifactError, ConfigError, DataError
 from rb_gpu.learn.assemble import Leaves, assemble, best_probability
 from rb_gpu.learn.config import ParamsConfig, TrainConfig, is_auto
