@@ -335,8 +335,7 @@ def _champion(registry: Registry, bank: ReasoningBank) -> tuple[ReasoningBank | 
     try:
         data, _ = load_artifact(registry.path / CHAMPION)
     except ArtifactError as error:
-        log.warning("the champion cannot be read and is not compared with: %s", error)
-        return None, None
+        return None, f"the champion cannot be compared with ({error})"
     for name in ("metric", "dim", "embedder"):
         old, new = getattr(data, name), getattr(bank.data, name)
         if old != new:
