@@ -5,12 +5,15 @@ Suffixes: P leaves, D dims, B queries, K neighbours.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from rb_gpu.errors import ArtifactError
+
+log = logging.getLogger(__name__)
 
 Matrix = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
@@ -91,6 +94,7 @@ def open_search(unit_PD: Matrix, index: bytes | None, kind: str, wanted: str) ->
         import faiss
     except ImportError:
         if wanted == "auto":
+            log.warning("%d patterns are searched exactly without Faiss: pip install 'rb_gpu[index]'", len(unit_PD))
             return ExactSearch(unit_PD)
         raise ArtifactError("search=index needs Faiss; pip install 'rb_gpu[index]' or use search=exact") from None
     try:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rb_gpu.artifact import INDEX_FILE, REPORT_FILE, ROUTER_FILE, load_artifact, write_artifact
+from rb_gpu.artifact import INDEX_FILE, REPORT_FILE, ROUTER_FILE, load_artifact, without_nan, write_artifact
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ArtifactError, ConfigError, DataError
@@ -290,7 +290,7 @@ def train(config: TrainConfig, quarantine: Path | None = None) -> Published:
             "seconds": watch.seconds,
             "packages": package_versions(),
         }
-        data = replace(learned.data, facts=_without_nan(facts))
+        data = replace(learned.data, facts=without_nan(facts))
         files = {REPORT_FILE: render_report(bank, data.facts).encode()}
         if learned.index is not None:
             files[INDEX_FILE] = learned.index
@@ -347,12 +347,3 @@ def package_versions() -> dict[str, str]:
     """What ran."""
     names = ("rb_gpu", "torch", "numpy", "scipy", "pyarrow", "safetensors", "hydra-core")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null stands for a number that is not known."""
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
