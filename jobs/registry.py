@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from dataclasses import asdict
 
 from rb_gpu.artifact import read_manifest, verify_artifact
 from rb_gpu.learn.job_config import RegistryJobConfig
@@ -15,16 +15,16 @@ from .tables import number, render
 
 def run(config: RegistryJobConfig) -> int:
     """Does the action and prints what it did."""
-    registry = Registry(Path(config.registry.path), config.registry.keep)
+    registry = Registry.open(**asdict(config.registry))
     version = config.version or CHAMPION
     if config.action == "list":
         print(_listing(registry))
     elif config.action == "inspect":
-        manifest = read_manifest(registry.folder(version))
+        manifest = read_manifest(registry.folder(version), registry.hmac_key)
         print(json.dumps({key: value for key, value in manifest.items() if key != "config"}, indent=1))
     elif config.action == "verify":
         folder = registry.folder(version)
-        print(f"{folder.name}: {len(verify_artifact(folder)['files'])} files are whole")
+        print(f"{folder.name}: {len(verify_artifact(folder, registry.hmac_key)['files'])} files are whole")
     else:
         with registry.locked():
             if config.action == "promote":

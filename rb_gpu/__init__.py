@@ -3,13 +3,12 @@
 The root imports numpy, safetensors and the standard library only; `rb_gpu.learn` is the batch side.
 """
 
-from rb_gpu.artifact import load_artifact, verify_artifact, write_artifact
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.errors import ArtifactError, ConfigError, DataError, RbGpuError, RegistryError
 from rb_gpu.params import ConfigTable, ModelTier, SearchParams
-from rb_gpu.registry import Registry
-from rb_gpu.router import FastGRNNRouter, RouterDecision
-from rb_gpu.trajectory_log import TrajectoryLog
 from rb_gpu.types import (
     LearnedPattern,
     OptimizedParams,
@@ -22,6 +21,23 @@ from rb_gpu.types import (
     Verdict,
     VerdictEvidence,
 )
+
+if TYPE_CHECKING:
+    from rb_gpu.artifact import load_artifact, verify_artifact, write_artifact
+    from rb_gpu.registry import Registry
+    from rb_gpu.router import FastGRNNRouter, RouterDecision
+    from rb_gpu.trajectory_log import TrajectoryLog
+
+# what a lookup does not need is imported when it is first asked for
+_LATER = {
+    "FastGRNNRouter": "router",
+    "Registry": "registry",
+    "RouterDecision": "router",
+    "TrajectoryLog": "trajectory_log",
+    "load_artifact": "artifact",
+    "verify_artifact": "artifact",
+    "write_artifact": "artifact",
+}
 
 __all__ = [
     "ArtifactError",
@@ -51,3 +67,15 @@ __all__ = [
     "verify_artifact",
     "write_artifact",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import hmac
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -13,21 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
 from rb_gpu.bank_data import BankData, LookupSettings, check_bank
 from rb_gpu.errors import ArtifactError
 from rb_gpu.posterior import Objective
+from rb_gpu.tensor_file import map_tensors, no_constant
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+SIGNATURE_FILE = "manifest.sig"
 BANK_FILE = "bank.safetensors"
 INDEX_FILE = "index.faiss"
 ROUTER_FILE = "router.safetensors"
 REPORT_FILE = "report.html"
-MAX_MANIFEST_BYTES = 64 * 2**20
+MAX_MANIFEST_BYTES = 2**20
+LEAST_KEY_BYTES = 16
 # what a file of an artifact may be called: no folder, nothing hidden
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -37,26 +40,52 @@ def file_digest(content: bytes) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
 
 
-def write_artifact(folder: Path, data: BankData, extra_files: dict[str, bytes]) -> dict[str, Any]:
+def read_key(path: str | Path) -> bytes:
+    """The key in a file, less the white space around it. Raises ArtifactError where it is missing or too short."""
+    try:
+        key = Path(path).read_bytes().strip()
+    except OSError as error:
+        raise ArtifactError(
+            f"the key file {path} cannot be read ({error.strerror}); check registry.hmac_key_file"
+        ) from (error)
+    if len(key) < LEAST_KEY_BYTES:
+        raise ArtifactError(f"the key in {path} has {len(key)} bytes, under {LEAST_KEY_BYTES}; make it of random bytes")
+    return key
+
+
+def signature(key: bytes, manifest: bytes) -> bytes:
+    """The content of manifest.sig: HMAC-SHA256 (RFC 2104) of the manifest's bytes, in hexadecimal."""
+    return hmac.new(key, manifest, "sha256").hexdigest().encode() + b"\n"
+
+
+def write_artifact(
+    folder: Path, data: BankData, extra_files: dict[str, bytes], hmac_key: bytes | None = None
+) -> dict[str, Any]:
     """Writes a complete artifact at `folder`, which must not exist: to a temporary sibling, fsynced, then renamed.
 
-    extra_files: name to content (index.faiss, router.safetensors, report.html). Returns the manifest. Raises
-    ArtifactError where the bank is inconsistent or the folder exists, OSError where the disk refuses; nothing
-    stays in either case.
+    extra_files: name to content (index.faiss, router.safetensors, report.html). hmac_key: signs the manifest. Returns
+    the manifest. Raises ArtifactError where the bank is inconsistent or the folder exists, OSError where the disk
+    refuses; nothing stays in either case.
     """
+    from safetensors.numpy import save  # a service that only reads does not pay for its import
+
     check_bank(data)
     for name in extra_files:
-        if not FILE_NAME.fullmatch(name) or name in (MANIFEST, BANK_FILE):
+        if not FILE_NAME.fullmatch(name) or name in (MANIFEST, SIGNATURE_FILE, BANK_FILE):
             raise ArtifactError(f"{name!r} is no name for a further file of an artifact; choose another")
     if os.path.lexists(folder):
         raise ArtifactError(f"{folder} exists; artifacts are immutable, publish under another version")
-    files = {BANK_FILE: save_tensors({k: np.ascontiguousarray(v) for k, v in data.arrays.items()}), **extra_files}
+    files = {BANK_FILE: save({k: np.ascontiguousarray(v) for k, v in data.arrays.items()}), **extra_files}
     head = {"schema_version": SCHEMA_VERSION, "version": folder.name, **data.head()}
     # the facts of a bank that was loaded are a whole manifest, which may be another one's
     facts = {name: value for name, value in data.facts.items() if name not in head}
     digests = {name: file_digest(content) for name, content in files.items()}
     manifest = head | facts | {"files": digests}
     files[MANIFEST] = (json.dumps(manifest, indent=1, allow_nan=False, default=_plain) + "\n").encode()
+    if len(files[MANIFEST]) > MAX_MANIFEST_BYTES:
+        raise ArtifactError(f"the manifest has {len(files[MANIFEST])} bytes, over {MAX_MANIFEST_BYTES}; shorten facts")
+    if hmac_key is not None:
+        files[SIGNATURE_FILE] = signature(hmac_key, files[MANIFEST])
     temporary = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
     temporary.mkdir(parents=True)
     place = temporary
@@ -101,15 +130,19 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no place in a manifest")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an artifact. Raises ArtifactError where it is missing, damaged, or of another schema."""
+def read_manifest(folder: Path, hmac_key: bytes | None = None) -> dict[str, Any]:
+    """The manifest of an artifact. Raises ArtifactError where it is missing, damaged, of another schema, or, given a
+    key, not signed with it.
+    """
     path = folder / MANIFEST
+    content = bytes(_map_file(path, MAX_MANIFEST_BYTES))
+    if hmac_key is not None:
+        signed = bytes(_map_file(folder / SIGNATURE_FILE, 1024))
+        if not hmac.compare_digest(signed, signature(hmac_key, content)):
+            raise ArtifactError(f"{path} is not signed with the key of registry.hmac_key_file; restore it or roll back")
     try:
-        status = path.lstat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_MANIFEST_BYTES:
-            raise ArtifactError(f"{path} is no plain file of at most {MAX_MANIFEST_BYTES} bytes; this is no artifact")
-        manifest = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        manifest = json.loads(content, parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); give the directory that a job published") from error
     if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
         found = manifest.get("schema_version") if isinstance(manifest, dict) else None
@@ -125,39 +158,63 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_file(folder: Path, manifest: dict[str, Any], name: str) -> bytes | None:
-    """Content of one of the artifact's files, None where it has no such file. Raises ArtifactError unless it is as
-    the manifest says: a plain file inside the folder, of the right size and sha256.
+def _map_file(path: Path, most: int | None = None, size: Any = None) -> Any:
+    """The bytes of a plain file, memory-mapped; of at most `most` bytes, or of `size` where that is given.
+
+    Raises ArtifactError. The file must not change while it is mapped: artifacts are replaced, never written to.
+    """
+    try:
+        # neither a link nor a pipe is followed: what is checked is what is mapped
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ArtifactError(f"{path} is no plain file; restore it or roll back")
+            if size is not None and status.st_size != size:
+                raise ArtifactError(f"{path} is no plain file of the manifest's {size} bytes; restore it or roll back")
+            if most is not None and status.st_size > most:
+                raise ArtifactError(f"{path} is no plain file of at most {most} bytes; this is no artifact")
+            # an empty file cannot be mapped
+            return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ) if status.st_size else b""
+        finally:
+            os.close(descriptor)
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.ELOOP:
+            raise ArtifactError(f"{path} is no plain file but a link; restore it or roll back") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ArtifactError(f"{path} cannot be read ({reason}); give the directory that a job published") from error
+
+
+def read_file(folder: Path, manifest: dict[str, Any], name: str) -> Any:
+    """The bytes of one of the artifact's files, memory-mapped, None where it has no such file. Raises ArtifactError
+    unless it is as the manifest says: a plain file inside the folder, of the right size and sha256.
     """
     entry = manifest["files"].get(name)
     if entry is None:
         return None
-    path, size = folder / name, entry.get("size")
-    try:
-        status = path.lstat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size != size:
-            raise ArtifactError(f"{path} is no plain file of the manifest's {size} bytes; restore it or roll back")
-        content = path.read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); restore it or roll back") from error
+    size = entry.get("size")
+    if type(size) is not int:
+        raise ArtifactError(f"{folder / MANIFEST} gives {name} the size {size!r}; restore it or roll back")
+    content = _map_file(folder / name, size=size)
     if hashlib.sha256(content).hexdigest() != entry.get("sha256"):
-        raise ArtifactError(f"{path} differs from its sha256 in the manifest; restore it or roll back")
+        raise ArtifactError(f"{folder / name} differs from its sha256 in the manifest; restore it or roll back")
     return content
 
 
-def load_artifact(folder: str | Path) -> tuple[BankData, dict[str, Any]]:
-    """The bank of an artifact and its manifest, checked: schema, sizes, hashes, shapes, ranges, cross-references.
+def load_artifact(folder: str | Path, hmac_key: bytes | None = None) -> tuple[BankData, dict[str, Any]]:
+    """The bank of an artifact and its manifest, checked: schema, sizes, hashes, shapes, ranges, cross-references, and,
+    given a key, the signature. The arrays are views of the memory-mapped file, so that processes share its pages.
 
     Raises ArtifactError with the reason.
     """
     folder = Path(os.path.realpath(folder))  # once, since a link may be switched meanwhile
-    manifest = read_manifest(folder)
-    content = read_file(folder, manifest, BANK_FILE) or b""
+    manifest = read_manifest(folder, hmac_key)
+    content = read_file(folder, manifest, BANK_FILE)
     try:
         if not isinstance(manifest["tiers"], list):
             raise TypeError("tiers are no list")
         data = BankData(
-            arrays=load_tensors(content),
+            arrays=map_tensors(content),
             tiers=tuple(str(t) for t in manifest["tiers"]),
             default=int(manifest["default_config"]),
             metric=str(manifest["metric"]),
@@ -169,7 +226,7 @@ def load_artifact(folder: str | Path) -> tuple[BankData, dict[str, Any]]:
             facts=manifest,
         )
         check_bank(data)
-    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ArtifactError(f"{folder}: the bank cannot be read ({error!r}); train again or roll back") from error
     except ArtifactError as error:
         raise ArtifactError(f"{folder}: {error}") from error
@@ -178,10 +235,10 @@ def load_artifact(folder: str | Path) -> tuple[BankData, dict[str, Any]]:
     return data, manifest
 
 
-def verify_artifact(folder: str | Path) -> dict[str, Any]:
+def verify_artifact(folder: str | Path, hmac_key: bytes | None = None) -> dict[str, Any]:
     """Checks every file of an artifact and its bank; returns the manifest. Raises ArtifactError with the reason."""
     folder = Path(os.path.realpath(folder))
-    _, manifest = load_artifact(folder)
+    _, manifest = load_artifact(folder, hmac_key)
     for name in manifest["files"]:
         read_file(folder, manifest, name)
     return manifest

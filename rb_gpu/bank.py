@@ -8,19 +8,17 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections import OrderedDict
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rb_gpu.artifact import INDEX_FILE, MANIFEST, load_artifact, read_file
 from rb_gpu.bank_data import BankData, check_bank
 from rb_gpu.errors import ArtifactError
-from rb_gpu.interchange import read_export, write_export
 from rb_gpu.params import ConfigTable, SearchParams
-from rb_gpu.trajectory_log import TrajectoryLog
+from rb_gpu.source import ArtifactSource
 from rb_gpu.types import (
     OptimizedParams,
     PatternMatch,
@@ -29,80 +27,121 @@ from rb_gpu.types import (
     Tradeoff,
     UserFeedback,
 )
+from rb_gpu.usage import Counts
 from rb_gpu.views import PatternView, VerdictView
-from rb_gpu.vote import BankState, interpolate, single_answer, unit_queries, vote
+from rb_gpu.vote import BankState, answer, fallback, interpolate, unit_queries, unit_query, vote
+from rb_gpu.watcher import Watcher
+
+if TYPE_CHECKING:
+    from rb_gpu.trajectory_log import TrajectoryLog
 
 log = logging.getLogger(__name__)
 
-Matrix = npt.NDArray[np.float32]
-BATCH_ROWS = 4096
-REMEMBERED_TRAJECTORIES = 100_000
+_banks: weakref.WeakSet[ReasoningBank] = weakref.WeakSet()
 
 
 class ReasoningBank:
-    """A loaded artifact. Lookups may run in any number of threads while it is reloaded."""
+    """A loaded artifact. Lookups take no lock, and may run in any number of threads while it is reloaded."""
 
-    def __init__(self, data: BankData, index: bytes | None = None, search: str = "auto", log: str | Path | None = None):
+    def __init__(self, data: BankData, index: Any = None, search: str = "auto", log: str | Path | None = None):
         check_bank(data)
         self._state = BankState(data, index, search)
-        self._wanted_search = search
-        self._path: Path | None = None
-        self._seen: tuple[int, int, int] | None = None
-        self._log = TrajectoryLog(log) if log is not None else None
-        self._lock = threading.Lock()
-        self._reloading = threading.Lock()
-        self._pattern_of: OrderedDict[int, int] = OrderedDict()
-        self._rated: set[int] = set()
-        self._ratings: dict[int, tuple[int, float]] = {}
-        self._trajectories = self._lookups = self._hits = self._feedback = 0
-        self._confidence_sum = 0.0
+        self._search = search
+        self._source: ArtifactSource | None = None
+        self._log = _open_log(log)
+        self._counts = Counts()
+        self._trajectories = self._feedback = 0
+        self._watcher: Watcher | None = None
+        self._renew_locks()
+        _banks.add(self)
+
+    def _renew_locks(self) -> None:
+        """For a forked child, whose parent's other threads may have held them."""
+        self._lock, self._reloading = threading.Lock(), threading.Lock()
+        self._state.ratings.lock = threading.Lock()
 
     @classmethod
-    def load(cls, path: str | Path, search: str = "auto", log: str | Path | None = None) -> ReasoningBank:
-        """Opens an artifact directory or a link to one, e.g. artifacts/champion.
+    def load(
+        cls, path: str | Path, search: str = "auto", log: str | Path | None = None, hmac_key: bytes | None = None
+    ) -> ReasoningBank:
+        """Opens an artifact directory or a link to one, e.g. artifacts/champion. Its files are memory-mapped: artifacts
+        are replaced, never written to.
 
         search: auto, exact or index. log: SQLite file in which record_trajectory and record_feedback keep what they
-        are given. Raises ArtifactError where the artifact is damaged.
+        are given. hmac_key: the artifact, and every one loaded after it, must be signed with it. Raises ArtifactError
+        where the artifact is damaged.
         """
-        data, index, seen = _read(Path(path))
-        bank = cls(data, index, search, log)
-        bank._path, bank._seen = Path(path), seen
+        source = ArtifactSource(path, hmac_key)
+        bank = cls(*source.read(), search, log)
+        source.accept()
+        bank._source = source
         return bank
 
     @classmethod
     def from_export(cls, path: str | Path) -> ReasoningBank:
         """Opens what `export` wrote. Raises ArtifactError where it is damaged or of another version."""
+        from rb_gpu.interchange import read_export
+
         return cls(read_export(Path(path)))
 
     def export(self, path: str | Path) -> None:
         """Writes patterns, verdicts and evidence as JSON that `from_export` reads back exactly."""
+        from rb_gpu.interchange import write_export
+
         write_export(self._state.data, Path(path))
 
     def reload_if_changed(self) -> bool:
         """Opens the artifact again where its link or manifest changed; a bad new one is logged and the old one stays.
 
-        Returns whether another artifact is served now. The votes of this process end with the artifact that they were
+        Costs one stat where nothing changed, and never waits: where another thread is at it, that one will do. Returns
+        whether this call put another artifact in place. The votes of this process end with the artifact that they were
         for: the next training reads them from the log, and its artifact brings them back.
         """
-        with self._reloading:
-            if self._path is None:
+        source = self._source
+        if source is None:
+            return False
+        try:
+            if not source.changed():
                 return False
-            try:
-                if _fingerprint(self._path) == self._seen:
-                    return False
-                data, index, seen = _read(self._path)
-                if data.dim != self.dim:
-                    raise ArtifactError(f"the new artifact has {data.dim} dims, this bank serves {self.dim}; restart")
-                state = BankState(data, index, self._wanted_search)
-            except (ArtifactError, OSError) as error:
-                log.error("kept the artifact in use: %s", error)
-                return False
-            with self._lock:
-                self._state, self._seen = state, seen
-                self._pattern_of.clear()
-                self._rated.clear()
-                self._ratings.clear()
+        except OSError as error:
+            return self._keep(source, f"{source.path} is gone ({error.strerror}); restore it or promote a version")
+        if not self._reloading.acquire(blocking=False):
+            return False
+        try:
+            data, index = source.read()
+            if data.dim != self.dim:
+                raise ArtifactError(f"the new artifact has {data.dim} dims, this bank serves {self.dim}; restart")
+            self._state = BankState(data, index, self._search)
+            source.accept()
             return True
+        except (ArtifactError, OSError) as error:
+            return self._keep(source, str(error))
+        finally:
+            self._reloading.release()
+
+    def _keep(self, source: ArtifactSource, reason: str) -> bool:
+        if source.refuse(reason):
+            log.error("kept the artifact in use: %s", reason)
+        return False
+
+    @property
+    def reload_error(self) -> str | None:
+        """Why the newest artifact is not the one served; None where it is."""
+        return None if self._source is None else self._source.error
+
+    def watch(self, interval_s: float = 1.0) -> None:
+        """Looks for a new artifact every interval_s seconds, in a daemon thread, until `close`. Also in a forked child.
+
+        Raises ValueError where interval_s is not positive.
+        """
+        if self._watcher is not None:
+            self._watcher.stop()
+        self._watcher = Watcher(self.reload_if_changed, interval_s)
+
+    @property
+    def version(self) -> str:
+        """The version of the artifact that answers; empty where the bank was not loaded from one."""
+        return self._state.version
 
     @property
     def data(self) -> BankData:
@@ -122,7 +161,7 @@ class ReasoningBank:
     @property
     def dim(self) -> int:
         """Length of a query embedding."""
-        return self._state.data.dim
+        return self._state.dim
 
     @property
     def search_name(self) -> str:
@@ -149,33 +188,40 @@ class ReasoningBank:
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
             raise ValueError(f"k={k!r} is not an integer >= 1; ask for one pattern or more")
         state = self._state
-        rows, cosine = state.search.nearest(unit_queries(query, state.data.dim, 1), k)
+        rows, cosines = state.search.nearest_one(unit_query(query, state.dim), int(k))
         return [
             # a cosine of float32 vectors may round to just over 1
-            PatternMatch(state.patterns.by_row(int(row)), min(1.0, max(-1.0, float(c))))
-            for row, c in zip(rows[0], cosine[0], strict=True)
-            if row >= 0
+            PatternMatch(state.patterns.by_row(row), min(1.0, max(-1.0, cosine)))
+            for row, cosine in zip(rows, cosines, strict=True)
         ]
 
     def optimized_params(
-        self, query: npt.ArrayLike, tradeoff: float | Tradeoff | None = None, mode: str = "vote"
+        self,
+        query: npt.ArrayLike,
+        tradeoff: float | Tradeoff | None = None,
+        mode: str = "vote",
+        on_error: str = "raise",
     ) -> OptimizedParams:
         """The parameters that query (D,) should use.
 
         tradeoff: other weights of latency and cost than those trained for; a number is the weight of cost (of latency
         where no cost was logged). mode: vote among tried configs, or interpolate (the reference's weighted mean).
-        Raises ValueError on a bad query, mode or trade-off.
+        on_error: raise, or default: the default with the reason, in place of the ValueError of a bad query.
+        Raises ValueError on a bad query, trade-off, mode or on_error.
         """
-        state = self._at(tradeoff)
-        unit_1D = unit_queries(query, state.data.dim, 1)
-        if mode == "vote":
-            answer = single_answer(state, *vote(state, unit_1D))
-        elif mode == "interpolate":
-            answer = interpolate(state, unit_1D)
-        else:
+        state = self._state if tradeoff is None else self._at(tradeoff)
+        if mode not in ("vote", "interpolate"):
             raise ValueError(f"mode={mode!r} is not one of vote, interpolate; choose one of them")
-        self._count(1, int(answer.source.has_pattern), answer.confidence)
-        return answer
+        if on_error not in ("raise", "default"):
+            raise ValueError(f"on_error={on_error!r} is not one of raise, default; choose one of them")
+        try:
+            found = answer(state, query) if mode == "vote" else interpolate(state, query)
+        except ValueError as error:
+            if on_error == "raise":
+                raise
+            found = fallback(state, f"the default stands: {error}")
+        self._counts.add(1, found.source.pattern_id is not None, found.confidence)
+        return found
 
     def optimized_params_batch(
         self, queries: npt.ArrayLike, tradeoff: float | Tradeoff | None = None
@@ -183,15 +229,12 @@ class ReasoningBank:
         """The same for queries (B, D), as columns of length B: config_id, confidence, expected_quality, expected_gain,
         pattern_id (-1 where the default is returned) and one column per search parameter.
         """
-        state = self._at(tradeoff)
-        unit_BD = unit_queries(queries, state.data.dim, 2)
-        parts = [vote(state, unit_BD[i : i + BATCH_ROWS]) for i in range(0, len(unit_BD), BATCH_ROWS)]
-        empty = vote(state, np.zeros((0, state.data.dim), np.float32))
-        rows, config, confidence, quality, gain = (np.concatenate(c) for c in zip(empty, *parts, strict=True))
-        near = rows >= 0
-        acted = near & (config != state.configs.default)
+        state = self._state if tradeoff is None else self._at(tradeoff)
+        unit_BD = unit_queries(queries, state.dim, 2)
+        rows, config, confidence, quality, gain = vote(state, unit_BD)
+        acted = (rows >= 0) & (config != state.configs.default)
         pattern_id = np.where(acted, state.data.arrays["pattern_id"][np.maximum(rows, 0)].astype(np.int64), -1)
-        self._count(len(rows), int(acted.sum()), float(confidence.sum()))
+        self._counts.add(len(rows), int(acted.sum()), float(confidence.sum()))
         columns = state.configs
         return {
             "config_id": config,
@@ -206,22 +249,22 @@ class ReasoningBank:
             "temperature": columns.temperature[config],
         }
 
-    def record_trajectory(self, trajectory: QueryTrajectory) -> None:
-        """Remembers which pattern a query fell into, for its feedback, and keeps it in the log where there is one."""
+    def record_trajectory(self, trajectory: QueryTrajectory) -> bool:
+        """Remembers which pattern a query fell into, for its feedback, and keeps it in the log where there is one.
+
+        Returns False where the log refused it, since its queue is full or it is closed. Raises ValueError on a bad
+        embedding, DataError or TypeError where another field does not fit the log.
+        """
         state = self._state
-        rows, _ = state.search.nearest(unit_queries(trajectory.query_embedding, state.data.dim, 1), 1)
+        rows, _ = state.search.nearest_one(unit_query(trajectory.query_embedding, state.dim), 1)
+        kept = self._log is None or self._log.record(trajectory)
+        if rows:  # an inverted file may find nothing
+            state.ratings.remember(trajectory.id, state.pattern_id[rows[0]])
         with self._lock:
             self._trajectories += 1
-            # an inverted file may find nothing (row -1), and a reload may have come between: then there is no pattern
-            if rows[0, 0] >= 0 and state is self._state:
-                self._pattern_of[trajectory.id] = int(state.data.arrays["pattern_id"][rows[0, 0]])
-            if len(self._pattern_of) > REMEMBERED_TRAJECTORIES:
-                forgotten, _ = self._pattern_of.popitem(last=False)
-                self._rated.discard(forgotten)
-        if self._log is not None:
-            self._log.record(trajectory)
         if trajectory.feedback is not None:
-            self.record_feedback(trajectory.id, trajectory.feedback)
+            self._rate(state, trajectory.id, trajectory.feedback)
+        return kept
 
     def record_feedback(self, trajectory_id: int, feedback: UserFeedback) -> bool:
         """One vote per trajectory for the pattern that answered it; a second one changes nothing.
@@ -231,51 +274,52 @@ class ReasoningBank:
         """
         if self._log is not None:
             self._log.record_feedback(trajectory_id, feedback)
+        return self._rate(self._state, trajectory_id, feedback)
+
+    def _rate(self, state: BankState, trajectory_id: int, feedback: UserFeedback) -> bool:
+        counted = state.ratings.rate(trajectory_id, feedback.score)
         with self._lock:
-            pattern_id = self._pattern_of.get(trajectory_id)
-            if pattern_id is None or trajectory_id in self._rated:
-                return False
-            self._rated.add(trajectory_id)
-            count, score = self._ratings.get(pattern_id, (0, 0.0))
-            self._ratings[pattern_id] = (count + 1, score + feedback.score)
-            self._feedback += 1
-        return True
+            self._feedback += counted
+        return counted
 
     def satisfaction(self, pattern_id: int) -> tuple[float, float]:
         """(alpha, beta) of the Beta posterior of a pattern's share of positive votes, from a uniform prior; votes of
         the training data and of this process. Raises KeyError where there is no such pattern.
         """
-        with self._lock:
-            arrays, row = self._state.data.arrays, self._state.patterns.row_of(pattern_id)
-            count, score = self._ratings.get(pattern_id, (0, 0.0))
+        state = self._state
+        arrays, row = state.data.arrays, state.patterns.row_of(pattern_id)
+        count, score = state.ratings.of(pattern_id)
         count, score = count + int(arrays["rating_count"][row]), score + float(arrays["rating_score"][row])
         return 1.0 + score, 1.0 + count - score
 
     def stats(self) -> ReasoningBankStats:
         """Counters of this process and figures of the artifact (reference section 8)."""
+        arrays, facts = self._state.data.arrays, self._state.data.facts
+        improvement = facts.get("evaluation", {}).get("improvement_percent")
+        lookups, hits, confidence = self._counts.totals()
         with self._lock:
-            arrays, facts = self._state.data.arrays, self._state.data.facts
-            improvement = facts.get("evaluation", {}).get("improvement_percent")
-            return ReasoningBankStats(
-                total_trajectories=self._trajectories + int(facts.get("counts", {}).get("trajectories", 0)),
-                total_patterns=len(arrays["pattern_id"]),
-                total_verdicts=int((arrays["verdict_stands"] == 0).sum()),
-                total_lookups=self._lookups,
-                total_feedback=self._feedback,
-                pattern_hit_rate=self._hits / self._lookups if self._lookups else 0.0,
-                avg_recommendation_confidence=self._confidence_sum / self._lookups if self._lookups else 0.0,
-                avg_improvement_percent=float("nan") if improvement is None else float(improvement),
-            )
+            trajectories, feedback = self._trajectories, self._feedback
+        return ReasoningBankStats(
+            total_trajectories=trajectories + int(facts.get("counts", {}).get("trajectories", 0)),
+            total_patterns=len(arrays["pattern_id"]),
+            total_verdicts=int((arrays["verdict_stands"] == 0).sum()),
+            total_lookups=lookups,
+            total_feedback=feedback,
+            pattern_hit_rate=hits / lookups if lookups else 0.0,
+            avg_recommendation_confidence=confidence / lookups if lookups else 0.0,
+            avg_improvement_percent=float("nan") if improvement is None else float(improvement),
+        )
 
     def close(self) -> None:
-        """Flushes and closes the trajectory log, where there is one."""
+        """Stops the watcher; flushes and closes the trajectory log, where there is one."""
+        if self._watcher is not None:
+            self._watcher.stop()
+            self._watcher = None
         if self._log is not None:
             self._log.close()
 
-    def _at(self, tradeoff: float | Tradeoff | None) -> BankState:
+    def _at(self, tradeoff: float | Tradeoff) -> BankState:
         state = self._state
-        if tradeoff is None:
-            return state
         if not isinstance(tradeoff, Tradeoff):
             if isinstance(tradeoff, bool) or not isinstance(tradeoff, (int, float, np.number)):
                 raise ValueError(f"tradeoff={tradeoff!r} is neither a number nor a Tradeoff; give one of them")
@@ -283,27 +327,19 @@ class ReasoningBank:
             tradeoff = Tradeoff(0.0, float(tradeoff)) if by_cost else Tradeoff(float(tradeoff), 0.0)
         return state.under(tradeoff)
 
-    def _count(self, lookups: int, hits: int, confidence: float) -> None:
-        with self._lock:
-            self._lookups += lookups
-            self._hits += hits
-            self._confidence_sum += confidence
+
+def _open_log(path: str | Path | None) -> TrajectoryLog | None:
+    if path is None:
+        return None
+    from rb_gpu.trajectory_log import TrajectoryLog  # SQLite, which a bank without a log does not need
+
+    return TrajectoryLog(path)
 
 
-def _fingerprint(path: Path) -> tuple[int, int, int]:
-    """What changes when the link is switched or the artifact is replaced."""
-    status = (path / MANIFEST).stat()
-    return status.st_ino, status.st_mtime_ns, status.st_size
+def _after_fork_in_child() -> None:
+    for bank in list(_banks):
+        bank._renew_locks()
 
 
-def _read(path: Path) -> tuple[BankData, bytes | None, tuple[int, int, int]]:
-    """The bank, its index, and the fingerprint, all of the one folder that the link leads to now."""
-    path = Path(os.path.realpath(path))
-    try:
-        seen = _fingerprint(path)
-    except OSError as error:
-        raise ArtifactError(
-            f"{path} holds no {MANIFEST} ({error.strerror}); run jobs.train or check the path"
-        ) from error
-    data, manifest = load_artifact(path)
-    return data, read_file(path, manifest, INDEX_FILE), seen
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

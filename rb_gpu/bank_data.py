@@ -235,6 +235,9 @@ def _check_values(data: BankData) -> None:
             _require((array >= 0).all(), f"{name} is negative")
     for name in ("precision", "recall", "quality", "confidence", "probability"):
         _require(((arrays[name] >= 0) & (arrays[name] <= 1)).all(), f"{name} is outside [0, 1]")
+    for name in ("confidence", "probability", "p_value", "p_adjusted", "consistency"):
+        known = arrays[f"verdict_{name}"][~np.isnan(arrays[f"verdict_{name}"])]
+        _require(((known >= 0) & (known <= 1)).all(), f"verdict_{name} is outside [0, 1]")
     for name in ("w", "w2", "latency_hist", "pair_w", "pair_w2"):
         _require((arrays[f"evidence_{name}"] >= 0).all(), f"evidence_{name} is negative")
     score = arrays["rating_score"]

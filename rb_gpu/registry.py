@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rb_gpu.artifact import MANIFEST, read_manifest, sync_folder, verify_artifact
+from rb_gpu.artifact import MANIFEST, read_key, read_manifest, sync_folder, verify_artifact
 from rb_gpu.errors import ArtifactError, RegistryError
 
 CHAMPION = "champion"
@@ -32,10 +32,19 @@ STAMP = "%Y%m%dT%H%M%S"
 
 @dataclass(frozen=True)
 class Registry:
-    """Versions below `path`; the last `keep` stay, and always the champion and the one before it."""
+    """Versions below `path`; the last `keep` stay, and always the champion and the one before it.
+
+    hmac_key: only versions signed with it are served.
+    """
 
     path: Path
     keep: int = 10
+    hmac_key: bytes | None = None
+
+    @classmethod
+    def open(cls, path: str, keep: int, hmac_key_file: str | None) -> Registry:
+        """The registry that a job's `registry` settings name. Raises ArtifactError where the key cannot be read."""
+        return cls(Path(path), keep, None if hmac_key_file is None else read_key(hmac_key_file))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -94,7 +103,7 @@ class Registry:
     def promote(self, version: str, reason: str) -> None:
         """Serves a version from now on, once all its files are verified. Raises ArtifactError, RegistryError."""
         folder = self.folder(version)
-        verify_artifact(folder)
+        verify_artifact(folder, self.hmac_key)
         self._switch(folder.name, {"version": folder.name, "before": self.champion(), "reason": reason})
 
     def _switch(self, version: str, entry: dict[str, Any]) -> None:
@@ -138,7 +147,7 @@ class Registry:
         if before is None:
             raise RegistryError(f"{self.path} has nothing to roll back to; action=list shows the versions to promote")
         folder = self.folder(before)
-        verify_artifact(folder)
+        verify_artifact(folder, self.hmac_key)
         entry = {"version": before, "before": champion, "reason": f"rolled back from {champion}", "rollback": True}
         self._switch(before, entry)
         return before

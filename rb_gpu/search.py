@@ -6,20 +6,29 @@ Suffixes: P leaves, D dims, B queries, K neighbours.
 from __future__ import annotations
 
 import logging
+import threading
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from rb_gpu.errors import ArtifactError
+from rb_gpu.index_file import check_index
 
 log = logging.getLogger(__name__)
 
 Matrix = npt.NDArray[np.float32]
+Vector = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 
-# up to here one product over all leaves beats a graph or an inverted file on one core
-EXACT_LEAVES = 4096
+# up to here one product over all leaves beats a graph on one core (`python -m jobs.benchmark suite=lookup`)
+EXACT_LEAVES = 1024
+# up to so many neighbours, one pass for each beats a partition
+FEW = 16
+# candidates of an index that are compared exactly, at least: its own distances are of compressed vectors
+CANDIDATES = 16
+# cosines of a batch that are held at once: enough for the product's full speed, little beside a service's memory
+TILE_CELLS = 2**22
 
 
 class Search(Protocol):
@@ -27,62 +36,143 @@ class Search(Protocol):
 
     name: str
 
+    def nearest_one(self, unit_D: Vector, k: int) -> tuple[list[int], list[float]]:
+        """Rows and cosines of the min(k, P) nearest leaves of one query, best first; fewer where an index finds fewer.
+
+        Equal cosines come in the order of rows.
+        """
+        ...
+
     def nearest(self, unit_BD: Matrix, k: int) -> tuple[Rows, Matrix]:
-        """Rows (B, K) and cosines (B, K), best first; K = min(k, P); row -1 with cosine -1 where nothing was found."""
+        """Rows (B, K) and cosines (B, K) alike; K = min(k, P), row -1 with cosine -1 where nothing was found."""
         ...
 
 
+def largest(values: Vector, k: int) -> tuple[list[int], list[float]]:
+    """Positions and values of the k largest, in descending order; of equals the first come first. Spoils `values`."""
+    if k > FEW:
+        rows = _stable_top(values[None], k)[0]
+        return rows.tolist(), values[rows].tolist()
+    found, top = [], []
+    for _ in range(k):
+        row = int(values.argmax())
+        found.append(row)
+        top.append(values.item(row))
+        values[row] = -np.inf
+    return found, top
+
+
+def largest_in_rows(values_BP: Matrix, k: int) -> tuple[Rows, Matrix]:
+    """The same for every row: positions and values (B, k)."""
+    if k > FEW:
+        rows = _stable_top(values_BP, k)
+        return rows, np.take_along_axis(values_BP, rows, 1)
+    each = np.arange(len(values_BP))
+    rows = np.empty((len(values_BP), k), np.int64)
+    found = np.empty((len(values_BP), k), np.float32)
+    for j in range(k):
+        rows[:, j] = best = values_BP.argmax(1)
+        found[:, j] = values_BP[each, best]
+        values_BP[each, best] = -np.inf
+    return rows, found
+
+
+def _stable_top(values_BP: Matrix, k: int) -> Rows:
+    count = values_BP.shape[1]
+    if k == count:
+        return np.argsort(-values_BP, axis=1, kind="stable")
+    rows = np.argpartition(-values_BP, k - 1, axis=1)[:, :k]
+    least = np.take_along_axis(values_BP, rows, axis=1).min(axis=1, keepdims=True)
+    # a partition takes any of the leaves that are equally near as the last one
+    tied = np.flatnonzero((values_BP >= least).sum(axis=1) > k)
+    rows[tied] = np.argsort(-values_BP[tied], axis=1, kind="stable")[:, :k]
+    rows.sort(axis=1)
+    order = np.argsort(-np.take_along_axis(values_BP, rows, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(rows, order, 1)
+
+
 class ExactSearch:
-    """Every leaf, by one matrix product."""
+    """Every leaf, by one product."""
 
     name = "exact"
 
     def __init__(self, unit_PD: Matrix) -> None:
-        self._unit_DP = np.ascontiguousarray(unit_PD.T)
+        self._unit_PD, self._unit_DP = unit_PD, unit_PD.T
 
-    def nearest(self, unit_BD: Matrix, k: int) -> tuple[Rows, Matrix]:
-        """See Search.nearest; equal cosines come in the order of rows."""
-        cosine = unit_BD @ self._unit_DP
-        k = min(k, cosine.shape[1])
-        rows = np.argpartition(-cosine, k - 1, axis=1)[:, :k] if k < cosine.shape[1] else _all_rows(cosine)
-        least = np.take_along_axis(cosine, rows, axis=1).min(axis=1, keepdims=True)
-        # a partition takes any of the leaves that are equally near as the last one
-        tied = np.flatnonzero((cosine >= least).sum(axis=1) > k)
-        rows[tied] = np.argsort(-cosine[tied], axis=1, kind="stable")[:, :k]
-        rows.sort(axis=1)
-        found = np.take_along_axis(cosine, rows, axis=1)
-        order = np.argsort(-found, axis=1, kind="stable")
-        return np.take_along_axis(rows, order, 1), np.take_along_axis(found, order, 1)
-
-
-def _all_rows(cosine: Matrix) -> Rows:
-    return np.tile(np.arange(cosine.shape[1]), (len(cosine), 1))
-
-
-class FaissSearch:
-    """A Faiss index over the unit leaves (inner product), as the job built it: flat, IVF or HNSW."""
-
-    def __init__(self, index: Any, kind: str, leaves: int, dim: int) -> None:
-        # 0 is Faiss's METRIC_INNER_PRODUCT
-        if index.metric_type != 0 or not index.is_trained:
-            raise ArtifactError("index.faiss is not trained, or not for inner products; train again")
-        if index.ntotal != leaves or index.d != dim:
-            raise ArtifactError(
-                f"index.faiss holds {index.ntotal} patterns of {index.d} dims, the bank {leaves} of {dim}; train again"
-            )
-        self._index, self.name, self._leaves = index, kind, leaves
+    def nearest_one(self, unit_D: Vector, k: int) -> tuple[list[int], list[float]]:
+        """See Search.nearest_one."""
+        return largest(self._unit_PD.dot(unit_D), min(k, len(self._unit_PD)))
 
     def nearest(self, unit_BD: Matrix, k: int) -> tuple[Rows, Matrix]:
         """See Search.nearest."""
-        cosine, rows = self._index.search(unit_BD, min(k, self._leaves))
-        found = (rows >= 0) & (rows < self._leaves)  # an inverted file may hold any id
-        return np.where(found, rows, -1), np.where(found, cosine, np.float32(-1))
+        k = min(k, len(self._unit_PD))
+        rows_BK, cosine_BK = np.empty((len(unit_BD), k), np.int64), np.empty((len(unit_BD), k), np.float32)
+        tile_rows = max(64, TILE_CELLS // len(self._unit_PD))
+        for start in range(0, len(unit_BD), tile_rows):
+            tile = slice(start, start + tile_rows)
+            rows_BK[tile], cosine_BK[tile] = largest_in_rows(unit_BD[tile] @ self._unit_DP, k)
+        return rows_BK, cosine_BK
 
 
-def open_search(unit_PD: Matrix, index: bytes | None, kind: str, wanted: str) -> Search:
+class _Buffers(threading.local):
+    """Where a thread's index calls read and write, with the addresses that Faiss takes."""
+
+    k = 0
+
+
+class FaissSearch:
+    """The artifact's Faiss index gives candidates, their exact cosines decide."""
+
+    def __init__(self, index: Any, kind: str, unit_PD: Matrix, pointer: Any) -> None:
+        self._index, self.name, self._unit_PD, self._pointer = index, kind, unit_PD, pointer
+        self._buffers = _Buffers()
+
+    def nearest_one(self, unit_D: Vector, k: int) -> tuple[list[int], list[float]]:
+        """See Search.nearest_one."""
+        buffers = self._buffers
+        if buffers.k != k:
+            self._allocate(buffers, k)
+        buffers.query[:] = unit_D
+        # Faiss's own Python call checks and allocates for longer than a small graph takes to search
+        self._index.search_c(1, *buffers.addresses)
+        rows = buffers.rows
+        rows.sort()  # for equal cosines
+        leaves = len(self._unit_PD)
+        if rows.item(0) < 0 or rows.item(-1) >= leaves:  # an inverted file may find less, and may hold any id
+            rows = rows[(rows >= 0) & (rows < leaves)]
+        cosine = self._unit_PD.take(rows, 0).dot(unit_D)
+        order = (-cosine).argsort(kind="stable")[:k]
+        return rows[order].tolist(), cosine[order].tolist()
+
+    def nearest(self, unit_BD: Matrix, k: int) -> tuple[Rows, Matrix]:
+        """See Search.nearest."""
+        leaves = len(self._unit_PD)
+        k = min(k, leaves)
+        _, rows = self._index.search(unit_BD, min(leaves, max(CANDIDATES, 2 * k)))
+        rows = np.sort(np.where((rows >= 0) & (rows < leaves), rows, -1), axis=1)
+        cosine = np.einsum("bd,bkd->bk", unit_BD, self._unit_PD[rows])
+        cosine[rows < 0] = -np.inf
+        best, found = largest_in_rows(cosine, k)
+        empty = found == -np.inf
+        found[empty] = -1.0
+        return np.where(empty, -1, np.take_along_axis(rows, best, 1)), found
+
+    def _allocate(self, buffers: Any, k: int) -> None:
+        wanted = min(len(self._unit_PD), max(CANDIDATES, 2 * k))
+        buffers.query = np.empty(self._unit_PD.shape[1], np.float32)
+        buffers.distances, buffers.rows = np.empty(wanted, np.float32), np.empty(wanted, np.int64)
+        address = self._pointer
+        buffers.addresses = (
+            address(buffers.query), wanted, address(buffers.distances), address(buffers.rows),
+        )  # fmt: skip
+        buffers.k = k
+
+
+def open_search(unit_PD: Matrix, index: Any, kind: str, wanted: str) -> Search:
     """exact, index, or auto: exact up to EXACT_LEAVES leaves, beyond that the index where there is one and Faiss is.
 
-    Raises ArtifactError where `index` is wanted and cannot be had, ValueError on another word.
+    index: the content of index.faiss. Raises ArtifactError where `index` is wanted and cannot be had, ValueError on
+    another word.
     """
     if wanted not in ("auto", "exact", "index"):
         raise ValueError(f"search={wanted!r} is not one of auto, exact, index; choose one of them")
@@ -97,9 +187,16 @@ def open_search(unit_PD: Matrix, index: bytes | None, kind: str, wanted: str) ->
             log.warning("%d patterns are searched exactly without Faiss: pip install 'rb_gpu[index]'", len(unit_PD))
             return ExactSearch(unit_PD)
         raise ArtifactError("search=index needs Faiss; pip install 'rb_gpu[index]' or use search=exact") from None
+    return FaissSearch(read_index(faiss, index, *unit_PD.shape), kind, unit_PD, faiss.swig_ptr)
+
+
+def read_index(faiss: Any, content: Any, leaves: int, dim: int) -> Any:
+    """The index in the content of an index.faiss. Raises ArtifactError unless it is one that a job builds for a bank of
+    that size, and points at nothing outside itself.
+    """
     try:
-        read = faiss.deserialize_index(np.frombuffer(index, dtype=np.uint8))
+        check_index(content, leaves, dim)
+        return faiss.deserialize_index(np.frombuffer(content, dtype=np.uint8))
     except (RuntimeError, MemoryError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ArtifactError(f"index.faiss cannot be read ({reason}); train again") from error
-    return FaissSearch(read, kind, *unit_PD.shape)

@@ -1,10 +1,11 @@
 """How an answer is made: the vote of the nearest patterns over tried configs, or the reference's interpolation.
 
-Suffixes: B queries, K nearest leaves, D dims, P leaves, C configs.
+Suffixes: B queries, K nearest leaves, D dims, P leaves, U = P + 1 leaves and what stands for no leaf, C configs.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -16,34 +17,47 @@ from rb_gpu.params import ConfigTable, SearchParams, round_half_up, snap
 from rb_gpu.posterior import believe, choose
 from rb_gpu.search import Search, open_search
 from rb_gpu.types import OptimizedParams, ParamSource, Tradeoff
+from rb_gpu.usage import Ratings
 from rb_gpu.views import PatternView, VerdictView
 
 Matrix = npt.NDArray[np.float32]
+Vector = npt.NDArray[np.float32]
 Votes = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Matrix, Matrix, Matrix]
 
 REMEMBERED_TRADEOFFS = 32
+VOTE_ROWS = 4096
+FLOAT32 = np.dtype(np.float32)
+# a float32 square sum between these is exact enough to divide by; outside, float64 decides
+SAFE_SQUARES = (1e-30, 1e30)
 
 
 class BankState:
     """Everything that one artifact answers from; swapped whole on reload, so that a reader never sees two halves."""
 
-    def __init__(self, data: BankData, index: bytes | None, search: str) -> None:
+    def __init__(self, data: BankData, index: Any, search: str) -> None:
         leaves = data.arrays["centroids"][: data.leaves]
         # in float64, since squares of float32 may overflow
-        norm = np.linalg.norm(leaves.astype(np.float64), axis=1, keepdims=True)
-        unit_PD = np.ascontiguousarray(leaves / np.where(norm > 0, norm, 1.0), dtype=np.float32)
+        norm = np.sqrt(np.einsum("pd,pd->p", leaves, leaves, dtype=np.float64))
+        if np.abs(norm - 1.0).max() > 1e-6:  # else the mapped pages are searched as they lie
+            leaves = np.asarray(leaves / np.where(norm > 0, norm, 1.0)[:, None], dtype=np.float32)
         self.data = data
+        self.dim = data.dim
+        self.version = str(data.facts.get("version", ""))
         self.configs: ConfigTable = data.configs
         self.params: list[SearchParams] = list(self.configs)
         kind = str(data.facts.get("index", {}).get("kind", "flat"))
-        self.search: Search = open_search(unit_PD, index, kind, search)
+        self.search: Search = open_search(leaves, index, kind, search)
+        self.pattern_id: list[int] = data.arrays["pattern_id"][: data.leaves].tolist()
         self.patterns = PatternView(data)
         self.verdicts = VerdictView(data)
-        self.score: Matrix = data.arrays["score"]
-        self.probability: Matrix = data.arrays["probability"]
-        self.gain: Matrix = data.arrays["gain"]
-        self.quality: Matrix = data.arrays["expected_quality"]
+        arrays = data.arrays
+        self._tabulate(arrays["score"], arrays["probability"], arrays["gain"], arrays["expected_quality"])
+        self.ratings = Ratings()
         self.tradeoffs: dict[Tradeoff, BankState] = {}
+
+    def _tabulate(self, *cells_UC: npt.NDArray[np.floating]) -> None:
+        """Score, probability, gain and quality side by side, so that one product mixes all four."""
+        self.cells_UE: Matrix = np.concatenate(cells_UC, axis=1, dtype=np.float32, casting="same_kind")
 
     def under(self, tradeoff: Tradeoff) -> BankState:
         """The same bank with its evidence judged under another trade-off; kept for the next call."""
@@ -61,13 +75,21 @@ class BankState:
         beliefs = believe(data.evidence, data.parents(), objective, data.default, margin)
         other = object.__new__(BankState)
         other.__dict__.update(self.__dict__)
-        other.score = other.gain = beliefs.gain.astype(np.float32)
-        other.probability = beliefs.probability.astype(np.float32)
-        other.quality = beliefs.quality.astype(np.float32)
+        other._tabulate(beliefs.gain, beliefs.probability, beliefs.gain, beliefs.quality)
         if len(self.tradeoffs) >= REMEMBERED_TRADEOFFS:
             self.tradeoffs.clear()
         self.tradeoffs[tradeoff] = other
         return other
+
+
+def unit_query(query: npt.ArrayLike, dim: int) -> Vector:
+    """One query (D,) as float32 of norm 1. Raises ValueError saying what came."""
+    if type(query) is np.ndarray and query.dtype == FLOAT32 and query.shape == (dim,):
+        squares = float(np.vdot(query, query))  # dot would warn of an overflow
+        if SAFE_SQUARES[0] < squares < SAFE_SQUARES[1]:
+            unit: Vector = query * np.float32(1.0 / math.sqrt(squares))
+            return unit
+    return np.asarray(unit_queries(query, dim, 1)[0])
 
 
 def unit_queries(query: npt.ArrayLike, dim: int, ndim: int) -> Matrix:
@@ -84,84 +106,101 @@ def unit_queries(query: npt.ArrayLike, dim: int, ndim: int) -> Matrix:
         expected = f"({dim},)" if ndim == 1 else f"(B, {dim})"
         raise ValueError(f"query has shape {values.shape}, expected {expected}; embed it with the bank's embedder")
     values = values.reshape(-1, dim)
-    norm = np.sqrt(np.einsum("bd,bd->b", values, values, dtype=np.float64))
-    if not ((norm > 0) & np.isfinite(norm)).all():
-        raise ValueError("query holds NaN or infinity, or has norm 0; check the embedder's output")
-    return np.asarray(values / norm[:, None], dtype=np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.einsum("bd,bd->b", values, values)
+    if len(squares) and not (SAFE_SQUARES[0] < squares.min() and squares.max() < SAFE_SQUARES[1]):
+        squares = np.einsum("bd,bd->b", values, values, dtype=np.float64)
+        if not ((squares > 0) & np.isfinite(squares)).all():
+            raise ValueError("query holds NaN or infinity, or has norm 0; check the embedder's output")
+    return np.asarray(values / np.sqrt(squares)[:, None], dtype=np.float32)
 
 
-def _weights(state: BankState, rows_BK: npt.NDArray[np.int64], cosine_BK: Matrix) -> Matrix:
-    """softmax(β·cos) over the nearest leaves that reach the floor; rows of zeros where none does."""
-    settings = state.data.lookup
-    near = (cosine_BK >= settings.floor) & (rows_BK >= 0)
-    weight = np.exp(settings.beta * (cosine_BK - cosine_BK[:, :1])) * near
-    total = weight.sum(1, keepdims=True)
-    return np.asarray(np.divide(weight, total, out=np.zeros_like(weight), where=total > 0), dtype=np.float32)
+def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
+    """The vote for one query (D,): what `vote` computes, by the shortest way for one. Raises ValueError on a bad query.
+
+    Nearest leaves that reach the floor vote with weight softmax(β·cos); none does: row -1 of the cells, the last, which
+    stands for a query that is near no pattern.
+    """
+    settings, default, configs = state.data.lookup, state.configs.default, len(state.params)
+    rows, cosine = state.search.nearest_one(unit_query(query, state.dim), settings.top_k)
+    weight = [math.exp(settings.beta * (c - cosine[0])) for c in cosine if c >= settings.floor]
+    if weight:
+        mixed_E = np.array(weight, np.float32).dot(state.cells_UE.take(rows[: len(weight)], 0))
+        mixed_E *= np.float32(1.0 / sum(weight))
+        nearest = rows[0]
+    else:
+        mixed_E, nearest = state.cells_UE[-1], -1
+    probability_C = mixed_E[configs : 2 * configs]
+    score_C = np.where(probability_C >= np.float32(settings.min_probability), mixed_E[:configs], -np.inf)
+    config = int(score_C.argmax())
+    if score_C.item(config) == -math.inf:
+        config = int(mixed_E[3 * configs :].argmax()) if settings.likeliest else default
+    numbers = (probability_C.item(config), mixed_E.item(3 * configs + config), mixed_E.item(2 * configs + config))
+    return _answer(state, nearest, config, *numbers)
 
 
 def vote(state: BankState, unit_BD: Matrix) -> Votes:
-    """Nearest leaf (B,) or -1 where none is near, config, confidence, expected quality and expected gain, (B,) each."""
-    settings, default = state.data.lookup, state.configs.default
-    if len(unit_BD) == 0:
-        none, nothing = np.zeros(0, np.int64), np.zeros(0, np.float32)
-        return none, none, nothing, nothing, nothing
+    """For queries of norm 1: nearest leaf (B,) or -1 where none is near, config, confidence, expected quality and
+    expected gain, (B,) each.
+    """
+    parts = [_vote_part(state, unit_BD[i : i + VOTE_ROWS]) for i in range(0, len(unit_BD), VOTE_ROWS)]
+    none, nothing = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    columns = zip((none, none, nothing, nothing, nothing), *parts, strict=True)
+    row, config, confidence, quality, gain = (np.concatenate(c) for c in columns)
+    return row, config, confidence, quality, gain
+
+
+def _vote_part(state: BankState, unit_BD: Matrix) -> Votes:
+    settings, default, configs = state.data.lookup, state.configs.default, len(state.params)
     rows_BK, cosine_BK = state.search.nearest(unit_BD, settings.top_k)
-    weight_BK = _weights(state, rows_BK, cosine_BK)
-    near = weight_BK.any(1)
-    # row -1, the last, stands for a query that is near no pattern
-    rows_BK[~near], weight_BK[~near, 0] = -1, 1.0
-
-    def mix(cells_PC: Matrix) -> Matrix:
-        mixed: Matrix = np.einsum("bk,bkc->bc", weight_BK, cells_PC[rows_BK])
-        return mixed
-
-    probability = mix(state.probability)
-    quality = mix(state.quality)
-    config = choose(mix(state.score), probability, quality, settings.min_probability, default, settings.likeliest)
-    picked = config[:, None]
-    confidence = np.where(config == default, 0.0, np.take_along_axis(probability, picked, 1)[:, 0])
-    quality = np.take_along_axis(quality, picked, 1)[:, 0]
-    gain = np.where(config == default, 0.0, np.take_along_axis(mix(state.gain), picked, 1)[:, 0])
-    nearest = np.where(near, rows_BK[:, 0], -1)
-    return nearest, config, confidence.astype(np.float32), quality.astype(np.float32), gain.astype(np.float32)
+    near_BK = (cosine_BK >= settings.floor) & (rows_BK >= 0)
+    # in float64, since a steep β times 0 must stay 0
+    weight_BK = np.exp(settings.beta * (cosine_BK - cosine_BK[:, :1]).astype(np.float64)) * near_BK
+    far = ~near_BK[:, 0]
+    rows_BK[far, 0], weight_BK[far, 0] = -1, 1.0
+    weight_BK = (weight_BK / weight_BK.sum(1, keepdims=True)).astype(np.float32)
+    mixed_BE = weight_BK[:, :1] * state.cells_UE.take(rows_BK[:, 0], 0, mode="wrap")
+    for j in range(1, rows_BK.shape[1]):
+        mixed_BE += weight_BK[:, j : j + 1] * state.cells_UE.take(rows_BK[:, j], 0, mode="wrap")
+    score, probability, gain, quality = (mixed_BE[:, i * configs : (i + 1) * configs] for i in range(4))
+    config = choose(score, probability, quality, settings.min_probability, default, settings.likeliest)
+    each, acted = np.arange(len(config)), config != default
+    confidence = np.where(acted, np.minimum(probability[each, config], 1), np.float32(0))
+    return rows_BK[:, 0], config, confidence, quality[each, config], np.where(acted, gain[each, config], np.float32(0))
 
 
-def single_answer(
-    state: BankState,
-    row: npt.NDArray[np.int64],
-    config: npt.NDArray[np.int64],
-    confidence: Matrix,
-    quality: Matrix,
-    gain: Matrix,
-) -> OptimizedParams:
-    """The answer to one query from `vote`'s columns of length 1."""
-    config_id, default = int(config[0]), state.configs.default
-    near = "the nearest patterns" if row[0] >= 0 else "all patterns, for none is near"
-    if config_id == default:
+def _answer(state: BankState, row: int, config: int, confidence: float, quality: float, gain: float) -> OptimizedParams:
+    near = "the nearest patterns" if row >= 0 else "all patterns, for none is near"
+    if config == state.configs.default:
         reason = f"the default stands: no config is probable enough to beat it by {near}"
-    else:
-        reason = f"best config by the vote of {near}"
-    source = None if config_id == default or row[0] < 0 else int(state.data.arrays["pattern_id"][row[0]])
+        return OptimizedParams(state.params[config], 0.0, ParamSource(None), quality, 0.0, config, reason)
+    source = ParamSource(state.pattern_id[row] if row >= 0 else None)
+    reason = f"best config by the vote of {near}"
+    # weights in float32 may add up to just over 1
+    return OptimizedParams(state.params[config], min(confidence, 1.0), source, quality, gain, config, reason)
+
+
+def fallback(state: BankState, reason: str) -> OptimizedParams:
+    """The default, for a query that could not be read."""
+    quality = state.cells_UE.item(-1, 3 * len(state.params) + state.configs.default)
     return OptimizedParams(
-        params=state.params[config_id],
-        confidence=float(confidence[0]),
-        source=ParamSource(source),
-        expected_quality=float(quality[0]),
-        expected_gain=float(gain[0]),
-        config_id=config_id,
-        reason=reason,
+        state.params[state.configs.default], 0.0, ParamSource(None), quality, 0.0, state.configs.default, reason
     )
 
 
-def interpolate(state: BankState, unit_1D: Matrix) -> OptimizedParams:
-    """The reference's section 3: mean of the nearest patterns' optimal parameters, weighted by cosine times quality."""
+def interpolate(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
+    """The reference's section 3: mean of the nearest patterns' optimal parameters, weighted by cosine times quality.
+
+    Raises ValueError on a bad query.
+    """
     arrays, configs = state.data.arrays, state.configs
-    rows_1K, cosine_1K = state.search.nearest(unit_1D, state.data.lookup.top_k)
-    kept = (rows_1K[0] >= 0) & (cosine_1K[0] >= state.data.lookup.floor)
-    rows, cosine = rows_1K[0][kept], np.maximum(cosine_1K[0][kept].astype(np.float64), 0.0)
-    weight = cosine * arrays["quality"][rows]
-    if len(rows) == 0 or weight.sum() <= 0:
-        return single_answer(state, *vote(state, unit_1D))
+    rows_K, cosine_K = state.search.nearest_one(unit_query(query, state.dim), state.data.lookup.top_k)
+    near = [(row, max(cosine, 0.0)) for row, cosine in zip(rows_K, cosine_K, strict=True)
+            if cosine >= state.data.lookup.floor]  # fmt: skip
+    rows = np.array([row for row, _ in near], dtype=np.int64)
+    weight = np.array([cosine for _, cosine in near], dtype=np.float64) * arrays["quality"][rows]
+    if weight.sum() <= 0:
+        return answer(state, query)
     share = weight / weight.sum()
     votes = np.bincount(arrays["optimal_tier"][rows], weights=share, minlength=len(configs.tiers))
     params = SearchParams(
@@ -173,16 +212,14 @@ def interpolate(state: BankState, unit_1D: Matrix) -> OptimizedParams:
     )
     config_id = configs.id_of(params)
     tried = config_id is not None
-    mixed = {
-        name: float(share @ getattr(state, name)[rows, config_id]) if tried else float("nan")
-        for name in ("probability", "quality", "gain")
-    }
+    column = np.arange(1, 4) * len(configs) + (config_id or 0)
+    probability, gain, quality = (share @ state.cells_UE[np.ix_(rows, column)]).tolist()
     return OptimizedParams(
         params=params,
-        confidence=mixed["probability"] if tried and config_id != configs.default else 0.0,
+        confidence=probability if tried and config_id != configs.default else 0.0,
         source=ParamSource(int(arrays["pattern_id"][rows[0]])),
-        expected_quality=mixed["quality"] if tried else float(share @ arrays["quality"][rows]),
-        expected_gain=mixed["gain"],
+        expected_quality=quality if tried else float(share @ arrays["quality"][rows]),
+        expected_gain=gain if tried else float("nan"),
         config_id=config_id,
         reason="interpolated; this setting was tried" if tried else "interpolated; this setting was never tried",
     )

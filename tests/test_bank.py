@@ -15,7 +15,7 @@ import pytest
 from conftest import OBJECTIVE, TIERS, make_bank, queries_near, trajectory
 
 from rb_gpu.artifact import write_artifact
-from rb_gpu.bank import REMEMBERED_TRAJECTORIES, ReasoningBank
+from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ArtifactError
 from rb_gpu.params import SearchParams
@@ -23,6 +23,7 @@ from rb_gpu.registry import Registry
 from rb_gpu.trajectory_file import read_batches
 from rb_gpu.trajectory_log import TrajectoryLog
 from rb_gpu.types import ParamSource, Tradeoff, UserFeedback
+from rb_gpu.usage import REMEMBERED_TRAJECTORIES
 
 PARAMETERS = ("ef_search", "n_probes", "model_tier", "context_tokens", "temperature")
 
@@ -455,11 +456,11 @@ def test_satisfaction_is_a_beta_posterior_of_old_and_new_votes(bank: ReasoningBa
 
 def test_old_trajectories_are_forgotten(bank: ReasoningBank, monkeypatch: Any) -> None:
     assert REMEMBERED_TRAJECTORIES >= 10_000
-    monkeypatch.setattr("rb_gpu.bank.REMEMBERED_TRAJECTORIES", 3)
+    monkeypatch.setattr("rb_gpu.usage.REMEMBERED_TRAJECTORIES", 3)
     for i in range(5):
         bank.record_trajectory(trajectory(i, bank.data.arrays["centroids"][0]))
         assert bank.record_feedback(i, UserFeedback(4))
-    assert len(bank._pattern_of) == len(bank._rated) == 3
+    assert len(bank._state.ratings._pattern_of) == len(bank._state.ratings._rated) == 3
     assert not bank.record_feedback(0, UserFeedback(4))
 
 
@@ -468,6 +469,9 @@ def test_a_search_that_finds_nothing_votes_for_no_pattern(bank: ReasoningBank) -
     class Nothing:
         name = "nothing"
 
+        def nearest_one(self, unit_D: np.ndarray, k: int) -> tuple[list[int], list[float]]:
+            return [], []
+
         def nearest(self, unit_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
             return np.full((len(unit_BD), k), -1), np.full((len(unit_BD), k), -1, np.float32)
 
@@ -475,6 +479,8 @@ def test_a_search_that_finds_nothing_votes_for_no_pattern(bank: ReasoningBank) -
     bank.record_trajectory(trajectory(1, np.ones(bank.dim)))
     assert bank.record_feedback(1, UserFeedback(1)) is False
     assert bank.find_similar_patterns(np.ones(bank.dim)) == []
+    single, batch = bank.optimized_params(np.ones(bank.dim)), bank.optimized_params_batch(np.ones((2, bank.dim)))
+    assert not single.source.has_pattern and batch["config_id"].tolist() == [single.config_id] * 2
 
 
 def test_the_log_keeps_trajectories_and_votes(data: BankData, tmp_path: Path) -> None:
@@ -578,7 +584,8 @@ def test_reload_keeps_the_old_artifact_where_the_new_one_is_bad(registry: Regist
     assert version(bank) == A
 
 
-def test_a_mended_artifact_is_taken_at_the_next_look(registry: Registry) -> None:
+def test_a_mended_artifact_is_taken(registry: Registry, monkeypatch: Any) -> None:
+    monkeypatch.setattr("rb_gpu.source.RETRY_S", 0.0)
     bank = ReasoningBank.load(registry.path / "champion")
     registry.promote(B, "")
     path = registry.path / B / "bank.safetensors"
@@ -603,15 +610,15 @@ def test_votes_end_with_the_artifact_that_they_were_for(registry: Registry) -> N
 
 def test_a_switch_while_an_artifact_is_read_mixes_nothing(tmp_path: Path, monkeypatch: Any) -> None:
     # the index used to be read through the link once more: that of the new version beside the bank of the old one
-    from rb_gpu import bank as module
+    from rb_gpu import source as module
 
     registry, load_artifact = Registry(tmp_path), module.load_artifact
     for name in (A, B):
         write_artifact(tmp_path / name, make_bank(), {"index.faiss": name.encode()})
     registry.promote(A, "")
 
-    def slow(path: str | Path) -> Any:
-        loaded = load_artifact(path)
+    def slow(path: str | Path, hmac_key: bytes | None) -> Any:
+        loaded = load_artifact(path, hmac_key)
         registry.promote(B, "")
         return loaded
 
@@ -689,4 +696,5 @@ def test_a_slow_reload_does_not_bring_back_what_a_later_one_replaced(registry: R
     registry.promote(B, "")
     assert bank.reload_if_changed()
     later.join()
-    assert version(bank) == A
+    assert version(bank) == B  # the later one did not wait
+    assert bank.reload_if_changed() and version(bank) == A

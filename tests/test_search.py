@@ -63,7 +63,7 @@ def index_of(leaves_PD: np.ndarray, **settings: Any) -> bytes:
     from rb_gpu.learn.config import IndexConfig
     from rb_gpu.learn.index import build_index
 
-    index = build_index(leaves_PD, IndexConfig(**settings))
+    index = build_index(leaves_PD, IndexConfig(**settings), leaves_PD, 5)
     assert index is not None
     return index
 
@@ -99,7 +99,34 @@ def test_the_settings_of_an_index_are_read_back(clustered: Any) -> None:
         return float(np.mean([len(set(a) & set(b)) / 5 for a, b in zip(rows.tolist(), exact.tolist(), strict=True)]))
 
     assert recall(kind="ivf", nprobe=1) < recall(kind="ivf", nprobe=8) < recall(kind="ivf", nprobe=44) == 1.0
-    assert recall(kind="hnsw", m=4, ef_search=1) < recall(kind="hnsw", m=4, ef_search=64)
+    assert recall(kind="hnsw", m=2, ef_construction=4, ef_search=1) < recall(kind="hnsw", m=4, ef_search=64)
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_the_breadth_of_a_search_is_the_least_that_finds_enough(clustered: Any, kind: str) -> None:
+    faiss = pytest.importorskip("faiss")
+    leaves, _ = clustered
+    breadth = []
+    for recall in (0.5, 0.995):
+        content = index_of(leaves, kind=kind, recall=recall, m=4)
+        index = faiss.deserialize_index(np.frombuffer(content, np.uint8))
+        breadth.append(index.hnsw.efSearch if kind == "hnsw" else index.nprobe)
+        rows, _ = open_search(leaves, content, kind, "index").nearest(leaves, 5)
+        exact, _ = ExactSearch(leaves).nearest(leaves, 5)
+        assert (rows[:, :, None] == exact[:, None, :]).any(2).mean() >= recall - 0.01
+    assert breadth[0] < breadth[1]
+
+
+@pytest.mark.parametrize("kind", ["exact", "ivf", "hnsw", "flat"])
+def test_one_query_is_searched_like_a_batch(clustered: Any, kind: str) -> None:
+    leaves, queries = clustered
+    search = ExactSearch(leaves) if kind == "exact" else open_search(leaves, index_of(leaves, kind=kind), kind, "index")
+    for k in (1, 5, 40):
+        rows, cosine = search.nearest(queries[:50], k)
+        for i, query in enumerate(queries[:50]):
+            one, near = search.nearest_one(query, k)
+            assert one == rows[i].tolist()
+            np.testing.assert_allclose(near, cosine[i], rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
@@ -157,20 +184,31 @@ def test_an_index_too_large_for_memory_is_an_artifact_error(data: BankData, monk
 
     monkeypatch.setattr(faiss, "deserialize_index", deserialize)
     with pytest.raises(ArtifactError, match="bad_alloc"):
-        ReasoningBank(data, b"an index", search="index")
+        ReasoningBank(data, index_of(data.arrays["centroids"][:12], kind="flat"), search="index")
 
 
-def test_ids_that_are_no_rows_are_not_found(data: BankData) -> None:
-    # they used to be an IndexError in the lookup
+def test_an_index_that_points_outside_itself_is_refused(data: BankData) -> None:
+    # ids out of range used to be an IndexError in the lookup, links out of range a segmentation fault
     faiss = pytest.importorskip("faiss")
     leaves = data.arrays["centroids"][:12].copy()
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(16), 16, 1, faiss.METRIC_INNER_PRODUCT)
     index.train(leaves)
     index.add_with_ids(leaves, np.where(np.arange(12) < 6, np.arange(12), 2**40))
-    bank = ReasoningBank(data, faiss.serialize_index(index).tobytes(), search="index")
-    assert bank.find_similar_patterns(leaves[3], 1)[0].pattern.id == 103
-    assert {m.pattern.id for m in bank.find_similar_patterns(leaves[7], 12)} == set(range(100, 106))
-    assert bank.optimized_params_batch(leaves)["pattern_id"].max() < 106
+    with pytest.raises(ArtifactError, match="a list points outside"):
+        ReasoningBank(data, faiss.serialize_index(index).tobytes(), search="index")
+    graph = faiss.deserialize_index(np.frombuffer(index_of(leaves, kind="hnsw"), np.uint8))
+    links = faiss.vector_to_array(graph.hnsw.neighbors)
+    links[3] = 12
+    faiss.copy_array_to_vector(links, graph.hnsw.neighbors)
+    with pytest.raises(ArtifactError, match="a neighbour points outside"):
+        ReasoningBank(data, faiss.serialize_index(graph).tobytes(), search="index")
+
+
+@pytest.mark.parametrize("kind", ["OnDisk", "IHNf", "IxF2"])
+def test_an_index_of_a_kind_that_no_job_writes_is_refused(data: BankData, kind: str) -> None:
+    content = kind.encode()[:4] + index_of(data.arrays["centroids"][:12], kind="flat")[4:]
+    with pytest.raises(ArtifactError, match="which no job writes"):
+        ReasoningBank(data, content, search="index")
 
 
 def test_a_wanted_index_that_is_not_there_is_an_error(data: BankData, tmp_path: Path) -> None:
@@ -207,7 +245,7 @@ def test_auto_takes_the_index_of_a_large_bank(monkeypatch: Any) -> None:
 def test_an_artifact_keeps_its_index(learned: Any, tmp_path: Path) -> None:
     write_artifact(tmp_path / "v", learned.bank.data, {"index.faiss": learned.bank.index})
     bank = ReasoningBank.load(tmp_path / "v", search="index")
-    assert bank.search_name == "flat"
+    assert bank.search_name == "hnsw"
     np.testing.assert_array_equal(bank.optimized_params_batch(learned.centres)["config_id"], learned.best)
     (tmp_path / "v" / "index.faiss").write_bytes(learned.bank.index[:-1] + b"x")
     with pytest.raises(ArtifactError, match=r"index\.faiss differs"):

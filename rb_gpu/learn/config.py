@@ -196,22 +196,28 @@ class PruneConfig:
 
 @dataclass
 class IndexConfig:
-    """The Faiss pattern index. nprobe, ef_search, m, ef_construction are Faiss's own; nlist auto is sqrt(patterns)."""
+    """The Faiss pattern index. nprobe, ef_search, m, ef_construction are Faiss's own; nlist auto is sqrt(patterns).
 
-    kind: str = "flat"
+    nprobe and ef_search auto are the least that find `recall` of the nearest patterns of the training queries.
+    """
+
+    kind: str = "hnsw"
     nlist: int | str = "auto"
-    nprobe: int = 8
+    nprobe: int | str = "auto"
     m: int = 32
     ef_construction: int = 200
-    ef_search: int = 64
+    ef_search: int | str = "auto"
+    recall: float = 0.995
 
     def __post_init__(self) -> None:
         check_choice("index.kind", self.kind, ("off", "flat", "ivf", "hnsw"))
-        nlist_ok = is_auto(self.nlist) or (isinstance(self.nlist, int) and self.nlist >= 1)
-        check("index.nlist", self.nlist, nlist_ok, "auto or an integer >= 1", "set index.nlist=auto")
-        for key in ("nprobe", "ef_construction", "ef_search"):
-            check_count(f"index.{key}", getattr(self, key))
+        for key in ("nlist", "nprobe", "ef_search"):
+            value = getattr(self, key)
+            ok = is_auto(value) or (isinstance(value, int) and value >= 1)
+            check(f"index.{key}", value, ok, "auto or an integer >= 1", f"set index.{key}=auto")
+        check_count("index.ef_construction", self.ef_construction)
         check_count("index.m", self.m, 2)
+        check_share("index.recall", self.recall)
 
 
 @dataclass
@@ -274,10 +280,11 @@ class GateConfig:
 
 @dataclass
 class RegistryConfig:
-    """Where artifacts live and how many versions stay."""
+    """Where artifacts live, how many versions stay, and the file of the key that signs them (null: none does)."""
 
     path: str = "artifacts"
     keep: int = 10
+    hmac_key_file: str | None = None
 
     def __post_init__(self) -> None:
         check("registry.path", repr(self.path), bool(self.path), "a folder", "set registry.path=artifacts")

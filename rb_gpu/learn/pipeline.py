@@ -122,7 +122,9 @@ def learn(trajectories: Trajectories, config: TrainConfig) -> LearnedBank:
     with watch.stage("index"):
         data = assemble(trajectories, config, leaves, objective, beliefs, verdicts, 0.0)
         floor = _floor(x_QD, data) if is_auto(config.lookup.floor) else float(config.lookup.floor)
-        index = build_index(data.arrays["centroids"][: data.leaves], config.index)
+        index = build_index(
+            data.arrays["centroids"][: data.leaves], config.index, trajectories.x_QD, config.lookup.top_k
+        )
     router = None
     if config.router.kind == "fastgrnn":
         with watch.stage("router"):
@@ -266,7 +268,7 @@ class Published:
 def train(config: TrainConfig, quarantine: Path | None = None) -> Published:
     """Loads, learns, evaluates, publishes, and promotes where the gate lets it. Raises RbGpuError."""
     watch = Stopwatch()
-    registry = Registry(Path(config.registry.path), config.registry.keep)
+    registry = Registry.open(**asdict(config.registry))
     with registry.locked():
         with watch.stage("load"):
             everything = load(config.data, config.params, quarantine)
@@ -298,7 +300,7 @@ def train(config: TrainConfig, quarantine: Path | None = None) -> Published:
             files[ROUTER_FILE] = learned.router.to_bytes()
         folder = registry.path / registry.new_version()
         try:
-            manifest = write_artifact(folder, data, files)
+            manifest = write_artifact(folder, data, files, registry.hmac_key)
         except OSError as error:
             raise ArtifactError(
                 f"registry.path={registry.path} cannot be written ({error.strerror}); free space or choose another"
@@ -333,7 +335,7 @@ def _champion(registry: Registry, bank: ReasoningBank) -> tuple[ReasoningBank | 
     if registry.champion() is None:
         return None, None
     try:
-        data, _ = load_artifact(registry.path / CHAMPION)
+        data, _ = load_artifact(registry.path / CHAMPION, registry.hmac_key)
     except ArtifactError as error:
         return None, f"the champion cannot be compared with ({error})"
     for name in ("metric", "dim", "embedder"):

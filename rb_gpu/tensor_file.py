@@ -1,0 +1,74 @@
+"""A safetensors file as NumPy arrays over its own bytes: nothing is copied, and nothing in its header is believed.
+
+The format: github.com/huggingface/safetensors, section Format. Its own loader copies every array, which a memory map
+exists to avoid.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+MAX_HEADER_BYTES = 2**20
+DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
+}  # fmt: skip
+
+
+def no_constant(name: str) -> Any:
+    """For json.loads: NaN and Infinity are no JSON. Raises ValueError."""
+    raise ValueError(f"{name} is no JSON")
+
+
+def map_tensors(content: Any) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of a file by name, read-only views of `content` (bytes or a memory map).
+
+    Raises ValueError where the header is damaged, or its arrays do not tile the rest of the file exactly.
+    """
+    size = len(content)
+    length = int.from_bytes(content[:8], "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        raise ValueError("the header is longer than the file, or than any that a job writes")
+    try:
+        header = json.loads(bytes(content[8 : 8 + length]), parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the header is no JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise ValueError("the header is no object")
+    header.pop("__metadata__", None)
+    arrays = {}
+    end = 0
+    for name, (dtype, shape, start, stop) in sorted(
+        ((name, _entry(name, entry)) for name, entry in header.items()), key=lambda item: item[1][2:]
+    ):
+        count = math.prod(shape)
+        if start != end or stop - start != count * dtype.itemsize or stop > size - 8 - length:
+            raise ValueError(f"array {name} of shape {shape} is not where the header says")
+        if (8 + length + start) % dtype.itemsize:
+            raise ValueError(f"array {name} is not aligned to its {dtype.itemsize} bytes")
+        array = np.frombuffer(content, dtype, count, 8 + length + start) if count else np.empty(0, dtype)
+        if sys.byteorder == "big":
+            array = array.astype(dtype.newbyteorder("="))
+        arrays[name] = array.reshape(shape)
+        arrays[name].flags.writeable = False
+        end = stop
+    if end != size - 8 - length:
+        raise ValueError("the file is longer than its arrays")
+    return arrays
+
+
+def _entry(name: str, entry: Any) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
+    """Dtype, shape, start and stop of an array, whose numbers are counts."""
+    try:
+        dtype, shape, (start, stop) = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"the header's entry for {name!r} is damaged") from None
+    if len(shape) > 8 or not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, stop)):
+        raise ValueError(f"the header's entry for {name!r} is damaged")
+    return dtype, shape, start, stop

@@ -1,0 +1,73 @@
+"""What a serving process counts: its lookups, without a lock, and its users' votes by pattern."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+REMEMBERED_TRAJECTORIES = 100_000
+
+
+class Counts:
+    """Counters that each thread adds to on its own, so that no lookup waits for another; `totals` reads them all."""
+
+    def __init__(self) -> None:
+        self._threads: list[list[float]] = []
+        self._own = _Own(self._threads)
+
+    def add(self, lookups: int, hits: int, confidence: float) -> None:
+        """Counts answers: how many, how many of them by a pattern, and the sum of their confidence."""
+        mine = self._own.counts
+        mine[0] += lookups
+        mine[1] += hits
+        mine[2] += confidence
+
+    def totals(self) -> tuple[int, int, float]:
+        """What all threads added so far, ended ones too."""
+        lookups, hits, confidence = (sum(counts[i] for counts in list(self._threads)) for i in range(3))
+        return int(lookups), int(hits), float(confidence)
+
+
+class _Own(threading.local):
+    # runs once in every thread that counts
+    def __init__(self, threads: list[list[float]]) -> None:
+        self.counts: list[float] = [0, 0, 0.0]
+        threads.append(self.counts)
+
+
+class Ratings:
+    """Users' votes on the patterns of one artifact: one per trajectory, while it is among the last recorded.
+
+    It ends with its artifact, whose pattern ids mean nothing to the next: the next training reads the votes from the
+    log.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._pattern_of: OrderedDict[int, int] = OrderedDict()
+        self._rated: set[int] = set()
+        self._votes: dict[int, tuple[int, float]] = {}
+
+    def remember(self, trajectory_id: int, pattern_id: int) -> None:
+        """A trajectory fell into a pattern."""
+        with self.lock:
+            self._pattern_of[trajectory_id] = pattern_id
+            if len(self._pattern_of) > REMEMBERED_TRAJECTORIES:
+                forgotten, _ = self._pattern_of.popitem(last=False)
+                self._rated.discard(forgotten)
+
+    def rate(self, trajectory_id: int, score: float) -> bool:
+        """Counts a vote in [0, 1]; False for a repeat, and for a trajectory that is not remembered."""
+        with self.lock:
+            pattern_id = self._pattern_of.get(trajectory_id)
+            if pattern_id is None or trajectory_id in self._rated:
+                return False
+            self._rated.add(trajectory_id)
+            count, total = self._votes.get(pattern_id, (0, 0.0))
+            self._votes[pattern_id] = (count + 1, total + score)
+            return True
+
+    def of(self, pattern_id: int) -> tuple[int, float]:
+        """Number and sum of the votes for a pattern."""
+        with self.lock:
+            return self._votes.get(pattern_id, (0, 0.0))
