@@ -23,7 +23,8 @@ from rb_gpu.types import (
 )
 
 if TYPE_CHECKING:
-    from rb_gpu.artifact import load_artifact, verify_artifact, write_artifact
+    from rb_gpu.artifact import load_artifact, verify_artifact
+    from rb_gpu.publish import write_artifact
     from rb_gpu.registry import Registry
     from rb_gpu.router import FastGRNNRouter, RouterDecision
     from rb_gpu.trajectory_log import TrajectoryLog
@@ -36,7 +37,7 @@ _LATER = {
     "TrajectoryLog": "trajectory_log",
     "load_artifact": "artifact",
     "verify_artifact": "artifact",
-    "write_artifact": "artifact",
+    "write_artifact": "publish",
 }
 
 __all__ = [

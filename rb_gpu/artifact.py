@@ -1,21 +1,15 @@
-"""The artifact: an immutable directory that a job publishes and a service loads. Write, verify, load; no pickle."""
+"""The artifact: an immutable directory that a job publishes and a service loads. Verify and load; no pickle."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import hmac
 import json
-import math
 import mmap
 import os
 import re
-import shutil
 import stat
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from rb_gpu.bank_data import BankData, LookupSettings, check_bank
 from rb_gpu.errors import ArtifactError
@@ -35,19 +29,12 @@ LEAST_KEY_BYTES = 16
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
-def file_digest(content: bytes) -> dict[str, Any]:
-    """sha256 and size of a file's content, as the manifest keeps them."""
-    return {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-
-
 def read_key(path: str | Path) -> bytes:
     """The key in a file, less the white space around it. Raises ArtifactError where it is missing or too short."""
     try:
         key = Path(path).read_bytes().strip()
     except OSError as error:
-        raise ArtifactError(
-            f"the key file {path} cannot be read ({error.strerror}); check registry.hmac_key_file"
-        ) from (error)
+        raise ArtifactError(f"registry.hmac_key_file={path} cannot be read ({error.strerror}); check it") from error
     if len(key) < LEAST_KEY_BYTES:
         raise ArtifactError(f"the key in {path} has {len(key)} bytes, under {LEAST_KEY_BYTES}; make it of random bytes")
     return key
@@ -55,79 +42,9 @@ def read_key(path: str | Path) -> bytes:
 
 def signature(key: bytes, manifest: bytes) -> bytes:
     """The content of manifest.sig: HMAC-SHA256 (RFC 2104) of the manifest's bytes, in hexadecimal."""
+    import hmac  # like hashlib below: OpenSSL takes a tenth of this package's whole import
+
     return hmac.new(key, manifest, "sha256").hexdigest().encode() + b"\n"
-
-
-def write_artifact(
-    folder: Path, data: BankData, extra_files: dict[str, bytes], hmac_key: bytes | None = None
-) -> dict[str, Any]:
-    """Writes a complete artifact at `folder`, which must not exist: to a temporary sibling, fsynced, then renamed.
-
-    extra_files: name to content (index.faiss, router.safetensors, report.html). hmac_key: signs the manifest. Returns
-    the manifest. Raises ArtifactError where the bank is inconsistent or the folder exists, OSError where the disk
-    refuses; nothing stays in either case.
-    """
-    from safetensors.numpy import save  # a service that only reads does not pay for its import
-
-    check_bank(data)
-    for name in extra_files:
-        if not FILE_NAME.fullmatch(name) or name in (MANIFEST, SIGNATURE_FILE, BANK_FILE):
-            raise ArtifactError(f"{name!r} is no name for a further file of an artifact; choose another")
-    if os.path.lexists(folder):
-        raise ArtifactError(f"{folder} exists; artifacts are immutable, publish under another version")
-    files = {BANK_FILE: save({k: np.ascontiguousarray(v) for k, v in data.arrays.items()}), **extra_files}
-    head = {"schema_version": SCHEMA_VERSION, "version": folder.name, **data.head()}
-    # the facts of a bank that was loaded are a whole manifest, which may be another one's
-    facts = {name: value for name, value in data.facts.items() if name not in head}
-    digests = {name: file_digest(content) for name, content in files.items()}
-    manifest = head | facts | {"files": digests}
-    files[MANIFEST] = (json.dumps(manifest, indent=1, allow_nan=False, default=_plain) + "\n").encode()
-    if len(files[MANIFEST]) > MAX_MANIFEST_BYTES:
-        raise ArtifactError(f"the manifest has {len(files[MANIFEST])} bytes, over {MAX_MANIFEST_BYTES}; shorten facts")
-    if hmac_key is not None:
-        files[SIGNATURE_FILE] = signature(hmac_key, files[MANIFEST])
-    temporary = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
-    temporary.mkdir(parents=True)
-    place = temporary
-    try:
-        for name, content in files.items():
-            with (temporary / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        sync_folder(temporary)
-        place = temporary.rename(folder)
-        sync_folder(folder.parent)
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
-    return manifest
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a folder's entries durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def without_nan(value: Any) -> Any:
-    """JSON has no NaN: null stands for a number that is not known."""
-    if isinstance(value, dict):
-        return {key: without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} has no place in a manifest")
 
 
 def read_manifest(folder: Path, hmac_key: bytes | None = None) -> dict[str, Any]:
@@ -137,6 +54,8 @@ def read_manifest(folder: Path, hmac_key: bytes | None = None) -> dict[str, Any]
     path = folder / MANIFEST
     content = bytes(_map_file(path, MAX_MANIFEST_BYTES))
     if hmac_key is not None:
+        import hmac
+
         signed = bytes(_map_file(folder / SIGNATURE_FILE, 1024))
         if not hmac.compare_digest(signed, signature(hmac_key, content)):
             raise ArtifactError(f"{path} is not signed with the key of registry.hmac_key_file; restore it or roll back")
@@ -195,6 +114,8 @@ def read_file(folder: Path, manifest: dict[str, Any], name: str) -> Any:
     size = entry.get("size")
     if type(size) is not int:
         raise ArtifactError(f"{folder / MANIFEST} gives {name} the size {size!r}; restore it or roll back")
+    import hashlib
+
     content = _map_file(folder / name, size=size)
     if hashlib.sha256(content).hexdigest() != entry.get("sha256"):
         raise ArtifactError(f"{folder / name} differs from its sha256 in the manifest; restore it or roll back")

@@ -25,7 +25,7 @@ AUTO_TIER = "auto"
 ModelTier = str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SearchParams:
     """One joint setting of what a service may tune for a query.
 

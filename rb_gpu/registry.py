@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rb_gpu.artifact import MANIFEST, read_key, read_manifest, sync_folder, verify_artifact
+from rb_gpu.artifact import MANIFEST, read_key, read_manifest, verify_artifact
 from rb_gpu.errors import ArtifactError, RegistryError
+from rb_gpu.publish import sync_folder
 
 CHAMPION = "champion"
 HISTORY = "history.jsonl"

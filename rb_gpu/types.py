@@ -12,7 +12,7 @@ from rb_gpu.params import SearchParams
 Vector = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class UserFeedback:
     """A user's rating of one answer, 1 (bad) to 5 (good). Raises ValueError outside that."""
 
@@ -29,7 +29,7 @@ class UserFeedback:
         return (self.rating - 1) / 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class QueryTrajectory:
     """One answered query. precision, recall in [0, 1]; latency_us in microseconds; timestamp in UTC seconds.
 
@@ -51,7 +51,7 @@ class QueryTrajectory:
     policy: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LearnedPattern:
     """A cluster of query embeddings with its statistics.
 
@@ -74,7 +74,7 @@ class LearnedPattern:
     children: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class VerdictEvidence:
     """Why a verdict says what it says.
 
@@ -98,7 +98,7 @@ class VerdictEvidence:
     grade: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Verdict:
     """Which config a pattern should use; where `default_stands`, that is the default, for want of a better one."""
 
@@ -110,7 +110,7 @@ class Verdict:
     default_stands: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PatternMatch:
     """A pattern and its cosine similarity to the query, in [-1, 1]."""
 
@@ -118,7 +118,7 @@ class PatternMatch:
     similarity: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tradeoff:
     """What an octave of latency, and cost as a share of its reference, weigh against quality; both >= 0."""
 
@@ -132,7 +132,7 @@ class Tradeoff:
                 raise ValueError(f"{name}={value!r} is not a finite number >= 0; give 0 or more")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ParamSource:
     """Which pattern an answer came from; None where the default stands, or where no pattern is near the query."""
 
@@ -144,7 +144,7 @@ class ParamSource:
         return self.pattern_id is not None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class OptimizedParams:
     """The answer for one query.
 
@@ -163,7 +163,7 @@ class OptimizedParams:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ReasoningBankStats:
     """Counters of this process and figures of the artifact (reference section 8).
 

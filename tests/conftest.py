@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rb_gpu.artifact import write_artifact
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import ARRAYS, BankData, LookupSettings
 from rb_gpu.evidence import LATENCY_BINS, OUTCOMES, Evidence
 from rb_gpu.params import SearchParams
 from rb_gpu.posterior import Objective, believe
+from rb_gpu.publish import write_artifact
 from rb_gpu.types import QueryTrajectory
 
 TIERS = ("small", "large")

@@ -20,10 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from rb_gpu.artifact import load_artifact, verify_artifact, write_artifact
+from rb_gpu.artifact import load_artifact, verify_artifact
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import ARRAYS, BankData, check_bank
 from rb_gpu.errors import ArtifactError
+from rb_gpu.publish import write_artifact
 
 Arrays = dict[str, np.ndarray]
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from conftest import OBJECTIVE, TIERS, make_bank, queries_near, trajectory
 
-from rb_gpu.artifact import write_artifact
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ArtifactError
 from rb_gpu.params import SearchParams
+from rb_gpu.publish import write_artifact
 from rb_gpu.registry import Registry
 from rb_gpu.trajectory_file import read_batches
 from rb_gpu.trajectory_log import TrajectoryLog

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from conftest import queries_near
 
-from rb_gpu.artifact import write_artifact
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
+from rb_gpu.publish import write_artifact
 from rb_gpu.trajectory_file import read_batches
 
 DENIED = ("torch", "scipy", "faiss", "hydra", "omegaconf", "pyarrow", "sklearn", "pandas", "cupy", "yaml")

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from conftest import make_bank
 
-from rb_gpu.artifact import write_artifact
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ArtifactError, RegistryError
+from rb_gpu.publish import write_artifact
 from rb_gpu.registry import Registry
 
 HERE = Path(__file__).parent
@@ -228,7 +228,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from conftest import make_bank
-from rb_gpu.artifact import write_artifact
+from rb_gpu.publish import write_artifact
 from rb_gpu.registry import Registry
 
 registry, left = Registry(Path(sys.argv[1])), int(sys.argv[2])

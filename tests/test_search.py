@@ -12,10 +12,10 @@ import pytest
 from conftest import make_bank, queries_near
 
 from rb_gpu import search as module
-from rb_gpu.artifact import write_artifact
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ArtifactError
+from rb_gpu.publish import write_artifact
 from rb_gpu.search import ExactSearch, open_search
 
 

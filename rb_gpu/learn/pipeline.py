@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rb_gpu.artifact import INDEX_FILE, REPORT_FILE, ROUTER_FILE, load_artifact, without_nan, write_artifact
+from rb_gpu.artifact import INDEX_FILE, REPORT_FILE, ROUTER_FILE, load_artifact
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ArtifactError, ConfigError, DataError
@@ -41,6 +41,7 @@ from rb_gpu.learn.trajectories import Trajectories, load, split_by_time
 from rb_gpu.learn.verdicts import judge, resolve_objective
 from rb_gpu.params import AUTO_TIER
 from rb_gpu.posterior import Objective, believe
+from rb_gpu.publish import without_nan, write_artifact
 from rb_gpu.registry import CHAMPION, Registry
 from rb_gpu.router import FastGRNNRouter
 

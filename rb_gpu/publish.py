@@ -1,0 +1,101 @@
+"""Writing an artifact: whole or not at all, and durable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from rb_gpu.artifact import (
+    BANK_FILE,
+    FILE_NAME,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    SCHEMA_VERSION,
+    SIGNATURE_FILE,
+    signature,
+)
+from rb_gpu.bank_data import BankData, check_bank
+from rb_gpu.errors import ArtifactError
+
+
+def file_digest(content: bytes) -> dict[str, Any]:
+    """sha256 and size of a file's content, as the manifest keeps them."""
+    return {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+
+
+def write_artifact(
+    folder: Path, data: BankData, extra_files: dict[str, bytes], hmac_key: bytes | None = None
+) -> dict[str, Any]:
+    """Writes a complete artifact at `folder`, which must not exist: to a temporary sibling, fsynced, then renamed.
+
+    extra_files: name to content (index.faiss, router.safetensors, report.html). hmac_key: signs the manifest. Returns
+    the manifest. Raises ArtifactError where the bank is inconsistent or the folder exists, OSError where the disk
+    refuses; nothing stays in either case.
+    """
+    check_bank(data)
+    for name in extra_files:
+        if not FILE_NAME.fullmatch(name) or name in (MANIFEST, SIGNATURE_FILE, BANK_FILE):
+            raise ArtifactError(f"{name!r} is no name for a further file of an artifact; choose another")
+    if os.path.lexists(folder):
+        raise ArtifactError(f"{folder} exists; artifacts are immutable, publish under another version")
+    files = {BANK_FILE: save({k: np.ascontiguousarray(v) for k, v in data.arrays.items()}), **extra_files}
+    head = {"schema_version": SCHEMA_VERSION, "version": folder.name, **data.head()}
+    # the facts of a bank that was loaded are a whole manifest, which may be another one's
+    facts = {name: value for name, value in data.facts.items() if name not in head}
+    digests = {name: file_digest(content) for name, content in files.items()}
+    manifest = head | facts | {"files": digests}
+    files[MANIFEST] = (json.dumps(manifest, indent=1, allow_nan=False, default=_plain) + "\n").encode()
+    if len(files[MANIFEST]) > MAX_MANIFEST_BYTES:
+        raise ArtifactError(f"the manifest has {len(files[MANIFEST])} bytes, over {MAX_MANIFEST_BYTES}; shorten facts")
+    if hmac_key is not None:
+        files[SIGNATURE_FILE] = signature(hmac_key, files[MANIFEST])
+    temporary = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
+    temporary.mkdir(parents=True)
+    place = temporary
+    try:
+        for name, content in files.items():
+            with (temporary / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        sync_folder(temporary)
+        place = temporary.rename(folder)
+        sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    return manifest
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a folder's entries durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN: null stands for a number that is not known."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no place in a manifest")
