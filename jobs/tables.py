@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from rb_gpu.learn.policy import Evaluation
 
@@ -37,6 +38,45 @@ def policy_table(evaluation: Evaluation) -> str:
             )
         )
     return render(head, rows)
+
+
+def lookup_tables(result: dict[str, Any]) -> str:
+    """The suite lookup: p50 with recall by size and contestant, then the batch, the threads and a new process."""
+    sizes = result["sizes"]
+    names = list(sizes[0]["rows"])
+    names.sort(key=lambda name: not name.startswith("ours"))
+    rows = []
+    for size in sizes:
+        cells = [f"{size['patterns']:,} ({size['search']})"]
+        for name in names:
+            row = size["rows"][name]
+            exact = isinstance(row, dict) and row["recall"] >= 0.99995
+            cells.append(
+                row if isinstance(row, str) else f"{row['p50_us']:.0f}" + ("" if exact else f" ({row['recall']:.3f})")
+            )
+        rows.append(cells)
+    head = f"p50 in microseconds of one query (recall@5 where under 1), D={result['settings']['dim']}, one thread\n"
+    out = [head + render(["patterns", *names], rows)]
+    rows = [
+        (
+            f"{size['patterns']:,}",
+            f"{size['rows'][names[0]]['p99_us']:.0f}",
+            f"{size['batch_queries_per_s']:,.0f}",
+            f"{100 * size['batch_share_of_product']:.0f} %",
+            f"{size['one_thread_queries_per_s']:,.0f}",
+            f"{size['threads_queries_per_s']:,.0f}",
+        )
+        for size in sizes
+    ]
+    many = f"{result['settings']['threads']} threads/s"
+    out.append(render(("patterns", "p99 us", "batch/s", "of the product", "one thread/s", many), rows))
+    once = result["process"]
+    out.append(
+        f"a new process, 1,024 patterns, {once['artifact_bytes'] / 2**20:.1f} MiB: import {once['import_ms']:.0f} ms "
+        f"over NumPy's, load {once['load_ms']:.1f} ms, first answer {once['first_answer_us']:.0f} us, resident memory "
+        f"{100 * once['resident_over_file_size']:+.0f} % of the file size over it"
+    )
+    return "\n\n".join(out)
 
 
 def number(value: float, form: str, unit: str = "") -> str:

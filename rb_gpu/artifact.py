@@ -52,11 +52,11 @@ def read_manifest(folder: Path, hmac_key: bytes | None = None) -> dict[str, Any]
     key, not signed with it.
     """
     path = folder / MANIFEST
-    content = bytes(_map_file(path, MAX_MANIFEST_BYTES))
+    content = bytes(map_file(path, MAX_MANIFEST_BYTES))
     if hmac_key is not None:
         import hmac
 
-        signed = bytes(_map_file(folder / SIGNATURE_FILE, 1024))
+        signed = bytes(map_file(folder / SIGNATURE_FILE, 1024))
         if not hmac.compare_digest(signed, signature(hmac_key, content)):
             raise ArtifactError(f"{path} is not signed with the key of registry.hmac_key_file; restore it or roll back")
     try:
@@ -77,7 +77,7 @@ def read_manifest(folder: Path, hmac_key: bytes | None = None) -> dict[str, Any]
     return manifest
 
 
-def _map_file(path: Path, most: int | None = None, size: Any = None) -> Any:
+def map_file(path: Path, most: int | None = None, size: Any = None) -> Any:
     """The bytes of a plain file, memory-mapped; of at most `most` bytes, or of `size` where that is given.
 
     Raises ArtifactError. The file must not change while it is mapped: artifacts are replaced, never written to.
@@ -116,7 +116,7 @@ def read_file(folder: Path, manifest: dict[str, Any], name: str) -> Any:
         raise ArtifactError(f"{folder / MANIFEST} gives {name} the size {size!r}; restore it or roll back")
     import hashlib
 
-    content = _map_file(folder / name, size=size)
+    content = map_file(folder / name, size=size)
     if hashlib.sha256(content).hexdigest() != entry.get("sha256"):
         raise ArtifactError(f"{folder / name} differs from its sha256 in the manifest; restore it or roll back")
     return content

@@ -77,6 +77,9 @@ ARRAYS: dict[str, tuple[str, str]] = {
     "evidence_pair_comoment": ("float64", "PCOO"),
 }
 
+# a sum of a vote's cells must stay finite in float32
+MAX_CELL = 1e30
+
 
 @dataclass(frozen=True)
 class LookupSettings:
@@ -157,6 +160,12 @@ class BankData:
         }
 
 
+def squared_norms(x_PD: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """(P,) in float64, since squares of float32 may overflow or vanish; no copy of x_PD is made."""
+    squares: npt.NDArray[np.float64] = np.einsum("pd,pd->p", x_PD, x_PD, dtype=np.float64)
+    return squares
+
+
 def check_bank(data: BankData) -> None:
     """Raises ArtifactError where a setting or an array is missing, or its type, shape, range or cross-reference is
     wrong, so that nothing that passes can fail in a lookup.
@@ -226,11 +235,13 @@ def _check_shapes(arrays: dict[str, npt.NDArray[Any]]) -> dict[str, int]:
 
 def _check_values(data: BankData) -> None:
     arrays = data.arrays
-    for name, (dtype, _) in ARRAYS.items():
+    for name, (dtype, axes) in ARRAYS.items():
         array = arrays[name]
         # a verdict's numbers are NaN where they are not known, and its interval may be endless
         if dtype.startswith("float") and not name.startswith("verdict_"):
             _require(np.isfinite(array).all(), f"{name} is not finite")
+        if axes == "UC":
+            _require((np.abs(array) <= MAX_CELL).all(), f"{name} is over {MAX_CELL:g}")
         if dtype == "int64" and name not in ("parent", "created_at", "updated_at"):
             _require((array >= 0).all(), f"{name} is negative")
     for name in ("precision", "recall", "quality", "confidence", "probability"):
@@ -248,8 +259,10 @@ def _check_values(data: BankData) -> None:
         temperature = arrays[f"{prefix}_temperature"]
         inside = ((temperature >= 0) & (temperature <= MAX_TEMPERATURE)).all()
         _require(inside, f"{prefix}_temperature is outside [0, {MAX_TEMPERATURE:g}]")
-    leaves = arrays["centroids"][: data.leaves].astype(np.float64)
-    _require(data.metric != "cosine" or (np.square(leaves).sum(1) > 0).all(), "a centroid has norm 0")
+    _require(
+        data.metric != "cosine" or (squared_norms(arrays["centroids"][: data.leaves]) > 0).all(),
+        "a centroid has norm 0",
+    )
 
 
 def _check_references(data: BankData) -> None:
@@ -257,7 +270,8 @@ def _check_references(data: BankData) -> None:
     level, parent = arrays["level"].astype(np.int64), arrays["parent"]
     patterns = len(level)
     _require(patterns >= leaves, "there are more verdicts than patterns")
-    _require(len(np.unique(arrays["pattern_id"])) == patterns, "pattern_id repeats")
+    # np.unique and np.isin would import NumPy's masked arrays, which takes longer than all these checks
+    _require((np.diff(np.sort(arrays["pattern_id"])) > 0).all(), "pattern_id repeats")
     _require((arrays["pattern_id"] < 2**63).all(), "pattern_id is over 2^63 - 1")
     _require((np.diff(level) >= 0).all() and (level[:leaves] == 0).all(), "level is out of order")
     _require((level[leaves:] > 0).all(), "a leaf stands among the levels above")
@@ -265,7 +279,9 @@ def _check_references(data: BankData) -> None:
     _require(((parent < patterns) & (parent >= -1)).all(), "parent points outside")
     _require((level[parent[~top]] == level[~top] + 1).all(), "a parent is not one level above its child")
     _require((top == (level == level.max())).all(), "parent is missing below the top level, or given on it")
-    _require(np.isin(np.arange(leaves, patterns), parent).all(), "a pattern above the leaves has no children")
+    has_children = np.zeros(patterns, dtype=bool)
+    has_children[parent[~top]] = True
+    _require(has_children[leaves:].all(), "a pattern above the leaves has no children")
     for name, bound in (
         ("verdict_config", configs),
         ("config_tier", len(data.tiers)),

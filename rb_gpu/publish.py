@@ -66,6 +66,8 @@ def write_artifact(
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+                # services map the file: what writes into it would reach into their memory
+                os.fchmod(file.fileno(), 0o444)
         sync_folder(temporary)
         place = temporary.rename(folder)
         sync_folder(folder.parent)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from rb_gpu.artifact import map_file
 from rb_gpu.errors import ArtifactError
 from rb_gpu.params import MAX_COUNT, MAX_TEMPERATURE, ConfigTable, SearchParams, snap
 from rb_gpu.types import OptimizedParams
@@ -30,6 +31,7 @@ LEAST_CONFIDENCE = 0.5
 # the bank's tier replaces the router's only where its verdict is this sure
 TIER_CONFIDENCE = 0.95
 NORM_EPSILON = 1e-5
+MAX_ROUTER_BYTES = 2**26
 
 HEADS = ("tier", "context", "ef", "probes", "temperature", "utility", "confidence")
 # every array of router.safetensors, with its axes: V tiers, X contexts, E ef_search values, N n_probes values
@@ -248,10 +250,7 @@ class FastGRNNRouter:
     @classmethod
     def load(cls, path: str | Path) -> FastGRNNRouter:
         """Opens a router.safetensors. Raises ArtifactError."""
-        try:
-            return cls.from_bytes(Path(path).read_bytes())
-        except OSError as error:
-            raise ArtifactError(f"{path} cannot be read ({error.strerror}); train with router=fastgrnn") from error
+        return cls.from_bytes(bytes(map_file(Path(path), MAX_ROUTER_BYTES)))
 
 
 def _sigmoid(x: npt.NDArray[Any]) -> npt.NDArray[Any]:

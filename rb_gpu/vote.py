@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rb_gpu.bank_data import BankData
+from rb_gpu.bank_data import BankData, squared_norms
 from rb_gpu.params import ConfigTable, SearchParams, round_half_up, snap
 from rb_gpu.posterior import believe, choose
 from rb_gpu.search import Search, open_search
@@ -36,8 +36,7 @@ class BankState:
 
     def __init__(self, data: BankData, index: Any, search: str) -> None:
         leaves = data.arrays["centroids"][: data.leaves]
-        # in float64, since squares of float32 may overflow
-        norm = np.sqrt(np.einsum("pd,pd->p", leaves, leaves, dtype=np.float64))
+        norm = np.sqrt(squared_norms(leaves))
         if np.abs(norm - 1.0).max() > 1e-6:  # else the mapped pages are searched as they lie
             leaves = np.asarray(leaves / np.where(norm > 0, norm, 1.0)[:, None], dtype=np.float32)
         self.data = data

@@ -70,7 +70,7 @@ def test_default_yaml_and_schema_hold_the_same_values(section):
     assert getattr(composed("train", "data=files"), section) == SECTIONS[section]()
 
 
-@pytest.mark.parametrize("job", ["evaluate", "registry", "collect", "synthesize"])
+@pytest.mark.parametrize("job", ["evaluate", "registry", "collect", "synthesize", "benchmark"])
 def test_job_yaml_and_schema_hold_the_same_values(job):
     given = {"base": "base.npy", "queries": "queries.npy"} if job == "collect" else {}
     assert composed(job) == JOBS[job](**given)
@@ -163,6 +163,7 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "gate.min_rows": [0],
     "registry.path": [""],
     "registry.keep": [1],
+    "registry.hmac_key_file": [""],
     "device.kind": ["gpu", "cuda:0"],
     "device.memory_budget": [2**20 - 1],
 }
@@ -190,6 +191,17 @@ OUT_OF_BOUNDS_OF_A_JOB: dict[str, dict[str, list[Any]]] = {
         "quality_noise": [0.0, 0.6, math.nan],
         "bad_fraction": [-0.1, 1.1, math.nan],
         "chunk_rows": [0],
+        "seed": [-1],
+    },
+    "benchmark": {
+        "suite": ["speed"],
+        "patterns": [[], [5]],
+        "dim": [1],
+        "configs": [1],
+        "distinct_queries": [0],
+        "rounds": [0],
+        "batch": [0],
+        "threads": [0],
         "seed": [-1],
     },
 }

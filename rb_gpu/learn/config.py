@@ -289,6 +289,7 @@ class RegistryConfig:
     def __post_init__(self) -> None:
         check("registry.path", repr(self.path), bool(self.path), "a folder", "set registry.path=artifacts")
         check_count("registry.keep", self.keep, 2)
+        check("registry.hmac_key_file", repr(self.hmac_key_file), self.hmac_key_file != "", "a file", "use null")
 
 
 @dataclass

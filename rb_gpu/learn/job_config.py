@@ -149,6 +149,35 @@ class SynthesizeConfig:
         check_count("seed", self.seed, 0)
 
 
+@dataclass
+class BenchmarkConfig:
+    """What `jobs.benchmark` reads: the sizes of the bank, and how long and on what it is measured.
+
+    patterns: sizes of the bank. distinct_queries: of a round. batch: queries of a batch. threads: that ask at
+    once.
+    """
+
+    suite: str = "lookup"
+    patterns: list[int] = field(default_factory=lambda: [256, 1024, 4096, 16384])
+    dim: int = 384
+    configs: int = 11
+    distinct_queries: int = 2000
+    rounds: int = 5
+    batch: int = 4096
+    threads: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("suite", self.suite, ("lookup",))
+        enough = len(self.patterns) > 0 and all(count > 5 for count in self.patterns)
+        check("patterns", self.patterns, enough, "a list of sizes over 5", "give e.g. [256,1024]")
+        for key in ("dim", "configs"):
+            check_count(key, getattr(self, key), 2)
+        for key in ("distinct_queries", "rounds", "batch", "threads"):
+            check_count(key, getattr(self, key))
+        check_count("seed", self.seed, 0)
+
+
 SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "params": ParamsConfig,
@@ -171,6 +200,7 @@ JOBS: dict[str, type] = {
     "registry": RegistryJobConfig,
     "collect": CollectConfig,
     "synthesize": SynthesizeConfig,
+    "benchmark": BenchmarkConfig,
 }
 
 

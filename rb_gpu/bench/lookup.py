@@ -1,0 +1,241 @@
+"""The suite lookup: a whole answer beside what only searches, on the same patterns and queries, in one run.
+
+Suffixes: P patterns, Q queries, D dims, K neighbours.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rb_gpu import ReasoningBank
+from rb_gpu.bank_data import ARRAYS, BankData, LookupSettings
+from rb_gpu.bench.runner import each_call_us, fresh_median, in_process, interleaved, machine, optional, seconds
+from rb_gpu.evidence import LATENCY_BINS, OUTCOMES
+from rb_gpu.posterior import Objective
+from rb_gpu.publish import write_artifact
+
+log = logging.getLogger(__name__)
+
+Matrix = npt.NDArray[np.float32]
+Search = Callable[[Matrix], npt.NDArray[np.int64]]
+
+TOP_K = 5
+M, EF_CONSTRUCTION, EF_SEARCH = 32, 200, 64
+SMALL_BANK = 1024
+FRESH_STARTS = 9
+
+IMPORT = "import numpy, time; t = time.perf_counter(); import rb_gpu; print((time.perf_counter() - t) * 1e3)"
+LOAD = (
+    "import gc, resource, sys, time; from rb_gpu import ReasoningBank; import numpy as np, hashlib\n"
+    "def resident(): return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()\n"
+    "gc.collect(); before = resident(); t = time.perf_counter(); bank = ReasoningBank.load({path!r})\n"
+    "loaded = time.perf_counter(); bank.optimized_params(np.ones(bank.dim, np.float32)); first = time.perf_counter()\n"
+    "print({what})"
+)
+
+
+def embeddings(count: int, dim: int, seed: int) -> Matrix:
+    """Unit rows (count, D) like a sentence embedder's: 200 topics, 30 intrinsic dims, and a little noise in all D.
+
+    The topics and the intrinsic dims are the same for every seed.
+    """
+    shared, rng = np.random.default_rng(0), np.random.default_rng([1, seed])
+    intrinsic = min(30, dim)
+    basis_ID = np.linalg.qr(shared.normal(size=(dim, intrinsic)))[0].T
+    topics = shared.normal(size=(200, intrinsic))
+    x = (topics[rng.integers(200, size=count)] + 0.6 * rng.normal(size=(count, intrinsic))) @ basis_ID
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    x += 0.3 * rng.normal(size=x.shape) / np.sqrt(dim)
+    return np.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), dtype=np.float32)
+
+
+def bank_of(centroids_PD: Matrix, configs: int, kind: str, seed: int) -> BankData:
+    """A bank over the given leaves whose configs have random scores, so that votes differ."""
+    rng, (patterns, dim) = np.random.default_rng(seed), centroids_PD.shape
+    sizes = {"A": patterns, "P": patterns, "U": patterns + 1, "C": configs, "D": dim, "O": len(OUTCOMES)}
+    sizes["B"] = LATENCY_BINS
+    arrays: dict[str, npt.NDArray[Any]] = {
+        name: np.zeros([sizes[axis] for axis in axes], dtype) for name, (dtype, axes) in ARRAYS.items()
+    }
+    arrays |= {
+        "centroids": centroids_PD,
+        "pattern_id": np.arange(patterns, dtype=np.uint64),
+        "parent": np.full(patterns, -1),
+        "config_ef_search": np.arange(1, configs + 1, dtype=np.uint32) * 16,
+        "verdict_stands": np.ones(patterns, np.uint8),
+    }
+    for name in ("score", "probability", "gain", "expected_quality"):
+        arrays[name] = rng.random((patterns + 1, configs), dtype=np.float32)
+    for prefix in ("config", "optimal"):
+        for column in ("ef_search", "n_probes", "context_tokens"):
+            arrays[f"{prefix}_{column}"] = np.maximum(arrays[f"{prefix}_{column}"], 1)
+    return BankData(
+        arrays=arrays,
+        tiers=("auto",),
+        default=0,
+        metric="cosine",
+        embedder="none",
+        method="eb",
+        grade="associational",
+        objective=Objective("utility", "f1", 0.02, 0.2, 1000.0, 1.0, 0.95, None, None),
+        lookup=LookupSettings(TOP_K, 16.0, -1.0, 0.5, False, True),
+        facts={"index": {"kind": kind}},
+    )
+
+
+def searches(centroids_PD: Matrix) -> dict[str, Search | None]:
+    """Every peer that searches: a unit query (D,) in, its TOP_K rows out; None where it is not installed."""
+    peers: dict[str, Search | None] = {"numpy exact": _numpy(centroids_PD)}
+    faiss, hnswlib, usearch = optional("faiss"), optional("hnswlib"), optional("usearch.index")
+    patterns, dim = centroids_PD.shape
+    for name in ("faiss flat", "faiss HNSW", "hnswlib", "usearch"):
+        peers[name] = None
+    if faiss is not None:
+        flat, graph = faiss.IndexFlatIP(dim), faiss.IndexHNSWFlat(dim, M, faiss.METRIC_INNER_PRODUCT)
+        graph.hnsw.efConstruction, graph.hnsw.efSearch = EF_CONSTRUCTION, EF_SEARCH
+        flat.add(centroids_PD)
+        graph.add(centroids_PD)
+        peers["faiss flat"] = lambda q: flat.search(q[None], TOP_K)[1][0]
+        peers["faiss HNSW"] = lambda q: graph.search(q[None], TOP_K)[1][0]
+    if hnswlib is not None:
+        index = hnswlib.Index(space="ip", dim=dim)
+        index.init_index(max_elements=patterns, M=M, ef_construction=EF_CONSTRUCTION)
+        index.add_items(centroids_PD)
+        index.set_ef(EF_SEARCH)
+        index.set_num_threads(1)
+        peers["hnswlib"] = lambda q: index.knn_query(q, TOP_K)[0][0]
+    if usearch is not None:
+        other = usearch.Index(
+            ndim=dim, metric="ip", connectivity=M, expansion_add=EF_CONSTRUCTION, expansion_search=EF_SEARCH
+        )
+        other.add(np.arange(patterns), centroids_PD)
+        peers["usearch"] = lambda q: other.search(q, TOP_K).keys
+    return peers
+
+
+def _numpy(centroids_PD: Matrix) -> Search:
+    def search(query: Matrix) -> npt.NDArray[np.int64]:
+        cosine = centroids_PD @ query
+        rows = np.argpartition(-cosine, TOP_K)[:TOP_K]
+        return rows[np.argsort(-cosine[rows])]
+
+    return search
+
+
+def publish(folder: Path, centroids_PD: Matrix, queries_QD: Matrix, configs: int, seed: int) -> Path:
+    """An artifact with the index that a job builds where it is served by one."""
+    from rb_gpu.learn.config import IndexConfig
+    from rb_gpu.learn.index import build_index
+
+    index = build_index(centroids_PD, IndexConfig(kind="hnsw"), queries_QD, TOP_K)
+    files = {} if index is None else {"index.faiss": index}
+    write_artifact(folder, bank_of(centroids_PD, configs, "hnsw", seed), files)
+    return folder
+
+
+def one_size(folder: Path, patterns: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """p50, p99 and recall of every contestant at one number of patterns, batch and threads of the bank."""
+    dim, rounds, seed = settings["dim"], settings["rounds"], settings["seed"]
+    centroids, queries = embeddings(patterns, dim, 2 * seed), embeddings(settings["distinct_queries"], dim, 2 * seed + 1)
+    tuning = embeddings(1000, dim, 2 * seed + 10**6)  # the index is tuned on other queries than it is measured on
+    bank = ReasoningBank.load(publish(folder / str(patterns), centroids, tuning, settings["configs"], seed))
+    exact = np.argsort(-(queries.astype(np.float64) @ centroids.astype(np.float64).T), axis=1)[:, :TOP_K]
+    peers = searches(centroids)
+    ours: Search = lambda q: np.array([match.pattern.id for match in bank.find_similar_patterns(q, TOP_K)])  # noqa: E731
+    calls: dict[str, Callable[[Matrix], Any]] = {name: search for name, search in peers.items() if search is not None}
+    calls = {"ours, whole answer": bank.optimized_params, **calls}
+    samples = interleaved(
+        {name: partial(each_call_us, call, list(queries)) for name, call in calls.items()}, rounds, seed
+    )
+    rows: dict[str, Any] = {name: "not installed" for name, search in peers.items() if search is None}
+    for name, taken in samples.items():
+        search = ours if name.startswith("ours") else calls[name]
+        found = np.array([search(query) for query in queries]).astype(np.int64)
+        rows[name] = {
+            "p50_us": float(np.median(np.quantile(taken, 0.5, axis=1))),
+            "p99_us": float(np.median(np.quantile(taken, 0.99, axis=1))),
+            "recall": float((found[:, :, None] == exact[:, None, :]).any(2).mean()),
+        }
+    return {"patterns": patterns, "search": bank.search_name, "rows": rows, **_many(bank, centroids, settings)}
+
+
+def _many(bank: ReasoningBank, centroids_PD: Matrix, settings: dict[str, Any]) -> dict[str, Any]:
+    """Queries per second of a batch, of the bare product of its size, of one thread and of many."""
+    batch = embeddings(settings["batch"], settings["dim"], settings["seed"] + 10**7)
+    some = list(batch[:2000])
+
+    def by_threads(count: int) -> None:
+        def look_up() -> None:
+            for query in some:
+                bank.optimized_params(query)
+
+        workers = [threading.Thread(target=look_up) for _ in range(count)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+    many = settings["threads"]
+    taken = interleaved(
+        {
+            "product": lambda: seconds(lambda: batch @ centroids_PD.T),
+            "batch": lambda: seconds(lambda: bank.optimized_params_batch(batch)),
+            "one thread": lambda: seconds(lambda: by_threads(1)),
+            "threads": lambda: seconds(lambda: by_threads(many)),
+        },
+        settings["rounds"],
+        settings["seed"],
+    )
+    median = {name: float(np.median(found)) for name, found in taken.items()}
+    return {
+        "product_queries_per_s": len(batch) / median["product"],
+        "batch_queries_per_s": len(batch) / median["batch"],
+        "batch_share_of_product": float(np.median(taken["product"] / taken["batch"])),
+        "one_thread_queries_per_s": len(some) / median["one thread"],
+        "threads_queries_per_s": many * len(some) / median["threads"],
+    }
+
+
+def run(settings: dict[str, Any]) -> dict[str, Any]:
+    """All sizes; then import, load, memory and the first answer, each in new processes."""
+    with tempfile.TemporaryDirectory(prefix="rb_gpu-benchmark-") as name:
+        folder = Path(name)
+        sizes = [one_size(folder, patterns, settings) for patterns in settings["patterns"]]
+        small = embeddings(SMALL_BANK, settings["dim"], settings["seed"])
+        path = folder / "small"
+        write_artifact(path, bank_of(small, settings["configs"], "off", settings["seed"]), {})
+        size = sum(file.stat().st_size for file in path.iterdir())
+
+        def fresh(what: str) -> float:
+            return fresh_median(LOAD.format(path=str(path), what=what), FRESH_STARTS)
+
+        once = {
+            "import_ms": fresh_median(IMPORT, FRESH_STARTS),
+            "load_ms": fresh("(loaded - t) * 1e3"),
+            "first_answer_us": fresh("(first - loaded) * 1e6"),
+            "artifact_bytes": size,
+            "resident_over_file_size": fresh(f"(resident() - before) / {size} - 1"),
+        }
+    return {"suite": "lookup", "settings": settings, "machine": machine(), "sizes": sizes, "process": once}
+
+
+def measure(settings: dict[str, Any]) -> dict[str, Any]:
+    """`run` in a process of its own with one thread for products. Raises RuntimeError where it fails."""
+    result: dict[str, Any] = in_process("rb_gpu.bench.lookup", settings, threads=1)
+    return result
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    sys.stdout.write(json.dumps(run(json.load(sys.stdin))) + "\n")

@@ -1,0 +1,34 @@
+"""A picture of a suite's result; matplotlib comes with the extra bench."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from rb_gpu.bench.runner import optional
+
+log = logging.getLogger(__name__)
+
+
+def plot_lookup(result: dict[str, Any], path: Path) -> bool:
+    """p50 over the number of patterns, both on log scales; False where matplotlib is not installed."""
+    if optional("matplotlib") is None:
+        log.warning("no plot without matplotlib: pip install 'rb_gpu[bench]'")
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    sizes = result["sizes"]
+    for name in sizes[0]["rows"]:
+        points = [(s["patterns"], s["rows"][name]["p50_us"]) for s in sizes if isinstance(s["rows"][name], dict)]
+        if points:
+            ours = name.startswith("ours")
+            axes.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=3 if ours else 1.2)
+    axes.set(xscale="log", yscale="log", xlabel="patterns", ylabel="p50 of one query (µs), one thread")
+    axes.set_xticks([s["patterns"] for s in sizes], [f"{s['patterns']:,}" for s in sizes], minor=False)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    return True
