@@ -50,7 +50,7 @@ class ReasoningBank:
         self._source: ArtifactSource | None = None
         self._log = _open_log(log)
         self._counts = Counts()
-        self._trajectories = self._feedback = 0
+        self._trajectories = self._feedback = self._reloads = 0
         self._watcher: Watcher | None = None
         self._renew_locks()
         _banks.add(self)
@@ -113,6 +113,7 @@ class ReasoningBank:
                 raise ArtifactError(f"the new artifact has {data.dim} dims, this bank serves {self.dim}; restart")
             self._state = BankState(data, index, self._search)
             source.accept()
+            self._reloads += 1
             return True
         except (ArtifactError, OSError) as error:
             return self._keep(source, str(error))
@@ -128,6 +129,16 @@ class ReasoningBank:
     def reload_error(self) -> str | None:
         """Why the newest artifact is not the one served; None where it is."""
         return None if self._source is None else self._source.error
+
+    @property
+    def reloads(self) -> int:
+        """How many artifacts this process put in place after the first."""
+        return self._reloads
+
+    @property
+    def dropped(self) -> int:
+        """Records that the log refused, since its queue was full or it was closed; 0 where there is no log."""
+        return 0 if self._log is None else self._log.dropped
 
     def watch(self, interval_s: float = 1.0) -> None:
         """Looks for a new artifact every interval_s seconds, in a daemon thread, until `close`. Also in a forked child.

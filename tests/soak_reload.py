@@ -218,7 +218,7 @@ def main() -> int:
     ratios = soak.ratios()
     spread = f"{min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} pairs of slices"
     lines.append(f"p99 with reloads is {np.median(ratios):.2f} times the quiet one ({spread}; target {TARGET:g})")
-    print("\n".join(lines))  # noqa: T201
+    print("\n".join(lines))
     return 1 if soak.wrong else 0
 
 

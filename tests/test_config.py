@@ -198,7 +198,7 @@ OUT_OF_BOUNDS_OF_A_JOB: dict[str, dict[str, list[Any]]] = {
         "patterns": [[], [5]],
         "dim": [1],
         "configs": [1],
-        "distinct_queries": [0],
+        "distinct_queries": [0, 4],  # fewer than rounds
         "rounds": [0],
         "batch": [0],
         "threads": [0],

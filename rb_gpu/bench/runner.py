@@ -28,10 +28,10 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def interleaved(
-    contestants: Mapping[str, Callable[[], npt.NDArray[np.float64]]], rounds: int, seed: int
+    contestants: Mapping[str, Callable[[int], npt.NDArray[np.float64]]], rounds: int, seed: int
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Samples of every contestant, one row a round. Each round runs all of them in another order, so that what slows
-    the machine for a while slows them alike; a first round warms up and is dropped.
+    the machine for a while slows them alike; round 0 warms up and is dropped. A contestant is given its round.
     """
     order = list(contestants)
     samples: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in contestants}
@@ -39,7 +39,7 @@ def interleaved(
     for turn in range(rounds + 1):
         shuffle.shuffle(order)
         for name in order:
-            found = contestants[name]()
+            found = contestants[name](turn)
             if turn:
                 samples[name].append(found)
     return {name: np.array(found) for name, found in samples.items()}

@@ -153,12 +153,12 @@ class SynthesizeConfig:
 class BenchmarkConfig:
     """What `jobs.benchmark` reads: the sizes of the bank, and how long and on what it is measured.
 
-    patterns: sizes of the bank. distinct_queries: of a round. batch: queries of a batch. threads: that ask at
-    once.
+    patterns: sizes of the bank. distinct_queries: in all rounds together. batch: queries of a batch. threads: that ask
+    at once.
     """
 
     suite: str = "lookup"
-    patterns: list[int] = field(default_factory=lambda: [256, 1024, 4096, 16384])
+    patterns: list[int] = field(default_factory=lambda: [256, 1024, 4096, 16384, 65536])
     dim: int = 384
     configs: int = 11
     distinct_queries: int = 2000
@@ -173,8 +173,9 @@ class BenchmarkConfig:
         check("patterns", self.patterns, enough, "a list of sizes over 5", "give e.g. [256,1024]")
         for key in ("dim", "configs"):
             check_count(key, getattr(self, key), 2)
-        for key in ("distinct_queries", "rounds", "batch", "threads"):
+        for key in ("rounds", "batch", "threads"):
             check_count(key, getattr(self, key))
+        check_count("distinct_queries", self.distinct_queries, self.rounds)
         check_count("seed", self.seed, 0)
 
 

@@ -1,0 +1,251 @@
+"""What comes in and goes out: the JSON bodies, as OpenAPI documents them and as they are checked."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from rb_gpu.params import AUTO_TIER, MAX_COUNT, MAX_TEMPERATURE, SearchParams
+from rb_gpu.types import OptimizedParams, PatternMatch, QueryTrajectory, Tradeoff, UserFeedback
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Id = Annotated[int, Field(ge=0, le=2**64 - 1)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+Text = Annotated[str, Field(max_length=1024)]
+
+
+class Body(BaseModel):
+    """A body in which a mistyped key is an error, and a number is not a string."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Weights(Body):
+    """What an octave of latency, and cost as a share of its reference, weigh against quality."""
+
+    latency_weight: Weight = 0.0
+    cost_weight: Weight = 0.0
+
+
+class Ask(Body):
+    """How a query is to be answered; of a raw body the URL says it, with a number for the trade-off."""
+
+    tradeoff: Weight | Weights | None = None
+    mode: Literal["vote", "interpolate"] = "vote"
+
+
+class Query(Ask):
+    """A query embedding, and how it is to be answered."""
+
+    query: list[Number]
+
+
+class AskMany(Body):
+    """How a batch is to be answered; of a raw body the URL says it, with a number for the trade-off."""
+
+    tradeoff: Weight | Weights | None = None
+
+
+class Queries(AskMany):
+    """Query embeddings of one batch."""
+
+    queries: list[list[Number]]
+
+
+class AskSimilar(Body):
+    """How many patterns are asked for; of a raw body the URL says it."""
+
+    k: Annotated[int, Field(ge=1, le=1000)] = 5
+
+
+class Similar(AskSimilar):
+    """A query embedding, and how many patterns are asked for."""
+
+    query: list[Number]
+
+
+class Trajectory(Body):
+    """One answered query; the fields are the columns of the trajectory table (README)."""
+
+    id: Id
+    query_embedding: list[Number]
+    precision: Share
+    recall: Share
+    latency_us: Annotated[int, Field(ge=0, lt=2**63)]
+    timestamp: Annotated[int, Field(ge=0, lt=2**40, description="UTC seconds")]
+    ef_search: Count = SearchParams().ef_search
+    n_probes: Count = SearchParams().n_probes
+    model_tier: Annotated[str, Field(min_length=1, max_length=256)] = AUTO_TIER
+    context_tokens: Count = SearchParams().context_tokens
+    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] = SearchParams().temperature
+    retrieved_ids: Annotated[list[Text], Field(max_length=1000)] = []
+    rating: Annotated[int, Field(ge=1, le=5)] | None = None
+    query_id: Id | None = None
+    cost: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    propensity: Annotated[float, Field(gt=0, le=1)] | None = None
+    policy: Text | None = None
+
+    def record(self) -> QueryTrajectory:
+        """The same for the bank. Raises ValueError where an embedding's number is over float32's."""
+        params = SearchParams(self.ef_search, self.n_probes, self.model_tier, self.context_tokens, self.temperature)
+        return QueryTrajectory(
+            id=self.id,
+            query_embedding=float32(self.query_embedding),
+            search_params=params,
+            precision=self.precision,
+            recall=self.recall,
+            latency_us=self.latency_us,
+            timestamp=self.timestamp,
+            retrieved_ids=tuple(self.retrieved_ids),
+            feedback=None if self.rating is None else UserFeedback(self.rating),
+            query_id=self.query_id,
+            cost=self.cost,
+            propensity=self.propensity,
+            policy=self.policy,
+        )
+
+
+class Trajectories(Body):
+    """Some answered queries; all are taken, or none is."""
+
+    trajectories: Annotated[list[Trajectory], Field(min_length=1)]
+
+
+class Feedback(Body):
+    """A user's rating of one answer, 1 (bad) to 5 (good)."""
+
+    trajectory_id: Id
+    rating: Annotated[int, Field(ge=1, le=5)]
+    comment: Annotated[str, Field(max_length=10_000)] | None = None
+
+
+class Params(BaseModel):
+    """One joint setting of the search."""
+
+    ef_search: int
+    n_probes: int
+    model_tier: str
+    context_tokens: int
+    temperature: float
+
+
+class Answer(BaseModel):
+    """The parameters that a query should use; `ReasoningBank.optimized_params` says what the numbers are."""
+
+    params: Params
+    confidence: float
+    pattern_id: int | None
+    expected_quality: float | None
+    expected_gain: float | None
+    config_id: int | None
+    reason: str
+    version: str
+
+
+class Answers(BaseModel):
+    """The same for a batch, as columns."""
+
+    config_id: list[int]
+    confidence: list[float]
+    expected_quality: list[float]
+    expected_gain: list[float]
+    pattern_id: list[int]
+    ef_search: list[int]
+    n_probes: list[int]
+    model_tier: list[str]
+    context_tokens: list[int]
+    temperature: list[float]
+    version: str
+
+
+class Match(BaseModel):
+    """A pattern near the query."""
+
+    pattern_id: int
+    similarity: float
+    quality: float
+    confidence: float
+    support_count: int
+    optimal_params: Params
+
+
+class Matches(BaseModel):
+    """The nearest patterns, best first."""
+
+    matches: list[Match]
+    version: str
+
+
+class Accepted(BaseModel):
+    """How many trajectories were taken; they are in the log's file within its flush interval."""
+
+    accepted: int
+
+
+class Counted(BaseModel):
+    """Whether the vote was counted by this process; the log, where there is one, keeps it all the same."""
+
+    counted: bool
+
+
+class Ready(BaseModel):
+    """What is served, and why the newest artifact is not, where it is not."""
+
+    version: str
+    patterns: int
+    search: str
+    reload_error: str | None
+
+
+class Problem(BaseModel):
+    """What is wrong with a request."""
+
+    error: str
+
+
+def float32(values: list[float] | list[list[float]]) -> npt.NDArray[np.float32]:
+    """Embeddings; what float32 cannot hold becomes infinite, which the bank refuses."""
+    with np.errstate(over="ignore"):
+        return np.array(values, dtype=np.float64).astype(np.float32)
+
+
+def tradeoff_of(given: float | Weights | None) -> float | Tradeoff | None:
+    """The bank's form of a trade-off."""
+    return Tradeoff(given.latency_weight, given.cost_weight) if isinstance(given, Weights) else given
+
+
+def answer_body(answer: OptimizedParams, version: str) -> dict[str, Any]:
+    """An answer as `Answer` documents it; unknown numbers are null."""
+    return {
+        "params": answer.params.__dict__,
+        "confidence": answer.confidence,
+        "pattern_id": answer.source.pattern_id,
+        "expected_quality": _known(answer.expected_quality),
+        "expected_gain": _known(answer.expected_gain),
+        "config_id": answer.config_id,
+        "reason": answer.reason,
+        "version": version,
+    }
+
+
+def match_body(match: PatternMatch) -> dict[str, Any]:
+    """A match as `Match` documents it."""
+    pattern = match.pattern
+    return {
+        "pattern_id": pattern.id,
+        "similarity": match.similarity,
+        "quality": pattern.quality,
+        "confidence": pattern.confidence,
+        "support_count": pattern.support_count,
+        "optimal_params": pattern.optimal_params.__dict__,
+    }
+
+
+def _known(number: float) -> float | None:
+    return number if math.isfinite(number) else None

@@ -1,0 +1,103 @@
+"""What every request passes first: its key, its size, and how many there are at once; and the clock around it."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import time
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rb_gpu.serve.metrics import Metrics
+
+# all that needs no key and is answered however much is under way; a path that is not here is guarded
+OPEN = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"})
+
+
+class Guard:
+    """ASGI middleware. routes: the paths that metrics name; any other is counted as "other"."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        routes: frozenset[str],
+        api_key: bytes | None,
+        max_body_bytes: int,
+        max_concurrency: int,
+    ) -> None:
+        self._app, self._metrics, self._routes = app, metrics, routes
+        self._api_key, self._max_body_bytes, self._max_concurrency = api_key, max_body_bytes, max_concurrency
+        self.in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, or what else an ASGI server sends."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, status, path = time.perf_counter(), 500, _route_path(scope)
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        self.in_flight += 1
+        try:
+            refusal = self._refusal(path, dict(scope["headers"]))
+            if refusal is None:
+                await self._app(scope, self._limited(receive), noted)
+            else:
+                await _refuse(noted, *refusal)
+        finally:
+            self.in_flight -= 1
+            route = path if path in self._routes else "other"
+            self._metrics.add(route, status, time.perf_counter() - start)
+
+    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> tuple[int, str, list[tuple[bytes, bytes]]] | None:
+        if path in OPEN:
+            return None
+        if self._api_key is not None:
+            scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+            given = headers.get(b"x-api-key") or (token if scheme.lower() == b"bearer" else b"")
+            if not hmac.compare_digest(given, self._api_key):
+                return 401, "the API key is missing or wrong; send it as X-API-Key", [(b"www-authenticate", b"Bearer")]
+        if self.in_flight > self._max_concurrency:
+            return 503, f"over {self._max_concurrency} requests are under way; try again", [(b"retry-after", b"1")]
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > self._max_body_bytes:
+            return 413, self._too_large(), []
+        return None
+
+    def _limited(self, receive: Receive) -> Receive:
+        taken = 0
+
+        async def limited() -> Message:
+            # a chunked body names no length
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._max_body_bytes:
+                raise HTTPException(413, self._too_large())
+            return message
+
+        return limited
+
+    def _too_large(self) -> str:
+        return f"the body is over {self._max_body_bytes} bytes; send smaller batches"
+
+
+def _route_path(scope: Scope) -> str:
+    """The path below the one at which a proxy mounts the service: what the routes are matched with."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(root) :] if path.startswith(root + "/") else path
+
+
+async def _refuse(send: Send, status: int, error: str, headers: list[Any]) -> None:
+    body = json.dumps({"error": error}).encode()
+    plain = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": plain})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,96 @@
+"""The command `rb-serve`: loads an artifact, follows its registry, answers until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+
+from rb_gpu.artifact import read_key
+from rb_gpu.bank import ReasoningBank
+from rb_gpu.errors import RbGpuError
+from rb_gpu.serve.app import make_app
+
+log = logging.getLogger("rb_gpu.serve")
+
+SHUTDOWN_S = 10
+
+
+def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "rb-serve", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("artifact", type=Path, help="an artifact's folder, or a link to one such as artifacts/champion")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=_port, default=8080, help="port to listen on")
+    parser.add_argument("--log", type=Path, help="SQLite file that keeps trajectories and feedback; none without it")
+    parser.add_argument("--search", choices=("auto", "exact", "index"), default="auto", help="how patterns are found")
+    parser.add_argument("--reload-every", type=float, default=1.0, help="seconds between looks for a new artifact")
+    parser.add_argument("--api-key-file", type=Path, help="file of the key that /v1 asks for; none without it")
+    parser.add_argument("--hmac-key-file", type=Path, help="file of the key that artifacts must be signed with")
+    parser.add_argument("--max-body-bytes", type=_count, default=2**24, help="largest body")
+    parser.add_argument("--max-batch", type=_count, default=4096, help="most queries of a batch")
+    parser.add_argument("--max-concurrency", type=_count, default=1000, help="most requests under way")
+    parser.add_argument("--root-path", type=_root_path, default="", help="path that a proxy takes off")
+    return parser.parse_args(given)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not an integer >= 1")
+    return number
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port in [1, 65535]")
+    return number
+
+
+def _root_path(text: str) -> str:
+    path = text.rstrip("/")
+    if path and not path.startswith("/"):
+        raise argparse.ArgumentTypeError(f"{text} does not start with /")
+    return path
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Serves until SIGTERM or SIGINT; then requests under way end, and the log is flushed. Returns an exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    options = _arguments(given)
+    try:
+        hmac_key = None if options.hmac_key_file is None else read_key(options.hmac_key_file)
+        api_key = None if options.api_key_file is None else read_key(options.api_key_file)
+        bank = ReasoningBank.load(options.artifact, options.search, options.log, hmac_key)
+        bank.watch(options.reload_every)
+    except (RbGpuError, ValueError) as error:
+        log.error("%s", error)
+        return 1
+    log.info("serving %s, %d patterns, search %s", bank.version, len(bank.patterns), bank.search_name)
+    app = make_app(
+        bank, options.log is not None, api_key, options.max_body_bytes, options.max_batch, options.max_concurrency
+    )
+    config = uvicorn.Config(
+        app, options.host, options.port, access_log=False, timeout_graceful_shutdown=SHUTDOWN_S, log_config=None,
+        root_path=options.root_path,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn raises what it caught once more after its shutdown, for which the process would die by the signal
+        signal.signal(number, server.handle_exit)
+    try:
+        server.run()
+    except SystemExit:  # the address cannot be had; uvicorn's own code for it is 3, which here says that a gate refused
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
