@@ -151,6 +151,9 @@ def load_artifact(folder: str | Path, hmac_key: bytes | None = None) -> tuple[Ba
         raise ArtifactError(f"{folder}: the bank cannot be read ({error!r}); train again or roll back") from error
     except ArtifactError as error:
         raise ArtifactError(f"{folder}: {error}") from error
+    if isinstance(content, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        # read once to be checked; from here on only what lookups touch stays resident
+        content.madvise(mmap.MADV_DONTNEED)
     if manifest.get("dim") != data.dim:
         raise ArtifactError(f"{folder}: manifest says dim={manifest.get('dim')}, the centroids have {data.dim}")
     return data, manifest

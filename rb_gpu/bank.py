@@ -29,7 +29,7 @@ from rb_gpu.types import (
 )
 from rb_gpu.usage import Counts
 from rb_gpu.views import PatternView, VerdictView
-from rb_gpu.vote import BankState, answer, fallback, interpolate, unit_queries, unit_query, vote
+from rb_gpu.vote import BankState, answer, fallback, interpolate, queries_of, unit_query, vote
 from rb_gpu.watcher import Watcher
 
 if TYPE_CHECKING:
@@ -45,8 +45,10 @@ class ReasoningBank:
 
     def __init__(self, data: BankData, index: Any = None, search: str = "auto", log: str | Path | None = None):
         check_bank(data)
-        self._state = BankState(data, index, search)
-        self._search = search
+        self._begin(BankState(data, index, search), search, log)
+
+    def _begin(self, state: BankState, search: str, log: str | Path | None) -> None:
+        self._state, self._search = state, search
         self._source: ArtifactSource | None = None
         self._log = _open_log(log)
         self._counts = Counts()
@@ -72,7 +74,8 @@ class ReasoningBank:
         where the artifact is damaged.
         """
         source = ArtifactSource(path, hmac_key)
-        bank = cls(*source.read(), search, log)
+        bank = cls.__new__(cls)
+        bank._begin(BankState(*source.read(), search), search, log)  # which were checked where they were read
         source.accept()
         bank._source = source
         return bank
@@ -241,8 +244,7 @@ class ReasoningBank:
         pattern_id (-1 where the default is returned) and one column per search parameter.
         """
         state = self._state if tradeoff is None else self._at(tradeoff)
-        unit_BD = unit_queries(queries, state.dim, 2)
-        rows, config, confidence, quality, gain = vote(state, unit_BD)
+        rows, config, confidence, quality, gain = vote(state, *queries_of(queries, state.dim, 2))
         acted = (rows >= 0) & (config != state.configs.default)
         pattern_id = np.where(acted, state.data.arrays["pattern_id"][np.maximum(rows, 0)].astype(np.int64), -1)
         self._counts.add(len(rows), int(acted.sum()), float(confidence.sum()))

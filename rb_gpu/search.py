@@ -43,8 +43,8 @@ class Search(Protocol):
         """
         ...
 
-    def nearest(self, unit_BD: Matrix, k: int) -> tuple[Rows, Matrix]:
-        """Rows (B, K) and cosines (B, K) alike; K = min(k, P), row -1 with cosine -1 where nothing was found."""
+    def nearest(self, x_BD: Matrix, k: int) -> tuple[Rows, Matrix]:
+        """Rows and products (B, K) alike, of queries of any length; K = min(k, P), row -1 where nothing was found."""
         ...
 
 
@@ -103,14 +103,14 @@ class ExactSearch:
         """See Search.nearest_one."""
         return largest(self._unit_PD.dot(unit_D), min(k, len(self._unit_PD)))
 
-    def nearest(self, unit_BD: Matrix, k: int) -> tuple[Rows, Matrix]:
+    def nearest(self, x_BD: Matrix, k: int) -> tuple[Rows, Matrix]:
         """See Search.nearest."""
         k = min(k, len(self._unit_PD))
-        rows_BK, cosine_BK = np.empty((len(unit_BD), k), np.int64), np.empty((len(unit_BD), k), np.float32)
+        rows_BK, cosine_BK = np.empty((len(x_BD), k), np.int64), np.empty((len(x_BD), k), np.float32)
         tile_rows = max(64, TILE_CELLS // len(self._unit_PD))
-        for start in range(0, len(unit_BD), tile_rows):
+        for start in range(0, len(x_BD), tile_rows):
             tile = slice(start, start + tile_rows)
-            rows_BK[tile], cosine_BK[tile] = largest_in_rows(unit_BD[tile] @ self._unit_DP, k)
+            rows_BK[tile], cosine_BK[tile] = largest_in_rows(x_BD[tile] @ self._unit_DP, k)
         return rows_BK, cosine_BK
 
 
@@ -144,13 +144,13 @@ class FaissSearch:
         order = (-cosine).argsort(kind="stable")[:k]
         return rows[order].tolist(), cosine[order].tolist()
 
-    def nearest(self, unit_BD: Matrix, k: int) -> tuple[Rows, Matrix]:
+    def nearest(self, x_BD: Matrix, k: int) -> tuple[Rows, Matrix]:
         """See Search.nearest."""
         leaves = len(self._unit_PD)
         k = min(k, leaves)
-        _, rows = self._index.search(unit_BD, min(leaves, max(CANDIDATES, 2 * k)))
+        _, rows = self._index.search(x_BD, min(leaves, max(CANDIDATES, 2 * k)))
         rows = np.sort(np.where((rows >= 0) & (rows < leaves), rows, -1), axis=1)
-        cosine = np.einsum("bd,bkd->bk", unit_BD, self._unit_PD[rows])
+        cosine = np.einsum("bd,bkd->bk", x_BD, self._unit_PD[rows])
         cosine[rows < 0] = -np.inf
         best, found = largest_in_rows(cosine, k)
         empty = found == -np.inf

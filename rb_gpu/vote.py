@@ -88,11 +88,15 @@ def unit_query(query: npt.ArrayLike, dim: int) -> Vector:
         if SAFE_SQUARES[0] < squares < SAFE_SQUARES[1]:
             unit: Vector = query * np.float32(1.0 / math.sqrt(squares))
             return unit
-    return np.asarray(unit_queries(query, dim, 1)[0])
+    values_1D, scale_1 = queries_of(query, dim, 1)
+    return np.asarray(values_1D[0] * scale_1[0])
 
 
-def unit_queries(query: npt.ArrayLike, dim: int, ndim: int) -> Matrix:
-    """Queries (B, D) float32 of norm 1, from (D,) where ndim is 1. Raises ValueError saying what came."""
+def queries_of(query: npt.ArrayLike, dim: int, ndim: int) -> tuple[Matrix, Vector]:
+    """Queries (B, D) float32, from (D,) where ndim is 1, and what each is multiplied by for norm 1 (B,) float32.
+
+    Raises ValueError saying what came.
+    """
     try:
         given = np.asarray(query)
         if given.dtype.kind not in "fiu":
@@ -107,11 +111,12 @@ def unit_queries(query: npt.ArrayLike, dim: int, ndim: int) -> Matrix:
     values = values.reshape(-1, dim)
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.einsum("bd,bd->b", values, values)
-    if len(squares) and not (SAFE_SQUARES[0] < squares.min() and squares.max() < SAFE_SQUARES[1]):
-        squares = np.einsum("bd,bd->b", values, values, dtype=np.float64)
-        if not ((squares > 0) & np.isfinite(squares)).all():
-            raise ValueError("query holds NaN or infinity, or has norm 0; check the embedder's output")
-    return np.asarray(values / np.sqrt(squares)[:, None], dtype=np.float32)
+    if len(squares) == 0 or (SAFE_SQUARES[0] < squares.min() and squares.max() < SAFE_SQUARES[1]):
+        return values, 1.0 / np.sqrt(squares)
+    exact = np.einsum("bd,bd->b", values, values, dtype=np.float64)
+    if not ((exact > 0) & np.isfinite(exact)).all():
+        raise ValueError("query holds NaN or infinity, or has norm 0; check the embedder's output")
+    return (values / np.sqrt(exact)[:, None]).astype(np.float32), np.ones(len(values), np.float32)
 
 
 def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
@@ -138,34 +143,55 @@ def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
     return _answer(state, nearest, config, *numbers)
 
 
-def vote(state: BankState, unit_BD: Matrix) -> Votes:
-    """For queries of norm 1: nearest leaf (B,) or -1 where none is near, config, confidence, expected quality and
-    expected gain, (B,) each.
+def vote(state: BankState, values_BD: Matrix, scale_B: Vector) -> Votes:
+    """For queries as `queries_of` gives them: nearest leaf (B,) or -1 where none is near, config, confidence, expected
+    quality and expected gain, (B,) each.
     """
-    parts = [_vote_part(state, unit_BD[i : i + VOTE_ROWS]) for i in range(0, len(unit_BD), VOTE_ROWS)]
+    parts = [
+        _vote_part(state, values_BD[i : i + VOTE_ROWS], scale_B[i : i + VOTE_ROWS])
+        for i in range(0, len(values_BD), VOTE_ROWS)
+    ]
     none, nothing = np.zeros(0, np.int64), np.zeros(0, np.float32)
     columns = zip((none, none, nothing, nothing, nothing), *parts, strict=True)
     row, config, confidence, quality, gain = (np.concatenate(c) for c in columns)
     return row, config, confidence, quality, gain
 
 
-def _vote_part(state: BankState, unit_BD: Matrix) -> Votes:
+def _vote_part(state: BankState, values_BD: Matrix, scale_B: Vector) -> Votes:
     settings, default, configs = state.data.lookup, state.configs.default, len(state.params)
-    rows_BK, cosine_BK = state.search.nearest(unit_BD, settings.top_k)
+    rows_BK, cosine_BK = state.search.nearest(values_BD, settings.top_k)
+    cosine_BK *= scale_B[:, None]
     near_BK = (cosine_BK >= settings.floor) & (rows_BK >= 0)
     # in float64, since a steep β times 0 must stay 0
-    weight_BK = np.exp(settings.beta * (cosine_BK - cosine_BK[:, :1]).astype(np.float64)) * near_BK
+    below_BK = np.where(near_BK, cosine_BK - cosine_BK[:, :1], -1.0).astype(np.float64)
+    weight_BK = np.exp(settings.beta * below_BK) * near_BK
     far = ~near_BK[:, 0]
     rows_BK[far, 0], weight_BK[far, 0] = -1, 1.0
     weight_BK = (weight_BK / weight_BK.sum(1, keepdims=True)).astype(np.float32)
-    mixed_BE = weight_BK[:, :1] * state.cells_UE.take(rows_BK[:, 0], 0, mode="wrap")
+
+    def picked(column_B: npt.NDArray[np.int64]) -> Matrix:
+        """The mean of one column for each query: (B,), a fraction of what `_mixed` reads."""
+        cells_BK = state.cells_UE[rows_BK, column_B[:, None]]
+        mean_B: Matrix = np.einsum("bk,bk->b", weight_BK, cells_BK)
+        return mean_B
+
+    mixed_BE = _mixed(state.cells_UE[:, : 2 * configs], rows_BK, weight_BK)
+    score_BC, probability_BC = mixed_BE[:, :configs], mixed_BE[:, configs:]
+    # quality is asked for where the likeliest config is, and nowhere else
+    quality_BC = _mixed(state.cells_UE[:, 3 * configs :], rows_BK, weight_BK) if settings.likeliest else score_BC
+    config = choose(score_BC, probability_BC, quality_BC, settings.min_probability, default, settings.likeliest)
+    acted = config != default
+    confidence = np.where(acted, np.minimum(probability_BC[np.arange(len(config)), config], 1), np.float32(0))
+    gain = np.where(acted, picked(2 * configs + config), np.float32(0))
+    return rows_BK[:, 0], config, confidence, picked(3 * configs + config), gain
+
+
+def _mixed(cells_UE: Matrix, rows_BK: npt.NDArray[np.int64], weight_BK: Matrix) -> Matrix:
+    """Weighted means of rows of cells (B, E); row -1 is the last."""
+    mixed_BE: Matrix = weight_BK[:, :1] * cells_UE.take(rows_BK[:, 0], 0, mode="wrap")
     for j in range(1, rows_BK.shape[1]):
-        mixed_BE += weight_BK[:, j : j + 1] * state.cells_UE.take(rows_BK[:, j], 0, mode="wrap")
-    score, probability, gain, quality = (mixed_BE[:, i * configs : (i + 1) * configs] for i in range(4))
-    config = choose(score, probability, quality, settings.min_probability, default, settings.likeliest)
-    each, acted = np.arange(len(config)), config != default
-    confidence = np.where(acted, np.minimum(probability[each, config], 1), np.float32(0))
-    return rows_BK[:, 0], config, confidence, quality[each, config], np.where(acted, gain[each, config], np.float32(0))
+        mixed_BE += weight_BK[:, j : j + 1] * cells_UE.take(rows_BK[:, j], 0, mode="wrap")
+    return mixed_BE
 
 
 def _answer(state: BankState, row: int, config: int, confidence: float, quality: float, gain: float) -> OptimizedParams:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from typing import Any
 
 from fuzz_files import MANIFEST, Mutant
@@ -35,7 +36,7 @@ def manifest_value(rng: Rng, m: Mutant, _: list[Mutant]) -> None:
         inner: Any = manifest
         for key in above:
             inner = inner[key]
-        value, action = pick(rng, VALUES), int(rng.integers(6))
+        value, action = deepcopy(pick(rng, VALUES)), int(rng.integers(6))  # the next one may change it
         if action == 0:
             inner.pop(last)
         elif action == 1 and isinstance(inner, dict):
