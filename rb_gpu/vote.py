@@ -40,7 +40,7 @@ class BankState:
         if np.abs(norm - 1.0).max() > 1e-6:  # else the mapped pages are searched as they lie
             leaves = np.asarray(leaves / np.where(norm > 0, norm, 1.0)[:, None], dtype=np.float32)
         self.data = data
-        self.dim = data.dim
+        self.dim, self.settings, self.default = data.dim, data.lookup, data.default
         self.version = str(data.facts.get("version", ""))
         self.configs: ConfigTable = data.configs
         self.params: list[SearchParams] = list(self.configs)
@@ -86,7 +86,7 @@ def unit_query(query: npt.ArrayLike, dim: int) -> Vector:
     if type(query) is np.ndarray and query.dtype == FLOAT32 and query.shape == (dim,):
         squares = float(np.vdot(query, query))  # dot would warn of an overflow
         if SAFE_SQUARES[0] < squares < SAFE_SQUARES[1]:
-            unit: Vector = query * np.float32(1.0 / math.sqrt(squares))
+            unit: Vector = np.multiply(query, 1.0 / math.sqrt(squares))
             return unit
     values_1D, scale_1 = queries_of(query, dim, 1)
     return np.asarray(values_1D[0] * scale_1[0])
@@ -125,17 +125,19 @@ def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
     Nearest leaves that reach the floor vote with weight softmax(β·cos); none does: row -1 of the cells, the last, which
     stands for a query that is near no pattern.
     """
-    settings, default, configs = state.data.lookup, state.configs.default, len(state.params)
+    settings, default, configs = state.settings, state.default, len(state.params)
     rows, cosine = state.search.nearest_one(unit_query(query, state.dim), settings.top_k)
-    weight = [math.exp(settings.beta * (c - cosine[0])) for c in cosine if c >= settings.floor]
+    beta, floor, best = settings.beta, settings.floor, cosine[0] if cosine else -math.inf
+    weight = [math.exp(beta * (c - best)) for c in cosine if c >= floor]
     if weight:
-        mixed_E = np.array(weight, np.float32).dot(state.cells_UE.take(rows[: len(weight)], 0))
-        mixed_E *= np.float32(1.0 / sum(weight))
+        total = sum(weight)
+        share = np.array([w / total for w in weight], np.float32)
+        mixed_E = share.dot(state.cells_UE.take(rows[: len(weight)], 0))
         nearest = rows[0]
     else:
         mixed_E, nearest = state.cells_UE[-1], -1
     probability_C = mixed_E[configs : 2 * configs]
-    score_C = np.where(probability_C >= np.float32(settings.min_probability), mixed_E[:configs], -np.inf)
+    score_C = np.where(probability_C >= settings.min_probability, mixed_E[:configs], -np.inf)
     config = int(score_C.argmax())
     if score_C.item(config) == -math.inf:
         config = int(mixed_E[3 * configs :].argmax()) if settings.likeliest else default
@@ -158,7 +160,7 @@ def vote(state: BankState, values_BD: Matrix, scale_B: Vector) -> Votes:
 
 
 def _vote_part(state: BankState, values_BD: Matrix, scale_B: Vector) -> Votes:
-    settings, default, configs = state.data.lookup, state.configs.default, len(state.params)
+    settings, default, configs = state.settings, state.default, len(state.params)
     rows_BK, cosine_BK = state.search.nearest(values_BD, settings.top_k)
     cosine_BK *= scale_B[:, None]
     near_BK = (cosine_BK >= settings.floor) & (rows_BK >= 0)
@@ -196,7 +198,7 @@ def _mixed(cells_UE: Matrix, rows_BK: npt.NDArray[np.int64], weight_BK: Matrix) 
 
 def _answer(state: BankState, row: int, config: int, confidence: float, quality: float, gain: float) -> OptimizedParams:
     near = "the nearest patterns" if row >= 0 else "all patterns, for none is near"
-    if config == state.configs.default:
+    if config == state.default:
         reason = f"the default stands: no config is probable enough to beat it by {near}"
         return OptimizedParams(state.params[config], 0.0, ParamSource(None), quality, 0.0, config, reason)
     source = ParamSource(state.pattern_id[row] if row >= 0 else None)
@@ -207,10 +209,8 @@ def _answer(state: BankState, row: int, config: int, confidence: float, quality:
 
 def fallback(state: BankState, reason: str) -> OptimizedParams:
     """The default, for a query that could not be read."""
-    quality = state.cells_UE.item(-1, 3 * len(state.params) + state.configs.default)
-    return OptimizedParams(
-        state.params[state.configs.default], 0.0, ParamSource(None), quality, 0.0, state.configs.default, reason
-    )
+    quality = state.cells_UE.item(-1, 3 * len(state.params) + state.default)
+    return OptimizedParams(state.params[state.default], 0.0, ParamSource(None), quality, 0.0, state.default, reason)
 
 
 def interpolate(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
