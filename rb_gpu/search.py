@@ -29,6 +29,8 @@ FEW = 16
 CANDIDATES = 16
 # cosines of a batch that are held at once: enough for the product's full speed, little beside a service's memory
 TILE_CELLS = 2**22
+# queries of a batch whose candidates' vectors are held at once
+GATHERED_ROWS = 256
 
 
 class Search(Protocol):
@@ -117,7 +119,10 @@ class ExactSearch:
 class _Buffers(threading.local):
     """Where a thread's index calls read and write, with the addresses that Faiss takes."""
 
-    k = 0
+    def __init__(self) -> None:
+        self.query = self.distances = np.empty(0, np.float32)
+        self.rows = np.empty(0, np.int64)
+        self.addresses: tuple[Any, ...] = ()
 
 
 class FaissSearch:
@@ -129,9 +134,9 @@ class FaissSearch:
 
     def nearest_one(self, unit_D: Vector, k: int) -> tuple[list[int], list[float]]:
         """See Search.nearest_one."""
-        buffers = self._buffers
-        if buffers.k != k:
-            self._allocate(buffers, k)
+        buffers, wanted = self._buffers, self._candidates(k)
+        if len(buffers.rows) != wanted:
+            self._allocate(buffers, wanted)
         buffers.query[:] = unit_D
         # Faiss's own Python call checks and allocates for longer than a small graph takes to search
         self._index.search_c(1, *buffers.addresses)
@@ -148,24 +153,26 @@ class FaissSearch:
         """See Search.nearest."""
         leaves = len(self._unit_PD)
         k = min(k, leaves)
-        _, rows = self._index.search(x_BD, min(leaves, max(CANDIDATES, 2 * k)))
+        _, rows = self._index.search(x_BD, self._candidates(k))
         rows = np.sort(np.where((rows >= 0) & (rows < leaves), rows, -1), axis=1)
-        cosine = np.einsum("bd,bkd->bk", x_BD, self._unit_PD[rows])
+        cosine = np.empty(rows.shape, np.float32)
+        for start in range(0, len(rows), GATHERED_ROWS):
+            tile = slice(start, start + GATHERED_ROWS)
+            np.einsum("bd,bkd->bk", x_BD[tile], self._unit_PD[rows[tile]], out=cosine[tile])
         cosine[rows < 0] = -np.inf
         best, found = largest_in_rows(cosine, k)
         empty = found == -np.inf
         found[empty] = -1.0
         return np.where(empty, -1, np.take_along_axis(rows, best, 1)), found
 
-    def _allocate(self, buffers: Any, k: int) -> None:
-        wanted = min(len(self._unit_PD), max(CANDIDATES, 2 * k))
+    def _candidates(self, k: int) -> int:
+        return min(len(self._unit_PD), max(CANDIDATES, 2 * k))
+
+    def _allocate(self, buffers: _Buffers, wanted: int) -> None:
         buffers.query = np.empty(self._unit_PD.shape[1], np.float32)
         buffers.distances, buffers.rows = np.empty(wanted, np.float32), np.empty(wanted, np.int64)
         address = self._pointer
-        buffers.addresses = (
-            address(buffers.query), wanted, address(buffers.distances), address(buffers.rows),
-        )  # fmt: skip
-        buffers.k = k
+        buffers.addresses = address(buffers.query), wanted, address(buffers.distances), address(buffers.rows)
 
 
 def open_search(unit_PD: Matrix, index: Any, kind: str, wanted: str) -> Search:
