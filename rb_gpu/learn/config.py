@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rb_gpu.errors import ConfigError
+from rb_gpu.index_file import MAX_BREADTH
 from rb_gpu.params import PARAMETERS, SearchParams
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent.parent / "sample"
@@ -213,8 +214,8 @@ class IndexConfig:
         check_choice("index.kind", self.kind, ("off", "flat", "ivf", "hnsw"))
         for key in ("nlist", "nprobe", "ef_search"):
             value = getattr(self, key)
-            ok = is_auto(value) or (isinstance(value, int) and value >= 1)
-            check(f"index.{key}", value, ok, "auto or an integer >= 1", f"set index.{key}=auto")
+            ok = is_auto(value) or (isinstance(value, int) and 1 <= value <= MAX_BREADTH)
+            check(f"index.{key}", value, ok, f"auto or an integer in [1, {MAX_BREADTH}]", f"set index.{key}=auto")
         check_count("index.ef_construction", self.ef_construction)
         check_count("index.m", self.m, 2)
         check_share("index.recall", self.recall)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rb_gpu.errors import ConfigError
+from rb_gpu.index_file import MAX_BREADTH
 from rb_gpu.learn.config import IndexConfig, is_auto
 from rb_gpu.learn.hierarchy import unit_rows
 from rb_gpu.search import ExactSearch, FaissSearch
@@ -47,9 +48,11 @@ def build_index(leaves_PD: Matrix, config: IndexConfig, queries_BD: Matrix, top_
         stride = max(1, len(queries_BD) // TUNING_QUERIES)
         queries_BD = unit_rows(queries_BD[::stride][:TUNING_QUERIES])
         breadth, recall = _tune(faiss, index, unit_PD, queries_BD, config, top_k)
-        log.info(
-            "index: %s of %d leaves, breadth %d, recall@%d %.4f", config.kind, len(unit_PD), breadth, top_k, recall
-        )
+        level = logging.INFO if recall >= config.recall else logging.WARNING
+        log.log(
+            level, "index: %s of %d leaves, breadth %d, recall@%d %.4f (index.recall=%g)",
+            config.kind, len(unit_PD), breadth, top_k, recall, config.recall,
+        )  # fmt: skip
     return bytes(faiss.serialize_index(index).tobytes())
 
 
@@ -75,10 +78,11 @@ def _tune(
 ) -> tuple[int, float]:
     """Sets the breadth of the index and returns it, with the recall that it reaches."""
     wanted, most = (config.ef_search, len(unit_PD)) if config.kind == "hnsw" else (config.nprobe, index.nlist)
+    most = min(most, MAX_BREADTH)
     exact, _ = ExactSearch(unit_PD).nearest(queries_BD, top_k)
     search = FaissSearch(index, config.kind, unit_PD, faiss.swig_ptr)
-    # powers of 2 and the values halfway between them
-    grid = [2**i * part // 2 for i in range(1, 32) for part in (2, 3)] if is_auto(wanted) else [int(wanted)]
+    # powers of 2 and the values halfway between them, up to the whole
+    grid = [min(2**i * part // 2, most) for i in range(1, 18) for part in (2, 3)] if is_auto(wanted) else [int(wanted)]
     for breadth in grid:
         if config.kind == "hnsw":
             index.hnsw.efSearch = breadth
@@ -86,6 +90,6 @@ def _tune(
             index.nprobe = breadth
         found, _ = search.nearest(queries_BD, top_k)
         recall = float((found[:, :, None] == exact[:, None, :]).any(2).mean())
-        if recall >= config.recall or breadth >= most:
+        if recall >= config.recall or breadth == most:
             break
     return breadth, recall
