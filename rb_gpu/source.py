@@ -21,6 +21,7 @@ class ArtifactSource:
     def __init__(self, path: str | Path, hmac_key: bytes | None = None) -> None:
         self.path, self._manifest, self._hmac_key = Path(path), os.fspath(Path(path) / MANIFEST), hmac_key
         self._seen: tuple[int, int, int] | None = None
+        self._reading: tuple[int, int, int] | None = None
         self._failed: tuple[int, int, int] | None = None
         self._failed_at = 0.0
         self.error: str | None = None
@@ -38,7 +39,7 @@ class ArtifactSource:
 
         Raises ArtifactError; call `accept` once it is served, or `refuse`.
         """
-        folder = Path(os.path.realpath(self.path))
+        folder, self._reading = Path(os.path.realpath(self.path)), None
         try:
             self._reading = _fingerprint(os.fspath(folder / MANIFEST))
         except OSError as error:
@@ -55,11 +56,8 @@ class ArtifactSource:
     def refuse(self, reason: str) -> bool:
         """What was read last is not served; whether this is news."""
         news = self.error != reason
-        self.error, self._failed_at = reason, time.monotonic()
-        try:
-            self._failed = _fingerprint(self._manifest)
-        except OSError:
-            self._failed = None
+        # not what the link leads to by now, which nobody has looked at
+        self.error, self._failed, self._failed_at = reason, self._reading, time.monotonic()
         return news
 
 

@@ -178,6 +178,27 @@ def test_a_bad_artifact_is_reported_once_and_read_again_only_after_a_while(
     assert not bank.reload_if_changed() and bank.reload_error is None
 
 
+def test_a_good_artifact_that_comes_while_a_bad_one_is_read_is_taken_at_the_next_look(
+    registry: Registry, monkeypatch: Any
+) -> None:
+    # it used to be taken for the bad one, and to wait for RETRY_S
+    from rb_gpu import source
+
+    bank, read = ReasoningBank.load(registry.path / "champion"), source.load_artifact
+    write_artifact(registry.path / "20260103T000000-00000c", make_bank(seed=7), {})
+    registry.promote(B, "")
+    (registry.path / B / "bank.safetensors").unlink()
+
+    def slow(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        registry.promote("20260103T000000-00000c", "")
+        return read(*arguments)
+
+    monkeypatch.setattr(source, "load_artifact", slow)
+    assert not bank.reload_if_changed() and "bank.safetensors" in str(bank.reload_error)
+    assert bank.reload_if_changed() and bank.version == "20260103T000000-00000c" and bank.reload_error is None
+
+
 def test_nothing_new_costs_one_stat(registry: Registry, monkeypatch: Any) -> None:
     bank, calls = ReasoningBank.load(registry.path / "champion"), []
     stat = os.stat
