@@ -223,7 +223,7 @@ class ReasoningBank:
         on_error: raise, or default: the default with the reason, in place of the ValueError of a bad query.
         Raises ValueError on a bad query, trade-off, mode or on_error.
         """
-        state = self._state if tradeoff is None else self._at(tradeoff)
+        state = self._state if tradeoff is None else self._state.under(tradeoff)
         if mode not in ("vote", "interpolate"):
             raise ValueError(f"mode={mode!r} is not one of vote, interpolate; choose one of them")
         if on_error not in ("raise", "default"):
@@ -243,7 +243,7 @@ class ReasoningBank:
         """The same for queries (B, D), as columns of length B: config_id, confidence, expected_quality, expected_gain,
         pattern_id (-1 where the default is returned) and one column per search parameter.
         """
-        state = self._state if tradeoff is None else self._at(tradeoff)
+        state = self._state if tradeoff is None else self._state.under(tradeoff)
         rows, config, confidence, quality, gain = vote(state, *queries_of(queries, state.dim, 2))
         acted = (rows >= 0) & (config != state.configs.default)
         pattern_id = np.where(acted, state.data.arrays["pattern_id"][np.maximum(rows, 0)].astype(np.int64), -1)
@@ -330,15 +330,6 @@ class ReasoningBank:
             self._watcher = None
         if self._log is not None:
             self._log.close()
-
-    def _at(self, tradeoff: float | Tradeoff) -> BankState:
-        state = self._state
-        if not isinstance(tradeoff, Tradeoff):
-            if isinstance(tradeoff, bool) or not isinstance(tradeoff, (int, float, np.number)):
-                raise ValueError(f"tradeoff={tradeoff!r} is neither a number nor a Tradeoff; give one of them")
-            by_cost = bool((state.data.arrays["evidence_mean"][..., 3] > 0).any())
-            tradeoff = Tradeoff(0.0, float(tradeoff)) if by_cost else Tradeoff(float(tradeoff), 0.0)
-        return state.under(tradeoff)
 
 
 def _open_log(path: str | Path | None) -> TrajectoryLog | None:

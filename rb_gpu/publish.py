@@ -68,18 +68,18 @@ def write_artifact(
                 os.fsync(file.fileno())
                 # services map the file: what writes into it would reach into their memory
                 os.fchmod(file.fileno(), 0o444)
-        sync_folder(temporary)
+        sync_path(temporary)
         place = temporary.rename(folder)
-        sync_folder(folder.parent)
+        sync_path(folder.parent)
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise
     return manifest
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes a folder's entries durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Makes a file's content, or a folder's entries, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

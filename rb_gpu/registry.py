@@ -22,7 +22,7 @@ from typing import Any
 
 from rb_gpu.artifact import MANIFEST, read_key, read_manifest, verify_artifact
 from rb_gpu.errors import ArtifactError, RegistryError
-from rb_gpu.publish import sync_folder
+from rb_gpu.publish import sync_path
 
 CHAMPION = "champion"
 HISTORY = "history.jsonl"
@@ -121,7 +121,7 @@ class Registry:
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(version)
             temporary.replace(self.path / CHAMPION)
-            sync_folder(self.path)
+            sync_path(self.path)
         except OSError as error:
             raise RegistryError(
                 f"{self.path / CHAMPION} cannot be switched ({error.strerror}); free space, or make it a link"

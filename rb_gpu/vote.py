@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rb_gpu.bank_data import BankData, squared_norms
+from rb_gpu.evidence import OUTCOMES
 from rb_gpu.params import ConfigTable, SearchParams, round_half_up, snap
 from rb_gpu.posterior import believe, choose
 from rb_gpu.search import Search, open_search
@@ -58,8 +59,16 @@ class BankState:
         """Score, probability, gain and quality side by side, so that one product mixes all four."""
         self.cells_UE: Matrix = np.concatenate(cells_UC, axis=1, dtype=np.float32, casting="same_kind")
 
-    def under(self, tradeoff: Tradeoff) -> BankState:
-        """The same bank with its evidence judged under another trade-off; kept for the next call."""
+    def under(self, tradeoff: float | Tradeoff) -> BankState:
+        """The same bank with its evidence judged under another trade-off; kept for the next call.
+
+        A number is the weight of cost, of latency where no cost was logged. Raises ValueError.
+        """
+        if not isinstance(tradeoff, Tradeoff):
+            if isinstance(tradeoff, bool) or not isinstance(tradeoff, (int, float, np.number)):
+                raise ValueError(f"tradeoff={tradeoff!r} is neither a number nor a Tradeoff; give one of them")
+            by_cost = bool((self.data.arrays["evidence_mean"][..., OUTCOMES.index("cost")] > 0).any())
+            tradeoff = Tradeoff(0.0, float(tradeoff)) if by_cost else Tradeoff(float(tradeoff), 0.0)
         known = self.tradeoffs.get(tradeoff)
         if known is not None:
             return known

@@ -16,9 +16,11 @@ from rb_gpu.evidence import LATENCY_BINS, OUTCOMES, Evidence
 from rb_gpu.params import SearchParams
 from rb_gpu.posterior import Objective, believe
 from rb_gpu.publish import write_artifact
+from rb_gpu.registry import Registry
 from rb_gpu.types import QueryTrajectory
 
 TIERS = ("small", "large")
+A, B = "20260101T000000-00000a", "20260102T000000-00000b"
 OBJECTIVE = Objective("utility", "f1", 0.02, 0.2, 1000.0, 4.0, 0.95, None, None)
 LOOKUP = LookupSettings(top_k=3, beta=8.0, floor=0.5, min_probability=0.8, likeliest=False, auto_margin=True)
 
@@ -159,6 +161,16 @@ def artifact(data: BankData, tmp_path: Path) -> Path:
     folder = tmp_path / "registry" / "20260101T000000-000000"
     write_artifact(folder, data, {"report.html": b"<p>"})
     return folder
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    """Versions A, which is served, and B, which prefers other configs."""
+    for version, seed in ((A, 0), (B, 5)):
+        write_artifact(tmp_path / "artifacts" / version, make_bank(seed=seed), {})
+    registry = Registry(tmp_path / "artifacts")
+    registry.promote(A, "")
+    return registry
 
 
 @pytest.fixture(scope="session")

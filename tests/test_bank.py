@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import OBJECTIVE, TIERS, make_bank, queries_near, trajectory
+from conftest import OBJECTIVE, TIERS, A, B, make_bank, queries_near, trajectory
 
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
@@ -528,19 +528,6 @@ def test_a_refused_query_is_not_counted(bank: ReasoningBank) -> None:
 
 
 # Reload
-
-
-A, B = "20260101T000000-00000a", "20260102T000000-00000b"
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    """Versions A, which is served, and B."""
-    for version, seed in ((A, 0), (B, 5)):
-        write_artifact(tmp_path / "artifacts" / version, make_bank(seed=seed), {})
-    registry = Registry(tmp_path / "artifacts")
-    registry.promote(A, "")
-    return registry
 
 
 def version(bank: ReasoningBank) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_bank, queries_near
+from conftest import A, B, make_bank, queries_near
 
 pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
@@ -26,7 +26,6 @@ pytest.importorskip("httpx")
 from fastapi.testclient import TestClient
 
 from rb_gpu import ReasoningBank, Registry, Tradeoff
-from rb_gpu.publish import write_artifact
 from rb_gpu.serve.app import make_app
 from rb_gpu.serve.guard import Guard
 from rb_gpu.serve.main import main
@@ -35,17 +34,7 @@ from rb_gpu.trajectory_file import read_batches
 
 RAW = {"content-type": "application/octet-stream"}
 JSON = {"content-type": "application/json"}
-A, B = "20260101T000000-00000a", "20260102T000000-00000b"
 KEY = b"0123456789abcdef"
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    for version, seed in ((A, 0), (B, 5)):
-        write_artifact(tmp_path / "artifacts" / version, make_bank(seed=seed), {})
-    registry = Registry(tmp_path / "artifacts")
-    registry.promote(A, "")
-    return registry
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_bank, queries_near, trajectory
+from conftest import A, B, make_bank, queries_near, trajectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
@@ -25,18 +25,7 @@ from rb_gpu.bank_data import BankData
 from rb_gpu.publish import write_artifact
 from rb_gpu.tensor_file import map_tensors
 
-A, B = "20260101T000000-00000a", "20260102T000000-00000b"
 KEY, OTHER = b"0123456789abcdef", b"fedcba9876543210"
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    """Versions A, which is served, and B; B prefers other configs."""
-    for version, seed in ((A, 0), (B, 5)):
-        write_artifact(tmp_path / "artifacts" / version, make_bank(seed=seed), {})
-    registry = Registry(tmp_path / "artifacts")
-    registry.promote(A, "")
-    return registry
 
 
 def wait_for(condition: Any, seconds: float = 10.0) -> bool:

@@ -28,8 +28,6 @@ from rb_gpu.posterior import Objective
 from rb_gpu.publish import write_artifact
 from rb_gpu.search import EXACT_LEAVES
 
-log = logging.getLogger(__name__)
-
 Matrix = npt.NDArray[np.float32]
 Search = Callable[[Matrix], npt.NDArray[np.int64]]
 

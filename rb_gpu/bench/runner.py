@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import random
@@ -19,8 +18,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-log = logging.getLogger(__name__)
 
 # what pins old OpenBLAS builds to slow kernels
 SLOW_KERNELS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rb_gpu.errors import ConfigError
+from rb_gpu.publish import sync_path
 
 log = logging.getLogger(__name__)
 
@@ -42,24 +43,16 @@ def new_folder(out: str | Path, key: str = "out") -> Iterator[Path]:
     try:
         yield partial
         for path in [*partial.rglob("*"), partial]:
-            _fsync(path)
+            sync_path(path)
         _refuse_existing(target, key)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _fsync(target.parent)
+    sync_path(target.parent)
 
 
 def _refuse_existing(target: Path, key: str) -> None:
     # lexists: a dangling link is somebody's too
     if os.path.lexists(target):
         raise ConfigError(f"{key}={target} already exists; choose another {key}, or delete it first")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

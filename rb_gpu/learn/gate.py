@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from rb_gpu.artifact import load_artifact
+from rb_gpu.bank import ReasoningBank
+from rb_gpu.errors import ArtifactError
 from rb_gpu.learn.config import GateConfig
 from rb_gpu.learn.policy import Evaluation
-from rb_gpu.registry import CHAMPION
+from rb_gpu.registry import CHAMPION, Registry
 
 
 @dataclass(frozen=True)
@@ -40,3 +43,18 @@ def decide(evaluation: Evaluation, config: GateConfig, refusal: str | None) -> D
         f"held-out gain over the {served} {over.gain:+.4f}, 95 % lower bound {over.low:+.4f}, "
         f"{'above' if promote else 'not above'} gate.min_gain={config.min_gain:g}",
     )
+
+
+def champion_beside(registry: Registry, bank: ReasoningBank) -> tuple[ReasoningBank | None, str | None]:
+    """The served bank where it can be compared with the new one, else why it cannot."""
+    if registry.champion() is None:
+        return None, None
+    try:
+        data, _ = load_artifact(registry.path / CHAMPION, registry.hmac_key)
+    except ArtifactError as error:
+        return None, f"the champion cannot be compared with ({error})"
+    for name in ("metric", "dim", "embedder"):
+        old, new = getattr(data, name), getattr(bank.data, name)
+        if old != new:
+            return None, f"the champion's {name} is {old}, the candidate's is {new}"
+    return ReasoningBank(data), None

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rb_gpu.artifact import INDEX_FILE, REPORT_FILE, ROUTER_FILE, load_artifact
+from rb_gpu.artifact import INDEX_FILE, REPORT_FILE, ROUTER_FILE
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ArtifactError, ConfigError, DataError
@@ -29,7 +29,7 @@ from rb_gpu.learn.config import ParamsConfig, TrainConfig, is_auto
 from rb_gpu.learn.devices import resolve_device
 from rb_gpu.learn.distances import label_sums, nearest, normalise_
 from rb_gpu.learn.evidence import gather_evidence, row_weights
-from rb_gpu.learn.gate import Decision, decide
+from rb_gpu.learn.gate import Decision, champion_beside, decide
 from rb_gpu.learn.hierarchy import build_hierarchy, consolidate, level_counts, prune
 from rb_gpu.learn.index import build_index
 from rb_gpu.learn.job_config import EvaluateConfig
@@ -42,7 +42,7 @@ from rb_gpu.learn.verdicts import judge, resolve_objective
 from rb_gpu.params import AUTO_TIER
 from rb_gpu.posterior import Objective, believe
 from rb_gpu.publish import without_nan, write_artifact
-from rb_gpu.registry import CHAMPION, Registry
+from rb_gpu.registry import Registry
 from rb_gpu.router import FastGRNNRouter
 
 log = logging.getLogger(__name__)
@@ -281,7 +281,7 @@ def train(config: TrainConfig, quarantine: Path | None = None) -> Published:
         watch.seconds |= learned.seconds
         with watch.stage("evaluate"):
             bank = learned.bank()
-            champion, refusal = _champion(registry, bank)
+            champion, refusal = champion_beside(registry, bank)
             single = best_single(bank.data.evidence, bank.data.objective)
             evaluation = value_bank(bank, held_out, single, config.eval, config.seed, champion)
             decision = decide(evaluation, config.gate, refusal)
@@ -329,21 +329,6 @@ def evaluate_artifact(config: EvaluateConfig, quarantine: Path | None = None) ->
     best = data.configs[best_single(data.evidence, data.objective)]
     single = table.configs.id_of(best)
     return value_bank(bank, table, -1 if single is None else single, config.eval, config.seed)
-
-
-def _champion(registry: Registry, bank: ReasoningBank) -> tuple[ReasoningBank | None, str | None]:
-    """The served bank where it can be compared with the new one, else why it cannot."""
-    if registry.champion() is None:
-        return None, None
-    try:
-        data, _ = load_artifact(registry.path / CHAMPION, registry.hmac_key)
-    except ArtifactError as error:
-        return None, f"the champion cannot be compared with ({error})"
-    for name in ("metric", "dim", "embedder"):
-        old, new = getattr(data, name), getattr(bank.data, name)
-        if old != new:
-            return None, f"the champion's {name} is {old}, the candidate's is {new}"
-    return ReasoningBank(data), None
 
 
 def package_versions() -> dict[str, str]:
