@@ -237,7 +237,11 @@ def main() -> int:
         started = time.monotonic()
         found = fuzzer.run(indices, options.jobs, frozenset(options.kinds))
         show(found, options.seed)
-        print(f"{sum(found.verdicts.values())} mutants in {time.monotonic() - started:.0f} s")  # noqa: T201
+        total = Counter[str]()
+        for (_, verdict), count in found.verdicts.items():
+            total[verdict] += count
+        told = ", ".join(f"{total[verdict]:,} {verdict}" for verdict in ("refused", "loaded", "BUG"))
+        print(f"{sum(total.values()):,} mutants in {time.monotonic() - started:.0f} s: {told}")  # noqa: T201
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return 1 if found.bugs else 0
