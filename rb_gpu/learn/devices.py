@@ -1,10 +1,18 @@
-"""Which device the batch side runs on; nothing falls back in silence."""
+"""Which device the batch side runs on, how much memory is free, and tiles that fit; nothing falls back in silence."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from rb_gpu.errors import ConfigError
+
+# numbers of one tile: they stay in a CPU's outer cache, and keep a GPU busy
+TILE_SCORES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def resolve_device(kind: str) -> torch.device:
@@ -23,3 +31,23 @@ def resolve_device(kind: str) -> torch.device:
             "(pip install rb_gpu[gpu]), or set device=cpu"
         )
     return torch.device("cuda" if kind == "cuda" or (kind == "auto" and available) else "cpu")
+
+
+def tiles(n: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Slices of rows whose (rows, width) float32 numbers fit one tile of the device."""
+    rows = max(256, TILE_SCORES[device.type] // max(width, 1))
+    return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
+
+
+def free_memory() -> int:
+    """Bytes of host memory that may still be taken: what the machine has free, within the container's limit."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = [line.split() for line in meminfo.read_text().splitlines()]
+        free = next((int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"), free)
+    try:
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return free if limit == "max" else max(0, min(free, int(limit) - int(used)))

@@ -6,57 +6,52 @@ GPU: each tile then travels on its own, so data larger than the card still fits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-# scores of one tile: stays in a CPU's outer cache, and keeps a GPU busy
-TILE_SCORES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-# below this share of the norms, ||x||^2 + ||c||^2 - 2xc in float32 is mostly rounding
-CANCELLATION = 1e-3
+from rb_gpu.learn.devices import tiles
 
 
-def tiles(n: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices of rows whose (rows, width) float32 scores fit one tile of the device."""
-    rows = max(256, TILE_SCORES[device.type] // max(width, 1))
-    return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
+def nearest(x_ND: Tensor, middle_D: Tensor, centroids_KD: Tensor, labels_N: Tensor, d2_N: Tensor) -> None:
+    """Each point's nearest centroid by Euclidean distance, in place: labels (N,) int64, squared distances (N,) float32.
 
-
-def nearest(x_ND: Tensor, centroids_KD: Tensor) -> tuple[Tensor, Tensor]:
-    """Each point's nearest centroid by Euclidean distance: labels (N,) int64 and squared distances (N,) float32.
-
-    Both come back on the centroids' device. argmin ||x - c||^2 = argmin ||c||^2 / 2 - x.c, so one product a tile does.
+    argmin ||x - c||^2 = argmin ||c||^2 / 2 - x.c, so one product a tile does; both are taken about the middle, as
+    products cancel far from the origin. The distance is then taken from the difference.
     """
     device = centroids_KD.device
-    labels = torch.empty(len(x_ND), dtype=torch.int64, device=device)
-    d2 = torch.empty(len(x_ND), dtype=torch.float32, device=device)
-    half_norm_K = centroids_KD.square().sum(1) / 2
-    for tile in tiles(len(x_ND), len(centroids_KD), device):
+    about_KD = centroids_KD - middle_D
+    half_norm_K = about_KD.square().sum(1) / 2
+    for tile in tiles(len(x_ND), max(len(centroids_KD), 4 * x_ND.shape[1]), device):
         x_TD = x_ND[tile].to(device, non_blocking=True)
-        scores_TK = torch.addmm(half_norm_K, x_TD, centroids_KD.T, alpha=-1)
-        best_T, labels[tile] = scores_TK.min(dim=1)
-        d2[tile] = (2 * best_T + x_TD.square().sum(1)).clamp_(min=0)
-    return labels, d2
+        labels_T = torch.addmm(half_norm_K, x_TD - middle_D, about_KD.T, alpha=-1).argmin(dim=1)
+        labels_N[tile] = labels_T
+        d2_N[tile] = (x_TD - centroids_KD[labels_T]).square().sum(1)
 
 
-def lower_distances(x_ND: Tensor, d2_N: Tensor, labels_N: Tensor, new_MD: Tensor, first_label: int) -> None:
+def lower_distances(
+    x_ND: Tensor, middle_D: Tensor, d2_N: Tensor, labels_N: Tensor, new_MD: Tensor, first_label: int
+) -> None:
     """Lowers d2 (N,) and labels (N,) in place by M further centroids, labelled from first_label on.
 
-    Where the float32 product cancels, the distance is taken from the difference, so that a copy of a centroid is at 0
-    exactly and can never be drawn as another one.
+    Distances are taken from differences, so that a copy of a centroid is at 0 exactly and never drawn as another one.
     """
-    half_norm_M = new_MD.square().sum(1) / 2
-    for tile in tiles(len(x_ND), len(new_MD), new_MD.device):
-        x_TD = x_ND[tile].to(new_MD.device, non_blocking=True)
-        best_T, which_T = torch.addmm(half_norm_M, x_TD, new_MD.T, alpha=-1).min(dim=1)
-        norm_T = x_TD.square().sum(1)
-        new_T = 2 * best_T + norm_T
-        close = torch.nonzero(new_T < CANCELLATION * norm_T.clamp(min=torch.finfo(torch.float32).tiny)).squeeze(1)
-        new_T[close] = (x_TD[close] - new_MD[which_T[close]]).square().sum(1)
-        better = new_T < d2_N[tile]
-        d2_N[tile] = torch.where(better, new_T.clamp(min=0), d2_N[tile])
-        labels_N[tile] = torch.where(better, which_T + first_label, labels_N[tile])
+    device = new_MD.device
+    about_MD = new_MD - middle_D
+    half_norm_M = about_MD.square().sum(1) / 2
+    for tile in tiles(len(x_ND), max(len(new_MD), 4 * x_ND.shape[1]), device):
+        x_TD = x_ND[tile].to(device, non_blocking=True)
+        which_T = torch.addmm(half_norm_M, x_TD - middle_D, about_MD.T, alpha=-1).argmin(dim=1)
+        new_T = (x_TD - new_MD[which_T]).square().sum(1)
+        better_T = new_T < d2_N[tile]
+        d2_N[tile] = torch.where(better_T, new_T, d2_N[tile])
+        labels_N[tile] = torch.where(better_T, which_T + first_label, labels_N[tile])
+
+
+def approach(x_ND: Tensor, d2_N: Tensor, point_1D: Tensor) -> None:
+    """Lowers squared distances (N,), in place, to those to one point (1, D)."""
+    for tile in tiles(len(x_ND), 4 * x_ND.shape[1], d2_N.device):
+        near_T = (x_ND[tile].to(d2_N.device, non_blocking=True) - point_1D).square().sum(1)
+        d2_N[tile] = torch.minimum(d2_N[tile], near_T)
 
 
 def label_sums(x_ND: Tensor, weight_N: Tensor, labels_N: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import squareform
 
-from rb_gpu.learn.distances import tiles
+from rb_gpu.learn.devices import tiles
 
 Rows = npt.NDArray[np.int64]
 Matrix = npt.NDArray[np.float32]

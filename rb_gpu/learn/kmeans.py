@@ -1,11 +1,13 @@
 """Exact k-means: k-means++ seeding by blocks, Lloyd's iterations, re-seeding of empty clusters, repair, restarts.
 
-Suffixes: N points, K clusters, D dims, M candidates of one seeding block.
+Suffixes: N points here, K clusters, D dims.
 """
 
 from __future__ import annotations
 
 import logging
+import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +16,26 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rb_gpu.learn.devices import resolve_device
-from rb_gpu.learn.distances import label_sums, lower_distances, nearest, normalise_, tiles
+from rb_gpu.learn.assign import Assignment
+from rb_gpu.learn.assign_device import DeviceAssignment
+from rb_gpu.learn.devices import free_memory, resolve_device
+from rb_gpu.learn.distances import approach, normalise_
+from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.repair import exchange
+from rb_gpu.learn.seeding import seed_plus_plus
+from rb_gpu.learn.shard import Shard, peaks
+from rb_gpu.learn.sums import ClusterSums, exact_total
+from rb_gpu.learn.workers import Workers, workers
 
 log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any] | Tensor
-# largest integer weight of one point in the D^2 draw: sums of 2^22 of them stay exact in int64
-DRAW_BITS = 40
 MAX_REPAIRS = 20
-MIDDLE_ROWS = 2**16
+MIDDLE_ROWS = 4096
+# share of the free memory that codes of the points take where nothing else is said
+CODE_SHARE = 0.25
+# the update after which the way to assign is chosen anew: centroids are means by then
+CHOOSE_AGAIN = 2
 
 
 @dataclass(frozen=True)
@@ -32,11 +43,21 @@ class KMeansResult:
     """centroids (K, D) float32 and labels (N,) int64, as the input came (NumPy or torch); inertia is Σ w·||x − c||².
 
     n_iter counts Lloyd's updates. Labels are the exact assignment to these centroids. K may be less than asked for:
-    never more than the distinct points.
+    never more than the distinct points. computed_share: of all distances, those computed in full (1 on a GPU).
     """
 
     centroids: Any
     labels: Any
+    inertia: float
+    n_iter: int
+    computed_share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """Centroids (K, D) float32 on the device, their inertia, and the updates that led to them."""
+
+    centroids_KD: Tensor
     inertia: float
     n_iter: int
 
@@ -53,212 +74,202 @@ def kmeans(
     device: str = "auto",
     weight: Array | None = None,
     memory_budget: int | None = None,
+    code_budget: int | None = None,
+    ranks: Ranks | None = None,
 ) -> KMeansResult:
     """Clusters the rows of x (N, D), NumPy or torch, into min(k, distinct rows) clusters.
 
     init: "k-means++" (Arthur & Vassilvitskii 2007, true D² sampling, then a repair of doubled centroids) or a (K, D)
-    array to start from (then n_init is 1 and nothing is repaired). epsilon: stop where no centroid moves farther than
-    this, in units of the data's median distance to its middle. metric: "l2", or "cosine": rows are normalised and
-    centroids kept on the unit sphere. weight: (N,) >= 0. memory_budget: bytes of x that may lie on a GPU; larger data
-    stay on the host and travel in tiles. Raises ValueError on a bad argument, ConfigError where the device is missing.
+    array to start from (then n_init is 1 and nothing is repaired). epsilon: stop where the centroids' shifts, as a root
+    mean square over the points, are at most this, in units of the data's median distance to its middle. metric: "l2",
+    or "cosine": rows are normalised and centroids kept on the unit sphere. weight: (N,) >= 0. memory_budget: bytes of x
+    that may lie on a GPU; larger data stay on the host and travel in tiles. code_budget: bytes that codes of the points
+    may take on the host (None: a quarter of what is free; 0: none). ranks: the processes that hold the other rows;
+    labels are then of the rows here. x is only read, and never copied if it is float32 and, for cosine, of norm 1.
+
+    The same seed gives the same bits on one kind of device, whatever the budgets, threads and ranks. Raises ValueError
+    on a bad argument, ConfigError where the device is missing.
     """
-    where = resolve_device(device)
+    where, ranks = resolve_device(device), ranks or Ranks()
     points = _checked(x, k, max_iter, n_init, epsilon, metric)
-    weights = _checked_weight(weight, len(points))
-    fits = memory_budget is None or points.numel() * 4 <= memory_budget
-    if metric == "cosine":
-        norms = points.norm(dim=1)
-        if not bool((norms > 0).all()):
-            raise ValueError(f"x has {int((norms == 0).sum())} rows of norm 0; cosine needs a direction, drop them")
-        if float((norms - 1).abs().max()) > 1e-6:
-            points = normalise_(points.clone())
-    offset, scale = _middle(points)
-    if metric == "cosine":
-        offset = torch.zeros_like(offset)
-    else:
-        # distances by product cancel where the data lie far from the origin
-        points = points - offset
-    if fits:
-        points = points.to(where)
-    weights, offset = weights.to(where), offset.to(where)
-    generator = torch.Generator(device=where).manual_seed(seed)
-
-    start = None if isinstance(init, str) else _checked_init(init, points, offset, metric, where)
-    if start is None and init != "k-means++":
-        raise ValueError(f'init={init!r} is neither "k-means++" nor a (K, D) array; pass one of them')
-    best: tuple[Tensor, Tensor, float, int] | None = None
-    for _ in range(1 if start is not None else n_init):
-        if start is not None:
-            centroids, (labels, d2) = start, nearest(points, start)
+    weights = _checked_weight(weight, len(points)).to(where)
+    with ExitStack() as stack:
+        crew = stack.enter_context(workers()) if where.type == "cpu" else None
+        if crew is None and (memory_budget is None or points.numel() * 4 <= memory_budget):
+            points = points.to(where)
+        peak_N, norm_N = peaks(points, crew, where)
+        if not bool(torch.isfinite(norm_N).all()):
+            far = "its squares overflow float32; scale x down" if bool(torch.isfinite(peak_N).all()) else ""
+            raise ValueError(f"x {far or 'holds NaN or infinity; drop those rows first'}")
+        if metric == "cosine":
+            if not bool((norm_N > 0).all()):
+                raise ValueError(
+                    f"x has {int((norm_N == 0).sum())} rows of norm 0; cosine needs a direction, drop them"
+                )
+            if float((norm_N - 1).abs().max()) > 1e-6:
+                points, peak_N = normalise_(points.clone()), peak_N / norm_N
+        shard = Shard(points, weights, ranks)
+        middle_D, typical = _middle(shard)
+        budget = int(CODE_SHARE * free_memory()) if code_budget is None else code_budget
+        assignment: Assignment | DeviceAssignment = (
+            DeviceAssignment(points, middle_D) if crew is None else Assignment(points, middle_D, crew, budget)
+        )
+        if not isinstance(init, str):
+            start: Tensor | None = _checked_init(init, points, metric, where)
+        elif init == "k-means++":
+            start = None
         else:
-            centroids, labels, d2 = seed_plus_plus(points, weights, k, generator, where)
-            if metric == "cosine":
-                centroids = normalise_(centroids)
-        run = _lloyd(points, weights, centroids, labels, d2, max_iter, epsilon * scale, metric == "cosine")
-        if start is None:
-            run = _repaired(points, weights, run, max_iter, epsilon * scale, metric == "cosine", generator)
-        if best is None or run[2] < best[2]:
-            best = run
-    if best is None:
-        raise ValueError(f"n_init={n_init} runs nothing; give 1 or more")
-    centroids, labels, inertia, n_iter = best
-    if len(centroids) < k and start is None:
-        log.warning("k=%d exceeds the %d distinct points; that many clusters were made", k, len(centroids))
-    centroids = centroids + offset
+            raise ValueError(f'init={init!r} is neither "k-means++" nor a (K, D) array; pass one of them')
+        count = k if start is None else len(start)
+        solver = _Solver(
+            assignment, shard, peak_N, crew, max_iter, epsilon * typical, metric == "cosine",
+            torch.Generator(device=where).manual_seed(seed),
+        )  # fmt: skip
+        run = solver.best(count, start, n_init)
+        share = assignment.work.share if isinstance(assignment, Assignment) else 1.0
+    if len(run.centroids_KD) < count:
+        log.warning("k=%d exceeds the %d distinct points; that many clusters were made", count, len(run.centroids_KD))
+    centroids, labels = run.centroids_KD, assignment.labels_N
     if isinstance(x, Tensor):
-        return KMeansResult(centroids.to(x.device), labels.to(x.device), inertia, n_iter)
-    return KMeansResult(centroids.cpu().numpy(), labels.cpu().numpy(), inertia, n_iter)
+        return KMeansResult(centroids.to(x.device), labels.to(x.device), run.inertia, run.n_iter, share)
+    return KMeansResult(centroids.cpu().numpy(), labels.cpu().numpy(), run.inertia, run.n_iter, share)
 
 
-def seed_plus_plus(
-    x_ND: Tensor, weight_N: Tensor, k: int, generator: torch.Generator, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """k-means++ seeds (K, D), each point's nearest seed (N,) int64 and squared distance (N,).
+def nearest(x_ND: Tensor, centroids_KD: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The exact nearest centroid of each point (N,) int64, and its squared distance (N,) float32, on the host.
 
-    A block draws M candidates independently from w·D² as it stood before the block, and accepts each with probability
-    D²_now / D²_before. That is rejection sampling from D²_now, so the seeds are distributed exactly as those of the
-    sequential algorithm (Arthur & Vassilvitskii 2007), with one product a block in place of one a seed. Fewer than k
-    seeds come back where fewer distinct points have weight.
+    x (N, D) and centroids (K, D) are float32 on the host.
     """
-    first = _draw(weight_N.double(), 1, generator)
-    seeds_KD = x_ND[first.to(x_ND.device)].to(device)
-    labels_N = torch.zeros(len(x_ND), dtype=torch.int64, device=device)
-    d2_N = torch.full((len(x_ND),), torch.inf, dtype=torch.float32, device=device)
-    lower_distances(x_ND, d2_N, labels_N, seeds_KD, 0)
-    while len(seeds_KD) < k:
-        mass_N = d2_N.double() * weight_N
-        if not bool(mass_N.sum() > 0):
-            break
-        drawn_M = _draw(mass_N, min(len(seeds_KD), k - len(seeds_KD)), generator)
-        candidates_MD = x_ND[drawn_M.to(x_ND.device)].to(device)
-        before_M = d2_N[drawn_M].cpu().double()
-        uniform_M = torch.rand(len(drawn_M), dtype=torch.float64, generator=generator, device=device).cpu()
-        accepted = _accept(candidates_MD, before_M, uniform_M)
-        new_MD = candidates_MD[accepted.to(device)]
-        lower_distances(x_ND, d2_N, labels_N, new_MD, len(seeds_KD))
-        seeds_KD = torch.cat([seeds_KD, new_MD])
-    return seeds_KD, labels_N, d2_N
+    middle_D = centroids_KD.mean(0)
+    if device.type == "cuda":
+        on_device = DeviceAssignment(x_ND, middle_D.to(device))
+        on_device.assign(centroids_KD.to(device))
+        return on_device.labels_N.cpu(), on_device.d2_N.cpu()
+    with workers() as crew:
+        assignment = Assignment(x_ND, middle_D, crew, 0)
+        assignment.choose(centroids_KD)
+        assignment.assign(centroids_KD)
+    return assignment.labels_N, assignment.d2_N
 
 
-def _draw(mass_N: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """M independent indices with probability proportional to mass (N,) float64.
+@dataclass
+class _Solver:
+    """The iterations over one set of points. least_shift is in units of x."""
 
-    The masses become integers: their running sum is exact, so every device draws the same points and a point of mass 0
-    is never drawn, not even from the end of the sum.
-    """
-    bits = min(DRAW_BITS, 62 - max(1, len(mass_N)).bit_length())
-    # a positive mass never rounds to 0, or the last distinct points could not be drawn
-    units_N = (mass_N / mass_N.max() * 2**bits).ceil().to(torch.int64)
-    running_N = units_N.cumsum(0)
-    uniform_M = torch.rand(count, dtype=torch.float64, generator=generator, device=mass_N.device)
-    target_M = (uniform_M * running_N[-1]).to(torch.int64).clamp_(max=running_N[-1] - 1)
-    return torch.searchsorted(running_N, target_M, right=True)
+    points: Assignment | DeviceAssignment
+    shard: Shard
+    peak_N: Tensor
+    crew: Workers | None
+    max_iter: int
+    least_shift: float
+    on_sphere: bool
+    generator: torch.Generator
+    sums: ClusterSums | None = None
+
+    def best(self, k: int, start: Tensor | None, n_init: int) -> Run:
+        """The run of least inertia among n_init from drawn seeds, or the one from `start`; its assignment is held."""
+        self.points.choose(self.shard.sample(k)[:k] if start is None else start)
+        if start is not None:
+            self.points.assign(start)
+            return self._lloyd(start, 0)
+        best = run = self._seeded_run(k)
+        for _ in range(n_init - 1):
+            run = self._seeded_run(k)
+            best = run if run.inertia < best.inertia else best
+        if best is not run:
+            self.points.assign(best.centroids_KD)
+        return best
+
+    def _seeded_run(self, k: int) -> Run:
+        started = time.perf_counter()
+        seeds_KD = seed_plus_plus(self.points, self.shard, k, self.generator)
+        log.debug("%d seeds in %.2f s", len(seeds_KD), time.perf_counter() - started)
+        return self._repaired(self._lloyd(seeds_KD, 0))
+
+    def _sums(self, k: int) -> ClusterSums:
+        """The sums of the labels held; sums by difference outlive restarts."""
+        if self.sums is None or len(self.sums.mass_K) != k:
+            self.sums = ClusterSums(self.shard, self.peak_N, k, self.crew)
+        self.sums.update(self.points.labels_N)
+        return self.sums
+
+    def _lloyd(self, centroids_KD: Tensor, n_iter: int) -> Run:
+        """Lloyd's iterations from centroids whose assignment is held; after, that to those returned is."""
+        while n_iter < self.max_iter:
+            n_iter += 1
+            self._fill_empty(len(centroids_KD))
+            sums = self._sums(len(centroids_KD))
+            means_KD, mass_K, lost_K = sums.means()
+            if self.on_sphere:
+                norm_K = means_KD.norm(dim=1, keepdim=True)
+                means_KD = means_KD / norm_K.clamp(min=torch.finfo(torch.float64).tiny)
+                lost_K = lost_K | (norm_K[:, 0] < 1e-12)
+            # a cluster without mass, or whose members cancel out on the sphere, has no mean: it stays where it was
+            updated_KD = torch.where(lost_K[:, None], centroids_KD.double(), means_KD).float()
+            moved_K = (updated_KD - centroids_KD).double().square().sum(1)
+            shift = float((moved_K * mass_K).sum() / mass_K.sum()) ** 0.5
+            centroids_KD = updated_KD
+            if n_iter == CHOOSE_AGAIN:
+                self.points.choose(centroids_KD)
+            self.points.assign(centroids_KD)
+            changed = int((self.points.labels_N != sums.labels_N).any())
+            if shift <= self.least_shift or self.shard.ranks.largest(changed) == 0:
+                break
+        return Run(centroids_KD, self._inertia(), n_iter)
+
+    def _repaired(self, run: Run) -> Run:
+        """The run after as many rounds of exchanges and Lloyd's iterations as lower its inertia within max_iter."""
+        for _ in range(MAX_REPAIRS):
+            moved_KD = self._exchanged(run.centroids_KD) if run.n_iter < self.max_iter else None
+            if moved_KD is None:
+                break
+            self.points.assign(moved_KD)
+            after = self._lloyd(moved_KD, run.n_iter)
+            if after.inertia >= run.inertia:
+                self.points.assign(run.centroids_KD)
+                break
+            run = after
+        return run
+
+    def _exchanged(self, centroids_KD: Tensor) -> Tensor | None:
+        k, labels_N, shard = len(centroids_KD), self.points.labels_N, self.shard
+        if k < 3:
+            return None
+        # the first of independent exponential clocks with rates w·D² draws one member per cluster by D²
+        rate_N = shard.weight_N.double() * self.points.d2_N
+        uniform_N = torch.rand(shard.count, dtype=torch.float64, generator=self.generator, device=shard.device)
+        uniform_N = uniform_N[shard.first : shard.first + len(rate_N)].clamp_(min=1e-300)
+        clock_N = torch.where(rate_N > 0, -uniform_N.log() / rate_N, torch.inf)
+        drawn_KD, known_K = shard.first_of_each(clock_N, labels_N, k)
+        _, mass_K, _ = self._sums(k).means()
+        halves = ClusterSums(shard, self.peak_N, 2 * k, self.crew)
+        moved_KD = exchange(self.points, centroids_KD, mass_K, drawn_KD, known_K, halves)
+        return normalise_(moved_KD) if moved_KD is not None and self.on_sphere else moved_KD
+
+    def _fill_empty(self, k: int) -> None:
+        """Gives each empty cluster the point farthest from every centroid and from those given before it."""
+        counts_K = self.shard.ranks.total(torch.bincount(self.points.labels_N, minlength=k))
+        for empty in torch.nonzero(counts_K == 0).squeeze(1).tolist():
+            row, d2 = self.shard.farthest(torch.where(self.shard.weight_N > 0, self.points.d2_N, 0))
+            if d2 <= 0:
+                return
+            rows_1 = torch.tensor([row], device=self.shard.device)
+            # the point's neighbours are near a centroid now, so that the next empty cluster goes elsewhere
+            approach(self.shard.x_ND, self.points.d2_N, self.shard.points(rows_1))
+            here_1, local_1 = self.shard.here(rows_1)
+            self.points.labels_N[local_1[here_1]] = empty
+
+    def _inertia(self) -> float:
+        return exact_total(self.points.d2_N.double() * self.shard.weight_N, self.shard.ranks)
 
 
-def _accept(candidates_MD: Tensor, before_M: Tensor, uniform_M: Tensor) -> Tensor:
-    """Indices of the candidates that pass: each with probability D²_now / D²_before, in the order drawn."""
-    between_MM = torch.cdist(candidates_MD, candidates_MD, compute_mode="donot_use_mm_for_euclid_dist")
-    between_MM = between_MM.square().cpu().double()
-    now_M = before_M.clone()
-    accepted: list[int] = []
-    for i, (uniform, before) in enumerate(zip(uniform_M.tolist(), before_M.tolist(), strict=True)):
-        if uniform * before < float(now_M[i]):
-            accepted.append(i)
-            torch.minimum(now_M, between_MM[i], out=now_M)
-    return torch.tensor(accepted, dtype=torch.int64)
-
-
-def _lloyd(
-    x_ND: Tensor,
-    weight_N: Tensor,
-    centroids_KD: Tensor,
-    labels_N: Tensor,
-    d2_N: Tensor,
-    max_iter: int,
-    least_shift: float,
-    on_sphere: bool,
-) -> tuple[Tensor, Tensor, float, int]:
-    """Lloyd's iterations from a first assignment; ends on an assignment, so labels match the centroids returned."""
-    n_iter = 0
-    while n_iter < max_iter:
-        n_iter += 1
-        _fill_empty(x_ND, weight_N, labels_N, d2_N, len(centroids_KD))
-        sums_KD, mass_K = label_sums(x_ND, weight_N, labels_N, len(centroids_KD))
-        updated_KD = sums_KD / mass_K.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
-        if on_sphere:
-            norm_K = updated_KD.norm(dim=1, keepdim=True)
-            updated_KD = updated_KD / norm_K.clamp(min=torch.finfo(torch.float64).tiny)
-            lost_K = (mass_K == 0) | (norm_K[:, 0] < 1e-12)
-        else:
-            lost_K = mass_K == 0
-        # a cluster without mass, or whose members cancel out on the sphere, has no mean: it stays where it was
-        updated_KD = torch.where(lost_K[:, None], centroids_KD.double(), updated_KD).float()
-        shift = (updated_KD - centroids_KD).norm(dim=1).max()
-        previous_N = labels_N
-        centroids_KD = updated_KD
-        labels_N, d2_N = nearest(x_ND, centroids_KD)
-        settled = torch.stack([shift <= least_shift, (labels_N == previous_N).all()])
-        if bool(settled.any()):
-            break
-    return centroids_KD, labels_N, _inertia(x_ND, weight_N, centroids_KD, labels_N), n_iter
-
-
-def _repaired(
-    x_ND: Tensor,
-    weight_N: Tensor,
-    run: tuple[Tensor, Tensor, float, int],
-    max_iter: int,
-    least_shift: float,
-    on_sphere: bool,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor, float, int]:
-    """The run after as many rounds of exchanges and Lloyd's iterations as lower its inertia within max_iter."""
-    for _ in range(MAX_REPAIRS):
-        centroids_KD, labels_N, inertia, n_iter = run
-        if n_iter >= max_iter:
-            break
-        _, d2_N = nearest(x_ND, centroids_KD)
-        moved_KD = exchange(x_ND, weight_N, centroids_KD, labels_N, d2_N, generator)
-        if moved_KD is None:
-            break
-        moved_KD = normalise_(moved_KD) if on_sphere else moved_KD
-        first = nearest(x_ND, moved_KD)
-        after = _lloyd(x_ND, weight_N, moved_KD, *first, max_iter - n_iter, least_shift, on_sphere)
-        if after[2] >= inertia:
-            break
-        run = (after[0], after[1], after[2], n_iter + after[3])
-    return run
-
-
-def _fill_empty(x_ND: Tensor, weight_N: Tensor, labels_N: Tensor, d2_N: Tensor, k: int) -> None:
-    """Gives each empty cluster the point farthest from every centroid and from those given before it, in place."""
-    counts_K = torch.bincount(labels_N, minlength=k)
-    for empty in torch.nonzero(counts_K == 0).squeeze(1).tolist():
-        far = int(torch.where(weight_N > 0, d2_N, 0).argmax())
-        if float(d2_N[far]) <= 0:
-            return
-        chosen_1D = x_ND[far : far + 1].to(d2_N.device)
-        labels_N[far] = empty
-        # the point's neighbours are near a centroid now, so that the next empty cluster goes elsewhere
-        scratch_N = torch.empty_like(labels_N)
-        lower_distances(x_ND, d2_N, scratch_N, chosen_1D, 0)
-
-
-def _inertia(x_ND: Tensor, weight_N: Tensor, centroids_KD: Tensor, labels_N: Tensor) -> float:
-    total = torch.zeros((), dtype=torch.float64, device=centroids_KD.device)
-    for tile in tiles(len(x_ND), x_ND.shape[1], centroids_KD.device):
-        difference_TD = x_ND[tile].to(centroids_KD.device) - centroids_KD[labels_N[tile]]
-        total += (difference_TD.square().sum(1) * weight_N[tile]).sum(dtype=torch.float64)
-    return float(total)
-
-
-def _middle(x_ND: Tensor) -> tuple[Tensor, float]:
+def _middle(shard: Shard) -> tuple[Tensor, float]:
     """Per-dimension median, and the median distance to it: from evenly spaced rows, and unmoved by outliers."""
-    sample = x_ND[:: max(1, len(x_ND) // MIDDLE_ROWS)]
-    middle_D = sample.median(dim=0).values
-    distance = (sample - middle_D).norm(dim=1)
-    typical = float(distance.median())
-    return middle_D, typical if typical > 0 else float(distance.mean())
+    sample_SD = shard.sample(MIDDLE_ROWS)
+    middle_D = sample_SD.median(dim=0).values
+    distance_S = (sample_SD - middle_D).norm(dim=1)
+    typical = float(distance_S.median())
+    return middle_D, typical if typical > 0 else float(distance_S.mean())
 
 
 def _checked(x: Array, k: int, max_iter: int, n_init: int, epsilon: float, metric: str) -> Tensor:
@@ -272,10 +283,7 @@ def _checked(x: Array, k: int, max_iter: int, n_init: int, epsilon: float, metri
         raise ValueError(f"epsilon={epsilon!r} is not >= 0; give 0 or more")
     if metric not in ("l2", "cosine"):
         raise ValueError(f"metric={metric!r} is not one of l2, cosine; choose one of them")
-    points = points.detach().to(torch.float32)
-    if not bool(torch.isfinite(points.sum())) and not bool(torch.isfinite(points).all()):
-        raise ValueError("x holds NaN or infinity; drop those rows first")
-    return points
+    return points.detach().to(torch.float32).contiguous()
 
 
 def _checked_weight(weight: Array | None, n: int) -> Tensor:
@@ -287,9 +295,8 @@ def _checked_weight(weight: Array | None, n: int) -> Tensor:
     return weights
 
 
-def _checked_init(init: Array, points: Tensor, offset: Tensor, metric: str, device: torch.device) -> Tensor:
+def _checked_init(init: Array, points: Tensor, metric: str, device: torch.device) -> Tensor:
     start = torch.as_tensor(init).detach().to(device, torch.float32)
     if start.ndim != 2 or start.shape[1] != points.shape[1] or len(start) == 0 or not bool(torch.isfinite(start).all()):
         raise ValueError(f"init has shape {tuple(start.shape)}; give finite (K, {points.shape[1]}) centroids")
-    start = start - offset
-    return normalise_(start.clone()) if metric == "cosine" else start
+    return normalise_(start.clone()) if metric == "cosine" else start.contiguous()

@@ -27,13 +27,13 @@ from rb_gpu.errors import ArtifactError, ConfigError, DataError
 from rb_gpu.learn.assemble import Leaves, assemble, best_probability
 from rb_gpu.learn.config import ParamsConfig, TrainConfig, is_auto
 from rb_gpu.learn.devices import resolve_device
-from rb_gpu.learn.distances import label_sums, nearest, normalise_
+from rb_gpu.learn.distances import label_sums, normalise_
 from rb_gpu.learn.evidence import gather_evidence, row_weights
 from rb_gpu.learn.gate import Decision, champion_beside, decide
 from rb_gpu.learn.hierarchy import build_hierarchy, consolidate, level_counts, prune
 from rb_gpu.learn.index import build_index
 from rb_gpu.learn.job_config import EvaluateConfig
-from rb_gpu.learn.kmeans import kmeans
+from rb_gpu.learn.kmeans import kmeans, nearest
 from rb_gpu.learn.policy import Evaluation, best_single, held_out_outcomes, improvement_percent, value_bank
 from rb_gpu.learn.report import render_report
 from rb_gpu.learn.router import train_router
@@ -122,7 +122,7 @@ def learn(trajectories: Trajectories, config: TrainConfig) -> LearnedBank:
         verdicts = judge(leaves.evidence, trajectories.configs, objective, beliefs, config.judge)
     with watch.stage("index"):
         data = assemble(trajectories, config, leaves, objective, beliefs, verdicts, 0.0)
-        floor = _floor(x_QD, data) if is_auto(config.lookup.floor) else float(config.lookup.floor)
+        floor = _floor(x_QD, data, device) if is_auto(config.lookup.floor) else float(config.lookup.floor)
         index = build_index(
             data.arrays["centroids"][: data.leaves], config.index, trajectories.x_QD, config.lookup.top_k
         )
@@ -224,11 +224,11 @@ def _leaves(
     return Leaves(label_Q, sums_PD, mass_P, evidence, parents)
 
 
-def _floor(x_QD: torch.Tensor, data: BankData) -> float:
+def _floor(x_QD: torch.Tensor, data: BankData, device: torch.device) -> float:
     """The cosine to its nearest leaf that all but FLOOR_QUANTILE of the training queries exceed."""
     leaves = normalise_(torch.from_numpy(data.arrays["centroids"][: data.leaves].copy()))
     unit_QD = x_QD if data.metric == "cosine" else normalise_(x_QD.clone())
-    _, d2 = nearest(unit_QD, leaves)
+    _, d2 = nearest(unit_QD, leaves, device)
     return float(np.quantile(1.0 - d2.numpy() / 2.0, FLOOR_QUANTILE))
 
 

@@ -1,6 +1,6 @@
 """Repairs what Lloyd's iterations cannot: two centroids that share one cluster while another centroid spans two.
 
-Suffixes: N points, K clusters, D dims, T points of one tile.
+Suffixes: N points, K clusters, D dims, T centroids of one tile.
 """
 
 from __future__ import annotations
@@ -8,7 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rb_gpu.learn.distances import label_sums, tiles
+from rb_gpu.learn.assign import Assignment
+from rb_gpu.learn.assign_device import DeviceAssignment
+from rb_gpu.learn.devices import tiles
+from rb_gpu.learn.sums import ClusterSums, label_totals
 
 # a split must gain this many times what the merge costs: smaller exchanges are what Lloyd's iterations do by themselves
 LEAST_RATIO = 2.0
@@ -16,19 +19,22 @@ SPLIT_ITERATIONS = 4
 
 
 def exchange(
-    x_ND: Tensor, weight_N: Tensor, centroids_KD: Tensor, labels_N: Tensor, d2_N: Tensor, generator: torch.Generator
+    points: Assignment | DeviceAssignment,
+    centroids_KD: Tensor,
+    mass_K: Tensor,
+    drawn_KD: Tensor,
+    known_K: Tensor,
+    halves: ClusterSums,
 ) -> Tensor | None:
     """Centroids (K, D) in which cheap merges paid for gainful splits, or None where no exchange pays.
 
     Merging clusters i and j costs w_i·w_j/(w_i+w_j)·||c_i − c_j||² of inertia (Ward 1963); splitting one gains what a
-    2-means inside it saves. The cheapest merges are matched with the most gainful splits while the gain is at least
-    LEAST_RATIO times the cost, so that the inertia falls (compare Kaukoranta et al. 1998, split-and-merge).
+    2-means inside it saves, which starts from the centroid and the member drawn (K, D; known_K tells where there is
+    one). The cheapest merges are matched with the most gainful splits while the gain is at least LEAST_RATIO times the
+    cost, so that the inertia falls (compare Kaukoranta et al. 1998, split-and-merge). points hold the assignment to the
+    centroids, mass_K (K,) float64 its weights; halves are the sums of 2K labels that the 2-means needs.
     """
-    k = len(centroids_KD)
-    if k < 3:
-        return None
-    gain_K, halves_2KD = _split_gains(x_ND, weight_N, centroids_KD, labels_N, d2_N, generator)
-    mass_K = torch.zeros(k, dtype=torch.float64, device=labels_N.device).index_add_(0, labels_N, weight_N.double())
+    gain_K, halves_2KD = _split_gains(points, centroids_KD, drawn_KD, known_K, halves)
     cost_K, partner_K = _merge_costs(centroids_KD, mass_K)
     merges = sorted((cost, i, j) for i, (cost, j) in enumerate(zip(cost_K.tolist(), partner_K.tolist(), strict=True)))
     splits = sorted(((gain, i) for i, gain in enumerate(gain_K.tolist())), reverse=True)
@@ -50,42 +56,25 @@ def exchange(
 
 
 def _split_gains(
-    x_ND: Tensor, weight_N: Tensor, centroids_KD: Tensor, labels_N: Tensor, d2_N: Tensor, generator: torch.Generator
+    points: Assignment | DeviceAssignment,
+    centroids_KD: Tensor,
+    drawn_KD: Tensor,
+    known_K: Tensor,
+    halves: ClusterSums,
 ) -> tuple[Tensor, Tensor]:
     """What a 2-means inside each cluster saves (K,) float64, and its two centroids at rows 2i and 2i + 1."""
-    k = len(centroids_KD)
-    mass_N = weight_N * d2_N
-    # the first of independent exponential clocks with rates w·D² draws one member per cluster by D²
-    uniform_N = torch.rand(len(mass_N), generator=generator, device=mass_N.device).clamp_(min=1e-30)
-    clock_N = torch.where(mass_N > 0, -uniform_N.log() / mass_N, torch.inf)
-    first_K = torch.full((k,), torch.inf, device=clock_N.device).scatter_reduce_(0, labels_N, clock_N, "amin")
-    won_N = (clock_N == first_K[labels_N]) & torch.isfinite(clock_N)
-    member_K = torch.full((k,), -1, device=labels_N.device).scatter_reduce_(
-        0, labels_N, torch.where(won_N, torch.arange(len(won_N), device=won_N.device), -1), "amax"
-    )
-    drawn_KD = x_ND[member_K.clamp(min=0).to(x_ND.device)].to(centroids_KD.device)
+    k, ranks, weight_N = len(centroids_KD), halves.ranks, halves.weight_N.double()
     halves_2KD = torch.stack([centroids_KD, drawn_KD], dim=1).reshape(2 * k, -1)
-    before_K = torch.zeros(k, dtype=torch.float64, device=d2_N.device).index_add_(0, labels_N, mass_N.double())
+    before_K = label_totals(weight_N * points.d2_N, points.labels_N, k, ranks)
     after_K = before_K
+    half_N, d2_N = torch.empty_like(points.labels_N), torch.empty_like(points.d2_N)
     for _ in range(SPLIT_ITERATIONS):
-        half_N, after_K = _assign_halves(x_ND, weight_N, halves_2KD, labels_N)
-        sums, mass = label_sums(x_ND, weight_N, half_N, 2 * k)
-        halves_2KD = torch.where((mass > 0)[:, None], (sums / mass.clamp(min=1e-300)[:, None]).float(), halves_2KD)
-    return torch.where(member_K >= 0, before_K - after_K, 0.0), halves_2KD
-
-
-def _assign_halves(x_ND: Tensor, weight_N: Tensor, halves_2KD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearer half of each point's own cluster (N,) in 0 .. 2K - 1, and the inertia per cluster (K,) float64."""
-    half_N = torch.empty_like(labels_N)
-    after_K = torch.zeros(len(halves_2KD) // 2, dtype=torch.float64, device=labels_N.device)
-    for tile in tiles(len(x_ND), 4 * x_ND.shape[1], labels_N.device):
-        x_TD, left_T = x_ND[tile].to(labels_N.device, non_blocking=True), 2 * labels_N[tile]
-        left_d2_T = (x_TD - halves_2KD[left_T]).square().sum(1)
-        right_d2_T = (x_TD - halves_2KD[left_T + 1]).square().sum(1)
-        half_N[tile] = left_T + (right_d2_T < left_d2_T)
-        saved_T = torch.minimum(left_d2_T, right_d2_T) * weight_N[tile]
-        after_K.index_add_(0, labels_N[tile], saved_T.double())
-    return half_N, after_K
+        points.nearer_halves(halves_2KD, half_N, d2_N)
+        after_K = label_totals(weight_N * d2_N, points.labels_N, k, ranks)
+        halves.update(half_N)
+        means_2KD, _, lost_2K = halves.means()
+        halves_2KD = torch.where(lost_2K[:, None], halves_2KD, means_2KD.float())
+    return torch.where(known_K, before_K - after_K, 0.0), halves_2KD
 
 
 def _merge_costs(centroids_KD: Tensor, mass_K: Tensor) -> tuple[Tensor, Tensor]:

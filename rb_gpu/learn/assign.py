@@ -1,0 +1,223 @@
+"""The exact nearest centroid of every point, on the CPU: coarse products in tiles, then only the distances in doubt.
+
+No float N x K matrix is ever held. Points stay where they are, memory-mapped files too; what is added is `Codes`, where
+they fit the budget, or nothing, where every tile is coded as it is read. What is chosen here changes the time and never
+a label or a distance.
+
+Suffixes: N points, T points of one tile, K centroids, S points of a trial, D dims, P dims of a code.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, encode, integer_products, principal_bases, project
+from rb_gpu.learn.kernels import lower_rows, nearer_halves, own_distances
+from rb_gpu.learn.workers import Workers
+
+log = logging.getLogger(__name__)
+
+# products of one tile: they stay in a core's second cache
+TILE_PRODUCTS = 2**19
+LEAST_TILE, LARGEST_TILE = 64, 2048
+# centroids of one block: their columns stay in its first cache
+BLOCK = 1024
+# multiplications of one assignment below which a choice takes longer than it saves
+SMALL_WORK = 2**31
+WIDTHS = (32, 64, 96, 128, 192, 256)
+SAMPLE_ROWS = 2048
+TRIAL_ROWS, TRIALS = 256, 2
+LEAST_CODE = 8
+# iterations over which coding all points anew must pay
+WORTH_ITERATIONS = 5
+
+
+@dataclass
+class Work:
+    """Distances that were computed in full, of those that there are."""
+
+    computed: int = 0
+    all: int = 0
+
+    @property
+    def share(self) -> float:
+        """Computed / all."""
+        return self.computed / max(1, self.all)
+
+
+class Assignment:
+    """labels (N,) int64 and d2 (N,) float32: each point's nearest centroid so far, -1 and infinity before the first.
+
+    x_ND: (N, D) float32 in host memory, only read. middle_D: any point amid the data. code_budget: bytes that codes of
+    all points may take; 0 keeps none.
+    """
+
+    def __init__(self, x_ND: Tensor, middle_D: Tensor, crew: Workers, code_budget: int) -> None:
+        self.x_ND, self.crew, self.code_budget = x_ND, crew, code_budget
+        self.labels_N = torch.full((len(x_ND),), -1, dtype=torch.int64)
+        self.d2_N = torch.full((len(x_ND),), torch.inf)
+        self.basis = Basis(middle_D)
+        self.work = Work()
+        self._candidates: list[Basis] | None = None
+        self._chosen = False
+        self._coding_seconds = 0.0
+        self._codes: Codes | None = None
+        self._buffers: list[Tensor] = [torch.empty(0) for _ in range(crew.count)]
+
+    def reset(self) -> None:
+        """Forgets labels and distances."""
+        self.labels_N.fill_(-1)
+        self.d2_N.fill_(torch.inf)
+
+    def lower(self, centroids_KD: Tensor, first: int) -> None:
+        """Lowers labels and distances by the centroids (K, D) float32 from row `first` on; the earlier are known."""
+        self._run(centroids_KD, first, refresh=False)
+
+    def assign(self, centroids_KD: Tensor) -> None:
+        """The exact assignment to these centroids (K, D) float32; the labels so far, where any, are first guesses."""
+        self._run(centroids_KD, 0, refresh=bool(self.labels_N[0] >= 0))
+
+    def _run(self, centroids_KD: Tensor, first: int, *, refresh: bool) -> None:
+        blocks = coded_blocks(*project(centroids_KD[first:], self.basis), first, self.basis)
+        step = tile_rows(blocks)
+        computed = [0] * self.crew.count
+
+        def span(worker: int, start: int, stop: int) -> None:
+            for at in range(start, stop, step):
+                computed[worker] += self._tile(at, min(at + step, stop), blocks, centroids_KD, worker, refresh)
+
+        self.crew.each(len(self.x_ND), LARGEST_TILE, span)
+        self.work.computed += sum(computed)
+        self.work.all += len(self.x_ND) * (len(centroids_KD) - first)
+
+    def _tile(
+        self, start: int, stop: int, blocks: list[CodedBlock], centroids_KD: Tensor, worker: int, refresh: bool
+    ) -> int:
+        """Lowers rows start to stop by the blocks and says how many distances that took."""
+        codes, code_start = self._codes, start
+        if codes is None:
+            codes, code_start = Codes(stop - start, self.basis), 0
+            encode(*project(self.x_ND[start:stop], self.basis), self.basis, codes, 0)
+        x, centroids, labels, d2 = (t.numpy() for t in (self.x_ND, centroids_KD, self.labels_N, self.d2_N))
+        computed = 0
+        if refresh:
+            own_distances(x, start, stop, centroids, labels, d2)
+            computed = stop - start
+        code_TP = codes.code[code_start : code_start + stop - start]
+        for block in blocks:
+            product_TC = self._product(code_TP, block.codes.code, worker)
+            computed += lower_rows(
+                product_TC.numpy(), *block.codes.columns, block.first, *codes.columns, code_start,
+                x, start, stop, centroids, labels, d2,
+            )  # fmt: skip
+        return computed
+
+    def _product(self, points: Tensor, centroids: Tensor, worker: int) -> Tensor:
+        kind = torch.int32 if self.basis.integers else torch.float32
+        needed = len(points) * len(centroids)
+        if self._buffers[worker].numel() < needed or self._buffers[worker].dtype != kind:
+            self._buffers[worker] = torch.empty(needed, dtype=kind)
+        out = self._buffers[worker][:needed].view(len(points), len(centroids))
+        multiply = torch._int_mm if self.basis.integers else torch.mm
+        return multiply(points, centroids.T, out=out)
+
+    def nearer_halves(self, halves_2KD: Tensor, half_N: Tensor, d2_N: Tensor) -> None:
+        """Of the halves 2l and 2l + 1 of each point's cluster l, the nearer, and its squared distance, in place."""
+        arrays = [t.numpy() for t in (halves_2KD, self.labels_N, half_N, d2_N)]
+
+        def span(_worker: int, start: int, stop: int) -> None:
+            nearer_halves(self.x_ND.numpy(), start, stop, *arrays)
+
+        self.crew.each(len(self.x_ND), LARGEST_TILE, span)
+
+    def choose(self, centroids_KD: Tensor) -> None:
+        """Takes the basis that answers fastest on a sample of the points against these centroids (K, D) float32.
+
+        Once a basis is taken, a change must pay for coding all points anew.
+        """
+        n, dims = self.x_ND.shape
+        if n * dims * len(centroids_KD) < SMALL_WORK:
+            return
+        started = time.perf_counter()
+        trial = _Trial(self, centroids_KD)
+        if self._candidates is None:
+            self._candidates = self._bases(dims)
+        taken = {basis: trial.seconds_per_row(basis) for basis in self._candidates}
+        best = min(taken, key=taken.__getitem__)
+        gain = taken.get(self.basis, torch.inf) - taken[best]
+        if self._chosen and gain * n * WORTH_ITERATIONS <= self._coding_seconds:
+            return
+        self._chosen = True
+        self.use(best)
+        log.info(
+            "%s: %.1f us a point; %s; chosen and coded in %.2f s", best, taken[best] * 1e6,
+            "coded as they are read" if self._codes is None else f"{best.row_bytes * n / 2**20:.0f} MiB of codes",
+            time.perf_counter() - started,
+        )  # fmt: skip
+
+    def _bases(self, dims: int) -> list[Basis]:
+        """What may be chosen, the most exact last: codes of ever more axes, of all dims, and the plain product form."""
+        # torch 2.13 multiplies int8 matrices of one column wrongly, and a few gain nothing
+        middle_D, integers = self.basis.middle_D, dims >= LEAST_CODE and integer_products()
+        plain = Basis(middle_D)
+        bases = [Basis(middle_D, integers=True), plain] if integers else [plain]
+        widths = [width for width in WIDTHS if width <= 0.75 * dims]
+        if widths:
+            sample_SD = self.x_ND[:: max(1, len(self.x_ND) // SAMPLE_ROWS)][:SAMPLE_ROWS]
+            bases = principal_bases(sample_SD, middle_D, widths, integers=integers) + bases
+        return bases
+
+    def use(self, basis: Basis) -> None:
+        """Codes by this basis from now on: all points at once, where that fits the budget and is no plain copy."""
+        self.basis, self._codes = basis, None
+        started, n = time.perf_counter(), len(self.x_ND)
+        if basis.row_bytes * n > self.code_budget or not (basis.integers or basis.axes_DP is not None):
+            return
+        codes = Codes(n, basis)
+
+        def span(_worker: int, start: int, stop: int) -> None:
+            encode(*project(self.x_ND[start:stop], basis), basis, codes, start)
+
+        self.crew.each(n, LARGEST_TILE // 4, span)
+        self._codes, self._coding_seconds = codes, time.perf_counter() - started
+
+
+def coded_blocks(y_KP: Tensor, half_K: Tensor, first: int, basis: Basis) -> list[CodedBlock]:
+    """Blocks of centroids of which the first is row `first`, from what `project` gave."""
+    return [
+        CodedBlock.of(y_KP[at : at + BLOCK], half_K[at : at + BLOCK], first + at, basis)
+        for at in range(0, len(y_KP), BLOCK)
+    ]
+
+
+def tile_rows(blocks: list[CodedBlock]) -> int:
+    """Rows of a tile whose products with the largest block fit TILE_PRODUCTS."""
+    widest = max(len(block.codes.code) for block in blocks)
+    return min(LARGEST_TILE, max(LEAST_TILE, TILE_PRODUCTS // widest))
+
+
+class _Trial(Assignment):
+    """Evenly spaced points and their true labels, on which bases are timed by one worker."""
+
+    def __init__(self, of: Assignment, centroids_KD: Tensor) -> None:
+        x_SD = of.x_ND[:: max(1, len(of.x_ND) // TRIAL_ROWS)][:TRIAL_ROWS].contiguous()
+        super().__init__(x_SD, of.basis.middle_D, of.crew, of.code_budget)
+        self.assign(centroids_KD)
+        self.centroids_KD = centroids_KD
+
+    def seconds_per_row(self, basis: Basis) -> float:
+        """The least time of one assignment by this basis, labels known."""
+        self.use(basis)
+        blocks = coded_blocks(*project(self.centroids_KD, basis), 0, basis)
+        step, times = tile_rows(blocks), []
+        for _ in range(TRIALS):
+            start = time.perf_counter()
+            for at in range(0, len(self.x_ND), step):
+                self._tile(at, min(at + step, len(self.x_ND)), blocks, self.centroids_KD, 0, True)
+            times.append(time.perf_counter() - start)
+        return min(times) / len(self.x_ND)

@@ -1,0 +1,152 @@
+"""Codes of points and centroids whose cheap product bounds every distance from below, with a proven error.
+
+With y = x − middle, axes V (D, P) orthonormal up to `defect`, and codes ŷ of V'y (int8 with a scale a row, or float32):
+    x·c = Vy·Vc + (rest of y)·(rest of c),   Vy·Vc = ŷ·ĉ + (Vy − ŷ)·Vc + ŷ·(Vc − ĉ),
+and Cauchy–Schwarz bounds each term but ŷ·ĉ, which is the product of the codes:
+    ||x − c||²/2 >= half_x + half_c − (scale_x·scale_c·product + norm_x·spread_c + rest_x·rest_c),
+    spread_c = ε·(norm_c + error_c) + error_c,   ε = the largest error/norm of the tile's points.
+What float32 rounds is bounded too (Higham 2002, section 3.1) and taken off half_x and half_c: `Basis.slack`.
+
+Suffixes: N points, T points of one tile, C centroids, D dims, P dims of the code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from rb_gpu.learn.kernels import LANES, ROUNDOFF, centre_rows, code_rows
+
+SUBSPACE_STEPS = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """How points are coded: about which middle (D,), on which axes (D, P; None: as they are), as int8 or float32."""
+
+    middle_D: Tensor
+    axes_DP: Tensor | None = None
+    integers: bool = False
+    defect: float = 0.0
+
+    @property
+    def width(self) -> int:
+        """P, the dims of a code."""
+        return len(self.middle_D) if self.axes_DP is None else int(self.axes_DP.shape[1])
+
+    @property
+    def slack(self) -> float:
+        """What rounding may change of a half distance, as a share of half_x + half_c."""
+        dims = len(self.middle_D)
+        projected = 0.0 if self.axes_DP is None else 2 * dims * self.width**0.5 * ROUNDOFF + self.defect
+        return projected + (2 * dims + self.width + 64) * ROUNDOFF
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that the codes of one point take."""
+        return self.width * (1 if self.integers else 4) + 5 * 4
+
+    def __str__(self) -> str:
+        kind = "int8" if self.integers else "float32"
+        return f"{kind} products over {'all' if self.axes_DP is None else 'the leading'} {self.width} axes"
+
+
+class Codes:
+    """Codes of rows (rows, P) int8 or float32, and per row, float32: scale, norm of what the code says, its error, what
+    lies outside the axes, and half the squared norm less the slack. `columns` are those five for the kernels.
+    """
+
+    def __init__(self, rows: int, basis: Basis) -> None:
+        self.code = torch.empty(rows, basis.width, dtype=torch.int8 if basis.integers else torch.float32)
+        self.scale, self.norm, self.error, self.rest, self.half = torch.empty(5, rows).unbind()
+        self.columns = tuple(c.numpy() for c in (self.scale, self.norm, self.error, self.rest, self.half))
+
+
+def project(x_TD: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
+    """What is to be coded of rows x (T, P), and half their squared norms about the middle (T,)."""
+    y_TD, half_T = torch.empty(x_TD.shape), torch.empty(len(x_TD))
+    centre_rows(x_TD.numpy(), basis.middle_D.numpy(), y_TD.numpy(), half_T.numpy())
+    return (y_TD if basis.axes_DP is None else y_TD @ basis.axes_DP), half_T
+
+
+def encode(y_TP: Tensor, half_T: Tensor, basis: Basis, out: Codes, at: int) -> None:
+    """Writes the codes of what `project` gave to rows at, at + 1, ... of `out`."""
+    rows = slice(at, at + len(y_TP))
+    if basis.axes_DP is None:
+        out.rest[rows] = 0
+    else:
+        outside_T = (2 * half_T - y_TP.square().sum(1)).clamp_(min=0)
+        out.rest[rows] = torch.sqrt(outside_T + 2 * basis.slack * half_T)
+    if basis.integers:
+        columns = (column[rows].numpy() for column in (out.code, out.scale, out.norm, out.error))
+        code_rows(y_TP.numpy(), *columns)
+        out.error[rows] *= 1 + 2 * (basis.width + 4) * ROUNDOFF
+    else:
+        out.code[rows] = y_TP
+        out.scale[rows] = 1
+        out.norm[rows] = 0
+        out.error[rows] = 0
+    out.half[rows] = half_T * (1 - basis.slack)
+
+
+@dataclass(frozen=True, eq=False)
+class CodedBlock:
+    """Centroids `first` and on, padded to whole masks of the kernel by centroids that are infinitely far."""
+
+    first: int
+    codes: Codes
+
+    @staticmethod
+    def of(y_CP: Tensor, half_C: Tensor, first: int, basis: Basis) -> CodedBlock:
+        """Codes what `project` gave of the centroids."""
+        count = len(y_CP)
+        codes = Codes(-(-count // LANES) * LANES, basis)
+        codes.code[count:] = 0
+        for column in (codes.scale, codes.norm, codes.error, codes.rest):
+            column[count:] = 0
+        encode(y_CP, half_C, basis, codes, 0)
+        codes.half[count:] = torch.inf
+        return CodedBlock(first, codes)
+
+
+def principal_bases(sample_SD: Tensor, middle_D: Tensor, widths: list[int], *, integers: bool) -> list[Basis]:
+    """Codes over so many of the leading principal axes of the sample about the middle, for each width, ascending.
+
+    Subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4): any orthonormal axes give valid bounds, those of
+    the leading subspace give tight ones. Within it they are turned at random, so that no coordinate stands out and a
+    row's one scale suits them all.
+    """
+    y_SD = sample_SD - middle_D
+    generator = torch.Generator().manual_seed(0)
+    axes_DP = torch.randn(y_SD.shape[1], widths[-1], generator=generator)
+    for _ in range(SUBSPACE_STEPS):
+        axes_DP, _ = torch.linalg.qr(y_SD.T @ (y_SD @ axes_DP))
+    seen_SP = y_SD @ axes_DP
+    _, turn_PP = torch.linalg.eigh((seen_SP.T @ seen_SP).double())
+    ordered_DP = axes_DP.double() @ turn_PP.flip(1)
+    bases = []
+    for width in widths:
+        random_PP, _ = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator))
+        axes_DP = (ordered_DP[:, :width] @ random_PP).float().contiguous()
+        gram_PP = axes_DP.double().T @ axes_DP.double()
+        # the Frobenius norm is never below the spectral norm that the bound needs
+        defect = float((gram_PP - torch.eye(width, dtype=torch.float64)).norm())
+        bases.append(Basis(middle_D, axes_DP, integers, defect))
+    return bases
+
+
+@cache
+def integer_products() -> bool:
+    """Whether this machine multiplies int8 matrices exactly: some kernels saturate between two products."""
+    try:
+        for sign in (127, -127):
+            left = torch.full((64, 256), 127, dtype=torch.int8)
+            right = torch.full((256, 64), sign, dtype=torch.int8)
+            if not bool((torch._int_mm(left, right) == 256 * 127 * sign).all()):
+                return False
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return True

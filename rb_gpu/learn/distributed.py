@@ -1,0 +1,49 @@
+"""Several processes on disjoint rows of one table, in the order of their ranks; alone, every call is the identity."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks:
+    """One process among those that share the points. Every rank must make the same calls in the same order."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place and returned; exact for integers."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def largest(self, value: float) -> float:
+        """The largest over all ranks."""
+        return max(self.each(value))
+
+    def sum_of(self, value: float) -> float:
+        """The sum over all ranks, added in the order of the ranks."""
+        return sum(self.each(value))
+
+    def place(self, count: int) -> tuple[int, int]:
+        """How many rows the ranks before this one hold, and how many all of them do."""
+        counts = [int(c) for c in self.each(count)]
+        return sum(counts[: self.rank]), sum(counts)
+
+    def joined(self, rows: Tensor) -> Tensor:
+        """The rows (n, ...) of all ranks, in their order."""
+        if self.size == 1:
+            return rows
+        parts: list[Tensor | None] = [None] * self.size
+        dist.all_gather_object(parts, rows.cpu())
+        return torch.cat([part for part in parts if part is not None]).to(rows.device)
+
+    def each(self, value: float) -> list[float]:
+        """The value of every rank, in their order."""
+        if self.size == 1:
+            return [value]
+        values: list[float] = [0.0] * self.size
+        dist.all_gather_object(values, value)
+        return values

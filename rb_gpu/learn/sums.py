@@ -1,0 +1,105 @@
+"""Sums over points that are the same to the bit in every order: numbers become integers first.
+
+Threads, tiles, ranks and updates by difference then cannot change a result. A sum of absolute values S over all points
+is known beforehand, and one unit is 2^-62·S rounded up to a power of two: about 2^-62·N of a typical point.
+
+Suffixes: N points, K clusters, D dims, M points that moved, T points of one tile.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rb_gpu.learn.devices import tiles
+from rb_gpu.learn.distributed import Ranks
+from rb_gpu.learn.kernels import move_rows
+from rb_gpu.learn.shard import Shard
+from rb_gpu.learn.workers import Workers
+
+# sums stay below 2^62, which leaves a bit for what rounding adds
+SUM_BITS = 62
+# a mean that rounding may have moved by more than this share of the largest coordinate is not taken
+LEAST_PRECISION = 2.0**-20
+
+
+def unit_for(total: float) -> float:
+    """The power of two by which numbers are multiplied whose absolute values add up to at most `total`."""
+    if total <= 0:
+        return 1.0
+    # the margin keeps totals that only rounding tells apart on one side of a power of two
+    return 2.0 ** (SUM_BITS - 1 - math.ceil(math.log2(total * (1 + 2**-20))))
+
+
+def exact_total(values_N: Tensor, ranks: Ranks) -> float:
+    """Σ values (N,) float64 >= 0 over all ranks."""
+    largest, (_, count) = ranks.largest(float(values_N.max()) if len(values_N) else 0.0), ranks.place(len(values_N))
+    unit = unit_for(largest * count)
+    return float(ranks.total((values_N * unit).round().to(torch.int64).sum()).item()) / unit
+
+
+def label_totals(values_N: Tensor, labels_N: Tensor, k: int, ranks: Ranks) -> Tensor:
+    """Σ values (N,) float64 >= 0 by label (K,) over all ranks, as float64."""
+    largest, (_, count) = ranks.largest(float(values_N.max()) if len(values_N) else 0.0), ranks.place(len(values_N))
+    unit = unit_for(largest * count)
+    totals_K = torch.zeros(k, dtype=torch.int64, device=values_N.device)
+    totals_K.index_add_(0, labels_N, (values_N * unit).round().to(torch.int64))
+    return ranks.total(totals_K).double() / unit
+
+
+class ClusterSums:
+    """Weighted sums of the points of each label, kept up to date by the points that changed theirs."""
+
+    def __init__(self, shard: Shard, peak_N: Tensor, k: int, crew: Workers | None) -> None:
+        """peak_N: the largest |coordinate| of each point. crew: workers on the host; None sums on the device."""
+        self.x_ND, self.weight_N, self.ranks, self.crew = shard.x_ND, shard.weight_N, shard.ranks, crew
+        self.unit = unit_for(self.ranks.sum_of(float((peak_N.double() * self.weight_N).sum())))
+        self.weight_unit = unit_for(self.ranks.sum_of(float(self.weight_N.sum(dtype=torch.float64))))
+        self.peak = self.ranks.largest(float(peak_N.max()))
+        self.sums_KD = torch.zeros(k, self.x_ND.shape[1], dtype=torch.int64, device=shard.device)
+        self.mass_K = torch.zeros(k, dtype=torch.int64, device=shard.device)
+        self.counts_K = torch.zeros(k, dtype=torch.int64, device=shard.device)
+        self.labels_N = torch.full((len(self.x_ND),), -1, dtype=torch.int64, device=shard.device)
+
+    def update(self, labels_N: Tensor) -> int:
+        """Makes the sums those of these labels (N,) int64 and says how many points moved on this rank."""
+        rows_M = torch.nonzero(labels_N != self.labels_N).squeeze(1)
+        old_M, new_M = self.labels_N[rows_M], labels_N[rows_M]
+        units_M = (self.weight_N[rows_M].double() * self.weight_unit).round().to(torch.int64)
+        leaves_M, ones_M = old_M >= 0, torch.ones_like(units_M)
+        for totals_K, amount_M in ((self.mass_K, units_M), (self.counts_K, ones_M)):
+            totals_K.index_add_(0, new_M, amount_M)
+            totals_K.index_add_(0, old_M[leaves_M], -amount_M[leaves_M])
+        if self.crew is None:
+            self._move(rows_M, old_M, new_M)
+        else:
+            arrays = [t.numpy() for t in (self.x_ND, self.weight_N, rows_M, old_M, new_M)]
+            dims, sums_KD = self.x_ND.shape[1], self.sums_KD.numpy()
+
+            def columns(_worker: int, left: int, right: int) -> None:
+                move_rows(*arrays, self.unit, left, right, sums_KD)
+
+            self.crew.each(dims, -(-dims // self.crew.count), columns)
+        self.labels_N.copy_(labels_N)
+        return len(rows_M)
+
+    def _move(self, rows_M: Tensor, old_M: Tensor, new_M: Tensor) -> None:
+        """The same by torch, on the device of the sums."""
+        for tile in tiles(len(rows_M), 8 * self.x_ND.shape[1], self.sums_KD.device):
+            rows_T = rows_M[tile]
+            x_TD = self.x_ND[rows_T.to(self.x_ND.device)].to(self.sums_KD.device)
+            units_TD = (x_TD.double() * (self.weight_N[rows_T].double() * self.unit)[:, None]).round().to(torch.int64)
+            self.sums_KD.index_add_(0, new_M[tile], units_TD)
+            leaves_T = old_M[tile] >= 0
+            self.sums_KD.index_add_(0, old_M[tile][leaves_T], -units_TD[leaves_T])
+
+    def means(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Over all ranks: means (K, D) float64, masses (K,) float64, and which have none to speak of (K,)."""
+        sums_KD, mass_K = self.ranks.total(self.sums_KD.clone()), self.ranks.total(self.mass_K.clone())
+        counts_K = self.ranks.total(self.counts_K.clone())
+        weights_K = mass_K.double() / self.weight_unit
+        means_KD = sums_KD.double() / (weights_K * self.unit).clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+        rounded_K = counts_K.double() / 2 * (1 / self.unit + self.peak / self.weight_unit)
+        return means_KD, weights_K, ~(weights_K * self.peak * LEAST_PRECISION > rounded_K)

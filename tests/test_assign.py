@@ -1,0 +1,208 @@
+"""The assignment is that of float64 brute force on every shape and every way to compute it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rb_gpu.learn import assign, coarse, kernels
+from rb_gpu.learn.assign import Assignment
+from rb_gpu.learn.assign_device import DeviceAssignment
+from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, encode, integer_products, principal_bases, project
+from rb_gpu.learn.workers import workers
+
+
+def brute_force(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """(N, K) squared distances in float64, from differences."""
+    rows = [(x[i : i + 64, None].double() - centroids[None].double()).square().sum(2) for i in range(0, len(x), 64)]
+    return torch.cat(rows)
+
+
+def bases(x: torch.Tensor, middle: torch.Tensor) -> list[Basis]:
+    dims = x.shape[1]
+    widths = sorted({1, dims // 3, dims // 2, dims} - {0}) if dims <= 100 else [1, 32, 96]
+    found = [Basis(middle), *principal_bases(x, middle, widths, integers=False)]
+    if dims >= assign.LEAST_CODE:
+        found.append(Basis(middle, integers=True))
+        found += principal_bases(x, middle, [width for width in widths if width > 1], integers=True)
+    return found
+
+
+def shapes() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Points and centroids of many kinds."""
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=g)
+
+    plain, low = normal(900, 24), normal(900, 5) @ normal(5, 60)
+    zeros = normal(300, 8)
+    zeros[::3] = zeros[::3].mean(0)
+    outlier = torch.cat([normal(300, 6), torch.full((1, 6), 1e12)])
+    sparse = torch.where(normal(400, 50) > 1.5, normal(400, 50), 0)
+    return {
+        "plain": (plain, plain[:150]),
+        "low rank": (low, low[::9] + 0.01 * normal(100, 60)),
+        "far from the origin": (plain + 1e4, plain[:70] + 1e4),
+        "duplicates": (plain[:40].repeat(10, 1), plain[:40].repeat(2, 1)),
+        "zeros": (zeros, torch.cat([zeros[:20], zeros.mean(0)[None], torch.zeros(2, 8)])),
+        "one huge outlier": (outlier, outlier[-30:]),
+        "one dimension": (normal(500, 1), normal(65, 1)),
+        "many dimensions": (normal(130, 4096), normal(70, 4096)),
+        "as many centroids as points": (plain[:200], plain[:200]),
+        "one centroid": (plain, plain[:1]),
+        "sparse": (sparse, sparse[:128]),
+        "tiny": (plain * 1e-12, plain[:64] * 1e-12),
+        "all the same": (torch.ones(100, 7), torch.ones(3, 7)),
+    }
+
+
+@pytest.mark.parametrize("name", shapes())
+@pytest.mark.parametrize("kept", [True, False], ids=["codes kept", "coded as read"])
+def test_labels_are_those_of_float64_brute_force(name, kept):
+    x, centroids = shapes()[name]
+    truth = brute_force(x, centroids)
+    middle = x[::7].mean(0)
+    with workers() as crew:
+        for basis in bases(x[:200], middle):
+            points = Assignment(x, middle, crew, 2**40 if kept else 0)
+            points.use(basis)
+            points.assign(centroids)
+            assert torch.equal(points.labels_N, truth.argmin(1)), f"{name}: {basis}"
+            np.testing.assert_allclose(points.d2_N, truth.min(1).values, rtol=1e-4)
+            # from any other labels it comes to the same
+            points.labels_N.copy_(torch.randint(len(centroids), (len(x),)))
+            points.assign(centroids)
+            assert torch.equal(points.labels_N, truth.argmin(1)), f"{name} again: {basis}"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**31), st.integers(1, 90), st.integers(1, 70), st.integers(1, 40),
+    st.floats(-30, 30), st.sampled_from([0.0, 1e-6, 1.0, 300.0]), st.booleans(),
+)  # fmt: skip
+def test_no_bound_exceeds_the_true_distance(seed, n, k, dims, scale, offset, integers):
+    # the proof in `coarse`, put to the test: every lower bound, in exact arithmetic, is below the float64 distance
+    g = torch.Generator().manual_seed(seed)
+    spread = torch.rand(dims, generator=g).pow(6) * 2.0 ** (scale / 2)
+    x = torch.randn(n, dims, generator=g) * spread + offset
+    c = torch.randn(k, dims, generator=g) * spread + offset
+    middle = x.mean(0)
+    width = max(1, dims // 2)
+    for basis in [Basis(middle, integers=integers), *principal_bases(x, middle, [width], integers=integers)]:
+        codes = Codes(n, basis)
+        encode(*project(x, basis), basis, codes, 0)
+        block = CodedBlock.of(*project(c, basis), 0, basis).codes
+        product = codes.code.double() @ block.code[:k].double().T
+        widest = (codes.error / codes.norm.clamp(min=1e-45)).double().nan_to_num().max()
+        spread_c = block.error + widest * (block.norm + block.error)
+        upper = codes.scale[:, None].double() * block.scale[:k].double() * product
+        upper += codes.norm[:, None].double() * spread_c[:k].double() + codes.rest[:, None].double() * block.rest[:k]
+        bound = codes.half[:, None].double() + block.half[:k].double() - upper
+        true = (x[:, None].double() - c[None].double()).square().sum(2) / 2
+        assert bool((bound <= true + 1e-30).all()), f"{basis}: {float((bound - true).max())}"
+
+
+def test_blocks_and_tiles_do_not_change_a_bit(monkeypatch):
+    x, centroids = shapes()["plain"]
+    with workers() as crew:
+        whole = Assignment(x, x.mean(0), crew, 2**40)
+        whole.assign(centroids)
+        for block, tile in ((64, 5), (100, 1), (1024, 2048)):
+            monkeypatch.setattr(assign, "BLOCK", block)
+            monkeypatch.setattr(assign, "LARGEST_TILE", tile)
+            parts = Assignment(x, x.mean(0), crew, 2**40)
+            parts.assign(centroids)
+            assert torch.equal(parts.labels_N, whole.labels_N)
+            assert torch.equal(parts.d2_N, whole.d2_N)
+
+
+def test_centroids_that_come_one_after_the_other_end_where_all_at_once_do():
+    x, centroids = shapes()["plain"]
+    with workers() as crew:
+        once, later = Assignment(x, x.mean(0), crew, 0), Assignment(x, x.mean(0), crew, 0)
+        once.assign(centroids)
+        for first, stop in ((0, 1), (1, 2), (2, 9), (9, 150)):
+            later.lower(centroids[:stop], first)
+    assert torch.equal(once.labels_N, later.labels_N)
+    assert torch.equal(once.d2_N, later.d2_N)
+
+
+def test_the_twin_for_a_gpu_agrees():
+    for name in ("plain", "low rank", "far from the origin", "zeros", "one huge outlier", "one dimension"):
+        x, centroids = shapes()[name]
+        with workers() as crew:
+            here = Assignment(x, x.median(0).values, crew, 0)
+            here.assign(centroids)
+        there = DeviceAssignment(x, x.median(0).values)
+        there.assign(centroids)
+        # plain float32 products may take one of two that are nearly as near
+        np.testing.assert_allclose(there.d2_N, here.d2_N, rtol=1e-3, atol=1e-6, err_msg=name)
+        halves = torch.cat([centroids, centroids.flip(0)])[: 2 * len(centroids)]
+        ours, theirs = ((torch.empty(len(x), dtype=torch.int64), torch.empty(len(x))) for _ in range(2))
+        there.labels_N.copy_(here.labels_N)
+        here.nearer_halves(halves, *ours)
+        there.nearer_halves(halves, *theirs)
+        np.testing.assert_allclose(theirs[1], ours[1], rtol=1e-4)
+
+
+def test_the_basis_is_chosen_by_what_it_costs(monkeypatch, caplog):
+    # 30 of 96 dims carry the data: codes of all of them cost more than codes of the leading ones
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(6000, 30, generator=g) @ torch.randn(30, 96, generator=g)
+    monkeypatch.setattr(assign, "SMALL_WORK", 0)
+    caplog.set_level("INFO")
+    with workers() as crew:
+        points = Assignment(x, x.mean(0), crew, 2**40)
+        points.choose(x[:512])
+        points.assign(x[:512])
+        assert "us a point" in caplog.text
+        assert torch.equal(points.labels_N[:512], torch.arange(512))
+        assert points.work.share < 0.5
+        lean = Assignment(x, x.mean(0), crew, 0)
+        lean.choose(x[:512])
+        lean.assign(x[:512])
+        assert "coded as they are read" in caplog.text
+    assert torch.equal(points.labels_N, lean.labels_N)
+
+
+def test_products_that_saturate_are_not_used(monkeypatch):
+    # x86 without VNNI adds two int8 products into 16 bits, which saturate
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.int() @ b.int()).clamp(-(2**15), 2**15 - 1))
+    integer_products.cache_clear()
+    try:
+        assert not integer_products()
+    finally:
+        monkeypatch.undo()
+        integer_products.cache_clear()
+    assert isinstance(integer_products(), bool)
+
+
+def test_float32_ties_are_decided_in_float64():
+    # two centroids whose distances round to the same float32; the second is nearer by 1e-9 of it
+    x = torch.tensor([[1.0, 0.0]])
+    far, near = torch.tensor([3.0, 0.0]), torch.tensor([3.0 - 2**-22, 2**-11 * 1.2])
+    d2 = (x[0].double() - torch.stack([far, near]).double()).square().sum(1)
+    for order in ((far, near), (near, far)):
+        centroids = torch.stack(order)
+        with workers() as crew:
+            points = Assignment(x, torch.zeros(2), crew, 0)
+            points.assign(centroids)
+        assert int(points.labels_N[0]) == int(brute_force(x, centroids)[0].argmin()), d2
+
+
+def test_kernels_without_a_place_for_their_cache_still_run(monkeypatch, caplog):
+    real = kernels.numba.njit
+
+    def refusing(cache=False, **options):
+        if cache:
+            raise RuntimeError("no locator available")
+        return real(**options)
+
+    monkeypatch.setattr(kernels.numba, "njit", refusing)
+    assert kernels._compiled()(lambda a: a + 1)(1) == 2
+    assert "every process" in caplog.text
+    assert coarse.LANES == 64
