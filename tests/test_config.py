@@ -125,6 +125,9 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "cluster.epsilon": [-1e-9, math.nan, math.inf],
     "cluster.n_init": [0],
     "cluster.merge_similarity": [-0.1, 1.1, math.nan],
+    "cluster.memory": ["none"],
+    "cluster.memory_budget": [-1],
+    "cluster.checkpoint_every": [-1],
     "judge.method": ["bayes"],
     "judge.objective": ["quality", "bound"],  # bound without a bound
     "judge.latency_weight": [-0.1, math.nan, math.inf],

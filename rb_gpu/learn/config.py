@@ -113,7 +113,10 @@ class QualityConfig:
 
 @dataclass
 class ClusterConfig:
-    """k-means. epsilon: the largest centroid shift at which Lloyd stops, in units of the data's median distance."""
+    """k-means. epsilon: the shift of the centroids (rms over the points) at which Lloyd stops, in units of the data's
+    median distance. memory: lean keeps no codes of the points beside them. memory_budget: bytes that such codes may
+    take (None: a quarter of what is free). checkpoint_every: updates between two checkpoints; 0 keeps none.
+    """
 
     k: int | str = "auto"
     metric: str = "cosine"
@@ -121,6 +124,9 @@ class ClusterConfig:
     epsilon: float = 1e-4
     n_init: int = 1
     merge_similarity: float = 0.95
+    memory: str = "auto"
+    memory_budget: int | None = None
+    checkpoint_every: int = 10
 
     def __post_init__(self) -> None:
         k_ok = is_auto(self.k) or (isinstance(self.k, int) and self.k >= 1)
@@ -130,6 +136,10 @@ class ClusterConfig:
         check_count("cluster.n_init", self.n_init)
         check_nonnegative("cluster.epsilon", self.epsilon)
         check_share("cluster.merge_similarity", self.merge_similarity)
+        check_choice("cluster.memory", self.memory, ("auto", "lean"))
+        if self.memory_budget is not None:
+            check_count("cluster.memory_budget", self.memory_budget, 0)
+        check_count("cluster.checkpoint_every", self.checkpoint_every, 0)
 
 
 @dataclass

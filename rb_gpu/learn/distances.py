@@ -11,6 +11,9 @@ from torch import Tensor
 
 from rb_gpu.learn.devices import tiles
 
+# rows whose norms are within this of 1 are taken as they are
+NORMED = 1e-6
+
 
 def nearest(x_ND: Tensor, middle_D: Tensor, centroids_KD: Tensor, labels_N: Tensor, d2_N: Tensor) -> None:
     """Each point's nearest centroid by Euclidean distance, in place: labels (N,) int64, squared distances (N,) float32.
@@ -72,6 +75,12 @@ def label_sums(x_ND: Tensor, weight_N: Tensor, labels_N: Tensor, k: int) -> tupl
     weight_K = torch.zeros(k + 1, dtype=torch.float64, device=device)
     weight_K.index_add_(0, slot_N, weight_N.double())
     return sums_KD, weight_K[:k]
+
+
+def normed(x_ND: Tensor) -> bool:
+    """Whether every row has norm 1 up to what float32 rounds."""
+    spans = tiles(len(x_ND), x_ND.shape[1], x_ND.device)
+    return all(float((x_ND[tile].norm(dim=1) - 1).abs().max()) <= NORMED for tile in spans)
 
 
 def normalise_(x_ND: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,6 +41,14 @@ class Ranks:
         parts: list[Tensor | None] = [None] * self.size
         dist.all_gather_object(parts, rows.cpu())
         return torch.cat([part for part in parts if part is not None]).to(rows.device)
+
+    def of_first(self, value: Any) -> Any:
+        """The value of rank 0."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
 
     def each(self, value: float) -> list[float]:
         """The value of every rank, in their order."""

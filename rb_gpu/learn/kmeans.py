@@ -1,13 +1,14 @@
-"""Exact k-means: k-means++ seeding by blocks, Lloyd's iterations, re-seeding of empty clusters, repair, restarts.
+"""Exact k-means: what callers use, and how their points are checked and opened.
 
 Suffixes: N points here, K clusters, D dims.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,24 +19,22 @@ from torch import Tensor
 
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
+from rb_gpu.learn.checkpoint import Checkpoint
 from rb_gpu.learn.devices import free_memory, resolve_device
-from rb_gpu.learn.distances import approach, normalise_
+from rb_gpu.learn.distances import NORMED, normalise_
 from rb_gpu.learn.distributed import Ranks
-from rb_gpu.learn.repair import exchange
+from rb_gpu.learn.lloyd import Solver
 from rb_gpu.learn.seeding import seed_plus_plus
 from rb_gpu.learn.shard import Shard, peaks
-from rb_gpu.learn.sums import ClusterSums, exact_total
+from rb_gpu.learn.sums import exact_total
 from rb_gpu.learn.workers import Workers, workers
 
 log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any] | Tensor
-MAX_REPAIRS = 20
 MIDDLE_ROWS = 4096
 # share of the free memory that codes of the points take where nothing else is said
 CODE_SHARE = 0.25
-# the update after which the way to assign is chosen anew: centroids are means by then
-CHOOSE_AGAIN = 2
 
 
 @dataclass(frozen=True)
@@ -53,15 +52,6 @@ class KMeansResult:
     computed_share: float = 1.0
 
 
-@dataclass(frozen=True)
-class Run:
-    """Centroids (K, D) float32 on the device, their inertia, and the updates that led to them."""
-
-    centroids_KD: Tensor
-    inertia: float
-    n_iter: int
-
-
 def kmeans(
     x: Array,
     k: int,
@@ -76,6 +66,7 @@ def kmeans(
     memory_budget: int | None = None,
     code_budget: int | None = None,
     ranks: Ranks | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> KMeansResult:
     """Clusters the rows of x (N, D), NumPy or torch, into min(k, distinct rows) clusters.
 
@@ -85,13 +76,73 @@ def kmeans(
     or "cosine": rows are normalised and centroids kept on the unit sphere. weight: (N,) >= 0. memory_budget: bytes of x
     that may lie on a GPU; larger data stay on the host and travel in tiles. code_budget: bytes that codes of the points
     may take on the host (None: a quarter of what is free; 0: none). ranks: the processes that hold the other rows;
-    labels are then of the rows here. x is only read, and never copied if it is float32 and, for cosine, of norm 1.
+    labels are then of the rows here. checkpoint: where to go on from, if the same call was cut off. x is only read, and
+    never copied if it is float32 and, for cosine, of norm 1.
 
     The same seed gives the same bits on one kind of device, whatever the budgets, threads and ranks. Raises ValueError
     on a bad argument, ConfigError where the device is missing.
     """
-    where, ranks = resolve_device(device), ranks or Ranks()
-    points = _checked(x, k, max_iter, n_init, epsilon, metric)
+    points = _checked(x, metric)
+    for name, value in (("k", k), ("max_iter", max_iter), ("n_init", n_init)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{name}={value!r} is not an integer >= 1; raise it")
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon={epsilon!r} is not >= 0; give 0 or more")
+    if isinstance(init, str) and init != "k-means++":
+        raise ValueError(f'init={init!r} is neither "k-means++" nor a (K, D) array; pass one of them')
+    with _opened(points, weight, metric, device, memory_budget, code_budget, ranks) as opened:
+        start = None if isinstance(init, str) else _checked_init(init, points, metric, opened.shard.device)
+        count = k if start is None else len(start)
+        given = b"" if start is None else start.cpu().numpy().tobytes()
+        settings = {"k": count, "init": hashlib.sha256(given).hexdigest(), "max_iter": max_iter, "epsilon": epsilon,
+                    "n_init": n_init, "metric": metric, "seed": seed, "rows": opened.shard.count,
+                    "weight": exact_total(opened.shard.weight_N.double(), opened.shard.ranks)}  # fmt: skip
+        solver = Solver(
+            opened.points, opened.shard, opened.peak_N, opened.crew, max_iter, epsilon * opened.typical,
+            metric == "cosine", torch.Generator(device=opened.shard.device).manual_seed(seed), checkpoint, settings,
+        )  # fmt: skip
+        run = solver.best(count, start, n_init if start is None else 1)
+    if len(run.centroids_KD) < count:
+        log.warning("k=%d exceeds the %d distinct points; that many clusters were made", count, len(run.centroids_KD))
+    share = opened.points.work.share if isinstance(opened.points, Assignment) else 1.0
+    log.info("k-means computed %.2f %% of all distances in full", 100 * share)
+    centroids, labels = _as_given(x, run.centroids_KD), _as_given(x, opened.points.labels_N)
+    return KMeansResult(centroids, labels, run.inertia, run.n_iter, share)
+
+
+def kmeans_plus_plus(
+    x: Array, k: int, seed: int = 0, metric: str = "l2", device: str = "auto", weight: Array | None = None
+) -> tuple[Any, Any]:
+    """k-means++ seeds (K, D) float32 and each point's nearest of them (N,) int64; arguments as those of `kmeans`."""
+    with _opened(_checked(x, metric), weight, metric, device, None, None, None) as opened:
+        opened.points.choose(opened.shard.sample(k)[:k])
+        generator = torch.Generator(device=opened.shard.device).manual_seed(seed)
+        seeds_KD = seed_plus_plus(opened.points, opened.shard, k, generator)
+    return _as_given(x, seeds_KD), _as_given(x, opened.points.labels_N)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """Points that are ready to be clustered; typical is their median distance to the middle."""
+
+    points: Assignment | DeviceAssignment
+    shard: Shard
+    peak_N: Tensor
+    crew: Workers | None
+    typical: float
+
+
+@contextmanager
+def _opened(
+    points: Tensor,
+    weight: Array | None,
+    metric: str,
+    device: str,
+    memory_budget: int | None,
+    code_budget: int | None,
+    ranks: Ranks | None,
+) -> Iterator[_Opened]:
+    where = resolve_device(device)
     weights = _checked_weight(weight, len(points)).to(where)
     with ExitStack() as stack:
         crew = stack.enter_context(workers()) if where.type == "cpu" else None
@@ -103,36 +154,22 @@ def kmeans(
             raise ValueError(f"x {far or 'holds NaN or infinity; drop those rows first'}")
         if metric == "cosine":
             if not bool((norm_N > 0).all()):
-                raise ValueError(
-                    f"x has {int((norm_N == 0).sum())} rows of norm 0; cosine needs a direction, drop them"
-                )
-            if float((norm_N - 1).abs().max()) > 1e-6:
+                zeros = int((norm_N == 0).sum())
+                raise ValueError(f"x has {zeros} rows of norm 0; cosine needs a direction, drop them")
+            if float((norm_N - 1).abs().max()) > NORMED:
                 points, peak_N = normalise_(points.clone()), peak_N / norm_N
-        shard = Shard(points, weights, ranks)
+        shard = Shard(points, weights, ranks or Ranks())
         middle_D, typical = _middle(shard)
         budget = int(CODE_SHARE * free_memory()) if code_budget is None else code_budget
-        assignment: Assignment | DeviceAssignment = (
-            DeviceAssignment(points, middle_D) if crew is None else Assignment(points, middle_D, crew, budget)
-        )
-        if not isinstance(init, str):
-            start: Tensor | None = _checked_init(init, points, metric, where)
-        elif init == "k-means++":
-            start = None
+        if crew is None:
+            yield _Opened(DeviceAssignment(points, middle_D), shard, peak_N, crew, typical)
         else:
-            raise ValueError(f'init={init!r} is neither "k-means++" nor a (K, D) array; pass one of them')
-        count = k if start is None else len(start)
-        solver = _Solver(
-            assignment, shard, peak_N, crew, max_iter, epsilon * typical, metric == "cosine",
-            torch.Generator(device=where).manual_seed(seed),
-        )  # fmt: skip
-        run = solver.best(count, start, n_init)
-        share = assignment.work.share if isinstance(assignment, Assignment) else 1.0
-    if len(run.centroids_KD) < count:
-        log.warning("k=%d exceeds the %d distinct points; that many clusters were made", count, len(run.centroids_KD))
-    centroids, labels = run.centroids_KD, assignment.labels_N
-    if isinstance(x, Tensor):
-        return KMeansResult(centroids.to(x.device), labels.to(x.device), run.inertia, run.n_iter, share)
-    return KMeansResult(centroids.cpu().numpy(), labels.cpu().numpy(), run.inertia, run.n_iter, share)
+            yield _Opened(Assignment(points, middle_D, crew, budget), shard, peak_N, crew, typical)
+
+
+def _as_given(x: Array, tensor: Tensor) -> Any:
+    """The tensor as x came: on its device, or as NumPy."""
+    return tensor.to(x.device) if isinstance(x, Tensor) else tensor.cpu().numpy()
 
 
 def nearest(x_ND: Tensor, centroids_KD: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -152,117 +189,6 @@ def nearest(x_ND: Tensor, centroids_KD: Tensor, device: torch.device) -> tuple[T
     return assignment.labels_N, assignment.d2_N
 
 
-@dataclass
-class _Solver:
-    """The iterations over one set of points. least_shift is in units of x."""
-
-    points: Assignment | DeviceAssignment
-    shard: Shard
-    peak_N: Tensor
-    crew: Workers | None
-    max_iter: int
-    least_shift: float
-    on_sphere: bool
-    generator: torch.Generator
-    sums: ClusterSums | None = None
-
-    def best(self, k: int, start: Tensor | None, n_init: int) -> Run:
-        """The run of least inertia among n_init from drawn seeds, or the one from `start`; its assignment is held."""
-        self.points.choose(self.shard.sample(k)[:k] if start is None else start)
-        if start is not None:
-            self.points.assign(start)
-            return self._lloyd(start, 0)
-        best = run = self._seeded_run(k)
-        for _ in range(n_init - 1):
-            run = self._seeded_run(k)
-            best = run if run.inertia < best.inertia else best
-        if best is not run:
-            self.points.assign(best.centroids_KD)
-        return best
-
-    def _seeded_run(self, k: int) -> Run:
-        started = time.perf_counter()
-        seeds_KD = seed_plus_plus(self.points, self.shard, k, self.generator)
-        log.debug("%d seeds in %.2f s", len(seeds_KD), time.perf_counter() - started)
-        return self._repaired(self._lloyd(seeds_KD, 0))
-
-    def _sums(self, k: int) -> ClusterSums:
-        """The sums of the labels held; sums by difference outlive restarts."""
-        if self.sums is None or len(self.sums.mass_K) != k:
-            self.sums = ClusterSums(self.shard, self.peak_N, k, self.crew)
-        self.sums.update(self.points.labels_N)
-        return self.sums
-
-    def _lloyd(self, centroids_KD: Tensor, n_iter: int) -> Run:
-        """Lloyd's iterations from centroids whose assignment is held; after, that to those returned is."""
-        while n_iter < self.max_iter:
-            n_iter += 1
-            self._fill_empty(len(centroids_KD))
-            sums = self._sums(len(centroids_KD))
-            means_KD, mass_K, lost_K = sums.means()
-            if self.on_sphere:
-                norm_K = means_KD.norm(dim=1, keepdim=True)
-                means_KD = means_KD / norm_K.clamp(min=torch.finfo(torch.float64).tiny)
-                lost_K = lost_K | (norm_K[:, 0] < 1e-12)
-            # a cluster without mass, or whose members cancel out on the sphere, has no mean: it stays where it was
-            updated_KD = torch.where(lost_K[:, None], centroids_KD.double(), means_KD).float()
-            moved_K = (updated_KD - centroids_KD).double().square().sum(1)
-            shift = float((moved_K * mass_K).sum() / mass_K.sum()) ** 0.5
-            centroids_KD = updated_KD
-            if n_iter == CHOOSE_AGAIN:
-                self.points.choose(centroids_KD)
-            self.points.assign(centroids_KD)
-            changed = int((self.points.labels_N != sums.labels_N).any())
-            if shift <= self.least_shift or self.shard.ranks.largest(changed) == 0:
-                break
-        return Run(centroids_KD, self._inertia(), n_iter)
-
-    def _repaired(self, run: Run) -> Run:
-        """The run after as many rounds of exchanges and Lloyd's iterations as lower its inertia within max_iter."""
-        for _ in range(MAX_REPAIRS):
-            moved_KD = self._exchanged(run.centroids_KD) if run.n_iter < self.max_iter else None
-            if moved_KD is None:
-                break
-            self.points.assign(moved_KD)
-            after = self._lloyd(moved_KD, run.n_iter)
-            if after.inertia >= run.inertia:
-                self.points.assign(run.centroids_KD)
-                break
-            run = after
-        return run
-
-    def _exchanged(self, centroids_KD: Tensor) -> Tensor | None:
-        k, labels_N, shard = len(centroids_KD), self.points.labels_N, self.shard
-        if k < 3:
-            return None
-        # the first of independent exponential clocks with rates w·D² draws one member per cluster by D²
-        rate_N = shard.weight_N.double() * self.points.d2_N
-        uniform_N = torch.rand(shard.count, dtype=torch.float64, generator=self.generator, device=shard.device)
-        uniform_N = uniform_N[shard.first : shard.first + len(rate_N)].clamp_(min=1e-300)
-        clock_N = torch.where(rate_N > 0, -uniform_N.log() / rate_N, torch.inf)
-        drawn_KD, known_K = shard.first_of_each(clock_N, labels_N, k)
-        _, mass_K, _ = self._sums(k).means()
-        halves = ClusterSums(shard, self.peak_N, 2 * k, self.crew)
-        moved_KD = exchange(self.points, centroids_KD, mass_K, drawn_KD, known_K, halves)
-        return normalise_(moved_KD) if moved_KD is not None and self.on_sphere else moved_KD
-
-    def _fill_empty(self, k: int) -> None:
-        """Gives each empty cluster the point farthest from every centroid and from those given before it."""
-        counts_K = self.shard.ranks.total(torch.bincount(self.points.labels_N, minlength=k))
-        for empty in torch.nonzero(counts_K == 0).squeeze(1).tolist():
-            row, d2 = self.shard.farthest(torch.where(self.shard.weight_N > 0, self.points.d2_N, 0))
-            if d2 <= 0:
-                return
-            rows_1 = torch.tensor([row], device=self.shard.device)
-            # the point's neighbours are near a centroid now, so that the next empty cluster goes elsewhere
-            approach(self.shard.x_ND, self.points.d2_N, self.shard.points(rows_1))
-            here_1, local_1 = self.shard.here(rows_1)
-            self.points.labels_N[local_1[here_1]] = empty
-
-    def _inertia(self) -> float:
-        return exact_total(self.points.d2_N.double() * self.shard.weight_N, self.shard.ranks)
-
-
 def _middle(shard: Shard) -> tuple[Tensor, float]:
     """Per-dimension median, and the median distance to it: from evenly spaced rows, and unmoved by outliers."""
     sample_SD = shard.sample(MIDDLE_ROWS)
@@ -272,17 +198,12 @@ def _middle(shard: Shard) -> tuple[Tensor, float]:
     return middle_D, typical if typical > 0 else float(distance_S.mean())
 
 
-def _checked(x: Array, k: int, max_iter: int, n_init: int, epsilon: float, metric: str) -> Tensor:
+def _checked(x: Array, metric: str) -> Tensor:
+    if metric not in ("l2", "cosine"):
+        raise ValueError(f"metric={metric!r} is not one of l2, cosine; choose one of them")
     points = x if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
     if points.ndim != 2 or points.shape[0] == 0 or points.shape[1] == 0:
         raise ValueError(f"x has shape {tuple(points.shape)}; give a non-empty (N, D) matrix")
-    for name, value in (("k", k), ("max_iter", max_iter), ("n_init", n_init)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"{name}={value!r} is not an integer >= 1; raise it")
-    if not epsilon >= 0:
-        raise ValueError(f"epsilon={epsilon!r} is not >= 0; give 0 or more")
-    if metric not in ("l2", "cosine"):
-        raise ValueError(f"metric={metric!r} is not one of l2, cosine; choose one of them")
     return points.detach().to(torch.float32).contiguous()
 
 

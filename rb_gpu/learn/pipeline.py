@@ -25,9 +25,10 @@ from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ArtifactError, ConfigError, DataError
 from rb_gpu.learn.assemble import Leaves, assemble, best_probability
+from rb_gpu.learn.checkpoint import Checkpoint
 from rb_gpu.learn.config import ParamsConfig, TrainConfig, is_auto
 from rb_gpu.learn.devices import resolve_device
-from rb_gpu.learn.distances import label_sums, normalise_
+from rb_gpu.learn.distances import label_sums, normalise_, normed
 from rb_gpu.learn.evidence import gather_evidence, row_weights
 from rb_gpu.learn.gate import Decision, champion_beside, decide
 from rb_gpu.learn.hierarchy import build_hierarchy, consolidate, level_counts, prune
@@ -46,6 +47,9 @@ from rb_gpu.registry import Registry
 from rb_gpu.router import FastGRNNRouter
 
 log = logging.getLogger(__name__)
+
+# in the registry's folder: its lock keeps other jobs away from it
+CHECKPOINT_FILE = "kmeans.checkpoint"
 
 # rows that a cell has on average, at least, where k is worked out from the data
 ROWS_PER_CELL = 10
@@ -88,7 +92,7 @@ def auto_k(queries: int, rows: int, configs: int) -> int:
     return max(1, min(round(math.sqrt(queries)), rows // (ROWS_PER_CELL * configs)))
 
 
-def learn(trajectories: Trajectories, config: TrainConfig) -> LearnedBank:
+def learn(trajectories: Trajectories, config: TrainConfig, checkpoint: Checkpoint | None = None) -> LearnedBank:
     """The whole job without input or output: cluster, consolidate, sum, judge, build levels and index.
 
     A pure function: same trajectories, config and device, same bits. Raises DataError, ConfigError.
@@ -97,11 +101,11 @@ def learn(trajectories: Trajectories, config: TrainConfig) -> LearnedBank:
     device = resolve_device(config.device.kind)
     with watch.stage("cluster"):
         x_QD = torch.from_numpy(trajectories.x_QD)
-        if config.cluster.metric == "cosine":
+        if config.cluster.metric == "cosine" and not normed(x_QD):
             x_QD = normalise_(x_QD.clone())
         decay_N = row_weights(replace(trajectories, propensity=None), config.judge.half_life).numpy()
         weight_Q = torch.from_numpy(np.bincount(trajectories.query_row, weights=decay_N)).float()
-        label_Q = _cluster(x_QD, weight_Q, trajectories, config)
+        label_Q = _cluster(x_QD, weight_Q, trajectories, config, checkpoint)
     with watch.stage("judge"):
         weight_N = row_weights(trajectories, config.judge.half_life)
         leaves = _leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
@@ -159,7 +163,11 @@ def learn(trajectories: Trajectories, config: TrainConfig) -> LearnedBank:
 
 
 def _cluster(
-    x_QD: torch.Tensor, weight_Q: torch.Tensor, trajectories: Trajectories, config: TrainConfig
+    x_QD: torch.Tensor,
+    weight_Q: torch.Tensor,
+    trajectories: Trajectories,
+    config: TrainConfig,
+    checkpoint: Checkpoint | None,
 ) -> npt.NDArray[np.int64]:
     """The consolidated leaf of each query (Q,)."""
     cluster, queries = config.cluster, len(x_QD)
@@ -177,6 +185,7 @@ def _cluster(
     result = kmeans(
         x_QD, k, max_iter=cluster.max_iter, epsilon=cluster.epsilon, n_init=cluster.n_init, metric=cluster.metric,
         seed=config.seed, device=config.device.kind, weight=weight_Q, memory_budget=config.device.memory_budget,
+        code_budget=0 if cluster.memory == "lean" else cluster.memory_budget, checkpoint=checkpoint,
     )  # fmt: skip
     found = len(result.centroids)
     if found < k and not is_auto(cluster.k):
@@ -227,7 +236,7 @@ def _leaves(
 def _floor(x_QD: torch.Tensor, data: BankData, device: torch.device) -> float:
     """The cosine to its nearest leaf that all but FLOOR_QUANTILE of the training queries exceed."""
     leaves = normalise_(torch.from_numpy(data.arrays["centroids"][: data.leaves].copy()))
-    unit_QD = x_QD if data.metric == "cosine" else normalise_(x_QD.clone())
+    unit_QD = x_QD if normed(x_QD) else normalise_(x_QD.clone())
     _, d2 = nearest(unit_QD, leaves, device)
     return float(np.quantile(1.0 - d2.numpy() / 2.0, FLOOR_QUANTILE))
 
@@ -277,7 +286,11 @@ def train(config: TrainConfig, quarantine: Path | None = None) -> Published:
             log.info("%d rows, %d queries, %d configs, dim %d; newest %d queries held out", len(everything),
                      len(everything.query_id), len(everything.configs), everything.x_QD.shape[1],
                      len(held_out.query_id))  # fmt: skip
-        learned = learn(training, config)
+        if config.cluster.metric == "cosine":
+            # in place: these rows are the job's own, and only their directions are used from here on
+            normalise_(torch.from_numpy(training.x_QD))
+        every = config.cluster.checkpoint_every
+        learned = learn(training, config, Checkpoint(registry.path / CHECKPOINT_FILE, every) if every else None)
         watch.seconds |= learned.seconds
         with watch.stage("evaluate"):
             bank = learned.bank()

@@ -1,0 +1,70 @@
+"""What a killed k-means needs to go on to the bit-identical result: one safetensors file, replaced whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from rb_gpu.learn.distributed import Ranks
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file that is written every so many updates. every: updates from one to the next, >= 1."""
+
+    path: Path
+    every: int
+
+    def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], fingerprint: str) -> None:
+        """Replaces the file. One that cannot be written is a warning: the job itself can go on."""
+        metadata = {"fingerprint": fingerprint, "facts": json.dumps(dict(facts))}
+        data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(data)
+            partial.replace(self.path)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
+            log.warning("no checkpoint at %s (%s); a killed job would start over", self.path, error.strerror)
+
+    def load(self, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and facts of the last save with this fingerprint; None where there is none."""
+        if not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("fingerprint") != fingerprint:
+                    log.info("%s is of other data or settings; starting over", self.path)
+                    return None
+                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["facts"])  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            log.warning("%s cannot be read (%s); starting over", self.path, error)
+            return None
+
+    def clear(self) -> None:
+        """Removes the file: what it was for is done."""
+        with suppress(OSError):
+            self.path.unlink()
+
+
+def fingerprint(sample: Tensor, settings: Mapping[str, Any], ranks: Ranks) -> str:
+    """What tells apart points (a sample of them) and settings: a checkpoint of others is not gone on with."""
+    digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode())
+    digest.update(sample.cpu().contiguous().numpy().tobytes())
+    return str(ranks.of_first(digest.hexdigest()))

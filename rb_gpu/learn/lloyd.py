@@ -1,0 +1,216 @@
+"""Lloyd's iterations with re-seeding of empty clusters, repair and restarts, over points whose assignment is held.
+
+Suffixes: N points here, K clusters, D dims.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rb_gpu.learn.assign import Assignment
+from rb_gpu.learn.assign_device import DeviceAssignment
+from rb_gpu.learn.checkpoint import Checkpoint, fingerprint
+from rb_gpu.learn.distances import approach, normalise_
+from rb_gpu.learn.repair import exchange
+from rb_gpu.learn.seeding import seed_plus_plus
+from rb_gpu.learn.shard import Shard
+from rb_gpu.learn.sums import ClusterSums, exact_total
+from rb_gpu.learn.workers import Workers
+
+log = logging.getLogger(__name__)
+
+MAX_REPAIRS = 20
+# the update after which the way to assign is chosen anew: centroids are means by then
+CHOOSE_AGAIN = 2
+SAMPLE_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Run:
+    """Centroids (K, D) float32 on the device, their inertia, and the updates that led to them."""
+
+    centroids_KD: Tensor
+    inertia: float
+    n_iter: int
+
+
+@dataclass
+class Progress:
+    """Where a solve stands: the restart, the best run before it, the repairs so far and the run before the last one."""
+
+    attempt: int = 0
+    best: Run | None = None
+    repairs: int = 0
+    before: Run | None = None
+
+
+@dataclass
+class Solver:
+    """k-means over one set of points. least_shift is in units of x; settings name what else the result depends on."""
+
+    points: Assignment | DeviceAssignment
+    shard: Shard
+    peak_N: Tensor
+    crew: Workers | None
+    max_iter: int
+    least_shift: float
+    on_sphere: bool
+    generator: torch.Generator
+    checkpoint: Checkpoint | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    _sums: ClusterSums | None = None
+    _progress: Progress = field(default_factory=Progress)
+    _fingerprint: str = ""
+
+    def best(self, k: int, start: Tensor | None, n_init: int) -> Run:
+        """The run of least inertia among n_init from drawn seeds, or the one from `start`; its assignment is held."""
+        resumed = self._resumed()
+        if resumed is None:
+            self.points.choose(self.shard.sample(k)[:k] if start is None else start)
+        run = None
+        while self._progress.attempt < n_init:
+            run = resumed or self._first_run(k, start)
+            resumed = None
+            run = run if start is not None else self._repaired(run)
+            best = self._progress.best
+            self._progress = Progress(
+                self._progress.attempt + 1, run if best is None or run.inertia < best.inertia else best
+            )
+        best = self._progress.best
+        if best is None:
+            raise ValueError(f"n_init={n_init} runs nothing; give 1 or more")
+        if best is not run:
+            self.points.assign(best.centroids_KD)
+        if self.checkpoint is not None and self.shard.ranks.rank == 0:
+            self.checkpoint.clear()
+        return best
+
+    def _first_run(self, k: int, start: Tensor | None) -> Run:
+        if start is not None:
+            self.points.reset()
+            self.points.assign(start)
+            return self._lloyd(start, 0)
+        started = time.perf_counter()
+        seeds_KD = seed_plus_plus(self.points, self.shard, k, self.generator)
+        log.debug("%d seeds in %.2f s", len(seeds_KD), time.perf_counter() - started)
+        return self._lloyd(seeds_KD, 0)
+
+    def _lloyd(self, centroids_KD: Tensor, n_iter: int) -> Run:
+        """Lloyd's iterations from centroids whose assignment is held; after, that to those returned is."""
+        while n_iter < self.max_iter:
+            n_iter += 1
+            self._fill_empty(len(centroids_KD))
+            sums = self._summed(len(centroids_KD))
+            means_KD, mass_K, lost_K = sums.means()
+            if self.on_sphere:
+                norm_K = means_KD.norm(dim=1, keepdim=True)
+                means_KD = means_KD / norm_K.clamp(min=torch.finfo(torch.float64).tiny)
+                lost_K = lost_K | (norm_K[:, 0] < 1e-12)
+            # a cluster without mass, or whose members cancel out on the sphere, has no mean: it stays where it was
+            updated_KD = torch.where(lost_K[:, None], centroids_KD.double(), means_KD).float()
+            moved_K = (updated_KD - centroids_KD).double().square().sum(1)
+            shift = float((moved_K * mass_K).sum() / mass_K.sum()) ** 0.5
+            centroids_KD = updated_KD
+            if n_iter == CHOOSE_AGAIN:
+                self.points.choose(centroids_KD)
+            self.points.assign(centroids_KD)
+            changed = int((self.points.labels_N != sums.labels_N).any())
+            if shift <= self.least_shift or self.shard.ranks.largest(changed) == 0:
+                break
+            if self.checkpoint is not None and n_iter % self.checkpoint.every == 0:
+                self._save(self.checkpoint, centroids_KD, n_iter)
+        return Run(centroids_KD, self._inertia(), n_iter)
+
+    def _repaired(self, run: Run) -> Run:
+        """The run after as many rounds of exchanges and Lloyd's iterations as lower its inertia within max_iter."""
+        progress = self._progress
+        while True:
+            if progress.before is not None and run.inertia >= progress.before.inertia:
+                self.points.assign(progress.before.centroids_KD)
+                return progress.before
+            if progress.repairs == MAX_REPAIRS or run.n_iter >= self.max_iter:
+                return run
+            moved_KD = self._exchanged(run.centroids_KD)
+            if moved_KD is None:
+                return run
+            progress.before, progress.repairs = run, progress.repairs + 1
+            self.points.assign(moved_KD)
+            run = self._lloyd(moved_KD, run.n_iter)
+
+    def _exchanged(self, centroids_KD: Tensor) -> Tensor | None:
+        k, labels_N, shard = len(centroids_KD), self.points.labels_N, self.shard
+        if k < 3:
+            return None
+        # the first of independent exponential clocks with rates w·D² draws one member per cluster by D²
+        rate_N = shard.weight_N.double() * self.points.d2_N
+        uniform_N = torch.rand(shard.count, dtype=torch.float64, generator=self.generator, device=shard.device)
+        uniform_N = uniform_N[shard.first : shard.first + len(rate_N)].clamp_(min=1e-300)
+        clock_N = torch.where(rate_N > 0, -uniform_N.log() / rate_N, torch.inf)
+        drawn_KD, known_K = shard.first_of_each(clock_N, labels_N, k)
+        _, mass_K, _ = self._summed(k).means()
+        halves = ClusterSums(shard, self.peak_N, 2 * k, self.crew)
+        moved_KD = exchange(self.points, centroids_KD, mass_K, drawn_KD, known_K, halves)
+        return normalise_(moved_KD) if moved_KD is not None and self.on_sphere else moved_KD
+
+    def _summed(self, k: int) -> ClusterSums:
+        """The sums of the labels held; by difference, so they outlive restarts."""
+        if self._sums is None or len(self._sums.mass_K) != k:
+            self._sums = ClusterSums(self.shard, self.peak_N, k, self.crew)
+        self._sums.update(self.points.labels_N)
+        return self._sums
+
+    def _fill_empty(self, k: int) -> None:
+        """Gives each empty cluster the point farthest from every centroid and from those given before it."""
+        counts_K = self.shard.ranks.total(torch.bincount(self.points.labels_N, minlength=k))
+        for empty in torch.nonzero(counts_K == 0).squeeze(1).tolist():
+            row, d2 = self.shard.farthest(torch.where(self.shard.weight_N > 0, self.points.d2_N, 0))
+            if d2 <= 0:
+                return
+            rows_1 = torch.tensor([row], device=self.shard.device)
+            # the point's neighbours are near a centroid now, so that the next empty cluster goes elsewhere
+            approach(self.shard.x_ND, self.points.d2_N, self.shard.points(rows_1))
+            here_1, local_1 = self.shard.here(rows_1)
+            self.points.labels_N[local_1[here_1]] = empty
+
+    def _inertia(self) -> float:
+        return exact_total(self.points.d2_N.double() * self.shard.weight_N, self.shard.ranks)
+
+    def _save(self, checkpoint: Checkpoint, centroids_KD: Tensor, n_iter: int) -> None:
+        if self.shard.ranks.rank > 0:
+            return
+        progress = self._progress
+        tensors = {"centroids": centroids_KD, "generator": self.generator.get_state()}
+        facts: dict[str, Any] = {"n_iter": n_iter, "attempt": progress.attempt, "repairs": progress.repairs}
+        for name, run in (("best", progress.best), ("before", progress.before)):
+            if run is not None:
+                tensors[name], facts[name] = run.centroids_KD, [run.inertia, run.n_iter]
+        checkpoint.save(tensors, facts, self._fingerprint)
+
+    def _resumed(self) -> Run | None:
+        """The run that a checkpoint of these points and settings goes on to; None where there is none."""
+        if self.checkpoint is None:
+            return None
+        self._fingerprint = fingerprint(self.shard.sample(SAMPLE_ROWS), self.settings, self.shard.ranks)
+        ranks = self.shard.ranks
+        found = ranks.of_first(self.checkpoint.load(self._fingerprint) if ranks.rank == 0 else None)
+        if found is None:
+            return None
+        tensors, facts = found
+        self.generator.set_state(tensors["generator"])
+        runs = {
+            name: Run(tensors[name].to(self.shard.device), *facts[name]) for name in ("best", "before") if name in facts
+        }
+        self._progress = Progress(facts["attempt"], runs.get("best"), facts["repairs"], runs.get("before"))
+        log.info(
+            "going on from %s: restart %d, %d updates done", self.checkpoint.path, facts["attempt"], facts["n_iter"]
+        )
+        centroids_KD = tensors["centroids"].to(self.shard.device)
+        self.points.choose(centroids_KD)
+        self.points.assign(centroids_KD)
+        return self._lloyd(centroids_KD, facts["n_iter"])

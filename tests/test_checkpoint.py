@@ -1,0 +1,92 @@
+"""A k-means that was cut off goes on to the bit-identical result, and never from a checkpoint of something else."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rb_gpu.learn.checkpoint import Checkpoint
+from rb_gpu.learn.kmeans import kmeans
+from rb_gpu.learn.lloyd import Solver
+
+
+class Killed(BaseException):
+    """As a signal would end it: nothing catches it."""
+
+
+@pytest.fixture
+def x() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return (rng.normal(size=(40, 6))[rng.integers(40, size=3000)] * 2 + rng.normal(size=(3000, 6))).astype(np.float32)
+
+
+SETTINGS = {"k": 40, "n_init": 2, "epsilon": 0.0, "seed": 3, "max_iter": 60}
+
+
+def saves_of(x: np.ndarray, path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int | None) -> int:
+    """Runs until the save of that number; how many saves there were."""
+    real, count = Solver._save, 0
+
+    def save(self, *arguments):
+        nonlocal count
+        real(self, *arguments)
+        count += 1
+        if count == stop_at:
+            raise Killed
+
+    monkeypatch.setattr(Solver, "_save", save)
+    try:
+        kmeans(x, checkpoint=Checkpoint(path, 3), **SETTINGS)
+    except Killed:
+        pass
+    finally:
+        monkeypatch.setattr(Solver, "_save", real)
+    return count
+
+
+def test_it_goes_on_to_the_same_bits_from_every_save(x, tmp_path, monkeypatch):
+    whole = kmeans(x, **SETTINGS)
+    path = tmp_path / "kmeans.checkpoint"
+    total = saves_of(x, path, monkeypatch, None)
+    assert total > 8 and not path.exists(), "a finished run leaves none"
+    for stop_at in range(1, total + 1):
+        saves_of(x, path, monkeypatch, stop_at)
+        assert path.exists()
+        resumed = kmeans(x, checkpoint=Checkpoint(path, 3), **SETTINGS)
+        assert resumed.centroids.tobytes() == whole.centroids.tobytes(), stop_at
+        assert np.array_equal(resumed.labels, whole.labels)
+        assert (resumed.inertia, resumed.n_iter) == (whole.inertia, whole.n_iter)
+        assert not path.exists()
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"k": 41}, {"max_iter": 61}, {"weight": 2.0}, {"x": 1.0}])
+def test_a_checkpoint_of_other_data_or_settings_is_left(x, tmp_path, monkeypatch, caplog, change):
+    path = tmp_path / "kmeans.checkpoint"
+    saves_of(x, path, monkeypatch, 2)
+    caplog.set_level(logging.INFO)
+    other = dict(SETTINGS) | {k: v for k, v in change.items() if k in SETTINGS}
+    weight = np.full(len(x), change["weight"]) if "weight" in change else None
+    points = x + np.float32(change.get("x", 0.0))
+    fresh = kmeans(points, weight=weight, **other)
+    resumed = kmeans(points, weight=weight, checkpoint=Checkpoint(path, 3), **other)
+    assert "other data or settings" in caplog.text
+    assert resumed.centroids.tobytes() == fresh.centroids.tobytes()
+
+
+def test_a_damaged_checkpoint_is_left_and_named(x, tmp_path, monkeypatch, caplog):
+    path = tmp_path / "kmeans.checkpoint"
+    saves_of(x, path, monkeypatch, 2)
+    path.write_bytes(path.read_bytes()[:-100])
+    resumed = kmeans(x, checkpoint=Checkpoint(path, 3), **SETTINGS)
+    assert "cannot be read" in caplog.text
+    assert resumed.centroids.tobytes() == kmeans(x, **SETTINGS).centroids.tobytes()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_warning(x, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    result = kmeans(x, checkpoint=Checkpoint(tmp_path / "file" / "kmeans.checkpoint", 3), **SETTINGS)
+    assert "no checkpoint" in caplog.text
+    assert result.inertia == kmeans(x, **SETTINGS).inertia
