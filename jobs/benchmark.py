@@ -1,26 +1,42 @@
-"""Speed and memory beside peers, in one run. `python -m jobs.benchmark suite=lookup`"""
+"""Speed and memory beside peers, in one run. `python -m jobs.benchmark suite=lookup|cluster|seed|load|all`"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from rb_gpu.bench.lookup import measure
-from rb_gpu.bench.plot import plot_lookup
+from rb_gpu.bench import cluster, lookup
+from rb_gpu.bench.plot import plot_cases, plot_lookup
 from rb_gpu.learn.job_config import BenchmarkConfig
 
 from .common import job, run_folder
-from .tables import lookup_tables
+from .tables import cluster_tables, lookup_tables
+
+Suite = tuple[
+    Callable[[dict[str, Any]], dict[str, Any]], Callable[[dict[str, Any]], str], Callable[[dict[str, Any], Path], bool]
+]
+SUITES: dict[str, Suite] = {
+    "lookup": (lookup.measure, lookup_tables, plot_lookup),
+    "cluster": (partial(cluster.measure, "cluster"), cluster_tables, plot_cases),
+    "seed": (partial(cluster.measure, "seed"), cluster_tables, plot_cases),
+}
 
 
 def run(config: BenchmarkConfig) -> int:
-    """Measures, prints the table, and keeps it as JSON and as a picture."""
-    result = measure(asdict(config))
-    path = run_folder() / "benchmark_lookup.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(lookup_tables(result))
-    drawn = plot_lookup(result, path.with_suffix(".png"))
-    print(f"\n{path}" + (f" and {path.with_suffix('.png').name}" if drawn else ""))
+    """Measures, prints the tables, and keeps them as JSON and as pictures."""
+    folder = run_folder()
+    for name in SUITES if config.suite == "all" else [config.suite]:
+        measure, tables, plot = SUITES[name]
+        result = measure(asdict(config))
+        path = folder / f"benchmark_{name}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(tables(result))
+        drawn = plot(result, path.with_suffix(".png"))
+        print(f"\n{path}" + (f" and {path.with_suffix('.png').name}" if drawn else ""))
     return 0
 
 

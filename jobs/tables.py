@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rb_gpu.learn.policy import Evaluation
@@ -82,3 +83,37 @@ def lookup_tables(result: dict[str, Any]) -> str:
 def number(value: float, form: str, unit: str = "") -> str:
     """The number in the given form, or a dash where it is not known."""
     return f"{value:{form}}{unit}" if math.isfinite(value) else "-"
+
+
+def cluster_tables(result: dict[str, Any]) -> str:
+    """The suites cluster and seed: seconds with inertia over ours, by data, k and contestant."""
+    facts = result["machine"]
+    what = "seeding" if result["suite"] == "seed" else f"{result['settings']['iterations']} Lloyd iterations"
+    rows = []
+    for case in result["cases"]:
+        ours = case["rows"]["ours"]
+        for name, row in case["rows"].items():
+            label = (f"{Path(case['data']).name} {case['n']:,} x {case['dim']}, k={case['k']:,}", name)
+            if isinstance(row, str):
+                rows.append((*label, row, "", "", "", "", ""))
+                continue
+            rows.append(
+                (
+                    *label,
+                    f"{row['seconds']:.2f}",
+                    f"{row['seconds'] / ours['seconds']:.2f}",
+                    f"{row['inertia'] / ours['inertia']:.5f}",
+                    f"{row['gflops']:,.0f}" if "gflops" in row else "",
+                    f"{100 * row['share_of_sgemm_peak']:.0f} %" if "gflops" in row else "",
+                    f"{row['peak_bytes_over_start'] / 2**20:,.0f}" if "gflops" in row else "",
+                )
+            )
+    head = ("data", "contestant", "seconds", "over ours", "inertia over ours", "GFLOP/s", "of sgemm peak", "peak MiB")
+    exact = min(case["exact_share"] for case in result["cases"])
+    notes = [
+        f"{what}, medians of {result['settings']['rounds']} interleaved rounds, {facts['cores']} cores, "
+        f"{facts['processor']}; sgemm peak {facts['sgemm_peak_gflops']:.0f} GFLOP/s",
+        f"labels that float64 brute force confirms: {100 * exact:.4g} %; faiss runs with "
+        + (" ".join(f"{k}={v}" for k, v in facts["faiss_environment"].items()) or "the kernels it picks"),
+    ]
+    return "\n".join(notes) + "\n\n" + render(head, rows)

@@ -205,6 +205,11 @@ OUT_OF_BOUNDS_OF_A_JOB: dict[str, dict[str, list[Any]]] = {
         "rounds": [0],
         "batch": [0],
         "threads": [0],
+        "points": [[], [""]],
+        "n": [0],
+        "clusters": [[], [1]],
+        "iterations": [0],
+        "peers": [["cuvs"], [""]],
         "seed": [-1],
     },
 }

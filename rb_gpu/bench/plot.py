@@ -32,3 +32,28 @@ def plot_lookup(result: dict[str, Any], path: Path) -> bool:
     axes.legend()
     figure.savefig(path, dpi=150)
     return True
+
+
+def plot_cases(result: dict[str, Any], path: Path) -> bool:
+    """Seconds over k, both on log scales, a panel for each data; False where matplotlib is not installed."""
+    if optional("matplotlib") is None:
+        log.warning("no plot without matplotlib: pip install 'rb_gpu[bench]'")
+        return False
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(case["data"] for case in result["cases"]))
+    figure = Figure(figsize=(5 * len(names), 4.5), layout="constrained")
+    for axes, data in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        cases = [case for case in result["cases"] if case["data"] == data]
+        for name in cases[0]["rows"]:
+            points = [(c["k"], c["rows"][name]["seconds"]) for c in cases if isinstance(c["rows"][name], dict)]
+            if points:
+                width = 3 if name.startswith("ours") else 1.2
+                axes.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=width)
+        title = f"{Path(data).name}: {cases[0]['n']:,} x {cases[0]['dim']}"
+        axes.set(xscale="log", yscale="log", xlabel="clusters", ylabel="seconds", title=title)
+        axes.set_xticks([c["k"] for c in cases], [f"{c['k']:,}" for c in cases], minor=False)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+    return True

@@ -25,15 +25,16 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def interleaved(
-    contestants: Mapping[str, Callable[[int], npt.NDArray[np.float64]]], rounds: int, seed: int
+    contestants: Mapping[str, Callable[[int], npt.NDArray[np.float64]]], rounds: int, seed: int, *, warm: bool = True
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Samples of every contestant, one row a round. Each round runs all of them in another order, so that what slows
-    the machine for a while slows them alike; round 0 warms up and is dropped. A contestant is given its round.
+    the machine for a while slows them alike; round 0 warms up and is dropped, unless every call warms up by itself
+    (warm=False). A contestant is given its round.
     """
     order = list(contestants)
     samples: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in contestants}
     shuffle = random.Random(seed)
-    for turn in range(rounds + 1):
+    for turn in range(0 if warm else 1, rounds + 1):
         shuffle.shuffle(order)
         for name in order:
             found = contestants[name](turn)
@@ -65,17 +66,18 @@ def clean_environment(threads: int) -> dict[str, str]:
     return kept | dict.fromkeys(THREADS, str(threads))
 
 
-def in_process(module: str, settings: Any, threads: int) -> Any:
+def in_process(module: str, settings: Any, threads: int, environment: Mapping[str, str] | None = None) -> Any:
     """What `python -m MODULE` prints as JSON on its last line, given `settings` as JSON on its standard input.
 
-    A process of its own, since libraries read their number of threads once. Raises RuntimeError where it fails.
+    A process of its own, since libraries read their number of threads once; `environment` comes on top. Raises
+    RuntimeError where it fails.
     """
     done = subprocess.run(  # noqa: S603 - this interpreter and a module of this package
         [sys.executable, "-m", module],
         input=json.dumps(settings),
         stdout=subprocess.PIPE,
         text=True,
-        env=clean_environment(threads),
+        env=clean_environment(threads) | dict(environment or {}),
         check=False,
     )
     if done.returncode:
@@ -109,7 +111,19 @@ def machine() -> dict[str, Any]:
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     versions = {}
-    for name in ("numpy", "faiss-cpu", "hnswlib", "usearch", "safetensors"):
+    for name in (
+        "numpy",
+        "faiss-cpu",
+        "hnswlib",
+        "usearch",
+        "safetensors",
+        "torch",
+        "numba",
+        "scikit-learn",
+        "scikit-learn-intelex",
+        "superkmeans",
+        "pyarrow",
+    ):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

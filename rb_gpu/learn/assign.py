@@ -28,7 +28,7 @@ LEAST_TILE, LARGEST_TILE = 64, 2048
 # centroids of one block: their columns stay in its first cache
 BLOCK = 1024
 # multiplications of one assignment below which a choice takes longer than it saves
-SMALL_WORK = 2**31
+SMALL_WORK = 2**28
 WIDTHS = (32, 64, 96, 128, 192, 256)
 SAMPLE_ROWS = 2048
 TRIAL_ROWS, TRIALS = 256, 2

@@ -149,12 +149,17 @@ class SynthesizeConfig:
         check_count("seed", self.seed, 0)
 
 
+SUITES = ("lookup", "cluster", "seed", "load", "all")
+PEERS = ("faiss", "scikit-learn", "scikit-learn-intelex", "SuperKMeans", "plain torch", "sequential torch")
+
+
 @dataclass
 class BenchmarkConfig:
     """What `jobs.benchmark` reads: the sizes of the bank, and how long and on what it is measured.
 
     patterns: sizes of the bank. distinct_queries: in all rounds together. batch: queries of a batch. threads: that ask
-    at once.
+    at once. Of the suites cluster and seed: points are emb, gauss or .npy files, of at most n rows each, clusters
+    the numbers of them, iterations those of Lloyd, peers what is measured beside ours.
     """
 
     suite: str = "lookup"
@@ -165,10 +170,23 @@ class BenchmarkConfig:
     rounds: int = 5
     batch: int = 4096
     threads: int = 8
+    points: list[str] = field(default_factory=lambda: ["emb", "gauss"])
+    n: int = 200_000
+    clusters: list[int] = field(default_factory=lambda: [256, 1024, 4096])
+    iterations: int = 10
+    peers: list[str] = field(default_factory=lambda: list(PEERS))
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("suite", self.suite, ("lookup",))
+        check_choice("suite", self.suite, SUITES)
+        for key, known in (("peers", PEERS), ("points", ())):
+            listed = getattr(self, key)
+            ok = all(name and (not known or name in known) for name in listed) and (bool(known) or len(listed) > 0)
+            check(key, listed, ok, f"a list of {', '.join(known or ('emb', 'gauss', 'FILE.npy'))}", "mend it")
+        ok = len(self.clusters) > 0 and all(k >= 2 for k in self.clusters)
+        check("clusters", self.clusters, ok, "a list of integers >= 2", "give e.g. [256,1024]")
+        for key in ("n", "iterations"):
+            check_count(key, getattr(self, key))
         enough = len(self.patterns) > 0 and all(count > 5 for count in self.patterns)
         check("patterns", self.patterns, enough, "a list of sizes over 5", "give e.g. [256,1024]")
         for key in ("dim", "configs"):

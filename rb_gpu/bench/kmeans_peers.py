@@ -1,0 +1,181 @@
+"""One contestant of the suites cluster and seed, alone in its process: reads settings as JSON, prints what it took.
+
+`python -m rb_gpu.bench.kmeans_peers`. Every contestant first does a small problem, so that no compilation or thread
+start is timed. Suffixes: N points, K clusters, D dims.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Matrix = npt.NDArray[np.float32]
+WARM_ROWS, WARM_K = 8000, 256
+
+
+def ours(x: Matrix, start: Matrix, iterations: int) -> Matrix:
+    """rb_gpu.learn.kmeans from the given start."""
+    from rb_gpu.learn.kmeans import kmeans
+
+    return np.asarray(kmeans(x, len(start), init=start, max_iter=iterations, epsilon=0.0, device="cpu").centroids)
+
+
+def ours_lean(x: Matrix, start: Matrix, iterations: int) -> Matrix:
+    """The same with cluster.memory=lean."""
+    from rb_gpu.learn.kmeans import kmeans
+
+    result = kmeans(x, len(start), init=start, max_iter=iterations, epsilon=0.0, device="cpu", code_budget=0)
+    return np.asarray(result.centroids)
+
+
+def faiss(x: Matrix, start: Matrix, iterations: int) -> Matrix:
+    """faiss.Kmeans on all points."""
+    import faiss as library
+
+    model = library.Kmeans(
+        x.shape[1], len(start), niter=iterations, max_points_per_centroid=10**9, min_points_per_centroid=1
+    )
+    model.train(x, init_centroids=start)
+    return np.asarray(model.centroids)
+
+
+def scikit_learn(x: Matrix, start: Matrix, iterations: int) -> Matrix:
+    """sklearn.cluster.KMeans, Lloyd."""
+    from sklearn.cluster import KMeans
+
+    return np.asarray(KMeans(len(start), init=start, n_init=1, max_iter=iterations, tol=0).fit(x).cluster_centers_)
+
+
+def scikit_learn_intelex(x: Matrix, start: Matrix, iterations: int) -> Matrix:
+    """sklearnex.cluster.KMeans, Lloyd."""
+    from sklearnex.cluster import KMeans
+
+    return np.asarray(KMeans(len(start), init=start, n_init=1, max_iter=iterations, tol=0).fit(x).cluster_centers_)
+
+
+def superkmeans(x: Matrix, start: Matrix, iterations: int) -> Matrix:
+    """SuperKMeans, not hierarchical; it draws its own random start."""
+    from superkmeans import SuperKMeans
+
+    model = SuperKMeans(
+        len(start), x.shape[1], hierarchical=False, iters=iterations, sampling_fraction=1.0,
+        max_points_per_cluster=10**9, early_termination=False, tol=0.0,
+    )  # fmt: skip
+    return np.asarray(model.train(x))
+
+
+def plain_torch(x: Matrix, start: Matrix, iterations: int) -> Matrix:
+    """Products and argmin in tiles, sums by index_add."""
+    import torch
+
+    points, centroids = torch.from_numpy(x), torch.from_numpy(start).clone()
+    for _ in range(iterations):
+        half_K = centroids.square().sum(1) / 2
+        labels = torch.cat([(half_K - rows @ centroids.T).argmin(1) for rows in torch.split(points, 8192)])
+        sums = torch.zeros_like(centroids).index_add_(0, labels, points)
+        counts = torch.bincount(labels, minlength=len(centroids))[:, None]
+        centroids = torch.where(counts > 0, sums / counts.clamp(min=1), centroids)
+    return centroids.numpy()
+
+
+def seed_ours(x: Matrix, k: int, seed: int) -> Matrix:
+    """rb_gpu.learn.kmeans_plus_plus: blocks, exactly D² sampling."""
+    from rb_gpu.learn.kmeans import kmeans_plus_plus
+
+    return np.asarray(kmeans_plus_plus(x, k, seed=seed, device="cpu")[0])
+
+
+def seed_sequential(x: Matrix, k: int, seed: int) -> Matrix:
+    """One seed after the other in torch, exactly D² sampling."""
+    import torch
+
+    points, generator = torch.from_numpy(x), torch.Generator().manual_seed(seed)
+    norm_N = points.square().sum(1)
+    rows = [int(torch.randint(len(x), (1,), generator=generator))]
+    d2_N = torch.full((len(x),), torch.inf)
+    while len(rows) < k:
+        last = points[rows[-1]]
+        d2_N = torch.minimum(d2_N, (norm_N + last.dot(last) - 2 * (points @ last)).clamp_(min=0))
+        running_N = d2_N.cumsum(0, dtype=torch.float64)
+        target = torch.rand((), dtype=torch.float64, generator=generator) * running_N[-1]
+        rows.append(min(len(x) - 1, int(torch.searchsorted(running_N, target))))
+    return x[rows]
+
+
+def seed_faiss(x: Matrix, k: int, seed: int) -> Matrix:
+    """Faiss's k-means++."""
+    import faiss as library
+
+    model = library.Kmeans(
+        x.shape[1], k, niter=0, seed=seed + 1, max_points_per_centroid=10**9, min_points_per_centroid=1,
+        init_method=library.ClusteringInitMethod_KMEANS_PLUS_PLUS,
+    )  # fmt: skip
+    model.train(x)
+    return np.asarray(model.centroids)
+
+
+CLUSTER: dict[str, Callable[[Matrix, Matrix, int], Matrix]] = {
+    "ours": ours,
+    "ours, lean": ours_lean,
+    "faiss": faiss,
+    "scikit-learn": scikit_learn,
+    "scikit-learn-intelex": scikit_learn_intelex,
+    "SuperKMeans": superkmeans,
+    "plain torch": plain_torch,
+}
+SEED: dict[str, Callable[[Matrix, int, int], Matrix]] = {
+    "ours": seed_ours,
+    "sequential torch": seed_sequential,
+    "faiss": seed_faiss,
+}
+
+
+def resident(which: str) -> int:
+    """Bytes of memory of this process: VmRSS now, VmHWM at its peak; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(which)), 0)
+
+
+def run(settings: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of one call; its centroids go to settings["out"]. Raises ImportError where the library is missing."""
+    x = np.load(settings["x"])
+    k, rng = settings["k"], np.random.default_rng([7, settings["seed"]])
+    few = x[:WARM_ROWS]
+    if settings["suite"] == "seed":
+        call = SEED[settings["name"]]
+        call(few, WARM_K, 0)
+        started = time.perf_counter()
+        centroids = call(x, k, settings["seed"])
+    else:
+        fit, start = CLUSTER[settings["name"]], x[rng.choice(len(x), k, replace=False)].copy()
+        fit(few, few[:WARM_K].copy(), 2)
+        before = resident("VmRSS")
+        with suppress(OSError):  # from here on the peak is this call's
+            Path("/proc/self/clear_refs").write_text("5")
+        started = time.perf_counter()
+        centroids = fit(x, start, settings["iterations"])
+    seconds = time.perf_counter() - started
+    peak = resident("VmHWM")
+    np.save(settings["out"], np.ascontiguousarray(centroids, dtype=np.float32))
+    over = {} if settings["suite"] == "seed" else {"peak_bytes_over_start": peak - before}
+    return {"seconds": seconds, **over}
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    given = json.load(sys.stdin)
+    try:
+        found = run(given)
+    except ImportError as error:
+        found = {"missing": str(error.name)}
+    sys.stdout.write(json.dumps(found) + "\n")
