@@ -270,20 +270,21 @@ def move_rows(
     Only columns left to right, so that workers share no number. sums (K, D) int64 count multiples of 1/unit: integers
     add up to the same total in every order. A label below 0 has no sum.
     """
+    units = np.empty(right - left, np.int64)
     for m in range(rows_M.shape[0]):
-        i, old, new = rows_M[m], from_M[m], to_M[m]
-        weight = np.float64(weight_N[i]) * unit
-        if old >= 0 and new >= 0:
-            for t in range(left, right):
-                value = np.int64(np.rint(x_ND[i, t] * weight))
-                sums_KD[old, t] -= value
-                sums_KD[new, t] += value
-        elif new >= 0:
-            for t in range(left, right):
-                sums_KD[new, t] += np.int64(np.rint(x_ND[i, t] * weight))
-        elif old >= 0:
-            for t in range(left, right):
-                sums_KD[old, t] -= np.int64(np.rint(x_ND[i, t] * weight))
+        x_C = x_ND[rows_M[m], left:right]
+        weight = np.float64(weight_N[rows_M[m]]) * unit
+        # loops over one array each, which a compiler can turn into vectors
+        for t in range(units.shape[0]):
+            units[t] = np.int64(np.rint(x_C[t] * weight))
+        if to_M[m] >= 0:
+            sums_C = sums_KD[to_M[m], left:right]
+            for t in range(units.shape[0]):
+                sums_C[t] += units[t]
+        if from_M[m] >= 0:
+            sums_C = sums_KD[from_M[m], left:right]
+            for t in range(units.shape[0]):
+                sums_C[t] -= units[t]
 
 
 @_compiled()
