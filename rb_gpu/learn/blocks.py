@@ -1,4 +1,4 @@
-"""What is done to every embedding as it is loaded: a few megabytes at a time, on every core. N rows, D dims."""
+"""What is done to every embedding as it is loaded: some megabytes at a time, on every core. N rows, D dims."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy.typing as npt
 Matrix = npt.NDArray[np.float32]
 Copy = Callable[[Matrix, npt.NDArray[np.floating[Any]]], None]
 
-# small enough that what is copied is still in the cache when its norms are taken
-BLOCK_BYTES = 1 << 22
+# small enough that much of a block is still in the cache when its norms are taken; smaller ones wait for each other
+BLOCK_BYTES = 1 << 24
 # more of them copy no faster: the memory is busy
 MAX_THREADS = 8
 

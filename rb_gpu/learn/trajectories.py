@@ -276,7 +276,7 @@ def _with_default(
 
 
 def _fingerprint(trajectories: Trajectories) -> str:
-    """sha256 of every column; of the embeddings, of each row's checksum and of about WHOLE_ROWS of them themselves."""
+    """sha256 of every column; of the embeddings, of each row's checksum, and of some rows, for what checksums miss."""
     columns = {
         column.name: getattr(part, column.name)
         for part in (trajectories, trajectories.configs)
