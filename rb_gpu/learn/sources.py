@@ -235,7 +235,7 @@ def guarded(source: Source, columns: list[str], rows: int, key: str) -> Generato
         raise _cut_short(f"{key}={source.name}", error) from error
 
 
-def ahead(batches: Generator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def ahead(batches: Generator[pa.RecordBatch]) -> Generator[pa.RecordBatch]:
     """The batches, of which a thread reads the next one while the caller works on this one; no other is in memory.
 
     Raises what reading raises. The thread ends with the last batch, or when the caller closes this.

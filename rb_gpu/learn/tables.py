@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 
 from rb_gpu.errors import DataError
 from rb_gpu.learn.blocks import Copying, block_threads
+from rb_gpu.learn.cutoff import newest_rows, times_of
 from rb_gpu.learn.decode import (
     CONTRACT,
     NULL_TIER,
@@ -180,7 +182,7 @@ def check_sources(
         if any(column in s.schema.names for s in sources):
             log.warning("%s: %s is in some files only and is taken as absent", key, column)
     dim = _common_dim(sources, key) if "query_embedding" in wanted else None
-    cutoff = _cutoff(sources, newest, key) if newest is not None and newest < total else None
+    cutoff = newest_rows(sources, newest, key) if newest is not None and newest < total else None
     size = total if cutoff is None else cutoff.rows_kept
 
     kinds: dict[str, tuple[tuple[int, ...], type]] = {c: ((size,), rule.dtype) for c, rule in CONTRACT.items()}
@@ -189,14 +191,15 @@ def check_sources(
     file_id, file_row = np.empty(size, np.int32), np.empty(size, np.int64)
     tier_names: list[str] = list(tiers or ())
     filled = 0
-    with block_threads() as pool:
-        for source in sources:
-            row = 0
-            for batch in ahead(guarded(source, wanted, _batch_rows(dim), key)):
+    for source in sources:
+        row = 0
+        # closed: the threads end with an error too
+        with block_threads() as pool, closing(ahead(guarded(source, wanted, _batch_rows(dim), key))) as batches:
+            for batch in batches:
                 rows = np.arange(row, row + batch.num_rows)
                 row += batch.num_rows
                 if cutoff is not None:
-                    keep = cutoff.keep(_times(batch.column("timestamp"), f"{key}={source.name}"))
+                    keep = cutoff.keep(times_of(batch.column("timestamp"), f"{key}={source.name}"))
                     batch, rows = batch.filter(pa.array(keep)), rows[keep]
                 place = {name: array[filled : filled + batch.num_rows] for name, array in columns.items()}
                 good = _check_batch(batch, rows, source, place, tier_names, tiers is not None, bad, key, pool)
@@ -257,42 +260,6 @@ def _common_dim(sources: Sequence[Source], key: str) -> int:
             "train on one embedder's files at a time"
         )
     return next(iter(dims))
-
-
-@dataclass
-class _Cutoff:
-    """Rows with a timestamp over `after` stay, and the last of those equal to it."""
-
-    after: int
-    ties_to_skip: int
-    rows_kept: int
-
-    def keep(self, timestamp: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        equal = timestamp == self.after
-        skipped = equal & (np.cumsum(equal) <= self.ties_to_skip)
-        self.ties_to_skip -= int(skipped.sum())
-        kept: npt.NDArray[np.bool_] = (timestamp >= self.after) & ~skipped
-        return kept
-
-
-def _cutoff(sources: Sequence[Source], newest: int, key: str) -> _Cutoff:
-    times = np.concatenate(
-        [
-            _times(batch.column(0), f"{key}={source.name}")
-            for source in sources
-            for batch in guarded(source, ["timestamp"], BATCH_ROWS, key)
-        ]
-    )
-    after = int(np.partition(times, len(times) - newest)[len(times) - newest])
-    ties = int((times == after).sum()) - (newest - int((times > after).sum()))
-    return _Cutoff(after, ties, newest)
-
-
-def _times(column: pa.Array, source: str) -> npt.NDArray[np.int64]:
-    """Timestamps as the ring buffer sees them: a bad one is older than all others, lest it push good rows out."""
-    seconds, missing = decode_times(column, f"{source}: column timestamp")
-    bad = missing | CONTRACT["timestamp"].outside(seconds)
-    return np.where(bad, np.iinfo(np.int64).min, seconds)
 
 
 def _check_batch(
