@@ -150,16 +150,13 @@ def quantise(
     if context_step > 1:
         steps = np.maximum(np.rint(context / context_step).astype(np.int64), 1)  # a context of 0 tokens is none
         context = np.minimum(steps * context_step, MAX_COUNT)
-    keys = np.stack(
-        [
-            np.asarray(columns["ef_search"], dtype=np.int64),
-            np.asarray(columns["n_probes"], dtype=np.int64),
-            np.asarray(columns["model_tier"], dtype=np.int64),
-            context,
-            temperature_bucket(columns["temperature"], temperature_step),
-        ],
-        axis=1,
-    )
+    keys = [
+        np.asarray(columns["ef_search"], dtype=np.int64),
+        np.asarray(columns["n_probes"], dtype=np.int64),
+        np.asarray(columns["model_tier"], dtype=np.int64),
+        context,
+        temperature_bucket(columns["temperature"], temperature_step),
+    ]
     rows, config_id = _unique_rows(keys)
     if len(rows) > MAX_CONFIGS:
         widths = {name: len(np.unique(rows[:, i])) for i, name in enumerate(PARAMETERS)}
@@ -180,15 +177,33 @@ def quantise(
     return table, config_id
 
 
-def _unique_rows(keys_NM: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Distinct rows in lexicographic order and each row's index; codes per column keep it fast for millions of rows."""
-    code = np.zeros(len(keys_NM), dtype=np.int64)
-    for column in keys_NM.T:
-        values, inverse = np.unique(column, return_inverse=True)
-        # recoding to the codes in use keeps them below N * len(values), far from int64's end
-        _, code = np.unique(code * len(values) + inverse, return_inverse=True)
-    _, first = np.unique(code, return_index=True)
-    return keys_NM[first], code.astype(np.int64)
+def _unique_rows(columns: Sequence[npt.NDArray[np.int64]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Distinct rows in lexicographic order (C, M) of M columns (N,), and each row's index (N,)."""
+    code, count = np.zeros(len(columns[0]), dtype=np.int64), min(len(columns[0]), 1)
+    for column in columns:
+        if (column == column[:1]).all():
+            continue
+        # codes per column keep it fast for millions of rows; recoding to those in use keeps them far from int64's end
+        inverse, values = _codes(column)
+        code, count = _codes(code * values + inverse)
+    of_code = np.empty(count, dtype=np.int64)
+    of_code[code] = np.arange(len(code))  # whichever row of a code: they are equal
+    return np.stack([column[of_code] for column in columns], axis=1), code
+
+
+def _codes(values_N: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], int]:
+    """Each value's place among the distinct ones in order (N,), and how many there are."""
+    if len(values_N) == 0:
+        return values_N, 0
+    offset_N = values_N - values_N.min()
+    span = int(offset_N.max()) + 1
+    if span > max(len(values_N), 1 << 16):
+        distinct, inverse_N = np.unique(values_N, return_inverse=True)
+        return inverse_N.astype(np.int64), len(distinct)
+    used = np.zeros(span, dtype=np.int64)  # marks take a few passes, where to sort takes many
+    used[offset_N] = 1
+    rank = np.cumsum(used)
+    return rank[offset_N] - 1, int(rank[-1])
 
 
 def snap(value: float, tried: npt.NDArray[Any]) -> int:

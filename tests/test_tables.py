@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -592,6 +593,15 @@ def test_column_of_a_wrong_type(tmp_path):
     table = arrow(good(2)).set_column(0, "id", pa.array(["a", "b"]))
     path = write(tmp_path / "x.parquet", table)
     assert error(path) == f"data.path={path}: column id is string; store ids as uint64"
+
+
+def test_no_thread_outlives_an_error(tmp_path):
+    table = arrow(good(2000)).set_column(12, "timestamp", pa.array(["a"] * 2000))
+    path = write(tmp_path / "x.parquet", table)
+    with pytest.raises(DataError) as raised:
+        read(path)
+    assert raised.value.__traceback__ is not None  # whose frames would keep the reader alive
+    assert not [t for t in threading.enumerate() if t.name.startswith(("reader", "block"))]
 
 
 @pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.list_(pa.float32(), 5)], ids=str)

@@ -33,6 +33,14 @@ class Column:
         below = array <= self.least if self.open_below else array < self.least
         return np.asarray(below | (array > self.largest))
 
+    def holds(self, array: npt.NDArray[Any]) -> bool:
+        """Whether all values are within the bounds: two passes, and none of them writes. No values are not."""
+        if len(array) == 0:
+            return False
+        least, largest = array.min(), array.max()  # NaN where one of them is
+        above = least > self.least if self.open_below else least >= self.least
+        return bool(above and largest <= self.largest)
+
     @property
     def bounds(self) -> str:
         """The bounds and the unit, for messages."""
@@ -79,18 +87,24 @@ def list_dim(column: pa.Array) -> int | None:
 
 
 def decode_embeddings(column: pa.Array, dim: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """(N, D) float32, and which rows have D values (N,); the others are zero. Nulls inside a row come out as NaN."""
+    """(N, D) float32, and which rows have D values (N,); the others are zero. Nulls inside a row come out as NaN.
+
+    The matrix is the column's own memory where that is float32 and no row is null.
+    """
     n = len(column)
-    valid = column.is_valid().to_numpy(zero_copy_only=False)
     kind = column.type
-    if pa.types.is_fixed_size_binary(kind):
-        buffer = column.buffers()[1] if n else b""
-        raw = np.frombuffer(buffer, np.float32, count=n * dim, offset=column.offset * 4 * dim if n else 0)
-        return np.where(valid[:, None], raw.reshape(n, dim), np.float32(0)), valid
-    if pa.types.is_fixed_size_list(kind):
-        # .values ignores both the slice and the nulls, which keeps rows aligned where .flatten() would drop null rows
-        matrix = _matrix(column.values.slice(column.offset * dim, n * dim), dim)
-        return matrix if valid.all() else np.where(valid[:, None], matrix, np.float32(0)), valid
+    if pa.types.is_fixed_size_binary(kind) or pa.types.is_fixed_size_list(kind):
+        if pa.types.is_fixed_size_binary(kind):
+            buffer = column.buffers()[1] if n else b""
+            offset = column.offset * 4 * dim if n else 0
+            matrix = np.frombuffer(buffer, np.float32, count=n * dim, offset=offset).reshape(n, dim)
+        else:
+            # .values ignores both the slice and the nulls, which keeps rows aligned where .flatten() drops null rows
+            matrix = _matrix(column.values.slice(column.offset * dim, n * dim), dim)
+        if column.null_count == 0:
+            return matrix, np.ones(n, dtype=bool)
+        valid = column.is_valid().to_numpy(zero_copy_only=False)
+        return np.where(valid[:, None], matrix, np.float32(0)), valid
     right = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False) == dim
     if right.all():
         return _matrix(column.flatten(), dim), right
@@ -116,17 +130,28 @@ def decode_numbers(column: pa.Array, dtype: type, where: str) -> tuple[npt.NDArr
         raise DataError(f"{where} is {kind}; store ids as uint64")
     if not (is_float or pa.types.is_integer(kind)):
         raise DataError(f"{where} is {kind}; store it as a number")
-    missing = column.is_null().to_numpy(zero_copy_only=False)
-    array = np.asarray(pc.fill_null(column, 0).to_numpy(zero_copy_only=False))
+    missing = _nulls(column)
+    array = np.asarray(_filled(column).to_numpy(zero_copy_only=False))
     if dtype is np.uint64:
-        return array.astype(np.uint64), missing
+        return array.astype(np.uint64, copy=False), missing
     if dtype is np.float32:
         with np.errstate(over="ignore"):
-            array = array.astype(np.float32)
+            array = array.astype(np.float32, copy=False)
     if is_float:
         missing = missing | ~np.isfinite(array)
-        array = np.where(missing, 0, array)
+        array = np.where(missing, 0, array) if missing.any() else array
     return array, missing
+
+
+def _nulls(column: pa.Array) -> npt.NDArray[np.bool_]:
+    if column.null_count == 0:
+        return np.zeros(len(column), dtype=bool)
+    nulls: npt.NDArray[np.bool_] = column.is_null().to_numpy(zero_copy_only=False)
+    return nulls
+
+
+def _filled(column: pa.Array) -> pa.Array:
+    return pc.fill_null(column, 0) if column.null_count else column
 
 
 def decode_times(column: pa.Array, where: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
@@ -135,8 +160,8 @@ def decode_times(column: pa.Array, where: str) -> tuple[npt.NDArray[np.int64], n
         column = pc.cast(column, pa.timestamp("s", column.type.tz), safe=False)
     elif not pa.types.is_integer(column.type):
         raise DataError(f"{where} is {column.type}; store a timestamp, or integer UTC seconds")
-    seconds = pc.fill_null(pc.cast(column, pa.int64(), safe=False), 0)
-    return seconds.to_numpy(zero_copy_only=False), column.is_null().to_numpy(zero_copy_only=False)
+    seconds = _filled(pc.cast(column, pa.int64(), safe=False))
+    return seconds.to_numpy(zero_copy_only=False), _nulls(column)
 
 
 def decode_tiers(column: pa.Array, names: list[str], fixed: bool, where: str) -> npt.NDArray[np.int32]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
 from rb_gpu.errors import DataError
+from rb_gpu.learn.blocks import Copy, Matrix
 from rb_gpu.trajectory_file import read_batches
 
 BATCH_ROWS = 65_536
@@ -26,12 +31,16 @@ KNOWN_SUFFIXES = PARQUET_SUFFIXES + IPC_SUFFIXES + SQLITE_SUFFIXES
 
 @dataclass(frozen=True)
 class Source:
-    """One file: its schema, its rows, and its batches restricted to the given columns, of at most the given rows."""
+    """One file: its schema, its rows, and its batches restricted to the given columns, of at most the given rows.
+
+    copy: copies embeddings out of a batch, like np.copyto.
+    """
 
     name: str
     schema: pa.Schema
     rows: int
     batches: Callable[[list[str], int], Iterator[pa.RecordBatch]]
+    copy: Copy = np.copyto
 
 
 def list_paths(path: str | Sequence[str], key: str) -> list[tuple[pyarrow.fs.FileSystem, str]]:
@@ -87,7 +96,7 @@ def open_source(filesystem: pyarrow.fs.FileSystem, name: str, key: str) -> Sourc
         if suffix in PARQUET_SUFFIXES:
             return _open_parquet(filesystem, name)
         if suffix in IPC_SUFFIXES:
-            return _open_ipc(filesystem, name)
+            return _open_ipc(filesystem, name, key)
         if suffix in SQLITE_SUFFIXES:
             return _open_log(name)
     except (pa.ArrowException, OSError) as error:
@@ -114,24 +123,65 @@ def _open_parquet(filesystem: pyarrow.fs.FileSystem, name: str) -> Source:
     return Source(name, schema, metadata.num_rows, batches)
 
 
-def _open_ipc(filesystem: pyarrow.fs.FileSystem, name: str) -> Source:
+class _Mapped:
+    """A local file as a memory map, of which nothing but what is used is read. where: the file, for messages."""
+
+    def __init__(self, name: str, where: str) -> None:
+        self.name, self.where = name, where
+
+    def open(self) -> pa.MemoryMappedFile:
+        file = pa.memory_map(self.name)
+        whole = file.read_buffer(file.size())
+        self.address, self.size, self.stat = whole.address, whole.size, os.fstat(file.fileno())
+        return file
+
+    def copy(self, to_ND: Matrix, from_ND: npt.NDArray[np.floating[Any]]) -> None:
+        """Copies rows that lie in the map by reading them: faster than the map's page faults, and no page of it stays
+        among this process's memory.
+        """
+        offset = from_ND.ctypes.data - self.address
+        if 0 <= offset < self.size and from_ND.dtype == to_ND.dtype and from_ND.flags.c_contiguous:
+            try:
+                with open(self.name, "rb", buffering=0) as file:  # noqa: PTH123 - the same on every system
+                    # another file may have taken this one's name since it was mapped
+                    if os.path.samestat(os.fstat(file.fileno()), self.stat):
+                        file.seek(offset)
+                        if file.readinto(to_ND.data) == to_ND.nbytes:
+                            return
+            except OSError as error:
+                raise _cut_short(self.where, error) from error
+        np.copyto(to_ND, from_ND)
+
+
+def _open_ipc(filesystem: pyarrow.fs.FileSystem, name: str, key: str) -> Source:
+    local = _Mapped(name, f"{key}={name}") if isinstance(filesystem, pyarrow.fs.LocalFileSystem) else None
+
     def reader(fields: list[int]) -> pa.RecordBatchFileReader:
-        local = isinstance(filesystem, pyarrow.fs.LocalFileSystem)
-        file = pa.memory_map(name) if local else filesystem.open_input_file(name)
+        file = local.open() if local else filesystem.open_input_file(name)
         return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=fields))
 
-    def batches(columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
-        opened = reader([schema.get_field_index(c) for c in columns])  # the others may be compressed
-        for i in range(opened.num_record_batches):
-            batch = opened.get_batch(i)
-            batch.validate(full=True)  # Arrow trusts the offsets in a file, and would read beyond its end
-            for start in range(0, batch.num_rows, rows):
-                yield batch.slice(start, rows)
-
-    counter = reader([0])
+    first, whole = reader([0]), reader([])
+    schema = whole.schema
+    # asked for some columns, Arrow copies them; but asked for all, it unpacks all that are compressed,
+    # which are buffers of their own where the others are parts of the file
+    mapped = local is not None and first.num_record_batches > 0 and _lies_in_file(first.get_batch(0).column(0))
+    counter = whole if mapped else first
     count = sum(counter.get_batch(i).num_rows for i in range(counter.num_record_batches))
-    schema = reader([]).schema
-    return Source(name, schema, count, batches)
+
+    def batches(columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
+        opened = reader([] if mapped else [schema.get_field_index(c) for c in columns])
+        for i in range(opened.num_record_batches):
+            batch = opened.get_batch(i).select(columns)
+            batch.validate(full=True)  # Arrow trusts the offsets in a file, and would read beyond its end
+            step = BATCH_ROWS if mapped else rows  # what is mapped takes no memory
+            for start in range(0, batch.num_rows, step):
+                yield batch.slice(start, step)
+
+    return Source(name, schema, count, batches, local.copy if local else np.copyto)
+
+
+def _lies_in_file(column: pa.Array) -> bool:
+    return all(buffer.parent is not None for buffer in column.buffers() if buffer is not None)
 
 
 _LOG_TYPES: dict[str, pa.DataType] = {
@@ -177,14 +227,28 @@ def _log_batch(columns: dict[str, Any], kinds: dict[str, pa.DataType]) -> pa.Rec
     return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(kinds))
 
 
-def guarded(source: Source, columns: list[str], rows: int, key: str) -> Iterator[pa.RecordBatch]:
+def guarded(source: Source, columns: list[str], rows: int, key: str) -> Generator[pa.RecordBatch]:
     """The source's batches; damage met while reading becomes a DataError."""
     try:
         yield from source.batches(columns, rows)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{key}={source.name} cannot be read to its end ({_first_line(error)}); the file is damaged"
-        ) from error
+        raise _cut_short(f"{key}={source.name}", error) from error
+
+
+def ahead(batches: Generator[pa.RecordBatch]) -> Generator[pa.RecordBatch]:
+    """The batches, of which a thread reads the next one while the caller works on this one; no other is in memory.
+
+    Raises what reading raises. The thread ends with the last batch, or when the caller closes this.
+    """
+    with closing(batches), ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
+        coming = reader.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = reader.submit(next, batches, None)
+            yield batch
+
+
+def _cut_short(where: str, error: Exception) -> DataError:
+    return DataError(f"{where} cannot be read to its end ({_first_line(error)}); the file is damaged")
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,6 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rb_gpu.errors import DataError
+from rb_gpu.learn.blocks import Copying, block_threads
+from rb_gpu.learn.cutoff import newest_rows, times_of
 from rb_gpu.learn.decode import (
     CONTRACT,
     NULL_TIER,
@@ -30,13 +34,13 @@ from rb_gpu.learn.decode import (
     embedding_dim,
     list_dim,
 )
-from rb_gpu.learn.sources import BATCH_ROWS, Source, guarded, list_paths, open_source
+from rb_gpu.learn.sources import BATCH_ROWS, Source, ahead, guarded, list_paths, open_source
 
 log = logging.getLogger(__name__)
 
 OFFENDERS_SHOWN = 5
-# of embeddings at a time; Arrow takes several times as much to read them
-CHUNK_BYTES = 1 << 22
+# of embeddings at a time; Arrow takes several times as much to read them from Parquet
+CHUNK_BYTES = 3 << 21
 COMPACT_ROWS = 4096
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -178,38 +182,48 @@ def check_sources(
         if any(column in s.schema.names for s in sources):
             log.warning("%s: %s is in some files only and is taken as absent", key, column)
     dim = _common_dim(sources, key) if "query_embedding" in wanted else None
-    cutoff = _cutoff(sources, newest, key) if newest is not None and newest < total else None
+    cutoff = newest_rows(sources, newest, key) if newest is not None and newest < total else None
     size = total if cutoff is None else cutoff.rows_kept
 
-    columns: Columns = {c: np.empty(size, CONTRACT[c].dtype) for c in wanted if c in CONTRACT}
-    if dim is not None:
-        columns["query_embedding"] = np.empty((size, dim), np.float32)
-    if "model_tier" in wanted:
-        columns["model_tier"] = np.empty(size, np.int32)
+    kinds: dict[str, tuple[tuple[int, ...], type]] = {c: ((size,), rule.dtype) for c, rule in CONTRACT.items()}
+    kinds |= {"query_embedding": ((size, dim or 0), np.float32), "model_tier": ((size,), np.int32)}
+    columns: Columns = {c: np.empty(*kinds[c]) for c in wanted}
     file_id, file_row = np.empty(size, np.int32), np.empty(size, np.int64)
     tier_names: list[str] = list(tiers or ())
     filled = 0
     for source in sources:
         row = 0
-        for batch in guarded(source, wanted, _batch_rows(dim), key):
-            rows = np.arange(row, row + batch.num_rows)
-            row += batch.num_rows
-            if cutoff is not None:
-                keep = cutoff.keep(_times(batch.column("timestamp"), f"{key}={source.name}"))
-                batch, rows = batch.filter(pa.array(keep)), rows[keep]
-            values, good = _check_batch(batch, wanted, rows, source.name, dim, tier_names, tiers is not None, bad, key)
-            n = int(good.sum())
-            for name, array in values.items():
-                columns[name][filled : filled + n] = array if n == len(good) else array[good]
-            file_id[filled : filled + n], file_row[filled : filled + n] = files.index(source.name), rows[good]
-            filled += n
+        # closed: the threads end with an error too
+        with block_threads() as pool, closing(ahead(guarded(source, wanted, _batch_rows(dim), key))) as batches:
+            for batch in batches:
+                rows = np.arange(row, row + batch.num_rows)
+                row += batch.num_rows
+                if cutoff is not None:
+                    keep = cutoff.keep(times_of(batch.column("timestamp"), f"{key}={source.name}"))
+                    batch, rows = batch.filter(pa.array(keep)), rows[keep]
+                place = {name: array[filled : filled + batch.num_rows] for name, array in columns.items()}
+                good = _check_batch(batch, rows, source, place, tier_names, tiers is not None, bad, key, pool)
+                n = int(good.sum())
+                if n < len(good):
+                    for array in place.values():
+                        _compact(array, good)
+                file_id[filled : filled + n], file_row[filled : filled + n] = files.index(source.name), rows[good]
+                filled += n
     columns = {name: array[:filled] for name, array in columns.items()}
     table = Table(columns, tier_names, size, label, files, file_id[:filled], file_row[:filled])
-    if unique in columns:
+    if unique in columns and not distinct(columns[unique]):
         repeated = np.ones(filled, dtype=bool)
         repeated[np.unique(columns[unique], return_index=True)[1]] = False
         table.refuse(repeated, f"duplicate {unique}", unique, bad)
     return table
+
+
+def distinct(values: npt.NDArray[np.uint64]) -> bool:
+    """Whether no value is there twice: far sooner known than which ones are, and at once where they ascend."""
+    if (values[1:] > values[:-1]).all():
+        return True
+    ordered = np.sort(values)
+    return not bool((ordered[1:] == ordered[:-1]).any())
 
 
 def _check_columns(source: Source, required: Sequence[str], optional: Sequence[str], key: str) -> None:
@@ -248,89 +262,61 @@ def _common_dim(sources: Sequence[Source], key: str) -> int:
     return next(iter(dims))
 
 
-@dataclass
-class _Cutoff:
-    """Rows with a timestamp over `after` stay, and the last of those equal to it."""
-
-    after: int
-    ties_to_skip: int
-    rows_kept: int
-
-    def keep(self, timestamp: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        equal = timestamp == self.after
-        skipped = equal & (np.cumsum(equal) <= self.ties_to_skip)
-        self.ties_to_skip -= int(skipped.sum())
-        kept: npt.NDArray[np.bool_] = (timestamp >= self.after) & ~skipped
-        return kept
-
-
-def _cutoff(sources: Sequence[Source], newest: int, key: str) -> _Cutoff:
-    times = np.concatenate(
-        [
-            _times(batch.column(0), f"{key}={source.name}")
-            for source in sources
-            for batch in guarded(source, ["timestamp"], BATCH_ROWS, key)
-        ]
-    )
-    after = int(np.partition(times, len(times) - newest)[len(times) - newest])
-    ties = int((times == after).sum()) - (newest - int((times > after).sum()))
-    return _Cutoff(after, ties, newest)
-
-
-def _times(column: pa.Array, source: str) -> npt.NDArray[np.int64]:
-    """Timestamps as the ring buffer sees them: a bad one is older than all others, lest it push good rows out."""
-    seconds, missing = decode_times(column, f"{source}: column timestamp")
-    bad = missing | CONTRACT["timestamp"].outside(seconds)
-    return np.where(bad, np.iinfo(np.int64).min, seconds)
-
-
 def _check_batch(
     batch: pa.RecordBatch,
-    wanted: Sequence[str],
     rows: npt.NDArray[np.int64],
-    source: str,
-    dim: int | None,
+    source: Source,
+    place: Columns,
     tier_names: list[str],
     tiers_fixed: bool,
     bad: BadRows,
     key: str,
-) -> tuple[Columns, npt.NDArray[np.bool_]]:
-    """The batch's columns as NumPy, and which rows are good; each bad row goes under its first reason."""
+    pool: Executor,
+) -> npt.NDArray[np.bool_]:
+    """Decodes the batch into the arrays of `place`, and tells which rows are good; each bad one goes under its first
+    reason. rows: the batch's row numbers in the file.
+    """
     good = np.ones(batch.num_rows, dtype=bool)
     ids = np.zeros(batch.num_rows, np.uint64)
-    values: Columns = {}
 
     def refuse(mask: npt.NDArray[np.bool_], reason: str) -> None:
+        if not mask.any():
+            return
         hit = mask & good
-        bad.add(source, rows[hit], ids[hit], reason)
+        bad.add(source.name, rows[hit], ids[hit], reason)
         good[hit] = False
 
-    for name in wanted:  # not the batch's order: reasons go by the contract's, whatever the file's
-        column, where = batch.column(name), f"{key}={source}: column {name}"
+    if "query_embedding" in place:
+        x_ND = place["query_embedding"]
+        matrix, right_length = decode_embeddings(batch.column("query_embedding"), x_ND.shape[1])
+        copying = Copying(matrix, x_ND, source.copy, pool)  # goes on while the other columns are checked
+    for name, out in place.items():  # not the batch's order: reasons go by the contract's, whatever the file's
+        column, where = batch.column(name), f"{key}={source.name}: column {name}"
         if name == "query_embedding":
-            embedding, right_length = decode_embeddings(column, dim or 0)
-            refuse(~right_length, f"query_embedding has not {dim} values")
-            norm2 = np.einsum("nd,nd->n", embedding, embedding, dtype=np.float64)
+            norm2 = copying.norm2()
+            refuse(~right_length, f"query_embedding has not {out.shape[1]} values")
             refuse(~np.isfinite(norm2), "query_embedding is not finite")
             refuse(norm2 == 0, "query_embedding has norm 0")
-            values[name] = embedding
         elif name == "model_tier":
-            codes = decode_tiers(column, tier_names, tiers_fixed, where)
-            refuse(codes == NULL_TIER, "model_tier is null")
-            refuse(codes == UNKNOWN_TIER, f"unknown model_tier (params.tiers={tier_names})")
-            values[name] = codes
+            out[:] = decode_tiers(column, tier_names, tiers_fixed, where)
+            refuse(out == NULL_TIER, "model_tier is null")
+            refuse(out == UNKNOWN_TIER, f"unknown model_tier (params.tiers={tier_names})")
         else:
             rule = CONTRACT[name]
             array, missing = (
                 decode_times(column, where) if name == "timestamp" else decode_numbers(column, rule.dtype, where)
             )
-            if name == "id" or (name == "query_id" and "id" not in wanted):
+            if name == "id" or (name == "query_id" and "id" not in place):
                 ids = array
+            if rule.holds(array) and not missing.any() and (rule.dtype is np.float32 or array.dtype.kind != "f"):
+                out[:] = array
+                continue
             if not rule.nullable:
                 refuse(missing, f"{name} is null or not a number")
             if rule.dtype is not np.float32 and array.dtype.kind == "f":
                 refuse(array != np.rint(array), f"{name} is not an integer")
             outside = rule.outside(array) & ~missing
             refuse(outside, f"{name} is outside {rule.bounds}")
-            values[name] = np.where(missing | outside, 0, array).astype(rule.dtype)
-    return values, good
+            unusable = missing | outside
+            out[:] = np.where(unusable, 0, array) if unusable.any() else array
+    return good

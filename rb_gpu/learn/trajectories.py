@@ -17,14 +17,16 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from rb_gpu.errors import ConfigError, DataError
+from rb_gpu.learn.blocks import block_threads, row_sums
 from rb_gpu.learn.config import DataConfig, ParamsConfig
 from rb_gpu.learn.sources import Source as TableSource
-from rb_gpu.learn.tables import BadRows, Columns, Table, check_sources, read_table
+from rb_gpu.learn.tables import BadRows, Columns, Table, check_sources, distinct, read_table
 from rb_gpu.params import PARAMETERS, ConfigTable, SearchParams, quantise
 from rb_gpu.types import QueryTrajectory
 
 log = logging.getLogger(__name__)
 
+WHOLE_ROWS = 1024
 OUTCOME_REQUIRED = ("id", "precision", "recall", "latency_us")
 QUERY_REQUIRED = ("query_embedding", "timestamp")
 OUTCOME_OPTIONAL = (*PARAMETERS, "cost", "rating", "propensity")
@@ -32,7 +34,7 @@ OUTCOME_OPTIONAL = (*PARAMETERS, "cost", "rating", "propensity")
 
 @dataclass(frozen=True)
 class Source:
-    """What was read: files, rows seen, bad rows by reason, sha256 of the good rows' content."""
+    """What was read: files, rows seen, bad rows by reason, a fingerprint of the good rows' content."""
 
     path: str = ""
     files: tuple[str, ...] = ()
@@ -147,14 +149,15 @@ def _join(outcomes: Table, queries: Table | None, bad: BadRows, capacity: int | 
     """Rows with the row of their query: adds query_row (N,) and the query table's x_QD, query_id, query_time."""
     columns = outcomes.columns
     if queries is None:
-        group = columns.pop("query_id", columns["id"])
-        query_id, first, row = np.unique(group, return_index=True, return_inverse=True)
-        order = np.argsort(first, kind="stable")  # queries stay in the order of the file, not of their ids
-        rank = np.empty_like(order)
-        rank[order] = np.arange(len(order))
-        x = columns.pop("query_embedding")
-        columns["x_QD"] = x if len(first) == len(x) else x[first[order]]
-        columns["query_id"], columns["query_row"] = query_id[order], rank[row]
+        group, x = columns.pop("query_id", columns["id"]), columns.pop("query_embedding")
+        if group is columns["id"] or distinct(group):
+            columns["x_QD"], columns["query_id"], columns["query_row"] = x, group, np.arange(len(group))
+        else:
+            query_id, first, row = np.unique(group, return_index=True, return_inverse=True)
+            order = np.argsort(first, kind="stable")  # queries stay in the order of the file, not of their ids
+            rank = np.empty_like(order)
+            rank[order] = np.arange(len(order))
+            columns["x_QD"], columns["query_id"], columns["query_row"] = x[first[order]], query_id[order], rank[row]
     else:
         table = queries.columns
         query_id, first = np.unique(table["query_id"], return_index=True)
@@ -273,14 +276,20 @@ def _with_default(
 
 
 def _fingerprint(trajectories: Trajectories) -> str:
-    digest = hashlib.sha256()
-    for part in (trajectories, trajectories.configs):
-        for column in fields(part):
-            value = getattr(part, column.name)
-            if isinstance(value, np.ndarray):
-                digest.update(column.name.encode())
-                digest.update(np.ascontiguousarray(value).data)
-    digest.update(repr((trajectories.configs.tiers, trajectories.configs.default)).encode())
+    """sha256 of every column; of the embeddings, of each row's checksum, and of some rows, for what checksums miss."""
+    columns = {
+        column.name: getattr(part, column.name)
+        for part in (trajectories, trajectories.configs)
+        for column in fields(part)
+        if isinstance(getattr(part, column.name), np.ndarray)
+    }
+    x_QD = columns.pop("x_QD")
+    with block_threads() as pool:
+        columns["x_QD"] = row_sums(x_QD, pool)
+        columns["some of x_QD"] = x_QD[:: max(1, len(x_QD) // WHOLE_ROWS)]
+        digests = pool.map(lambda column: hashlib.sha256(np.ascontiguousarray(column).data).digest(), columns.values())
+        digest = hashlib.sha256(b"".join(digests))
+    digest.update(repr((list(columns), trajectories.configs.tiers, trajectories.configs.default)).encode())
     return digest.hexdigest()
 
 

@@ -1,0 +1,77 @@
+"""What is done to every embedding as it is loaded: some megabytes at a time, on every core. N rows, D dims."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Matrix = npt.NDArray[np.float32]
+Copy = Callable[[Matrix, npt.NDArray[np.floating[Any]]], None]
+
+# small enough that much of a block is still in the cache when its norms are taken; smaller ones wait for each other
+BLOCK_BYTES = 1 << 24
+# more of them copy no faster: the memory is busy
+MAX_THREADS = 8
+
+
+def block_threads() -> ThreadPoolExecutor:
+    """The threads that blocks run on, made once for many batches: to start one takes as long as to copy a block."""
+    return ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS), thread_name_prefix="block")
+
+
+def start_blocks(pool: Executor, work: Callable[[int, int], object], rows: int, row_bytes: int) -> list[Future[object]]:
+    """Starts work(start, stop) on consecutive blocks of about BLOCK_BYTES."""
+    step = max(1, BLOCK_BYTES // row_bytes)
+    return [pool.submit(work, start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+class Copying:
+    """Rows that are being copied by the threads of a pool."""
+
+    def __init__(self, from_ND: npt.NDArray[np.floating[Any]], to_ND: Matrix, copy: Copy, pool: Executor) -> None:
+        self._norm2_N = np.empty(len(to_ND))
+
+        def block(start: int, stop: int) -> None:
+            x_ND, norm2 = to_ND[start:stop], self._norm2_N[start:stop]
+            copy(x_ND, from_ND[start:stop])
+            norm2[:] = np.einsum("nd,nd->n", x_ND, x_ND)
+            # float32 squares are several times as fast; those that leave its range are taken again
+            unsure = ~((norm2 > 0) & (norm2 < np.inf))
+            if unsure.any():
+                some_ND = x_ND[unsure]
+                norm2[unsure] = np.einsum("nd,nd->n", some_ND, some_ND, dtype=np.float64)
+
+        self._blocks = start_blocks(pool, block, len(to_ND), to_ND.strides[0])
+
+    def norm2(self) -> npt.NDArray[np.float64]:
+        """The squared norms (N,) once all is copied: not finite where a value is not, 0 only where all values are.
+
+        Raises what copying raised.
+        """
+        for block in self._blocks:
+            block.result()
+        return self._norm2_N
+
+
+def row_sums(x_ND: Matrix, pool: Executor) -> npt.NDArray[np.unsignedinteger[Any]]:
+    """A checksum of each row (N,): its bits as integers times fixed odd weights, modulo 2^64 (2^32 where D is odd).
+
+    Ten times as fast as sha256, for tables of many gigabytes. A row that changes keeps its sum once in billions of
+    times, or where only the signs of several values change, which may cancel.
+    """
+    bits_NL: npt.NDArray[np.unsignedinteger[Any]] = x_ND.view(np.uint64 if x_ND.shape[1] % 2 == 0 else np.uint32)
+    # NumPy keeps the raw numbers of its bit generators the same in all versions
+    weight_L = (np.random.PCG64(0).random_raw(bits_NL.shape[1]) | np.uint64(1)).astype(bits_NL.dtype)
+    sum_N = np.empty(len(x_ND), bits_NL.dtype)
+
+    def block(start: int, stop: int) -> None:
+        np.einsum("nl,l->n", bits_NL[start:stop], weight_L, out=sum_N[start:stop])
+
+    for started in start_blocks(pool, block, len(x_ND), x_ND.strides[0]):
+        started.result()
+    return sum_N
