@@ -117,3 +117,24 @@ def cluster_tables(result: dict[str, Any]) -> str:
         + (" ".join(f"{k}={v}" for k, v in facts["faiss_environment"].items()) or "the kernels it picks"),
     ]
     return "\n".join(notes) + "\n\n" + render(head, rows)
+
+
+def load_tables(result: dict[str, Any]) -> str:
+    """The suite load: embeddings a second by format, beside memcpy, pyarrow and the list column; and memory."""
+    settings = result["settings"]
+    rows = [
+        (
+            name,
+            f"{row['gb_per_s']:.2f}",
+            f"{100 * row['of_memcpy']:.0f} %",
+            f"{row['of_pyarrow']:.2f}",
+            f"{row['of_list']:.2f}",
+            "" if row["peak_rss_of_matrix"] is None else f"{row['peak_rss_of_matrix']:.2f}",
+        )
+        for name, row in result["formats"].items()
+    ]
+    head = ("format", "GB/s", "of memcpy", "times pyarrow", "times the list", "peak RSS over matrix")
+    return (
+        f"a whole checked load of {settings['n']:,} x {settings['dim']} float32, medians of {settings['rounds']} "
+        f"interleaved rounds; memcpy {result['memcpy_gb_per_s']:.2f} GB/s\n\n" + render(head, rows)
+    )

@@ -57,3 +57,20 @@ def plot_cases(result: dict[str, Any], path: Path) -> bool:
         axes.legend()
     figure.savefig(path, dpi=150)
     return True
+
+
+def plot_load(result: dict[str, Any], path: Path) -> bool:
+    """GB/s of every format beside memcpy; False where matplotlib is not installed."""
+    if optional("matplotlib") is None:
+        log.warning("no plot without matplotlib: pip install 'rb_gpu[bench]'")
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    speeds = {"memcpy": result["memcpy_gb_per_s"]}
+    speeds |= {name: row["gb_per_s"] for name, row in result["formats"].items()}
+    axes.barh(list(speeds)[::-1], list(speeds.values())[::-1])
+    axes.set(xlabel="GB/s of embeddings, read and checked")
+    figure.savefig(path, dpi=150)
+    return True
