@@ -63,6 +63,21 @@ def test_all_well_separated_clusters_are_found(seed):
     assert adjusted_rand_score(label, kmeans(x, 100, seed=seed).labels) > 0.999
 
 
+@pytest.mark.parametrize("share", [0.005, 0.01, 0.05])
+@pytest.mark.parametrize("seed", range(5))
+def test_all_clusters_are_found_among_outliers(seed, share):
+    # an outlier took a centroid, and the repair then split outliers off instead of the two clusters that shared one
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(20, 32)) * 3.5
+    x = centres[rng.integers(20, size=8000)] + 0.3 * rng.normal(size=(8000, 32))
+    far = rng.choice(len(x), int(share * len(x)), replace=False)
+    x[far] = rng.uniform(-np.abs(centres).max(), np.abs(centres).max(), size=(len(far), 32))
+    result = kmeans(x.astype(np.float32), 20, seed=seed)
+    assert np.linalg.norm(centres[:, None] - result.centroids[None], axis=2).min(1).max() < 1.5
+    best = kmeans(x.astype(np.float32), 20, init=centres.astype(np.float32)).inertia
+    assert result.inertia <= 1.001 * best
+
+
 def test_inertia_is_no_worse_than_scikit_learns():
     x = np.random.default_rng(0).normal(size=(3000, 12)).astype(np.float32)
     ours = np.median([kmeans(x, 30, seed=s).inertia for s in range(5)])
@@ -163,6 +178,37 @@ def test_same_seed_same_bits_and_another_seed_another_start():
 def test_restarts_keep_the_lowest_inertia():
     x = np.random.default_rng(0).normal(size=(600, 4)).astype(np.float32)
     assert kmeans(x, 30, n_init=6, seed=1).inertia <= kmeans(x, 30, n_init=1, seed=1).inertia
+
+
+def test_codes_threads_and_row_blocks_do_not_change_a_bit(monkeypatch):
+    # sums are integers and every assignment is exact: what only costs time or memory cannot show in the result
+    x, _ = blobs(40, 100, 40, 1.5)
+    monkeypatch.setattr(assign, "SMALL_WORK", 0)
+    whole = kmeans(x, 60, seed=2)
+    threads = torch.get_num_threads()
+    for count, budget in ((1, None), (threads, 0), (3, 0)):
+        torch.set_num_threads(count)
+        try:
+            other = kmeans(x, 60, seed=2, code_budget=budget)
+        finally:
+            torch.set_num_threads(threads)
+        assert whole.centroids.tobytes() == other.centroids.tobytes()
+        assert np.array_equal(whole.labels, other.labels)
+        assert (whole.inertia, whole.n_iter) == (other.inertia, other.n_iter)
+
+
+def test_rows_in_another_order_come_to_the_same_centroids():
+    x, _ = blobs(9, 150, 6, 1.0)
+    order = np.random.default_rng(0).permutation(len(x))
+    start = x[::150]
+    here, there = kmeans(x, 9, init=start), kmeans(x[order], 9, init=start)
+    assert here.centroids.tobytes() == there.centroids.tobytes()
+    assert np.array_equal(here.labels[order], there.labels)
+
+
+def test_numbers_whose_squares_overflow_are_named():
+    with pytest.raises(ValueError, match="overflow float32"):
+        kmeans(np.full((10, 3), 1e20, np.float32), 2)
 
 
 def test_tiles_do_not_change_the_result(monkeypatch):

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 Matrix = npt.NDArray[np.float32]
-WARM_ROWS, WARM_K = 8000, 256
+WARM_ROWS, WARM_K = 12_000, 256
 
 
 def ours(x: Matrix, start: Matrix, iterations: int) -> Matrix:

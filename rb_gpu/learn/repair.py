@@ -15,6 +15,9 @@ from rb_gpu.learn.sums import ClusterSums, label_totals
 
 # a split must gain this many times what the merge costs: smaller exchanges are what Lloyd's iterations do by themselves
 LEAST_RATIO = 2.0
+# where no exchange does, the best alone is tried if it gains this share of all inertia and of the merge's cost, which
+# is overestimated where the points of a removed centroid scatter to several others
+WORTH_TRYING, LEAST_COVERED = 1e-3, 0.5
 SPLIT_ITERATIONS = 4
 
 
@@ -29,29 +32,38 @@ def exchange(
     """Centroids (K, D) in which cheap merges paid for gainful splits, or None where no exchange pays.
 
     Merging clusters i and j costs w_i·w_j/(w_i+w_j)·||c_i − c_j||² of inertia (Ward 1963); splitting one gains what a
-    2-means inside it saves, which starts from the centroid and the member drawn (K, D; known_K tells where there is
-    one). The cheapest merges are matched with the most gainful splits while the gain is at least LEAST_RATIO times the
-    cost, so that the inertia falls (compare Kaukoranta et al. 1998, split-and-merge). points hold the assignment to the
-    centroids, mass_K (K,) float64 its weights; halves are the sums of 2K labels that the 2-means needs.
+    2-means inside it saves, which starts from the plane through the centroid across the way to the member drawn (K, D;
+    known_K tells where there is one). The cheapest merges are matched with the most gainful splits while the gain is at
+    least LEAST_RATIO times the cost (compare Kaukoranta et al. 1998, split-and-merge); the caller keeps what lowers the
+    inertia. points hold the assignment to the centroids, mass_K (K,) float64 its weights; halves are the sums of 2K
+    labels that the 2-means needs.
     """
-    gain_K, halves_2KD = _split_gains(points, centroids_KD, drawn_KD, known_K, halves)
+    gain_K, halves_2KD, inertia = _split_gains(points, centroids_KD, drawn_KD, known_K, halves)
     cost_K, partner_K = _merge_costs(centroids_KD, mass_K)
     merges = sorted((cost, i, j) for i, (cost, j) in enumerate(zip(cost_K.tolist(), partner_K.tolist(), strict=True)))
-    splits = sorted(((gain, i) for i, gain in enumerate(gain_K.tolist())), reverse=True)
+    splits = sorted((gain, i) for i, gain in enumerate(gain_K.tolist()))
     used: set[int] = set()
+    masses = mass_K.tolist()
     out_KD = centroids_KD.clone()
-    splits_left = iter(splits)
-    for cost, removed, partner in merges:
-        if removed in used or partner in used:
+    for cost, one, other in merges:
+        if one in used or other in used:
             continue
-        gain, split = next(((g, s) for g, s in splits_left if s not in used and s not in (removed, partner)), (0.0, -1))
-        if gain <= LEAST_RATIO * cost or gain <= 0:
+        # the lighter goes: the heavier may be the very one to split
+        removed, partner = (one, other) if masses[one] <= masses[other] else (other, one)
+        while splits and splits[-1][1] in used:
+            splits.pop()
+        gain, split = next(((g, s) for g, s in reversed(splits) if s not in used and s != removed), (0.0, -1))
+        alone = not used and gain > WORTH_TRYING * inertia and gain > LEAST_COVERED * cost
+        if gain <= 0 or not (gain > LEAST_RATIO * cost or alone):
             break
         used |= {removed, partner, split}
-        mass = mass_K[removed] + mass_K[partner]
-        merged_D = (mass_K[removed] * centroids_KD[removed] + mass_K[partner] * centroids_KD[partner]) / mass
+        mass = masses[removed] + masses[partner]
+        merged_D = (masses[removed] * centroids_KD[removed].double() + masses[partner] * centroids_KD[partner]) / mass
         out_KD[partner] = merged_D.float()
+        # where the partner itself is split, its halves take what the merge would have given it
         out_KD[split], out_KD[removed] = halves_2KD[2 * split], halves_2KD[2 * split + 1]
+        if gain <= LEAST_RATIO * cost:
+            break
     return out_KD if used else None
 
 
@@ -61,10 +73,11 @@ def _split_gains(
     drawn_KD: Tensor,
     known_K: Tensor,
     halves: ClusterSums,
-) -> tuple[Tensor, Tensor]:
-    """What a 2-means inside each cluster saves (K,) float64, and its two centroids at rows 2i and 2i + 1."""
+) -> tuple[Tensor, Tensor, float]:
+    """What a 2-means inside each cluster saves (K,) float64, its two centroids at rows 2i and 2i + 1, all inertia."""
     k, ranks, weight_N = len(centroids_KD), halves.ranks, halves.weight_N.double()
-    halves_2KD = torch.stack([centroids_KD, drawn_KD], dim=1).reshape(2 * k, -1)
+    # the plane through the centroid: from the centroid and a member itself, an outlier would be split off alone
+    halves_2KD = torch.stack([2 * centroids_KD - drawn_KD, drawn_KD], dim=1).reshape(2 * k, -1)
     before_K = label_totals(weight_N * points.d2_N, points.labels_N, k, ranks)
     after_K = before_K
     half_N, d2_N = torch.empty_like(points.labels_N), torch.empty_like(points.d2_N)
@@ -74,7 +87,7 @@ def _split_gains(
         halves.update(half_N)
         means_2KD, _, lost_2K = halves.means()
         halves_2KD = torch.where(lost_2K[:, None], halves_2KD, means_2KD.float())
-    return torch.where(known_K, before_K - after_K, 0.0), halves_2KD
+    return torch.where(known_K, before_K - after_K, 0.0), halves_2KD, float(before_K.sum())
 
 
 def _merge_costs(centroids_KD: Tensor, mass_K: Tensor) -> tuple[Tensor, Tensor]:
