@@ -12,6 +12,8 @@ from .tables import policy_table
 def run(config: TrainConfig) -> int:
     """Trains and prints what the bank is worth; 3 where the gate refused to serve it."""
     published = train(config, run_folder() / "quarantine.parquet")
+    if published is None:  # a rank that only shared the work
+        return 0
     evaluation, counts = published.evaluation, published.manifest["counts"]
     print(f"\nOn {evaluation.queries:,} held-out queries ({evaluation.grade} values):\n\n{policy_table(evaluation)}\n")
     print(f"{counts['patterns']} patterns: {counts['verdicts']} have a better config than the default, "

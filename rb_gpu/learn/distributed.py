@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from rb_gpu.errors import RbGpuError
 
 
 class Ranks:
@@ -57,3 +62,30 @@ class Ranks:
         values: list[float] = [0.0] * self.size
         dist.all_gather_object(values, value)
         return values
+
+
+@contextmanager
+def launched(device: torch.device) -> Iterator[Ranks]:
+    """The ranks that torchrun started (NCCL on GPUs, one each; gloo on CPUs), or this process alone.
+
+    Raises RbGpuError where another rank ends early.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank = dist.get_rank()
+    try:
+        yield Ranks(rank, size)
+    except RuntimeError as error:
+        if "Connection" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        raise RbGpuError(
+            f"rank {rank} of {size} lost another rank ({str(error).splitlines()[0]}); the messages of the one that "
+            "ended first say why; nothing was published"
+        ) from error
+    finally:
+        dist.destroy_process_group()

@@ -6,7 +6,6 @@ Suffixes: Q queries, N rows, K clusters, P leaves, D dims.
 from __future__ import annotations
 
 import logging
-import math
 import platform
 import time
 from collections.abc import Iterator
@@ -26,15 +25,17 @@ from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ArtifactError, ConfigError, DataError
 from rb_gpu.learn.assemble import Leaves, assemble, best_probability
 from rb_gpu.learn.checkpoint import Checkpoint
+from rb_gpu.learn.clustering import cluster_queries, drop_labels
 from rb_gpu.learn.config import ParamsConfig, TrainConfig, is_auto
 from rb_gpu.learn.devices import resolve_device
 from rb_gpu.learn.distances import label_sums, normalise_, normed
+from rb_gpu.learn.distributed import Ranks, launched
 from rb_gpu.learn.evidence import gather_evidence, row_weights
 from rb_gpu.learn.gate import Decision, champion_beside, decide
-from rb_gpu.learn.hierarchy import build_hierarchy, consolidate, level_counts, prune
+from rb_gpu.learn.hierarchy import build_hierarchy, level_counts, prune
 from rb_gpu.learn.index import build_index
 from rb_gpu.learn.job_config import EvaluateConfig
-from rb_gpu.learn.kmeans import kmeans, nearest
+from rb_gpu.learn.kmeans import nearest
 from rb_gpu.learn.policy import Evaluation, best_single, held_out_outcomes, improvement_percent, value_bank
 from rb_gpu.learn.report import render_report
 from rb_gpu.learn.router import train_router
@@ -51,8 +52,6 @@ log = logging.getLogger(__name__)
 # in the registry's folder: its lock keeps other jobs away from it
 CHECKPOINT_FILE = "kmeans.checkpoint"
 
-# rows that a cell has on average, at least, where k is worked out from the data
-ROWS_PER_CELL = 10
 # share of training queries that lie farther from every pattern than the automatic floor
 FLOOR_QUANTILE = 0.001
 
@@ -87,25 +86,21 @@ class Stopwatch:
         log.info("%-12s %8.2f s", name, self.seconds[name])
 
 
-def auto_k(queries: int, rows: int, configs: int) -> int:
-    """√queries clusters, fewer where a (pattern, config) cell would hold under ROWS_PER_CELL rows on average."""
-    return max(1, min(round(math.sqrt(queries)), rows // (ROWS_PER_CELL * configs)))
-
-
-def learn(trajectories: Trajectories, config: TrainConfig, checkpoint: Checkpoint | None = None) -> LearnedBank:
+def learn(
+    trajectories: Trajectories,
+    config: TrainConfig,
+    checkpoint: Checkpoint | None = None,
+    ranks: Ranks | None = None,
+) -> LearnedBank:
     """The whole job without input or output: cluster, consolidate, sum, judge, build levels and index.
 
-    A pure function: same trajectories, config and device, same bits. Raises DataError, ConfigError.
+    A pure function: same trajectories, config and device, same bits. ranks: processes that call `cluster_queries` on
+    the same trajectories and share its work. Raises DataError, ConfigError.
     """
     watch = Stopwatch()
     device = resolve_device(config.device.kind)
     with watch.stage("cluster"):
-        x_QD = torch.from_numpy(trajectories.x_QD)
-        if config.cluster.metric == "cosine" and not normed(x_QD):
-            x_QD = normalise_(x_QD.clone())
-        decay_N = row_weights(replace(trajectories, propensity=None), config.judge.half_life).numpy()
-        weight_Q = torch.from_numpy(np.bincount(trajectories.query_row, weights=decay_N)).float()
-        label_Q = _cluster(x_QD, weight_Q, trajectories, config, checkpoint)
+        x_QD, weight_Q, label_Q = cluster_queries(trajectories, config, checkpoint, ranks or Ranks())
     with watch.stage("judge"):
         weight_N = row_weights(trajectories, config.judge.half_life)
         leaves = _leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
@@ -120,7 +115,7 @@ def learn(trajectories: Trajectories, config: TrainConfig, checkpoint: Checkpoin
                     f"prune.min_confidence={config.prune.min_confidence:g} removes all {len(kept_P)} patterns "
                     f"(the highest confidence is {confidence_P.max():.3f}); lower it"
                 )
-            label_Q = _drop_labels(leaves.label_Q, kept_P)
+            label_Q = drop_labels(leaves.label_Q, kept_P)
             leaves = _leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
             beliefs = believe(leaves.evidence, leaves.parents, objective, default, config.judge.margin)
         verdicts = judge(leaves.evidence, trajectories.configs, objective, beliefs, config.judge)
@@ -160,58 +155,6 @@ def learn(trajectories: Trajectories, config: TrainConfig, checkpoint: Checkpoin
     )  # fmt: skip
     data = replace(data, lookup=replace(data.lookup, floor=floor), facts=facts)
     return LearnedBank(data, index, router, leaves.label_Q, watch.seconds)
-
-
-def _cluster(
-    x_QD: torch.Tensor,
-    weight_Q: torch.Tensor,
-    trajectories: Trajectories,
-    config: TrainConfig,
-    checkpoint: Checkpoint | None,
-) -> npt.NDArray[np.int64]:
-    """The consolidated leaf of each query (Q,)."""
-    cluster, queries = config.cluster, len(x_QD)
-    source = trajectories.source.path or "memory"
-    if not bool((x_QD != x_QD[0]).any()):
-        raise DataError(
-            f"data.path={source}: all {queries} query embeddings are one and the same; check the embedder's output"
-        )
-    k = auto_k(queries, len(trajectories), len(trajectories.configs)) if is_auto(cluster.k) else int(cluster.k)
-    if k > queries:
-        raise ConfigError(
-            f"cluster.k={k} exceeds the {queries} queries to learn from in data.path={source}; "
-            "lower cluster.k or set cluster.k=auto"
-        )
-    result = kmeans(
-        x_QD, k, max_iter=cluster.max_iter, epsilon=cluster.epsilon, n_init=cluster.n_init, metric=cluster.metric,
-        seed=config.seed, device=config.device.kind, weight=weight_Q, memory_budget=config.device.memory_budget,
-        code_budget=0 if cluster.memory == "lean" else cluster.memory_budget, checkpoint=checkpoint,
-    )  # fmt: skip
-    found = len(result.centroids)
-    if found < k and not is_auto(cluster.k):
-        raise ConfigError(
-            f"cluster.k={k} exceeds the {found} distinct embeddings in data.path={source}; "
-            "lower cluster.k or set cluster.k=auto"
-        )
-    device = resolve_device(config.device.kind)
-    merged_K = consolidate(result.centroids.cpu().numpy(), cluster.merge_similarity, device)
-    log.info("k-means: k=%d, %d updates, inertia %.6g; %d leaves after merging cosine > %g",
-             found, result.n_iter, result.inertia, int(merged_K.max()) + 1, cluster.merge_similarity)  # fmt: skip
-    label_Q = merged_K[result.labels.cpu().numpy()]
-    rows_P = np.bincount(label_Q, weights=np.bincount(trajectories.query_row), minlength=int(merged_K.max()) + 1)
-    kept_P = rows_P >= config.prune.min_support
-    if not kept_P.any():
-        raise ConfigError(
-            f"prune.min_support={config.prune.min_support} removes all patterns (the largest has {int(rows_P.max())} "
-            "rows); lower it, or lower cluster.k"
-        )
-    return _drop_labels(label_Q, kept_P)
-
-
-def _drop_labels(label_Q: npt.NDArray[np.int64], kept_P: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Labels numbered anew over the patterns that stay; -1 for those that go."""
-    new_P = np.where(kept_P, np.cumsum(kept_P) - 1, -1)
-    return np.where(label_Q < 0, -1, new_P[np.maximum(label_Q, 0)])
 
 
 def _leaves(
@@ -275,8 +218,32 @@ class Published:
     decision: Decision
 
 
-def train(config: TrainConfig, quarantine: Path | None = None) -> Published:
-    """Loads, learns, evaluates, publishes, and promotes where the gate lets it. Raises RbGpuError."""
+def train(config: TrainConfig, quarantine: Path | None = None) -> Published | None:
+    """Loads, learns, evaluates, publishes, and promotes where the gate lets it. Raises RbGpuError.
+
+    Under torchrun every rank clusters its share of the queries, and the first does the rest; the others return None.
+    """
+    with launched(resolve_device(config.device.kind)) as ranks:
+        if ranks.rank == 0:
+            return _train(config, quarantine, ranks)
+        training, _ = split_by_time(load(config.data, config.params), config.eval.holdout)
+        cluster_queries(_normalised(training, config), config, _checkpoint(config), ranks)
+        return None
+
+
+def _normalised(training: Trajectories, config: TrainConfig) -> Trajectories:
+    """In place: these rows are the job's own, and with cosine only their directions are used from here on."""
+    if config.cluster.metric == "cosine":
+        normalise_(torch.from_numpy(training.x_QD))
+    return training
+
+
+def _checkpoint(config: TrainConfig) -> Checkpoint | None:
+    every = config.cluster.checkpoint_every
+    return Checkpoint(Path(config.registry.path) / CHECKPOINT_FILE, every) if every else None
+
+
+def _train(config: TrainConfig, quarantine: Path | None, ranks: Ranks) -> Published:
     watch = Stopwatch()
     registry = Registry.open(**asdict(config.registry))
     with registry.locked():
@@ -286,11 +253,7 @@ def train(config: TrainConfig, quarantine: Path | None = None) -> Published:
             log.info("%d rows, %d queries, %d configs, dim %d; newest %d queries held out", len(everything),
                      len(everything.query_id), len(everything.configs), everything.x_QD.shape[1],
                      len(held_out.query_id))  # fmt: skip
-        if config.cluster.metric == "cosine":
-            # in place: these rows are the job's own, and only their directions are used from here on
-            normalise_(torch.from_numpy(training.x_QD))
-        every = config.cluster.checkpoint_every
-        learned = learn(training, config, Checkpoint(registry.path / CHECKPOINT_FILE, every) if every else None)
+        learned = learn(_normalised(training, config), config, _checkpoint(config), ranks)
         watch.seconds |= learned.seconds
         with watch.stage("evaluate"):
             bank = learned.bank()

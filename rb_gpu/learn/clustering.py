@@ -1,0 +1,103 @@
+"""The stage cluster: from trajectories to the consolidated leaf of each query.
+
+Suffixes: Q queries, N rows, K clusters, P leaves, D dims.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rb_gpu.errors import ConfigError, DataError
+from rb_gpu.learn.checkpoint import Checkpoint
+from rb_gpu.learn.config import TrainConfig, is_auto
+from rb_gpu.learn.devices import resolve_device
+from rb_gpu.learn.distances import normalise_, normed
+from rb_gpu.learn.distributed import Ranks
+from rb_gpu.learn.evidence import row_weights
+from rb_gpu.learn.hierarchy import consolidate
+from rb_gpu.learn.kmeans import kmeans
+from rb_gpu.learn.trajectories import Trajectories
+
+log = logging.getLogger(__name__)
+
+# rows that a cell has on average, at least, where k is worked out from the data
+ROWS_PER_CELL = 10
+
+
+def auto_k(queries: int, rows: int, configs: int) -> int:
+    """√queries clusters, fewer where a (pattern, config) cell would hold under ROWS_PER_CELL rows on average."""
+    return max(1, min(round(math.sqrt(queries)), rows // (ROWS_PER_CELL * configs)))
+
+
+def cluster_queries(
+    trajectories: Trajectories, config: TrainConfig, checkpoint: Checkpoint | None, ranks: Ranks
+) -> tuple[torch.Tensor, torch.Tensor, npt.NDArray[np.int64]]:
+    """The points (Q, D) and weights (Q,) that were clustered, and the consolidated leaf of each query (Q,)."""
+    x_QD = torch.from_numpy(trajectories.x_QD)
+    if config.cluster.metric == "cosine" and not normed(x_QD):
+        x_QD = normalise_(x_QD.clone())
+    decay_N = row_weights(replace(trajectories, propensity=None), config.judge.half_life).numpy()
+    weight_Q = torch.from_numpy(np.bincount(trajectories.query_row, weights=decay_N)).float()
+    return x_QD, weight_Q, _cluster(x_QD, weight_Q, trajectories, config, checkpoint, ranks)
+
+
+def _cluster(
+    x_QD: torch.Tensor,
+    weight_Q: torch.Tensor,
+    trajectories: Trajectories,
+    config: TrainConfig,
+    checkpoint: Checkpoint | None,
+    ranks: Ranks,
+) -> npt.NDArray[np.int64]:
+    """The consolidated leaf of each query (Q,)."""
+    cluster, queries = config.cluster, len(x_QD)
+    source = trajectories.source.path or "memory"
+    if not bool((x_QD != x_QD[0]).any()):
+        raise DataError(
+            f"data.path={source}: all {queries} query embeddings are one and the same; check the embedder's output"
+        )
+    k = auto_k(queries, len(trajectories), len(trajectories.configs)) if is_auto(cluster.k) else int(cluster.k)
+    if k > queries:
+        raise ConfigError(
+            f"cluster.k={k} exceeds the {queries} queries to learn from in data.path={source}; "
+            "lower cluster.k or set cluster.k=auto"
+        )
+    share = slice(ranks.rank * queries // ranks.size, (ranks.rank + 1) * queries // ranks.size)
+    result = kmeans(
+        x_QD[share], k, max_iter=cluster.max_iter, epsilon=cluster.epsilon, n_init=cluster.n_init,
+        metric=cluster.metric, seed=config.seed, device=config.device.kind, weight=weight_Q[share],
+        memory_budget=config.device.memory_budget,
+        code_budget=0 if cluster.memory == "lean" else cluster.memory_budget, checkpoint=checkpoint,
+        ranks=ranks,
+    )  # fmt: skip
+    found = len(result.centroids)
+    if found < k and not is_auto(cluster.k):
+        raise ConfigError(
+            f"cluster.k={k} exceeds the {found} distinct embeddings in data.path={source}; "
+            "lower cluster.k or set cluster.k=auto"
+        )
+    device = resolve_device(config.device.kind)
+    merged_K = consolidate(result.centroids.cpu().numpy(), cluster.merge_similarity, device)
+    log.info("k-means: k=%d, %d updates, inertia %.6g; %d leaves after merging cosine > %g",
+             found, result.n_iter, result.inertia, int(merged_K.max()) + 1, cluster.merge_similarity)  # fmt: skip
+    label_Q = merged_K[ranks.joined(result.labels).cpu().numpy()]
+    rows_P = np.bincount(label_Q, weights=np.bincount(trajectories.query_row), minlength=int(merged_K.max()) + 1)
+    kept_P = rows_P >= config.prune.min_support
+    if not kept_P.any():
+        raise ConfigError(
+            f"prune.min_support={config.prune.min_support} removes all patterns (the largest has {int(rows_P.max())} "
+            "rows); lower it, or lower cluster.k"
+        )
+    return drop_labels(label_Q, kept_P)
+
+
+def drop_labels(label_Q: npt.NDArray[np.int64], kept_P: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Labels numbered anew over the patterns that stay; -1 for those that go."""
+    new_P = np.where(kept_P, np.cumsum(kept_P) - 1, -1)
+    return np.where(label_Q < 0, -1, new_P[np.maximum(label_Q, 0)])
