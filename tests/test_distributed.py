@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.kmeans import kmeans
 
+ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(__file__).parent / "ranks_kmeans.py"
 
 
@@ -42,3 +48,46 @@ def test_alone_every_call_is_the_identity():
     assert ranks.place(7) == (0, 7)
     assert ranks.largest(2.5) == ranks.sum_of(2.5) == 2.5
     assert ranks.of_first(values) is values
+
+
+def torchrun(registry: Path, *settings: str) -> list[str]:
+    job = ["-m", "jobs.train", f"registry.path={registry}", "device=cpu", *settings]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *job]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    """A registry to which two ranks have published."""
+    registry = tmp_path_factory.mktemp("ranks") / "artifacts"
+    command = torchrun(registry)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return registry
+
+
+def test_two_ranks_publish_the_bank_of_one_process(published, tmp_path):
+    command = [sys.executable, "-m", "jobs.train", f"registry.path={tmp_path}", "device=cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = (load_file(path / "champion" / "bank.safetensors") for path in (published, tmp_path))
+    assert {k: v.tobytes() for k, v in ours.items()} == {k: v.tobytes() for k, v in theirs.items()}
+
+
+def test_a_rank_that_dies_ends_the_job_and_the_champion_stays(published):
+    champion = (published / "champion").resolve()
+    command = torchrun(published, "cluster.n_init=1000", "cluster.checkpoint_every=1")
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
+        checkpoint = published / "kmeans.checkpoint"
+        while not checkpoint.exists():
+            assert job.poll() is None, job.stdout.read()[-3000:]
+            time.sleep(0.1)
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                environment = (process / "environ").read_bytes().split(b"\0")
+                if b"RANK=1" in environment and str(published).encode() in (process / "cmdline").read_bytes():
+                    os.kill(int(process.name), signal.SIGKILL)
+        said, _ = job.communicate(timeout=120)
+    assert job.returncode == 1
+    assert "SIGKILL" in said and "rank      : 1" in said
+    assert (published / "champion").resolve() == champion
+    assert not list(published.glob(".tmp-*"))
