@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,9 @@ from rb_gpu.errors import ConfigError
 
 # numbers of one tile: they stay in a CPU's outer cache, and keep a GPU busy
 TILE_SCORES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-CGROUP = Path("/sys/fs/cgroup")
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+# what is taken as free where the system does not tell
+UNTOLD_MEMORY = 2**32
 
 
 def resolve_device(kind: str) -> torch.device:
@@ -41,11 +42,11 @@ def tiles(n: int, width: int, device: torch.device) -> Iterator[slice]:
 
 def free_memory() -> int:
     """Bytes of host memory that may still be taken: what the machine has free, within the container's limit."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        lines = [line.split() for line in meminfo.read_text().splitlines()]
-        free = next((int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"), free)
+    if MEMINFO.is_file():
+        lines = [line.split() for line in MEMINFO.read_text().splitlines()]
+        free = next((int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"), UNTOLD_MEMORY)
+    else:
+        free = UNTOLD_MEMORY
     try:
         limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:
