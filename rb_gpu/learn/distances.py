@@ -84,7 +84,10 @@ def normed(x_ND: Tensor) -> bool:
 
 
 def normalise_(x_ND: Tensor) -> Tensor:
-    """Scales every row to norm 1 in place and returns it. A row of norm 0 stays 0."""
+    """Scales every row to norm 1 in place and returns it. A row of zeros stays one."""
     for tile in tiles(len(x_ND), x_ND.shape[1], x_ND.device):
-        x_ND[tile] /= x_ND[tile].norm(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+        # by the largest coordinate first: squares of 1e30 or of 1e-30 leave float32's range
+        peak_T1 = x_ND[tile].abs().amax(dim=1, keepdim=True)
+        x_ND[tile] /= torch.where(peak_T1 > 0, peak_T1, 1)
+        x_ND[tile] /= x_ND[tile].norm(dim=1, keepdim=True).clamp_(min=1)
     return x_ND

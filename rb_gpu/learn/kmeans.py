@@ -149,15 +149,17 @@ def _opened(
         if crew is None and (memory_budget is None or points.numel() * 4 <= memory_budget):
             points = points.to(where)
         peak_N, norm_N = peaks(points, crew, where)
-        if not bool(torch.isfinite(norm_N).all()):
-            far = "its squares overflow float32; scale x down" if bool(torch.isfinite(peak_N).all()) else ""
-            raise ValueError(f"x {far or 'holds NaN or infinity; drop those rows first'}")
+        if not bool(torch.isfinite(peak_N).all()):
+            raise ValueError("x holds NaN or infinity; drop those rows first")
         if metric == "cosine":
-            if not bool((norm_N > 0).all()):
-                zeros = int((norm_N == 0).sum())
+            if not bool((peak_N > 0).all()):
+                zeros = int((peak_N == 0).sum())
                 raise ValueError(f"x has {zeros} rows of norm 0; cosine needs a direction, drop them")
             if float((norm_N - 1).abs().max()) > NORMED:
-                points, peak_N = normalise_(points.clone()), peak_N / norm_N
+                points = normalise_(points.clone())
+                peak_N, norm_N = peaks(points, crew, where)
+        if not bool(torch.isfinite(norm_N).all()):
+            raise ValueError(f"x reaches {float(peak_N.max()):.3g}, whose square overflows float32; scale x down")
         shard = Shard(points, weights, ranks or Ranks())
         middle_D, typical = _middle(shard)
         budget = int(CODE_SHARE * free_memory()) if code_budget is None else code_budget
