@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rb_gpu.learn.kernels import hash_rows
+
 Matrix = npt.NDArray[np.float32]
 Copy = Callable[[Matrix, npt.NDArray[np.floating[Any]]], None]
 
@@ -58,20 +60,15 @@ class Copying:
         return self._norm2_N
 
 
-def row_sums(x_ND: Matrix, pool: Executor) -> npt.NDArray[np.unsignedinteger[Any]]:
-    """A checksum of each row (N,): its bits as integers times fixed odd weights, modulo 2^64 (2^32 where D is odd).
-
-    Ten times as fast as sha256, for tables of many gigabytes. A row that changes keeps its sum once in billions of
-    times, or where only the signs of several values change, which may cancel.
-    """
-    bits_NL: npt.NDArray[np.unsignedinteger[Any]] = x_ND.view(np.uint64 if x_ND.shape[1] % 2 == 0 else np.uint32)
+def row_hashes(x_ND: Matrix, pool: Executor) -> npt.NDArray[np.uint64]:
+    """A hash of each row's bits (N,), at the speed of memory: rows that differ share it once in billions of times."""
     # NumPy keeps the raw numbers of its bit generators the same in all versions
-    weight_L = (np.random.PCG64(0).random_raw(bits_NL.shape[1]) | np.uint64(1)).astype(bits_NL.dtype)
-    sum_N = np.empty(len(x_ND), bits_NL.dtype)
+    key_D = np.random.PCG64(0).random_raw(x_ND.shape[1])
+    bits_ND, hash_N = np.ascontiguousarray(x_ND).view(np.uint32), np.empty(len(x_ND), np.uint64)
 
     def block(start: int, stop: int) -> None:
-        np.einsum("nl,l->n", bits_NL[start:stop], weight_L, out=sum_N[start:stop])
+        hash_rows(bits_ND, key_D, start, stop, hash_N)
 
     for started in start_blocks(pool, block, len(x_ND), x_ND.strides[0]):
         started.result()
-    return sum_N
+    return hash_N

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,8 @@ class Checkpoint:
         """Replaces the file. One that cannot be written is a warning: the job itself can go on."""
         metadata = {"fingerprint": fingerprint, "facts": json.dumps(dict(facts))}
         data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
+        # one name: what a kill leaves of it is written over, as the registry's lock lets one job in at a time
+        partial = self.path.with_name(f"{self.path.name}.partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(data)
@@ -63,8 +63,9 @@ class Checkpoint:
             self.path.unlink()
 
 
-def fingerprint(sample: Tensor, settings: Mapping[str, Any], ranks: Ranks) -> str:
-    """What tells apart points (a sample of them) and settings: a checkpoint of others is not gone on with."""
+def fingerprint(columns: Sequence[Tensor], settings: Mapping[str, Any], ranks: Ranks) -> str:
+    """sha256 of the settings and of tensors (n, ...) over the rows of all ranks: what a checkpoint must be of."""
     digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode())
-    digest.update(sample.cpu().contiguous().numpy().tobytes())
-    return str(ranks.of_first(digest.hexdigest()))
+    for rows in columns:
+        digest.update(ranks.joined(rows).cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -298,6 +298,19 @@ def nearer_halves(x_ND: Any, start: int, stop: int, halves_2KD: Any, labels_N: A
         d2_N[i] = min(to_left, to_right)
 
 
+@_compiled()
+def hash_rows(bits_ND: Any, key_D: Any, start: int, stop: int, hash_N: Any) -> None:
+    """Multilinear hash of rows start to stop: Σ key·bits modulo 2^64, of uint32 words with uint64 keys.
+
+    Two rows that differ share the upper half of it with probability 2^-32 over the keys (Lemire & Kaser 2014).
+    """
+    for i in range(start, stop):
+        total = np.uint64(0)
+        for t in range(bits_ND.shape[1]):
+            total += np.uint64(bits_ND[i, t]) * key_D[t]
+        hash_N[i] = total
+
+
 @_compiled(fastmath=_SUMS)
 def row_peaks(x_ND: Any, bits_ND: Any, start: int, stop: int, peak_bits_N: Any, norm_N: Any) -> None:
     """The largest |x| of each row as its bits, and its norm; rows start to stop.

@@ -26,7 +26,6 @@ from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.lloyd import Solver
 from rb_gpu.learn.seeding import seed_plus_plus
 from rb_gpu.learn.shard import Shard, peaks
-from rb_gpu.learn.sums import exact_total
 from rb_gpu.learn.workers import Workers, workers
 
 log = logging.getLogger(__name__)
@@ -95,8 +94,7 @@ def kmeans(
         count = k if start is None else len(start)
         given = b"" if start is None else start.cpu().numpy().tobytes()
         settings = {"k": count, "init": hashlib.sha256(given).hexdigest(), "max_iter": max_iter, "epsilon": epsilon,
-                    "n_init": n_init, "metric": metric, "seed": seed, "rows": opened.shard.count,
-                    "weight": exact_total(opened.shard.weight_N.double(), opened.shard.ranks)}  # fmt: skip
+                    "n_init": n_init, "metric": metric, "seed": seed}  # fmt: skip
         solver = Solver(
             opened.points, opened.shard, opened.peak_N, opened.crew, max_iter, epsilon * opened.typical,
             metric == "cosine", torch.Generator(device=opened.shard.device).manual_seed(seed), checkpoint, settings,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
+from rb_gpu.learn.blocks import block_threads, row_hashes
 from rb_gpu.learn.checkpoint import Checkpoint, fingerprint
 from rb_gpu.learn.distances import approach, normalise_
 from rb_gpu.learn.repair import exchange
@@ -28,7 +29,6 @@ log = logging.getLogger(__name__)
 MAX_REPAIRS = 20
 # the update after which the way to assign is chosen anew: centroids are means by then
 CHOOSE_AGAIN = 2
-SAMPLE_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,10 @@ class Solver:
         """The run that a checkpoint of these points and settings goes on to; None where there is none."""
         if self.checkpoint is None:
             return None
-        self._fingerprint = fingerprint(self.shard.sample(SAMPLE_ROWS), self.settings, self.shard.ranks)
         ranks = self.shard.ranks
+        with block_threads() as pool:
+            hash_N = torch.from_numpy(row_hashes(self.shard.x_ND.cpu().numpy(), pool).view("int64"))
+        self._fingerprint = fingerprint((hash_N, self.shard.weight_N), self.settings, ranks)
         found = ranks.of_first(self.checkpoint.load(self._fingerprint) if ranks.rank == 0 else None)
         if found is None:
             return None
