@@ -17,7 +17,7 @@ from sklearn.metrics import adjusted_rand_score
 from rb_gpu.learn import assign, devices
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.distributed import Ranks
-from rb_gpu.learn.kmeans import kmeans
+from rb_gpu.learn.kmeans import kmeans, kmeans_plus_plus
 from rb_gpu.learn.seeding import seed_plus_plus
 from rb_gpu.learn.shard import Shard
 from rb_gpu.learn.workers import workers
@@ -270,6 +270,7 @@ def test_torch_in_torch_out_and_the_input_is_left_alone():
         (lambda: kmeans(np.zeros((0, 3)), 2), "shape"),
         (lambda: kmeans(np.zeros(5), 2), "shape"),
         (lambda: kmeans(np.ones((5, 2)), 0), "k=0"),
+        (lambda: kmeans_plus_plus(np.ones((5, 2)), 0), "k=0"),
         (lambda: kmeans(np.ones((5, 2)), 2, metric="l1"), "metric"),
         (lambda: kmeans(np.ones((5, 2)), 2, init="random"), "init"),
         (lambda: kmeans(np.ones((5, 2)), 2, init=np.ones((2, 3))), "init"),

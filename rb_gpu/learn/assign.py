@@ -32,7 +32,6 @@ SMALL_WORK = 2**28
 WIDTHS = (32, 64, 96, 128, 192, 256)
 SAMPLE_ROWS = 2048
 TRIAL_ROWS, TRIALS = 256, 2
-LEAST_CODE = 8
 # iterations over which coding all points anew must pay
 WORTH_ITERATIONS = 5
 
@@ -162,14 +161,13 @@ class Assignment:
 
     def _bases(self, dims: int) -> list[Basis]:
         """What may be chosen, the most exact last: codes of ever more axes, of all dims, and the plain product form."""
-        # torch 2.13 multiplies int8 matrices of one column wrongly, and a few gain nothing
-        middle_D, integers = self.basis.middle_D, dims >= LEAST_CODE and integer_products()
+        middle_D = self.basis.middle_D
         plain = Basis(middle_D)
-        bases = [Basis(middle_D, integers=True), plain] if integers else [plain]
+        bases = [Basis(middle_D, integers=True), plain] if integer_products(dims) else [plain]
         widths = [width for width in WIDTHS if width <= 0.75 * dims]
         if widths:
             sample_SD = self.x_ND[:: max(1, len(self.x_ND) // SAMPLE_ROWS)][:SAMPLE_ROWS]
-            bases = principal_bases(sample_SD, middle_D, widths, integers=integers) + bases
+            bases = principal_bases(sample_SD, middle_D, widths) + bases
         return bases
 
     def use(self, basis: Basis) -> None:
@@ -206,12 +204,13 @@ class _Trial(Assignment):
 
     def __init__(self, of: Assignment, centroids_KD: Tensor) -> None:
         x_SD = of.x_ND[:: max(1, len(of.x_ND) // TRIAL_ROWS)][:TRIAL_ROWS].contiguous()
-        super().__init__(x_SD, of.basis.middle_D, of.crew, of.code_budget)
+        super().__init__(x_SD, of.basis.middle_D, of.crew, 0)
         self.assign(centroids_KD)
-        self.centroids_KD = centroids_KD
+        self.centroids_KD, self.of = centroids_KD, of
 
     def seconds_per_row(self, basis: Basis) -> float:
-        """The least time of one assignment by this basis, labels known."""
+        """The least time of one assignment by this basis, labels known, codes kept where all points' would be."""
+        self.code_budget = self.of.code_budget // max(1, len(self.of.x_ND) // len(self.x_ND))
         self.use(basis)
         blocks = coded_blocks(*project(self.centroids_KD, basis), 0, basis)
         step, times = tile_rows(blocks), []

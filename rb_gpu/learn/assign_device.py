@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rb_gpu.learn.devices import tiles
-from rb_gpu.learn.distances import lower_distances, nearest
+from rb_gpu.learn.distances import lower_distances
 
 
 class DeviceAssignment:
@@ -36,7 +36,8 @@ class DeviceAssignment:
 
     def assign(self, centroids_KD: Tensor) -> None:
         """The nearest of these centroids (K, D) float32."""
-        nearest(self.x_ND, self.middle_D, centroids_KD, self.labels_N, self.d2_N)
+        self.reset()
+        self.lower(centroids_KD, 0)
 
     def choose(self, centroids_KD: Tensor) -> None:
         """Nothing to choose: the whole product is regular work."""

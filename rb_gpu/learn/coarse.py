@@ -112,8 +112,9 @@ class CodedBlock:
         return CodedBlock(first, codes)
 
 
-def principal_bases(sample_SD: Tensor, middle_D: Tensor, widths: list[int], *, integers: bool) -> list[Basis]:
-    """Codes over so many of the leading principal axes of the sample about the middle, for each width, ascending.
+def principal_bases(sample_SD: Tensor, middle_D: Tensor, widths: list[int]) -> list[Basis]:
+    """Codes over so many of the leading principal axes of the sample about the middle, for each width, ascending; int8
+    where this machine multiplies them exactly.
 
     Subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4): any orthonormal axes give valid bounds, those of
     the leading subspace give tight ones. Within it they are turned at random, so that no coordinate stands out and a
@@ -134,19 +135,22 @@ def principal_bases(sample_SD: Tensor, middle_D: Tensor, widths: list[int], *, i
         gram_PP = axes_DP.double().T @ axes_DP.double()
         # the Frobenius norm is never below the spectral norm that the bound needs
         defect = float((gram_PP - torch.eye(width, dtype=torch.float64)).norm())
-        bases.append(Basis(middle_D, axes_DP, integers, defect))
+        bases.append(Basis(middle_D, axes_DP, integer_products(width), defect))
     return bases
 
 
 @cache
-def integer_products() -> bool:
-    """Whether this machine multiplies int8 matrices exactly: some kernels saturate between two products."""
+def integer_products(width: int) -> bool:
+    """Whether this machine multiplies int8 codes of so many dims exactly, laid out as codes are.
+
+    Some kernels saturate between two products; torch 2.13 is wrong for one dim.
+    """
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randint(-127, 128, (LANES + 1, width), dtype=torch.int8, generator=generator)
+    right = torch.randint(-127, 128, (LANES, width), dtype=torch.int8, generator=generator)
+    left[0], right[0], right[1] = 127, 127, -127
     try:
-        for sign in (127, -127):
-            left = torch.full((64, 256), 127, dtype=torch.int8)
-            right = torch.full((256, 64), sign, dtype=torch.int8)
-            if not bool((torch._int_mm(left, right) == 256 * 127 * sign).all()):
-                return False
+        product = torch._int_mm(left, right.T)
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
-    return True
+    return torch.equal(product, (left.double() @ right.double().T).to(torch.int32))

@@ -1,4 +1,4 @@
-"""Nearest centroids and per-label sums in tiles of rows; no N x K matrix is ever held.
+"""Distances, sums and norms in torch, in tiles of rows; no N x K matrix is ever held.
 
 Suffixes: N points, K centroids, D dims, T points of one tile. Points may lie on the host while the centroids are on a
 GPU: each tile then travels on its own, so data larger than the card still fits.
@@ -15,28 +15,14 @@ from rb_gpu.learn.devices import tiles
 NORMED = 1e-6
 
 
-def nearest(x_ND: Tensor, middle_D: Tensor, centroids_KD: Tensor, labels_N: Tensor, d2_N: Tensor) -> None:
-    """Each point's nearest centroid by Euclidean distance, in place: labels (N,) int64, squared distances (N,) float32.
-
-    argmin ||x - c||^2 = argmin ||c||^2 / 2 - x.c, so one product a tile does; both are taken about the middle, as
-    products cancel far from the origin. The distance is then taken from the difference.
-    """
-    device = centroids_KD.device
-    about_KD = centroids_KD - middle_D
-    half_norm_K = about_KD.square().sum(1) / 2
-    for tile in tiles(len(x_ND), max(len(centroids_KD), 4 * x_ND.shape[1]), device):
-        x_TD = x_ND[tile].to(device, non_blocking=True)
-        labels_T = torch.addmm(half_norm_K, x_TD - middle_D, about_KD.T, alpha=-1).argmin(dim=1)
-        labels_N[tile] = labels_T
-        d2_N[tile] = (x_TD - centroids_KD[labels_T]).square().sum(1)
-
-
 def lower_distances(
     x_ND: Tensor, middle_D: Tensor, d2_N: Tensor, labels_N: Tensor, new_MD: Tensor, first_label: int
 ) -> None:
     """Lowers d2 (N,) and labels (N,) in place by M further centroids, labelled from first_label on.
 
-    Distances are taken from differences, so that a copy of a centroid is at 0 exactly and never drawn as another one.
+    argmin ||x - c||^2 = argmin ||c||^2 / 2 - x.c, so one product a tile does; both are taken about the middle, as
+    products cancel far from the origin. The distance is then taken from the difference, so that a copy of a centroid is
+    at 0 exactly and never drawn as another one.
     """
     device = new_MD.device
     about_MD = new_MD - middle_D

@@ -268,7 +268,7 @@ def move_rows(
     """Takes the weighted points of rows (M,) from the sums of one label and adds them to another's, in place.
 
     Only columns left to right, so that workers share no number. sums (K, D) int64 count multiples of 1/unit: integers
-    add up to the same total in every order. A label below 0 has no sum.
+    add up to the same total in every order. A label to leave that is below 0 has no sum.
     """
     units = np.empty(right - left, np.int64)
     for m in range(rows_M.shape[0]):
@@ -277,10 +277,9 @@ def move_rows(
         # loops over one array each, which a compiler can turn into vectors
         for t in range(units.shape[0]):
             units[t] = np.int64(np.rint(x_C[t] * weight))
-        if to_M[m] >= 0:
-            sums_C = sums_KD[to_M[m], left:right]
-            for t in range(units.shape[0]):
-                sums_C[t] += units[t]
+        sums_C = sums_KD[to_M[m], left:right]
+        for t in range(units.shape[0]):
+            sums_C[t] += units[t]
         if from_M[m] >= 0:
             sums_C = sums_KD[from_M[m], left:right]
             for t in range(units.shape[0]):

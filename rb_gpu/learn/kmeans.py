@@ -82,9 +82,7 @@ def kmeans(
     on a bad argument, ConfigError where the device is missing.
     """
     points = _checked(x, metric)
-    for name, value in (("k", k), ("max_iter", max_iter), ("n_init", n_init)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"{name}={value!r} is not an integer >= 1; raise it")
+    _check_counts(k=k, max_iter=max_iter, n_init=n_init)
     if not epsilon >= 0:
         raise ValueError(f"epsilon={epsilon!r} is not >= 0; give 0 or more")
     if isinstance(init, str) and init != "k-means++":
@@ -112,6 +110,7 @@ def kmeans_plus_plus(
     x: Array, k: int, seed: int = 0, metric: str = "l2", device: str = "auto", weight: Array | None = None
 ) -> tuple[Any, Any]:
     """k-means++ seeds (K, D) float32 and each point's nearest of them (N,) int64; arguments as those of `kmeans`."""
+    _check_counts(k=k)
     with _opened(_checked(x, metric), weight, metric, device, None, None, None) as opened:
         opened.points.choose(opened.shard.sample(k)[:k])
         generator = torch.Generator(device=opened.shard.device).manual_seed(seed)
@@ -205,6 +204,12 @@ def _checked(x: Array, metric: str) -> Tensor:
     if points.ndim != 2 or points.shape[0] == 0 or points.shape[1] == 0:
         raise ValueError(f"x has shape {tuple(points.shape)}; give a non-empty (N, D) matrix")
     return points.detach().to(torch.float32).contiguous()
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{name}={value!r} is not an integer >= 1; raise it")
 
 
 def _checked_weight(weight: Array | None, n: int) -> Tensor:

@@ -63,8 +63,8 @@ class ClusterSums:
         self.counts_K = torch.zeros(k, dtype=torch.int64, device=shard.device)
         self.labels_N = torch.full((len(self.x_ND),), -1, dtype=torch.int64, device=shard.device)
 
-    def update(self, labels_N: Tensor) -> int:
-        """Makes the sums those of these labels (N,) int64 and says how many points moved on this rank."""
+    def update(self, labels_N: Tensor) -> None:
+        """Makes the sums those of these labels (N,) int64, none below 0."""
         rows_M = torch.nonzero(labels_N != self.labels_N).squeeze(1)
         old_M, new_M = self.labels_N[rows_M], labels_N[rows_M]
         units_M = (self.weight_N[rows_M].double() * self.weight_unit).round().to(torch.int64)
@@ -83,7 +83,6 @@ class ClusterSums:
 
             self.crew.each(dims, -(-dims // self.crew.count), columns)
         self.labels_N.copy_(labels_N)
-        return len(rows_M)
 
     def _move(self, rows_M: Tensor, old_M: Tensor, new_M: Tensor) -> None:
         """The same by torch, on the device of the sums."""
