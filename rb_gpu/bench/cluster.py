@@ -94,9 +94,10 @@ def one_case(x: Matrix, name: str, k: int, suite: str, settings: dict[str, Any],
     """All contestants on one matrix and one k."""
     np.save(folder / "x.npy", x)
     known = CLUSTER if suite == "cluster" else SEED
-    contestants = [name for name in known if name.startswith("ours") or name in settings["peers"]]
+    contestants = [one for one in known if one.startswith("ours") or one in settings["peers"]]
     rows: dict[str, Any] = {}
     memory: dict[str, int] = {}
+    quality: dict[str, tuple[float, float]] = {}
 
     def call(contestant: str, environment: dict[str, str], turn: int) -> npt.NDArray[np.float64]:
         given = {
@@ -113,7 +114,6 @@ def one_case(x: Matrix, name: str, k: int, suite: str, settings: dict[str, Any],
             quality[contestant] = inertia(x, np.load(folder / f"{contestant}.npy"))
         return np.array([found["seconds"], quality[contestant][0]])
 
-    quality: dict[str, tuple[float, float]] = {}
     calls = {
         contestant: partial(call, contestant, best_kernels() if contestant == "faiss" else {})
         for contestant in contestants

@@ -6,9 +6,6 @@ start is timed. Suffixes: N points, K clusters, D dims.
 
 from __future__ import annotations
 
-import json
-import logging
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from rb_gpu.bench.runner import answer
 
 Matrix = npt.NDArray[np.float32]
 WARM_ROWS, WARM_K = 12_000, 256
@@ -147,7 +146,14 @@ def resident(which: str) -> int:
 
 
 def run(settings: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of one call; its centroids go to settings["out"]. Raises ImportError where the library is missing."""
+    """Seconds of one call, whose centroids go to settings["out"]; or which library is missing."""
+    try:
+        return _timed(settings)
+    except ImportError as error:
+        return {"missing": str(error.name)}
+
+
+def _timed(settings: dict[str, Any]) -> dict[str, Any]:
     x = np.load(settings["x"])
     k, rng = settings["k"], np.random.default_rng([7, settings["seed"]])
     few = x[:WARM_ROWS]
@@ -172,10 +178,4 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING)
-    given = json.load(sys.stdin)
-    try:
-        found = run(given)
-    except ImportError as error:
-        found = {"missing": str(error.name)}
-    sys.stdout.write(json.dumps(found) + "\n")
+    answer(run)

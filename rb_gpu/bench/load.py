@@ -5,9 +5,6 @@ Suffixes: N rows, D dims.
 
 from __future__ import annotations
 
-import json
-import logging
-import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rb_gpu.bench.runner import fresh_median, in_process, interleaved, machine, seconds
+from rb_gpu.bench.runner import answer, fresh_median, in_process, interleaved, machine, seconds
 from rb_gpu.learn.config import DataConfig, ParamsConfig
 from rb_gpu.learn.trajectories import Trajectories, load
 
@@ -134,5 +131,4 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING)
-    sys.stdout.write(json.dumps(run(json.load(sys.stdin))) + "\n")
+    answer(run)

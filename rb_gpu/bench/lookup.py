@@ -5,10 +5,7 @@ Suffixes: P patterns, Q queries, D dims, K neighbours.
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -22,7 +19,7 @@ import numpy.typing as npt
 
 from rb_gpu import ReasoningBank
 from rb_gpu.bank_data import ARRAYS, BankData, LookupSettings
-from rb_gpu.bench.runner import each_call_us, fresh_median, in_process, interleaved, machine, optional, seconds
+from rb_gpu.bench.runner import answer, each_call_us, fresh_median, in_process, interleaved, machine, optional, seconds
 from rb_gpu.evidence import LATENCY_BINS, OUTCOMES
 from rb_gpu.posterior import Objective
 from rb_gpu.publish import write_artifact
@@ -267,5 +264,4 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING)
-    sys.stdout.write(json.dumps(run(json.load(sys.stdin))) + "\n")
+    answer(run)

@@ -1,8 +1,9 @@
-"""A picture of a suite's result; matplotlib comes with the extra bench."""
+"""Pictures of the suites' results; matplotlib comes with the extra bench."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,64 +14,61 @@ log = logging.getLogger(__name__)
 
 def plot_lookup(result: dict[str, Any], path: Path) -> bool:
     """p50 over the number of patterns, both on log scales; False where matplotlib is not installed."""
-    if optional("matplotlib") is None:
-        log.warning("no plot without matplotlib: pip install 'rb_gpu[bench]'")
-        return False
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    sizes = result["sizes"]
-    for name in sizes[0]["rows"]:
-        points = [(s["patterns"], s["rows"][name]["p50_us"]) for s in sizes if isinstance(s["rows"][name], dict)]
-        if points:
-            ours = name.startswith("ours")
-            axes.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=3 if ours else 1.2)
-    axes.set(xscale="log", yscale="log", xlabel="patterns", ylabel="p50 of one query (µs), one thread")
-    axes.set_xticks([s["patterns"] for s in sizes], [f"{s['patterns']:,}" for s in sizes], minor=False)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    return True
+    def draw(panels: Sequence[Any]) -> None:
+        cases = [(size["patterns"], size["rows"]) for size in result["sizes"]]
+        _lines(panels[0], cases, "p50_us", xlabel="patterns", ylabel="p50 of one query (µs), one thread")
+
+    return _picture(path, 1, (7, 4.5), draw)
 
 
 def plot_cases(result: dict[str, Any], path: Path) -> bool:
     """Seconds over k, both on log scales, a panel for each data; False where matplotlib is not installed."""
-    if optional("matplotlib") is None:
-        log.warning("no plot without matplotlib: pip install 'rb_gpu[bench]'")
-        return False
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(case["data"] for case in result["cases"]))
-    figure = Figure(figsize=(5 * len(names), 4.5), layout="constrained")
-    for axes, data in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        cases = [case for case in result["cases"] if case["data"] == data]
-        for name in cases[0]["rows"]:
-            points = [(c["k"], c["rows"][name]["seconds"]) for c in cases if isinstance(c["rows"][name], dict)]
-            if points:
-                width = 3 if name.startswith("ours") else 1.2
-                axes.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=width)
-        title = f"{Path(data).name}: {cases[0]['n']:,} x {cases[0]['dim']}"
-        axes.set(xscale="log", yscale="log", xlabel="clusters", ylabel="seconds", title=title)
-        axes.set_xticks([c["k"] for c in cases], [f"{c['k']:,}" for c in cases], minor=False)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=150)
-    return True
+
+    def draw(panels: Sequence[Any]) -> None:
+        for axes, name in zip(panels, names, strict=True):
+            cases = [case for case in result["cases"] if case["data"] == name]
+            title = f"{Path(name).name}: {cases[0]['n']:,} x {cases[0]['dim']}"
+            points = [(case["k"], case["rows"]) for case in cases]
+            _lines(axes, points, "seconds", xlabel="clusters", ylabel="seconds", title=title)
+
+    return _picture(path, len(names), (5 * len(names), 4.5), draw)
 
 
 def plot_load(result: dict[str, Any], path: Path) -> bool:
     """GB/s of every format beside memcpy; False where matplotlib is not installed."""
+
+    def draw(panels: Sequence[Any]) -> None:
+        speeds = {name: row["gb_per_s"] for name, row in reversed(result["formats"].items())}
+        speeds["memcpy"] = result["memcpy_gb_per_s"]
+        panels[0].barh(list(speeds), list(speeds.values()))
+        panels[0].set(xlabel="GB/s of embeddings, read and checked")
+
+    return _picture(path, 1, (7, 3.2), draw)
+
+
+def _picture(path: Path, panels: int, size: tuple[float, float], draw: Callable[[Sequence[Any]], None]) -> bool:
+    """Writes what `draw` draws on so many panels, and says whether it could."""
     if optional("matplotlib") is None:
         log.warning("no plot without matplotlib: pip install 'rb_gpu[bench]'")
         return False
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = figure.subplots()
-    speeds = {"memcpy": result["memcpy_gb_per_s"]}
-    speeds |= {name: row["gb_per_s"] for name, row in result["formats"].items()}
-    axes.barh(list(speeds)[::-1], list(speeds.values())[::-1])
-    axes.set(xlabel="GB/s of embeddings, read and checked")
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure.subplots(1, panels, squeeze=False)[0])
     figure.savefig(path, dpi=150)
     return True
+
+
+def _lines(axes: Any, cases: Sequence[tuple[int, dict[str, Any]]], key: str, **labels: str) -> None:
+    """A line per contestant of cases (x, row of each contestant), ours thicker, on log scales."""
+    for name in cases[0][1]:
+        points = [(x, rows[name][key]) for x, rows in cases if isinstance(rows[name], dict)]
+        if points:
+            width = 3 if name.startswith("ours") else 1.2
+            axes.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=width)
+    axes.set(xscale="log", yscale="log", **labels)
+    axes.set_xticks([x for x, _ in cases], [f"{x:,}" for x, _ in cases], minor=False)
+    axes.grid(alpha=0.3)
+    axes.legend()

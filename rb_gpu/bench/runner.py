@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import random
@@ -83,6 +84,12 @@ def in_process(module: str, settings: Any, threads: int, environment: Mapping[st
     if done.returncode:
         raise RuntimeError(f"{module} ended with {done.returncode}; its messages are above")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def answer(run: Callable[[Any], Any]) -> None:
+    """The other side of `in_process`: runs on the JSON of the standard input and prints its result as JSON."""
+    logging.basicConfig(level=logging.WARNING)
+    sys.stdout.write(json.dumps(run(json.load(sys.stdin))) + "\n")
 
 
 def fresh_median(code: str, repeats: int) -> float:
