@@ -1,22 +1,26 @@
-"""Run by torchrun in test_distributed: k-means on this rank's rows; rank 0 writes what all ranks found, joined."""
+"""Run in test_distributed: k-means on this rank's rows; rank 0 writes what all found, or rank 1 dies of it."""
 
 from __future__ import annotations
 
+import os
 import sys
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from rb_gpu.learn.distributed import Ranks
+from rb_gpu.learn.distributed import Ranks, launched
 from rb_gpu.learn.kmeans import kmeans
 
 
 def main() -> None:
     source, out, k, metric, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], int(sys.argv[5])
-    dist.init_process_group("gloo")
-    ranks = Ranks(dist.get_rank(), dist.get_world_size())
-    data = np.load(source)
+    with launched(torch.device("cpu")) as ranks:
+        share(ranks, np.load(source), out, k, metric, seed)
+
+
+def share(ranks: Ranks, data: dict[str, np.ndarray], out: str, k: int, metric: str, seed: int) -> None:
+    if out == "die" and ranks.rank == 1:
+        os._exit(7)
     # ranks hold different numbers of rows
     edges = np.linspace(0, 1, ranks.size + 1) ** 1.3 * len(data["x"])
     rows = slice(int(edges[ranks.rank]), int(edges[ranks.rank + 1]))
@@ -27,7 +31,6 @@ def main() -> None:
     labels = ranks.joined(result.labels)
     if ranks.rank == 0:
         np.savez(out, centroids=result.centroids, labels=labels, inertia=result.inertia, n_iter=result.n_iter)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

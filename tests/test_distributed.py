@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,6 +41,28 @@ def test_ranks_end_on_the_bits_of_one_process(tmp_path, processes, metric):
     assert np.array_equal(found["labels"], alone.labels)
     assert float(found["inertia"]) == alone.inertia
     assert int(found["n_iter"]) == alone.n_iter
+
+
+def test_the_error_says_which_rank_lost_another(tmp_path):
+    # without torchrun, which ends the others itself
+    np.savez(tmp_path / "data.npz", x=np.ones((40, 3), np.float32), weight=np.ones(40, np.float32))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "data.npz"), "die", "3", "l2", "0"]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=os.environ
+            | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 7]
+    assert "RbGpuError: rank 0 of 2 lost another rank" in said[0]
 
 
 def test_alone_every_call_is_the_identity():

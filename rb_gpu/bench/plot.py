@@ -70,5 +70,6 @@ def _lines(axes: Any, cases: Sequence[tuple[int, dict[str, Any]]], key: str, **l
             axes.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=width)
     axes.set(xscale="log", yscale="log", **labels)
     axes.set_xticks([x for x, _ in cases], [f"{x:,}" for x, _ in cases], minor=False)
+    axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     axes.legend()
