@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from rb_gpu.errors import ArtifactError
 from rb_gpu.evidence import LATENCY_BINS, OUTCOMES, Evidence
+from rb_gpu.field import FIELD_ARRAYS, SLOPES, Field
 from rb_gpu.params import MAX_TEMPERATURE, ConfigTable
 from rb_gpu.posterior import Objective
 
@@ -139,6 +140,13 @@ class BankData:
         """The evidence of the leaves."""
         return Evidence(**{f.name: self.arrays[f"evidence_{f.name}"] for f in fields(Evidence)})
 
+    @property
+    def field(self) -> Field | None:
+        """What foretells a query beyond its patterns, where there is such a thing."""
+        if "field_coef" not in self.arrays:
+            return None
+        return Field(**{f.name: self.arrays[f"field_{f.name}"] for f in fields(Field)})
+
     def parents(self) -> list[npt.NDArray[np.int64]]:
         """For each level from the leaves, the row of each node's parent within the level above."""
         level, parent = self.arrays["level"], self.arrays["parent"]
@@ -221,10 +229,11 @@ def _is_number(value: Any, low: float, high: float = 1e300) -> bool:
 
 def _check_shapes(arrays: dict[str, npt.NDArray[Any]]) -> dict[str, int]:
     """Size of every axis."""
-    odd = set(ARRAYS) ^ set(arrays)
+    expected = ARRAYS | FIELD_ARRAYS if any(name in FIELD_ARRAYS for name in arrays) else ARRAYS
+    odd = set(expected) ^ set(arrays)
     _require(not odd, f"array {min(odd, default='')} is missing or unknown")
     sizes = {"O": len(OUTCOMES), "B": LATENCY_BINS}
-    for name, (dtype, axes) in ARRAYS.items():
+    for name, (dtype, axes) in expected.items():
         array = arrays[name]
         fits = array.dtype == dtype and array.ndim == len(axes)
         _require(fits, f"{name} is {array.dtype} {array.shape}, not {dtype} by {axes}")
@@ -235,7 +244,9 @@ def _check_shapes(arrays: dict[str, npt.NDArray[Any]]) -> dict[str, int]:
 
 def _check_values(data: BankData) -> None:
     arrays = data.arrays
-    for name, (dtype, axes) in ARRAYS.items():
+    for name, (dtype, axes) in (ARRAYS | FIELD_ARRAYS).items():
+        if name not in arrays:
+            continue
         array = arrays[name]
         # a verdict's numbers are NaN where they are not known, and its interval may be endless
         if dtype.startswith("float") and not name.startswith("verdict_"):
@@ -259,10 +270,24 @@ def _check_values(data: BankData) -> None:
         temperature = arrays[f"{prefix}_temperature"]
         inside = ((temperature >= 0) & (temperature <= MAX_TEMPERATURE)).all()
         _require(inside, f"{prefix}_temperature is outside [0, {MAX_TEMPERATURE:g}]")
+    _check_field(data)
     _require(
         data.metric != "cosine" or (squared_norms(arrays["centroids"][: data.leaves]) > 0).all(),
         "a centroid has norm 0",
     )
+
+
+def _check_field(data: BankData) -> None:
+    field = data.field
+    if field is None:
+        return
+    _require(data.method == "eb" and data.objective.kind != "bound", "a field stands where nothing asks it")
+    _require(len(field.landmarks) > 0, "the field has no landmarks")
+    _require(len(field.coef) == len(SLOPES) * len(field.landmarks), "field_coef does not fit the landmarks")
+    _require((np.abs(squared_norms(field.landmarks) - 1.0) < 1e-3).all(), "a landmark's norm is not 1")
+    _require((np.abs(field.coef) <= MAX_CELL).all(), f"field_coef is over {MAX_CELL:g}")
+    for name in ("field_gain_variance", "field_quality_variance", "field_test_sd"):
+        _require((data.arrays[name] >= 0).all(), f"{name} is negative")
 
 
 def _check_references(data: BankData) -> None:

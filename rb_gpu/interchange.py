@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from rb_gpu.bank_data import ARRAYS, BankData, LookupSettings, check_bank
 from rb_gpu.errors import ArtifactError
+from rb_gpu.field import FIELD_ARRAYS
 from rb_gpu.posterior import Objective
 
 FORMAT = "rb_gpu.bank"
@@ -59,7 +60,7 @@ def write_export(data: BankData, path: Path) -> None:
         values = {field: _plain(data.arrays[name]) for field, name in columns.items()}
         length = len(next(iter(values.values())))
         document[section] = [{field: values[field][row] for field in columns} for row in range(length)]
-    document["cells"] = {name: _plain(data.arrays[name]) for name in ARRAYS if name not in listed}
+    document["cells"] = {name: _plain(data.arrays[name]) for name in data.arrays if name not in listed}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(json.dumps(document, indent=1, allow_nan=False))
@@ -83,7 +84,8 @@ def read_export(path: Path) -> BankData:
             "export it again with this version"
         )
     try:
-        arrays = {name: _array(name, document["cells"][name]) for name in ARRAYS if name in document["cells"]}
+        known = ARRAYS | FIELD_ARRAYS
+        arrays = {name: _array(name, document["cells"][name]) for name in known if name in document["cells"]}
         for section in AXIS_OF:
             for field, name in _columns(section).items():
                 arrays[name] = _array(name, [entry[field] for entry in document[section]])
@@ -118,7 +120,7 @@ def _tiers(values: Any) -> list[str]:
 
 def _array(name: str, values: Any) -> npt.NDArray[Any]:
     """The array of one name; a null is NaN in a float array. Raises ValueError where another holds no integers."""
-    dtype = np.dtype(ARRAYS[name][0])
+    dtype = np.dtype((ARRAYS | FIELD_ARRAYS)[name][0])
     if dtype.kind == "f":
         with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which check_bank refuses
             return np.array(values, dtype=np.float64).astype(dtype)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rb_gpu.evidence import OUTCOMES, Evidence, Floats, linear_moments
+from rb_gpu.field import Field
 
 Rows = npt.NDArray[np.int64]
 
@@ -73,7 +74,8 @@ class Beliefs:
 
     gain, gain_variance: of the objective's difference to the default. probability: that it beats the default by the
     margin (bound: and keeps the bound; floor: that quality reaches the target). score: what is maximised among the
-    configs that are probable enough. quality: expected quality. margin: (C,).
+    configs that are probable enough. quality: expected quality. margin: (C,). test, test_sd: what the probability is
+    that of, a normal variable's exceeding 0; 0 and 0 where nothing is known, and where it is another probability.
     """
 
     gain: Floats
@@ -82,6 +84,8 @@ class Beliefs:
     score: Floats
     quality: Floats
     margin: Floats
+    test: Floats
+    test_sd: Floats
 
     def choose(self, min_probability: float, default: int, likeliest: bool) -> Rows:
         """(P + 1,) the config of highest score among those with probability >= min_probability, else the default.
@@ -96,7 +100,7 @@ def choose(
     score: npt.NDArray[np.floating],
     probability: npt.NDArray[np.floating],
     quality: npt.NDArray[np.floating],
-    least: float,
+    least: float | npt.NDArray[np.floating],
     default: int,
     likeliest: bool,
 ) -> Rows:
@@ -111,6 +115,15 @@ def choose(
 def normal_cdf(z: Floats) -> Floats:
     """Standard normal distribution function, elementwise."""
     return 0.5 * (1.0 + np.asarray(_erf(z / math.sqrt(2.0)), dtype=np.float64))
+
+
+def normal_quantile(share: float) -> float:
+    """Where a standard normal variable falls below with this probability, by bisection; ±40 at 0 and 1."""
+    low, high = -40.0, 40.0
+    for _ in range(100):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if 0.5 * math.erfc(-middle / math.sqrt(2.0)) < share else (low, middle)
+    return high
 
 
 def effects(evidence: Evidence, direction_O: Floats, default: int) -> tuple[Floats, Floats]:
@@ -260,17 +273,28 @@ def paule_mandel(mean: Floats, var: Floats, parent: Rows, groups: int) -> Floats
 
 
 def believe(
-    evidence: Evidence, parents: Sequence[Rows], objective: Objective, default: int, margin: float | str | Floats
+    evidence: Evidence,
+    parents: Sequence[Rows],
+    objective: Objective,
+    default: int,
+    margin: float | str | Floats,
+    field: Field | None = None,
 ) -> Beliefs:
     """The posterior beliefs of every leaf, and of a leaf that is not known, under an objective.
 
     margin: a number, (C,) numbers, or "auto": the standard error of the config's difference to the default over the
-    whole table, since no smaller gain can be told from none.
+    whole table, since no smaller gain can be told from none. field: what foretells the leaves; their evidence then
+    corrects it, by what it left unexplained.
     """
+    judged = (evidence if field is None else field.residual(evidence)).with_unknown()
+    everything = evidence
     evidence = evidence.with_unknown()
     parents = [np.append(parent, parent.max() + 1) for parent in parents]
-    effect, variance = effects(evidence, objective.direction, default)
+    effect, variance = effects(judged, objective.direction, default)
     gain, gain_variance, root_variance = pool(effect, variance, parents, tested=True)
+    if field is not None:
+        foretold, foretold_variance, root_variance = _foretold(field, everything, objective.direction, default)
+        gain, gain_variance = gain + foretold, gain_variance + foretold_variance
     gain[:, default], gain_variance[:, default] = 0.0, 0.0
     configs = len(root_variance)
     if isinstance(margin, str):
@@ -283,10 +307,13 @@ def believe(
     probability = np.where(known, normal_cdf(np.where(known, z_PC, 0.0)), 0.0)
 
     direction = objective.quality_direction
-    level, level_var, size = linear_moments(evidence.w, evidence.w2, evidence.mean, evidence.comoment, direction)
+    level, level_var, size = linear_moments(judged.w, judged.w2, judged.mean, judged.comoment, direction)
     quality, quality_var, _ = pool(level, np.where(size > 0, _error(level_var, size), np.inf), parents, tested=False)
     quality = np.where(np.isfinite(quality_var), quality, _fallback_quality(level, evidence.w))
+    if field is not None:
+        quality, quality_var = quality + (field.base + field.mean) @ direction, quality_var + field.quality_variance
     score = gain
+    test, test_sd = np.where(known, gain - margin_C, 0.0), np.sqrt(np.where(known, gain_variance, 0.0))
     if objective.kind == "bound":
         keeps = _keeps_bound(evidence, objective)
         probability = np.where(keeps[:, [default]], probability, 1.0) * keeps
@@ -296,7 +323,23 @@ def believe(
         z_PC = np.divide(quality - objective.target, np.sqrt(quality_var), out=np.zeros(quality.shape), where=certain)
         probability = np.where(certain, normal_cdf(z_PC), quality >= objective.target)
         score = -_expense(evidence)
-    return Beliefs(gain, gain_variance, probability, score, quality, margin_C)
+        test, test_sd = quality - objective.target, np.sqrt(np.where(certain, quality_var, 0.0))
+    return Beliefs(gain, gain_variance, probability, score, quality, margin_C, test, test_sd)
+
+
+def _foretold(field: Field, evidence: Evidence, direction_O: Floats, default: int) -> tuple[Floats, Floats, Floats]:
+    """What the field says of every leaf's gain (P + 1, C), with its variance, and the variance (C,) over the table.
+
+    A config's difference to the default on the whole counts only where a test rejects that there is none (as in
+    `pool`).
+    """
+    _, error = effects(evidence.regroup(np.zeros(len(evidence.rows), dtype=np.int64), 1), direction_O, default)
+    level = (field.base + field.mean) @ direction_O
+    shift = level - level[:, [default]]
+    differs = _differs(shift[-1], error[0])
+    overall = np.where(differs, shift[-1], 0.0)
+    variance = field.gain_variance @ direction_O**2 + np.where(differs, error[0], SPIKE * error[0])
+    return shift - shift[-1] + overall, variance, error[0]
 
 
 def _fallback_quality(level: Floats, w: Floats) -> Floats:

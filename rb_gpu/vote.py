@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rb_gpu.bank_data import BankData, squared_norms
-from rb_gpu.evidence import OUTCOMES
+from rb_gpu.bank_data import MAX_CELL, BankData, squared_norms
+from rb_gpu.evidence import OUTCOMES, Floats
+from rb_gpu.field import kernels
 from rb_gpu.params import ConfigTable, SearchParams, round_half_up, snap
-from rb_gpu.posterior import believe, choose
+from rb_gpu.posterior import Objective, believe, choose, normal_cdf, normal_quantile
 from rb_gpu.search import Search, open_search
 from rb_gpu.types import OptimizedParams, ParamSource, Tradeoff
 from rb_gpu.usage import Ratings
@@ -52,6 +53,10 @@ class BankState:
         self.verdicts = VerdictView(data)
         arrays = data.arrays
         self._tabulate(arrays["score"], arrays["probability"], arrays["gain"], arrays["expected_quality"])
+        self.field: FieldCells | None = None
+        if data.field is not None:
+            self.field = FieldCells(data, data.objective, arrays["field_test"], arrays["field_test_sd"], self.cells_UE)
+        self.least_z = normal_quantile(data.lookup.min_probability)
         self.ratings = Ratings()
         self.tradeoffs: dict[Tradeoff, BankState] = {}
 
@@ -80,14 +85,62 @@ class BankState:
             )
         objective = replace(data.objective, latency_weight=tradeoff.latency_weight, cost_weight=tradeoff.cost_weight)
         margin: Any = "auto" if data.lookup.auto_margin else data.arrays["margin"]
-        beliefs = believe(data.evidence, data.parents(), objective, data.default, margin)
+        beliefs = believe(data.evidence, data.parents(), objective, data.default, margin, data.field)
         other = object.__new__(BankState)
         other.__dict__.update(self.__dict__)
         other._tabulate(beliefs.gain, beliefs.probability, beliefs.gain, beliefs.quality)
+        if data.field is not None:
+            other.field = FieldCells(data, objective, beliefs.test, beliefs.test_sd, other.cells_UE)
         if len(self.tradeoffs) >= REMEMBERED_TRADEOFFS:
             self.tradeoffs.clear()
         self.tradeoffs[tradeoff] = other
         return other
+
+
+class FieldCells:
+    """What a lookup mixes and adds where there is a field, for one objective.
+
+    cells_UE: as in BankState, with `test` in place of the probability, each less what the field says of the leaf on the
+    whole, and then the standard deviation of the test. shift_FE: what the field says of a query, in the same columns.
+    """
+
+    def __init__(
+        self, data: BankData, objective: Objective, test_UC: Floats, test_sd_UC: Floats, cells_UE: Matrix
+    ) -> None:
+        field, default, configs = data.field, data.default, len(data.arrays["margin"])
+        if field is None:
+            raise ValueError("this bank has no field")
+        floor = objective.kind == "floor"
+        expense = np.zeros(len(OUTCOMES))
+        expense[OUTCOMES.index("cost")] = -1.0
+        quality_O, gain_O = objective.quality_direction, objective.direction
+        columns = [
+            (expense, False) if floor else (gain_O, True),
+            (quality_O, False) if floor else (gain_O, True),
+            (gain_O, True),
+            (quality_O, False),
+        ]
+        self.landmarks_MD = np.ascontiguousarray(field.landmarks)
+        shift = []
+        cells = cells_UE.astype(np.float64)
+        cells[:, configs : 2 * configs] = test_UC
+        for block, (direction_O, relative) in enumerate(columns):
+            part, mean = field.coef @ direction_O, field.mean @ direction_O
+            if relative:
+                part, mean = part - part[:, [default]], mean - mean[:, [default]]
+            shift.append(part)
+            # the last row stands for a query that is near no leaf, of which the field says nothing
+            cells[:-1, block * configs : (block + 1) * configs] -= mean[:-1]
+        if not floor:
+            # a default that beats itself would be an answer with a pattern behind it
+            cells[:, configs + default] = -MAX_CELL
+        self.shift_FE = np.ascontiguousarray(np.concatenate(shift, 1), dtype=np.float32)
+        self.cells_UE = np.concatenate([cells, test_sd_UC], 1).astype(np.float32)
+
+    def shift(self, unit_D: Vector) -> Vector:
+        """(4C,) what the field says of one query."""
+        found: Vector = kernels(self.landmarks_MD.dot(unit_D)).dot(self.shift_FE)
+        return found
 
 
 def unit_query(query: npt.ArrayLike, dim: int) -> Vector:
@@ -131,27 +184,39 @@ def queries_of(query: npt.ArrayLike, dim: int, ndim: int) -> tuple[Matrix, Vecto
 def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
     """The vote for one query (D,): what `vote` computes, by the shortest way for one. Raises ValueError on a bad query.
 
-    Nearest leaves that reach the floor vote with weight softmax(β·cos); none does: row -1 of the cells, the last, which
-    stands for a query that is near no pattern.
+    Nearest leaves that reach the floor vote with weight softmax(β·cos), and the field adds what it says of the query;
+    no leaf does: row -1 of the cells, the last, which stands for a query that is near no pattern.
     """
-    settings, default, configs = state.settings, state.default, len(state.params)
-    rows, cosine = state.search.nearest_one(unit_query(query, state.dim), settings.top_k)
+    settings, default, configs, field = state.settings, state.default, len(state.params), state.field
+    unit_D = unit_query(query, state.dim)
+    rows, cosine = state.search.nearest_one(unit_D, settings.top_k)
     beta, floor, best = settings.beta, settings.floor, cosine[0] if cosine else -math.inf
     weight = [math.exp(beta * (c - best)) for c in cosine if c >= floor]
+    cells_UE = state.cells_UE if field is None else field.cells_UE
     if weight:
         total = sum(weight)
         share = np.array([w / total for w in weight], np.float32)
-        mixed_E = share.dot(state.cells_UE.take(rows[: len(weight)], 0))
+        mixed_E = share.dot(cells_UE.take(rows[: len(weight)], 0))
         nearest = rows[0]
+        if field is not None:
+            mixed_E[: 4 * configs] += field.shift(unit_D)
     else:
-        mixed_E, nearest = state.cells_UE[-1], -1
-    probability_C = mixed_E[configs : 2 * configs]
-    score_C = np.where(probability_C >= settings.min_probability, mixed_E[:configs], -np.inf)
+        mixed_E, nearest = cells_UE[-1], -1
+    sure_C = mixed_E[configs : 2 * configs]
+    least = settings.min_probability if field is None else state.least_z * mixed_E[4 * configs :]
+    score_C = np.where(sure_C >= least, mixed_E[:configs], -np.inf)
     config = int(score_C.argmax())
     if score_C.item(config) == -math.inf:
-        config = int(mixed_E[3 * configs :].argmax()) if settings.likeliest else default
-    numbers = (probability_C.item(config), mixed_E.item(3 * configs + config), mixed_E.item(2 * configs + config))
-    return _answer(state, nearest, config, *numbers)
+        config = int(mixed_E[3 * configs : 4 * configs].argmax()) if settings.likeliest else default
+    sure = sure_C.item(config)
+    if field is not None:
+        sure = _probability(sure, mixed_E.item(4 * configs + config))
+    return _answer(state, nearest, config, sure, mixed_E.item(3 * configs + config), mixed_E.item(2 * configs + config))
+
+
+def _probability(test: float, sd: float) -> float:
+    """That a normal variable of this mean and standard deviation exceeds 0."""
+    return 0.5 * math.erfc(-test / (sd * math.sqrt(2.0))) if sd > 0 else float(test > 0)
 
 
 def vote(state: BankState, values_BD: Matrix, scale_B: Vector) -> Votes:
@@ -169,7 +234,7 @@ def vote(state: BankState, values_BD: Matrix, scale_B: Vector) -> Votes:
 
 
 def _vote_part(state: BankState, values_BD: Matrix, scale_B: Vector) -> Votes:
-    settings, default, configs = state.settings, state.default, len(state.params)
+    settings, default, configs, field = state.settings, state.default, len(state.params), state.field
     rows_BK, cosine_BK = state.search.nearest(values_BD, settings.top_k)
     cosine_BK *= scale_B[:, None]
     near_BK = (cosine_BK >= settings.floor) & (rows_BK >= 0)
@@ -180,21 +245,41 @@ def _vote_part(state: BankState, values_BD: Matrix, scale_B: Vector) -> Votes:
     rows_BK[far, 0], weight_BK[far, 0] = -1, 1.0
     weight_BK = (weight_BK / weight_BK.sum(1, keepdims=True)).astype(np.float32)
 
-    def picked(column_B: npt.NDArray[np.int64]) -> Matrix:
-        """The mean of one column for each query: (B,), a fraction of what `_mixed` reads."""
-        cells_BK = state.cells_UE[rows_BK, column_B[:, None]]
-        mean_B: Matrix = np.einsum("bk,bk->b", weight_BK, cells_BK)
-        return mean_B
+    cells_UE = state.cells_UE if field is None else field.cells_UE
+    shift_BE = None
+    if field is not None:
+        shift_BE = kernels((values_BD @ field.landmarks_MD.T) * scale_B[:, None]) @ field.shift_FE
+        shift_BE[far] = 0.0
 
-    mixed_BE = _mixed(state.cells_UE[:, : 2 * configs], rows_BK, weight_BK)
-    score_BC, probability_BC = mixed_BE[:, :configs], mixed_BE[:, configs:]
+    def mixed(start: int, stop: int) -> Matrix:
+        """(B, stop - start) means of these blocks of columns, with what the field adds."""
+        mean_BE = _mixed(cells_UE[:, start * configs : stop * configs], rows_BK, weight_BK)
+        return mean_BE if shift_BE is None else mean_BE + shift_BE[:, start * configs : stop * configs]
+
+    def picked(block: int) -> Vector:
+        """(B,) the chosen configs' cells of one block: a fraction of what `mixed` reads."""
+        column_B = block * configs + config
+        mean_B: Vector = np.einsum("bk,bk->b", weight_BK, cells_UE[rows_BK, column_B[:, None]])
+        return mean_B if shift_BE is None or block > 3 else mean_B + shift_BE[np.arange(len(config)), column_B]
+
+    score_sure_BE = mixed(0, 2)
+    score_BC, sure_BC = score_sure_BE[:, :configs], score_sure_BE[:, configs:]
+    least: float | Matrix = settings.min_probability
+    if field is not None:
+        least = state.least_z * _mixed(cells_UE[:, 4 * configs :], rows_BK, weight_BK)
     # quality is asked for where the likeliest config is, and nowhere else
-    quality_BC = _mixed(state.cells_UE[:, 3 * configs :], rows_BK, weight_BK) if settings.likeliest else score_BC
-    config = choose(score_BC, probability_BC, quality_BC, settings.min_probability, default, settings.likeliest)
+    quality_BC = mixed(3, 4) if settings.likeliest else score_BC
+    config = choose(score_BC, sure_BC, quality_BC, least, default, settings.likeliest)
+    sure_B = sure_BC[np.arange(len(config)), config]
+    if field is not None:
+        sd_B = picked(4)
+        known = sd_B > 0
+        z_B = np.divide(sure_B, sd_B, out=np.where(sure_B > 0, 40.0, -40.0), where=known)
+        sure_B = normal_cdf(z_B).astype(np.float32)
     acted = config != default
-    confidence = np.where(acted, np.minimum(probability_BC[np.arange(len(config)), config], 1), np.float32(0))
-    gain = np.where(acted, picked(2 * configs + config), np.float32(0))
-    return rows_BK[:, 0], config, confidence, picked(3 * configs + config), gain
+    confidence = np.where(acted, np.minimum(sure_B, 1), np.float32(0)).astype(np.float32)
+    gain = np.where(acted, picked(2), np.float32(0))
+    return rows_BK[:, 0], config, confidence, picked(3), gain
 
 
 def _mixed(cells_UE: Matrix, rows_BK: npt.NDArray[np.int64], weight_BK: Matrix) -> Matrix:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from rb_gpu.bank_data import ARRAYS, BankData, LookupSettings
 from rb_gpu.evidence import Evidence
+from rb_gpu.field import FIELD_ARRAYS, Field
 from rb_gpu.learn.config import TrainConfig, is_auto
 from rb_gpu.learn.patterns import summarise
 from rb_gpu.learn.trajectories import Trajectories
@@ -29,7 +30,8 @@ MAJORITY = 0.5
 @dataclass(frozen=True)
 class Leaves:
     """The leaves: label_Q (Q,) of each training query, -1 where it was pruned; sums_PD and mass_P, the weighted sum of
-    each leaf's embeddings and its weight, from which the centroids of every level come; evidence; parents per level.
+    each leaf's embeddings and its weight, from which the centroids of every level come; evidence; parents per level;
+    what foretells a query beyond its leaf, where there is such a thing.
     """
 
     label_Q: Rows
@@ -37,6 +39,7 @@ class Leaves:
     mass_P: Floats
     evidence: Evidence
     parents: list[Rows]
+    field: Field | None = None
 
 
 def assemble(
@@ -66,9 +69,16 @@ def assemble(
         **{f"verdict_{f.name}": getattr(verdicts, f.name) for f in fields(VerdictColumns) if f.name != "config_id"},
         **{f"evidence_{f.name}": getattr(leaves.evidence, f.name) for f in fields(Evidence)},
     }
+    if leaves.field is not None:
+        arrays |= {f"field_{f.name}": getattr(leaves.field, f.name) for f in fields(Field)}
+        arrays |= {"field_test": beliefs.test, "field_test_sd": beliefs.test_sd}
     eb = config.judge.method == "eb"
     return BankData(
-        arrays={name: np.ascontiguousarray(arrays[name], dtype=dtype) for name, (dtype, _) in ARRAYS.items()},
+        arrays={
+            name: np.ascontiguousarray(arrays[name], dtype=dtype)
+            for name, (dtype, _) in (ARRAYS | FIELD_ARRAYS).items()
+            if name in arrays
+        },
         tiers=configs.tiers,
         default=configs.default,
         metric=config.cluster.metric,

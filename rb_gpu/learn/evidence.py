@@ -51,9 +51,16 @@ def outcomes(trajectories: Trajectories, device: torch.device) -> Tensor:
 
 
 def gather_evidence(
-    trajectories: Trajectories, label_Q: Tensor, patterns: int, weight_N: Tensor, device: torch.device
+    trajectories: Trajectories,
+    label_Q: Tensor,
+    patterns: int,
+    weight_N: Tensor,
+    device: torch.device,
+    foretold_NO: Tensor | None = None,
 ) -> Evidence:
     """Evidence of each (pattern, config) cell. label_Q: (Q,) pattern of each query, negative leaves its rows out.
+
+    foretold_NO: taken off the outcomes first, so that the moments are of what is left.
 
     Two passes with centred squares, so that nothing cancels; the same sums whatever the order of the rows, up to
     float64 rounding.
@@ -64,6 +71,8 @@ def gather_evidence(
     label_N = label_Q.to(device)[query_row]
     cell_N = torch.where(label_N < 0, patterns * configs, label_N * configs + config_N)
     y_NO = outcomes(trajectories, device)
+    if foretold_NO is not None:
+        y_NO = y_NO - foretold_NO
     weight_N = weight_N.to(device)
     latency_us_N = torch.from_numpy(trajectories.latency_us).to(device, torch.float64)
     extra_N3 = torch.stack(

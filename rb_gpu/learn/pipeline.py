@@ -36,13 +36,14 @@ from rb_gpu.learn.hierarchy import build_hierarchy, level_counts, prune
 from rb_gpu.learn.index import build_index
 from rb_gpu.learn.job_config import EvaluateConfig
 from rb_gpu.learn.kmeans import nearest
+from rb_gpu.learn.landmarks import foretell
 from rb_gpu.learn.policy import Evaluation, best_single, held_out_outcomes, improvement_percent, value_bank
 from rb_gpu.learn.report import render_report
 from rb_gpu.learn.router import train_router
 from rb_gpu.learn.trajectories import Trajectories, load, split_by_time
 from rb_gpu.learn.verdicts import judge, resolve_objective
 from rb_gpu.params import AUTO_TIER
-from rb_gpu.posterior import Objective, believe
+from rb_gpu.posterior import Beliefs, Objective, believe
 from rb_gpu.publish import without_nan, write_artifact
 from rb_gpu.registry import Registry
 from rb_gpu.router import FastGRNNRouter
@@ -101,12 +102,13 @@ def learn(
     device = resolve_device(config.device.kind)
     with watch.stage("cluster"):
         x_QD, weight_Q, label_Q = cluster_queries(trajectories, config, checkpoint, ranks or Ranks())
+    weight_N = row_weights(trajectories, config.judge.half_life)
     with watch.stage("judge"):
-        weight_N = row_weights(trajectories, config.judge.half_life)
         leaves = _leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
         objective = resolve_objective(config.judge, config.quality, trajectories, leaves.evidence)
         default = trajectories.configs.default
-        beliefs = believe(leaves.evidence, leaves.parents, objective, default, config.judge.margin)
+        leaves = _foretold(x_QD, leaves, trajectories, weight_N, objective, config, device)
+        beliefs = _believed(leaves, objective, default, config)
         confidence_P = best_probability(beliefs.probability[:-1], default)
         kept_P = prune(leaves.evidence.rows.sum(1), confidence_P, 1, config.prune.min_confidence)
         if not kept_P.all():
@@ -117,7 +119,8 @@ def learn(
                 )
             label_Q = drop_labels(leaves.label_Q, kept_P)
             leaves = _leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
-            beliefs = believe(leaves.evidence, leaves.parents, objective, default, config.judge.margin)
+            leaves = _foretold(x_QD, leaves, trajectories, weight_N, objective, config, device)
+            beliefs = _believed(leaves, objective, default, config)
         verdicts = judge(leaves.evidence, trajectories.configs, objective, beliefs, config.judge)
     with watch.stage("index"):
         data = assemble(trajectories, config, leaves, objective, beliefs, verdicts, 0.0)
@@ -174,6 +177,31 @@ def _leaves(
     counts = level_counts(patterns, config.hierarchy.counts)
     parents = build_hierarchy(means_PD, mass_P, counts)
     return Leaves(label_Q, sums_PD, mass_P, evidence, parents)
+
+
+def _foretold(
+    x_QD: torch.Tensor,
+    leaves: Leaves,
+    trajectories: Trajectories,
+    weight_N: torch.Tensor,
+    objective: Objective,
+    config: TrainConfig,
+    device: torch.device,
+) -> Leaves:
+    """The leaves with the field, where it says more than they do; only eb, for a utility or a floor, can use one."""
+    if config.judge.method != "eb" or objective.kind == "bound":
+        return leaves
+    unit_QD = x_QD if normed(x_QD) else normalise_(x_QD.clone())
+    found = foretell(unit_QD, leaves.label_Q, trajectories, weight_N, objective, config.seed, device)
+    if found is None:
+        return leaves
+    labels = torch.from_numpy(leaves.label_Q).to(device)
+    left = gather_evidence(trajectories, labels, len(leaves.mass_P), weight_N, device, found.unseen_NO)
+    return replace(leaves, field=found.field(left))
+
+
+def _believed(leaves: Leaves, objective: Objective, default: int, config: TrainConfig) -> Beliefs:
+    return believe(leaves.evidence, leaves.parents, objective, default, config.judge.margin, leaves.field)
 
 
 def _floor(x_QD: torch.Tensor, data: BankData, device: torch.device) -> float:

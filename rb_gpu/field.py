@@ -1,0 +1,72 @@
+"""The field: what a query's place among the landmarks foretells of every config, beyond what its patterns say.
+
+Outcomes are predicted by a kernel regression on M landmarks: y_c(q) = base_c + φ(q)·coef_c, where φ holds the kernels
+exp(a·(cos(q, landmark) − 1)) of every slope a (the Nyström method, Williams & Seeger 2001). NumPy only.
+Suffixes: B queries, M landmarks, D dims, F = M times the slopes, C configs, O outcomes, U leaves and what stands for
+none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rb_gpu.evidence import Evidence, Floats
+
+Matrix = npt.NDArray[np.float32]
+
+# slopes of the kernels; the second is twice the first, so that one exponential makes both
+SLOPES = (2.0, 4.0)
+MOMENTS = ("mean", "comoment", "pair_mean", "pair_comoment")
+# the arrays of bank.safetensors where there is a field: dtype, and axes (P leaves, besides those of the legend)
+FIELD_ARRAYS: dict[str, tuple[str, str]] = {
+    "field_landmarks": ("float32", "MD"),
+    "field_coef": ("float32", "FCO"),
+    "field_base": ("float64", "CO"),
+    "field_mean": ("float64", "UCO"),
+    "field_gain_variance": ("float64", "UCO"),
+    "field_quality_variance": ("float64", "UC"),
+    "field_residual_mean": ("float64", "PCO"),
+    "field_residual_comoment": ("float64", "PCOO"),
+    "field_residual_pair_mean": ("float64", "PCO"),
+    "field_residual_pair_comoment": ("float64", "PCOO"),
+    "field_test": ("float32", "UC"),
+    "field_test_sd": ("float32", "UC"),
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """landmarks: (M, D) float32 of norm 1. coef: (F, C, O) float32, zeros for the outcomes that it does not foretell.
+    base: (C, O). mean: (U, C, O) mean prediction over each leaf's queries, less base; over all queries in the last row.
+
+    gain_variance: (U, C, O) variance of the prediction of a config's difference to the default, quality_variance:
+    (U, C) of its quality, both without what a leaf's own evidence says. residual_*: as in Evidence, the leaves' moments
+    of outcomes minus what the field says of their queries without having seen them.
+    """
+
+    landmarks: Matrix
+    coef: Matrix
+    base: Floats
+    mean: Floats
+    gain_variance: Floats
+    quality_variance: Floats
+    residual_mean: Floats
+    residual_comoment: Floats
+    residual_pair_mean: Floats
+    residual_pair_comoment: Floats
+
+    def residual(self, evidence: Evidence) -> Evidence:
+        """Evidence of the same rows whose outcomes are what the field left unexplained."""
+        left = {name: getattr(self, f"residual_{name}") for name in MOMENTS}
+        return Evidence(**{f.name: left.get(f.name, getattr(evidence, f.name)) for f in fields(Evidence)})
+
+
+def kernels(cosine_BM: Matrix) -> Matrix:
+    """φ, (..., F) float32, from the cosines (..., M) of queries to landmarks."""
+    wide = np.exp((cosine_BM - np.float32(1.0)) * np.float32(SLOPES[0]))
+    both: npt.NDArray[Any] = np.concatenate((wide, np.square(wide)), axis=-1)
+    return both

@@ -1,0 +1,260 @@
+"""Fits the field: kernel ridge regression on landmarks, shared by all configs, and each config's deviation from that.
+
+Every prediction of a training row comes without its query (leave-one-out, in closed form). Slopes and ridges are not
+chosen but averaged, each with the weight that its leave-one-out error earns (pseudo Bayesian model averaging, Geisser &
+Eddy 1979). Float64 torch on the device.
+Suffixes: Q queries, N rows, P places, F features of one slope, C configs, L ridges, S slopes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+# in units of a row's noise; the last one leaves the mean alone
+RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, math.inf)
+SWEEPS = 3
+# rows that a config must have before it may deviate from the others
+LEAST_ROWS = 3
+# models of less weight are left out of an average
+LEAST_SHARE = 1e-6
+# an outcome that varies less inside its configs, as a share of its size, is constant there
+ROUNDING = 1e-9
+TINY = 1e-300
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What an outcome is learned from, (N,) each: row of its query, its config, and float64 weights of mean 1.
+
+    weight_N: of the regression. importance_N: w / propensity, by which a config's rows stand for all queries.
+    """
+
+    query_N: Tensor
+    config_N: Tensor
+    weight_N: Tensor
+    importance_N: Tensor
+    queries: int
+    configs: int
+
+    @cached_property
+    def full(self) -> bool:
+        """Whether every query was tried once under every config, all with one weight."""
+        if len(self.query_N) != self.queries * self.configs:
+            return False
+        cell = self.query_N * self.configs + self.config_N
+        return bool((self.weight_N == self.weight_N[0]).all()) and len(torch.unique(cell)) == len(cell)
+
+    @cached_property
+    def effective(self) -> float:
+        """How many independent rows there are: queries of a full table, else Kish's (Σw)²/Σw²."""
+        return float(self.queries if self.full else self.weight_N.sum() ** 2 / self.weight_N.square().sum())
+
+    @cached_property
+    def members(self) -> dict[int, Tensor]:
+        """The rows of each config that has LEAST_ROWS or more."""
+        found = {c: torch.nonzero(self.config_N == c).squeeze(1) for c in range(self.configs)}
+        return {c: index for c, index in found.items() if len(index) >= LEAST_ROWS}
+
+    def levels(self, y_N: Tensor) -> Tensor:
+        """(C,) mean of each config by importance; of all rows where it has none."""
+        weight_C = y_N.new_zeros(self.configs).index_add_(0, self.config_N, self.importance_N)
+        sum_C = y_N.new_zeros(self.configs).index_add_(0, self.config_N, self.importance_N * y_N)
+        return torch.where(weight_C > 0, sum_C / weight_C.clamp(min=TINY), sum_C.sum() / weight_C.sum())
+
+
+class Ridge:
+    """Weighted ridge regression with an unpenalised mean, at every ridge at once, with leave-one-out errors."""
+
+    def __init__(self, x_NF: Tensor, weight_N: Tensor) -> None:
+        self.weight_N, total = weight_N, weight_N.sum()
+        self.mean_F = weight_N @ x_NF / total
+        centred = x_NF - self.mean_F
+        value_F, self.vectors_FF = torch.linalg.eigh((centred * weight_N[:, None]).T @ centred)
+        self.scores_NF = centred @ self.vectors_FF
+        ridges_L = torch.tensor(RIDGES, dtype=x_NF.dtype, device=x_NF.device)
+        self.shrunk_FL = 1.0 / (value_F.clamp(min=0)[:, None] + ridges_L)
+        leverage_NL = weight_N[:, None] * (self.scores_NF.square() @ self.shrunk_FL + 1.0 / total)
+        self.kept_NL = (1.0 - leverage_NL).clamp(min=1e-3)
+
+    def solve(self, y_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """Means (C,) and products (F, C) from which every ridge's coefficients follow."""
+        mean_C = self.weight_N @ y_NC / self.weight_N.sum()
+        return mean_C, self.scores_NF.T @ (self.weight_N[:, None] * (y_NC - mean_C))
+
+    def errors(self, y_NC: Tensor, mean_C: Tensor, products_FC: Tensor, ridge: int) -> Tensor:
+        """How far y lies from its leave-one-out prediction, (N, C)."""
+        fitted_NC = self.scores_NF @ (products_FC * self.shrunk_FL[:, ridge, None])
+        error_NC: Tensor = (y_NC - mean_C - fitted_NC) / self.kept_NL[:, ridge, None]
+        return error_NC
+
+    def coef(self, products_FC: Tensor, share_L: Tensor) -> Tensor:
+        """(F, C) coefficients summed over ridges with the given shares."""
+        coef_FC: Tensor = self.vectors_FF @ (products_FC * (self.shrunk_FL @ share_L)[:, None])
+        return coef_FC
+
+    def variance(self, x_PF: Tensor, ridge: int) -> Tensor:
+        """(P,) variance of the prediction at x, its mean apart, in units of a row's noise.
+
+        The posterior's of a Gaussian process, times Σw²/Σw since weighted rows say less.
+        """
+        design = self.weight_N.square().sum() / self.weight_N.sum()
+        variance_P: Tensor = design * (((x_PF - self.mean_F) @ self.vectors_FF).square() @ self.shrunk_FL[:, ridge])
+        return variance_P
+
+
+@dataclass(frozen=True)
+class Average:
+    """A regression averaged over slopes and ridges: coefs (F, C) per slope, base_C, and each row's prediction without
+    itself, unseen_NC.
+    """
+
+    coefs: list[Tensor]
+    base_C: Tensor
+    unseen_NC: Tensor
+
+
+def average(groups: Sequence[tuple[Sequence[Ridge], Tensor]], rows: float) -> tuple[Tensor, list[Average]]:
+    """The weights (S, L) of slopes and ridges, one set for all groups, and each group's averaged regression.
+
+    groups: the ridges of every slope, and y (N, C). rows: how many independent ones there are, n in the weights
+    exp(−n/2·log(loss / least loss)).
+    """
+    solved = [[ridge.solve(y_NC) for ridge in ridges] for ridges, y_NC in groups]
+    slopes, like = range(len(groups[0][0])), groups[0][1]
+    loss_SL = like.new_zeros(len(slopes), len(RIDGES))
+    for (ridges, y_NC), solutions in zip(groups, solved, strict=True):
+        for s in slopes:
+            for i in range(len(RIDGES)):
+                error_NC = ridges[s].errors(y_NC, *solutions[s], i)
+                loss_SL[s, i] += (ridges[s].weight_N[:, None] * error_NC.square()).sum()
+    log_loss = torch.log((loss_SL + TINY) / (loss_SL.min() + TINY))
+    share_SL = torch.softmax(-0.5 * rows * log_loss.flatten(), 0).view_as(loss_SL)
+    share_SL = torch.where(share_SL > LEAST_SHARE, share_SL, 0.0)
+    share_SL = share_SL / share_SL.sum()
+    averages = []
+    for (ridges, y_NC), solutions in zip(groups, solved, strict=True):
+        unseen_NC = torch.zeros_like(y_NC)
+        for s, i in torch.nonzero(share_SL).tolist():
+            unseen_NC += share_SL[s, i] * (y_NC - ridges[s].errors(y_NC, *solutions[s], i))
+        coefs = [ridges[s].coef(solutions[s][1], share_SL[s]) for s in slopes]
+        base_C = solutions[0][0] - torch.stack([ridges[s].mean_F @ coefs[s] for s in slopes]).sum(0)
+        averages.append(Average(coefs, base_C, unseen_NC))
+    return share_SL, averages
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One outcome: y_c = base_c + Σ over slopes of features·coef_c.
+
+    coefs: (F, C) per slope. base_C: (C,). unseen_N: each row's prediction without its query. deviates: whether configs
+    differ from place to place, as far as unseen rows tell; else all have the same coefficients. share_SL, ridges: the
+    models and their weights, from which a deviation's variance follows.
+    """
+
+    coefs: list[Tensor]
+    base_C: Tensor
+    unseen_N: Tensor
+    deviates: bool
+    share_SL: Tensor
+    ridges: dict[int, Sequence[Ridge]]
+
+    def predict(self, features: Sequence[Tensor]) -> Tensor:
+        """(Q, C) of queries whose features (Q, F) are given for every slope."""
+        return torch.stack([x @ w for x, w in zip(features, self.coefs, strict=True)]).sum(0) + self.base_C
+
+    def leverage(self, features: Sequence[Tensor]) -> Tensor:
+        """(P, C) variance of each config's deviation at P places, in units of a row's noise, under the likeliest model;
+        0 for a config without rows of its own.
+        """
+        out_PC = self.base_C.new_zeros(len(features[0]), len(self.base_C))
+        slope, ridge = divmod(int(self.share_SL.argmax()), len(RIDGES))
+        if self.deviates:
+            for c, ridges in self.ridges.items():
+                out_PC[:, c] = ridges[slope].variance(features[slope], ridge)
+        return out_PC
+
+
+def fit(features: Sequence[Tensor], rows: Rows, y_N: Tensor) -> Fit:
+    """One outcome y (N,), from the features (Q, F) of every slope.
+
+    The fit in which no config deviates from the others stands where deviations foretell unseen rows no better.
+    """
+    level_C = rows.levels(y_N)
+    level_N = level_C[rows.config_N]
+    if float((y_N - level_N).square().mean()) <= ROUNDING**2 * float(y_N.square().mean()):
+        nothing = [x.new_zeros(x.shape[1], rows.configs) for x in features]
+        return Fit(nothing, level_C, level_N, False, y_N.new_ones(len(features), len(RIDGES)), {})
+    plain, deviating = (_fit_full if rows.full else _fit_rows)(features, rows, y_N)
+    better_N = rows.weight_N * ((y_N - plain.unseen_N).square() - (y_N - deviating.unseen_N).square())
+    return deviating if float(better_N.sum()) > 0 else plain
+
+
+def _fit_full(features: Sequence[Tensor], rows: Rows, y_N: Tensor) -> tuple[Fit, Fit]:
+    """Every query under every config: all configs in one regression, then each prediction corrected by all."""
+    y_QC = y_N.new_zeros(rows.queries, rows.configs)
+    y_QC[rows.query_N, rows.config_N] = y_N
+    weight_Q = torch.ones_like(y_QC[:, 0])
+    ridges = [Ridge(x, weight_Q) for x in features]
+    share_SL, [first] = average([(ridges, y_QC)], rows.effective)
+    by_config: dict[int, Sequence[Ridge]] = dict.fromkeys(range(rows.configs), ridges)
+    level_C = y_QC.mean(0)
+    common = [w.mean(1, keepdim=True).expand_as(w) for w in first.coefs]
+    plain_QC = level_C + (first.unseen_NC - level_C).mean(1, keepdim=True)
+    plain_N = plain_QC[rows.query_N, rows.config_N]
+    base_C = level_C - level_C.mean() + first.base_C.mean()
+    plain = Fit(common, base_C, plain_N, False, share_SL, by_config)
+    # curds and whey (Breiman & Friedman 1997): a ridge regression of what is left unexplained on the predictions of all
+    # configs, so that alike ones share their noise
+    scale = first.unseen_NC.std(0).mean().clamp(min=TINY)
+    _, [second] = average([([Ridge(first.unseen_NC / scale, weight_Q)], y_QC - first.unseen_NC)], rows.effective)
+    mixing_CC = torch.eye(rows.configs, dtype=y_N.dtype, device=y_N.device) + second.coefs[0] / scale
+    unseen_QC = first.unseen_NC + second.unseen_NC
+    deviating = Fit(
+        [w @ mixing_CC for w in first.coefs], first.base_C @ mixing_CC + second.base_C,
+        unseen_QC[rows.query_N, rows.config_N], True, share_SL, by_config,
+    )  # fmt: skip
+    return plain, deviating
+
+
+def _fit_rows(features: Sequence[Tensor], rows: Rows, y_N: Tensor) -> tuple[Fit, Fit]:
+    """Configs share one regression and deviate from it, by turns (backfitting, Breiman & Friedman 1985)."""
+    shared = [Ridge(x[rows.query_N], rows.weight_N) for x in features]
+    own: dict[int, Sequence[Ridge]] = {
+        c: [Ridge(x[rows.query_N[index]], rows.weight_N[index]) for x in features]
+        for c, index in rows.members.items()
+    }  # fmt: skip
+    level_C = rows.levels(y_N)
+    level_N, deviation_N = level_C[rows.config_N], torch.zeros_like(y_N)
+    for _ in range(SWEEPS):
+        _, [common] = average([(shared, (y_N - level_N - deviation_N)[:, None])], rows.effective)
+        left_N = y_N - level_N - common.unseen_NC[:, 0]
+        share_SL, deviations = average(
+            [(own[c], left_N[index, None]) for c, index in rows.members.items()], rows.effective
+        )
+        for index, deviation in zip(rows.members.values(), deviations, strict=True):
+            deviation_N[index] = deviation.unseen_NC[:, 0]
+    common_coefs = [w.expand(-1, rows.configs) for w in common.coefs]
+    plain_N = level_N + common.unseen_NC[:, 0]
+    plain = Fit(common_coefs, level_C + common.base_C, plain_N, False, share_SL, own)
+    coefs, base_C = [w.clone() for w in common_coefs], plain.base_C.clone()
+    for c, deviation in zip(rows.members, deviations, strict=True):
+        base_C[c] += deviation.base_C[0]
+        for w, own_w in zip(coefs, deviation.coefs, strict=True):
+            w[:, c] += own_w[:, 0]
+    deviating = Fit(coefs, base_C, plain_N + deviation_N, True, share_SL, own)
+    return _recentred(plain, rows, y_N), _recentred(deviating, rows, y_N)
+
+
+def _recentred(fitted: Fit, rows: Rows, y_N: Tensor) -> Fit:
+    """Adds to each config the mean of what it left unexplained, by importance: the doubly robust level."""
+    left_N = y_N - fitted.unseen_N
+    weight_C = y_N.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.importance_N)
+    away_C = y_N.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.importance_N * left_N)
+    away_C = away_C / weight_C.clamp(min=TINY)
+    return replace(fitted, base_C=fitted.base_C + away_C, unseen_N=fitted.unseen_N + away_C[rows.config_N])

@@ -1,0 +1,211 @@
+"""The stage field: landmarks among the queries, and what a query's place among them foretells of every config.
+
+Suffixes: Q queries, N rows, M landmarks, F = M times the slopes, D dims, P leaves, U = P + 1 leaves and all queries
+together, C configs, O outcomes, S slopes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rb_gpu.evidence import OUTCOMES, Evidence
+from rb_gpu.field import MOMENTS, SLOPES, Field
+from rb_gpu.learn.devices import tiles
+from rb_gpu.learn.evidence import outcomes
+from rb_gpu.learn.field import Fit, Rows, fit
+from rb_gpu.learn.kmeans import kmeans
+from rb_gpu.learn.trajectories import Trajectories
+from rb_gpu.posterior import Objective
+
+log = logging.getLogger(__name__)
+
+LANDMARKS = 256
+QUERIES_PER_LANDMARK = 8
+LEAST_LANDMARKS = 4
+# queries that the regressions see: far more than their coefficients need
+MAX_QUERIES = 2**15
+# a landmark's own variance beside the kernel's 1: coefficients stay small enough for float32
+NUGGET = 1e-3
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """landmarks_MD, coef_FCO, base_CO, mean_UCO, gain_variance_UCO, quality_variance_UC: as in rb_gpu.field.Field.
+
+    unseen_NO: (N, O) float64, what the field says of each row without having seen its query; 0 for the outcomes that it
+    does not foretell.
+    """
+
+    landmarks_MD: npt.NDArray[np.float32]
+    coef_FCO: npt.NDArray[np.float32]
+    base_CO: npt.NDArray[np.float64]
+    mean_UCO: npt.NDArray[np.float64]
+    gain_variance_UCO: npt.NDArray[np.float64]
+    quality_variance_UC: npt.NDArray[np.float64]
+    unseen_NO: Tensor
+
+    def field(self, left: Evidence) -> Field:
+        """The field, with the leaves' evidence of what it left unexplained."""
+        return Field(
+            self.landmarks_MD, self.coef_FCO, self.base_CO, self.mean_UCO, self.gain_variance_UCO,
+            self.quality_variance_UC, *(getattr(left, name) for name in MOMENTS),
+        )  # fmt: skip
+
+
+def foretell(
+    unit_QD: Tensor,
+    label_Q: npt.NDArray[np.int64],
+    trajectories: Trajectories,
+    weight_N: Tensor,
+    objective: Objective,
+    seed: int,
+    device: torch.device,
+) -> Foretold | None:
+    """Fits the outcomes that the objective weighs. None where there are too few queries for landmarks, or no config is
+    found to differ from place to place.
+
+    weight_N: (N,) of evidence, decay over propensity. label_Q: (Q,) leaf of each query, negative ones are left out.
+    """
+    queries, configs = len(unit_QD), len(trajectories.configs)
+    generator = torch.Generator().manual_seed(seed)
+    chosen_Q = torch.zeros(queries, dtype=torch.bool)
+    chosen_Q[torch.randperm(queries, generator=generator)[:MAX_QUERIES]] = True
+    unit_CD = unit_QD[chosen_Q]
+    landmarks = min(LANDMARKS, len(unit_CD) // QUERIES_PER_LANDMARK)
+    if landmarks < LEAST_LANDMARKS or configs < 2:
+        return None
+    found = kmeans(unit_CD, landmarks, seed=seed, metric="cosine", device=device.type).centroids
+    landmarks_MD = torch.nn.functional.normalize(torch.as_tensor(found), dim=1).to(device)
+    factors = [_factor(landmarks_MD, slope) for slope in SLOPES]
+
+    rows, in_fit_N = _rows(chosen_Q, trajectories, weight_N, device)
+    y_NO = outcomes(trajectories, device)
+    features = _features(unit_CD, landmarks_MD, factors, device)
+    names = (objective.quality, "log2_latency", "cost")
+    fits = {OUTCOMES.index(name): fit(features, rows, y_NO[in_fit_N, OUTCOMES.index(name)]) for name in names}
+    differing = [OUTCOMES[o] for o, one in fits.items() if one.deviates]
+    log.info("field: %d landmarks, %d queries; configs differ from place to place in %s",
+             len(landmarks_MD), len(unit_CD), ", ".join(differing) or "nothing")  # fmt: skip
+    if not differing:
+        return None
+    del features
+
+    label = torch.from_numpy(label_Q).to(device)
+    leaves = int(label_Q.max()) + 1
+    all_rows = torch.from_numpy(trajectories.query_row).to(device)
+    config_N = torch.from_numpy(trajectories.config_id).to(device)
+    unseen_NO = torch.zeros_like(y_NO)
+    for o, one in fits.items():
+        unseen_NO[in_fit_N, o] = one.unseen_N
+    mass_U = torch.zeros(leaves + 1, dtype=torch.float64, device=device)
+    sums = [torch.zeros(leaves + 1, landmarks, dtype=torch.float64, device=device) for _ in SLOPES]
+    order = torch.argsort(all_rows, stable=True)
+    bounds = torch.searchsorted(all_rows[order], torch.arange(queries + 1, device=device))
+    for tile in tiles(queries, 4 * landmarks * len(SLOPES), device):
+        part = _features(unit_QD[tile], landmarks_MD, factors, device)
+        slot = torch.where(label[tile] < 0, leaves, label[tile])
+        mass_U.index_add_(0, slot, torch.ones_like(slot, dtype=torch.float64))
+        for total, x in zip(sums, part, strict=True):
+            total.index_add_(0, slot, x)
+        mine = order[int(bounds[tile.start]) : int(bounds[min(tile.stop, queries)])]
+        mine = mine[~in_fit_N[mine]]
+        for o, one in fits.items():
+            if len(mine):
+                unseen_NO[mine, o] = one.predict(part)[all_rows[mine] - tile.start, config_N[mine]]
+    for total in (mass_U, *sums):
+        total[-1] = total.sum(0)
+    means = [total / mass_U.clamp(min=1)[:, None] for total in sums]
+    mean_UCO = torch.zeros(leaves + 1, configs, len(OUTCOMES), dtype=torch.float64, device=device)
+    base_CO = mean_UCO.new_zeros(configs, len(OUTCOMES))
+    coef_SMCO = torch.zeros(len(SLOPES), landmarks, configs, len(OUTCOMES), dtype=torch.float64, device=device)
+    for o, one in fits.items():
+        mean_UCO[..., o] = one.predict(means) - one.base_C
+        base_CO[:, o] = one.base_C
+        for s, (factor, coef) in enumerate(zip(factors, one.coefs, strict=True)):
+            coef_SMCO[s, ..., o] = torch.linalg.solve_triangular(factor.T, coef, upper=True)
+    gain_variance_UCO, quality_variance_UC = _variances(
+        fits, rows, y_NO[in_fit_N], means, trajectories.configs.default, OUTCOMES.index(objective.quality)
+    )
+    return Foretold(
+        landmarks_MD.cpu().numpy(),
+        coef_SMCO.flatten(0, 1).float().cpu().numpy(),
+        base_CO.cpu().numpy(),
+        mean_UCO.cpu().numpy(),
+        gain_variance_UCO.cpu().numpy(),
+        quality_variance_UC.cpu().numpy(),
+        unseen_NO,
+    )
+
+
+def _factor(landmarks_MD: Tensor, slope: float) -> Tensor:
+    """Cholesky factor (M, M) float64 of the landmarks' kernels."""
+    x = landmarks_MD.double()
+    kernel = torch.exp(slope * (x @ x.T - 1.0))
+    kernel.diagonal().add_(NUGGET)
+    factor: Tensor = torch.linalg.cholesky(kernel)
+    return factor
+
+
+def _features(unit_TD: Tensor, landmarks_MD: Tensor, factors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """(T, M) float64 for every slope: kernels, whitened so that a ridge is a Gaussian process's prior."""
+    cosine = (unit_TD.to(device) @ landmarks_MD.T).double()
+    return [
+        torch.linalg.solve_triangular(factor, torch.exp(slope * (cosine - 1.0)).T, upper=False).T
+        for slope, factor in zip(SLOPES, factors, strict=True)
+    ]
+
+
+def _rows(chosen_Q: Tensor, trajectories: Trajectories, weight_N: Tensor, device: torch.device) -> tuple[Rows, Tensor]:
+    """The rows of the chosen queries, and which of all they are (N,)."""
+    query_N = torch.from_numpy(trajectories.query_row)
+    in_fit_N = chosen_Q[query_N]
+    importance = weight_N[in_fit_N].double()
+    weight = importance
+    if trajectories.propensity is not None:
+        # halfway between no weights, which lean where the log leans, and importance, which a few rows decide
+        # (Shimodaira 2000)
+        weight = importance * torch.from_numpy(trajectories.propensity).double()[in_fit_N].sqrt()
+    new_Q = torch.cumsum(chosen_Q, 0) - 1
+    rows = Rows(
+        new_Q[query_N[in_fit_N]].to(device),
+        torch.from_numpy(trajectories.config_id)[in_fit_N].to(device),
+        (weight / weight.mean()).to(device),
+        (importance / importance.mean()).to(device),
+        int(chosen_Q.sum()),
+        len(trajectories.configs),
+    )
+    return rows, in_fit_N.to(device)
+
+
+def _variances(
+    fits: dict[int, Fit], rows: Rows, y_NO: Tensor, means: Sequence[Tensor], default: int, quality: int
+) -> tuple[Tensor, Tensor]:
+    """Variance at each leaf's mean features: of each config's difference to the default (U, C, O), and of the quality
+    of each config (U, C).
+    """
+    like = y_NO.new_zeros(len(means[0]), rows.configs)
+    gain_UCO = like.new_zeros(*like.shape, y_NO.shape[1])
+    quality_UC = like
+    weight_C = y_NO.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.weight_N).clamp(min=1e-300)
+    for o, one in fits.items():
+        leverage_UC = one.leverage(means)
+        error_N = y_NO[:, o] - one.unseen_N
+        noise_C = y_NO.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.weight_N * error_N.square()) / weight_C
+        own_UC = leverage_UC * noise_C
+        if rows.full:
+            error_QC = y_NO.new_zeros(rows.queries, rows.configs)
+            error_QC[rows.query_N, rows.config_N] = error_N
+            gain_UCO[..., o] = leverage_UC * (error_QC - error_QC[:, [default]]).square().mean(0)
+        else:
+            gain_UCO[..., o] = own_UC + own_UC[:, [default]]
+        gain_UCO[:, default, o] = 0.0
+        if o == quality:
+            quality_UC = own_UC
+    return gain_UCO, quality_UC
