@@ -286,7 +286,7 @@ def _check_field(data: BankData) -> None:
     _require(len(field.coef) == len(SLOPES) * len(field.landmarks), "field_coef does not fit the landmarks")
     _require((np.abs(squared_norms(field.landmarks) - 1.0) < 1e-3).all(), "a landmark's norm is not 1")
     _require((np.abs(field.coef) <= MAX_CELL).all(), f"field_coef is over {MAX_CELL:g}")
-    for name in ("field_gain_variance", "field_quality_variance", "field_test_sd"):
+    for name in ("field_level_variance", "field_gain_variance", "field_quality_variance", "field_test_sd"):
         _require((data.arrays[name] >= 0).all(), f"{name} is negative")
 
 

@@ -26,6 +26,7 @@ FIELD_ARRAYS: dict[str, tuple[str, str]] = {
     "field_landmarks": ("float32", "MD"),
     "field_coef": ("float32", "FCO"),
     "field_base": ("float64", "CO"),
+    "field_level_variance": ("float64", "CO"),
     "field_mean": ("float64", "UCO"),
     "field_gain_variance": ("float64", "UCO"),
     "field_quality_variance": ("float64", "UC"),
@@ -40,17 +41,20 @@ FIELD_ARRAYS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Field:
-    """landmarks: (M, D) float32 of norm 1. coef: (F, C, O) float32, zeros for the outcomes that it does not foretell.
-    base: (C, O). mean: (U, C, O) mean prediction over each leaf's queries, less base; over all queries in the last row.
+    """What BankData keeps of the field.
 
-    gain_variance: (U, C, O) variance of the prediction of a config's difference to the default, quality_variance:
-    (U, C) of its quality, both without what a leaf's own evidence says. residual_*: as in Evidence, the leaves' moments
-    of outcomes minus what the field says of their queries without having seen them.
+    landmarks: (M, D) float32 of norm 1. coef: (F, C, O) float32, zeros for the outcomes that it does not foretell. base:
+    (C, O). level_variance: (C, O) of each config's difference to the default over all queries, 0 where unknown. mean:
+    (U, C, O) mean prediction over each leaf's queries, less base; over all queries in the last row. gain_variance:
+    (U, C, O) of a config's difference to the default there, quality_variance: (U, C) of its quality, both without what a
+    leaf's own evidence says. residual_*: as in Evidence, the leaves' moments of outcomes minus what the field says of
+    their queries without having seen them.
     """
 
     landmarks: Matrix
     coef: Matrix
     base: Floats
+    level_variance: Floats
     mean: Floats
     gain_variance: Floats
     quality_variance: Floats

@@ -20,6 +20,8 @@ Rows = npt.NDArray[np.int64]
 
 # rows that the variance pooled over patterns counts for beside a cell's own (a moderated variance, Smyth 2004)
 PRIOR_ROWS = 4.0
+# and the variance pooled over configs beside a config's own: one that few cells tried twice knows little of its own
+PRIOR_CONFIG_ROWS = 20.0
 FAMILY_ERROR = 0.05
 # share of its variance that an effect keeps once it is taken as 0: not none, so that a precision stays finite
 SPIKE = 1e-6
@@ -152,7 +154,11 @@ def _error(variance: Floats, size: Floats) -> Floats:
     freedom = np.where(np.isfinite(variance), np.maximum(size - 1.0, 0.0), 0.0)
     within = np.where(np.isfinite(variance), variance, 0.0)
     total = freedom.sum(0)
-    pooled = np.divide((freedom * within).sum(0), total, out=np.full(total.shape, np.nan), where=total > 0)
+    squares, all_freedom = (freedom * within).sum(0), total.sum()
+    overall = squares.sum() / all_freedom if all_freedom > 0 else np.nan
+    pooled = (PRIOR_CONFIG_ROWS * overall + squares) / (PRIOR_CONFIG_ROWS + total)
+    # a config that never varies says nothing of its error, nor does one that no cell tried twice
+    pooled = np.where((total > 0) & (squares > 0), pooled, np.nan)
     moderated = (PRIOR_ROWS * pooled + freedom * within) / (PRIOR_ROWS + freedom)
     # a variance that is itself estimated makes its inverse too large on average: the first-order correction
     moderated = moderated * (1.0 + 2.0 * freedom / (PRIOR_ROWS + freedom) ** 2)
@@ -287,13 +293,12 @@ def believe(
     corrects it, by what it left unexplained.
     """
     judged = (evidence if field is None else field.residual(evidence)).with_unknown()
-    everything = evidence
     evidence = evidence.with_unknown()
     parents = [np.append(parent, parent.max() + 1) for parent in parents]
     effect, variance = effects(judged, objective.direction, default)
     gain, gain_variance, root_variance = pool(effect, variance, parents, tested=True)
     if field is not None:
-        foretold, foretold_variance, root_variance = _foretold(field, everything, objective.direction, default)
+        foretold, foretold_variance, root_variance = _foretold(field, objective.direction, default)
         gain, gain_variance = gain + foretold, gain_variance + foretold_variance
     gain[:, default], gain_variance[:, default] = 0.0, 0.0
     configs = len(root_variance)
@@ -327,19 +332,23 @@ def believe(
     return Beliefs(gain, gain_variance, probability, score, quality, margin_C, test, test_sd)
 
 
-def _foretold(field: Field, evidence: Evidence, direction_O: Floats, default: int) -> tuple[Floats, Floats, Floats]:
+def _foretold(field: Field, direction_O: Floats, default: int) -> tuple[Floats, Floats, Floats]:
     """What the field says of every leaf's gain (P + 1, C), with its variance, and the variance (C,) over the table.
 
-    A config's difference to the default on the whole counts only where a test rejects that there is none (as in
-    `pool`).
+    The differences of all configs to the default, on the whole, are shrunk towards 0 together (James & Stein 1961, with
+    τ² by the method of moments).
     """
-    _, error = effects(evidence.regroup(np.zeros(len(evidence.rows), dtype=np.int64), 1), direction_O, default)
+    error = field.level_variance @ direction_O**2
+    error = np.where(error > 0, error, np.inf)
     level = (field.base + field.mean) @ direction_O
     shift = level - level[:, [default]]
-    differs = _differs(shift[-1], error[0])
-    overall = np.where(differs, shift[-1], 0.0)
-    variance = field.gain_variance @ direction_O**2 + np.where(differs, error[0], SPIKE * error[0])
-    return shift - shift[-1] + overall, variance, error[0]
+    known = np.isfinite(error)
+    weight = np.where(known, 1.0 / np.where(known, error, 1.0), 0.0)
+    excess = (weight * shift[-1] ** 2).sum() - np.count_nonzero(known)
+    tau2 = max(excess, 0.0) / max(weight.sum(), 1e-300)
+    kept = np.divide(tau2, tau2 + error, out=np.zeros(error.shape), where=known)
+    variance = field.gain_variance @ direction_O**2 + np.where(known, np.maximum(kept, SPIKE) * error, np.inf)
+    return shift - shift[-1] + kept * shift[-1], variance, error
 
 
 def _fallback_quality(level: Floats, w: Floats) -> Floats:

@@ -154,7 +154,7 @@ class JudgeConfig:
     max_cost: float | None = None
     target: float = 0.95
     margin: float | str = "auto"
-    min_probability: float = 0.8
+    min_probability: float = 0.5
     alpha: float = 0.05
     min_samples: int = 3
     half_life: float | None = None
@@ -171,7 +171,7 @@ class JudgeConfig:
         check_share("judge.target", self.target)
         margin_ok = is_auto(self.margin) or (not isinstance(self.margin, str) and math.isfinite(self.margin))
         check("judge.margin", self.margin, margin_ok, "auto or a number", "set judge.margin=auto")
-        check("judge.min_probability", self.min_probability, 0.5 <= self.min_probability < 1, "in [0.5, 1)", "use 0.8")
+        check("judge.min_probability", self.min_probability, 0.5 <= self.min_probability < 1, "in [0.5, 1)", "use 0.5")
         check("judge.alpha", self.alpha, 0 < self.alpha < 1, "in (0, 1)", "use 0.05")
         check_count("judge.min_samples", self.min_samples, 2)
         check("judge.half_life", self.half_life, self.half_life is None or self.half_life > 0, "days > 0", "use null")

@@ -152,7 +152,8 @@ def average(groups: Sequence[tuple[Sequence[Ridge], Tensor]], rows: float) -> tu
 class Fit:
     """One outcome: y_c = base_c + Σ over slopes of features·coef_c.
 
-    coefs: (F, C) per slope. base_C: (C,). unseen_N: each row's prediction without its query. deviates: whether configs
+    coefs: (F, C) per slope. base_C: (C,). unseen_N: each row's prediction without its query; unseen_QC: every query's,
+    but for what all configs share. deviates: whether configs
     differ from place to place, as far as unseen rows tell; else all have the same coefficients. share_SL, ridges: the
     models and their weights, from which a deviation's variance follows.
     """
@@ -160,6 +161,7 @@ class Fit:
     coefs: list[Tensor]
     base_C: Tensor
     unseen_N: Tensor
+    unseen_QC: Tensor
     deviates: bool
     share_SL: Tensor
     ridges: dict[int, Sequence[Ridge]]
@@ -189,7 +191,15 @@ def fit(features: Sequence[Tensor], rows: Rows, y_N: Tensor) -> Fit:
     level_N = level_C[rows.config_N]
     if float((y_N - level_N).square().mean()) <= ROUNDING**2 * float(y_N.square().mean()):
         nothing = [x.new_zeros(x.shape[1], rows.configs) for x in features]
-        return Fit(nothing, level_C, level_N, False, y_N.new_ones(len(features), len(RIDGES)), {})
+        return Fit(
+            nothing,
+            level_C,
+            level_N,
+            level_C.expand(rows.queries, -1),
+            False,
+            y_N.new_ones(len(features), len(RIDGES)),
+            {},
+        )
     plain, deviating = (_fit_full if rows.full else _fit_rows)(features, rows, y_N)
     better_N = rows.weight_N * ((y_N - plain.unseen_N).square() - (y_N - deviating.unseen_N).square())
     return deviating if float(better_N.sum()) > 0 else plain
@@ -208,7 +218,7 @@ def _fit_full(features: Sequence[Tensor], rows: Rows, y_N: Tensor) -> tuple[Fit,
     plain_QC = level_C + (first.unseen_NC - level_C).mean(1, keepdim=True)
     plain_N = plain_QC[rows.query_N, rows.config_N]
     base_C = level_C - level_C.mean() + first.base_C.mean()
-    plain = Fit(common, base_C, plain_N, False, share_SL, by_config)
+    plain = Fit(common, base_C, plain_N, plain_QC, False, share_SL, by_config)
     # curds and whey (Breiman & Friedman 1997): a ridge regression of what is left unexplained on the predictions of all
     # configs, so that alike ones share their noise
     scale = first.unseen_NC.std(0).mean().clamp(min=TINY)
@@ -217,7 +227,7 @@ def _fit_full(features: Sequence[Tensor], rows: Rows, y_N: Tensor) -> tuple[Fit,
     unseen_QC = first.unseen_NC + second.unseen_NC
     deviating = Fit(
         [w @ mixing_CC for w in first.coefs], first.base_C @ mixing_CC + second.base_C,
-        unseen_QC[rows.query_N, rows.config_N], True, share_SL, by_config,
+        unseen_QC[rows.query_N, rows.config_N], unseen_QC, True, share_SL, by_config,
     )  # fmt: skip
     return plain, deviating
 
@@ -241,13 +251,16 @@ def _fit_rows(features: Sequence[Tensor], rows: Rows, y_N: Tensor) -> tuple[Fit,
             deviation_N[index] = deviation.unseen_NC[:, 0]
     common_coefs = [w.expand(-1, rows.configs) for w in common.coefs]
     plain_N = level_N + common.unseen_NC[:, 0]
-    plain = Fit(common_coefs, level_C + common.base_C, plain_N, False, share_SL, own)
+    plain = Fit(common_coefs, level_C + common.base_C, plain_N, level_C.expand(rows.queries, -1), False, share_SL, own)
     coefs, base_C = [w.clone() for w in common_coefs], plain.base_C.clone()
     for c, deviation in zip(rows.members, deviations, strict=True):
         base_C[c] += deviation.base_C[0]
         for w, own_w in zip(coefs, deviation.coefs, strict=True):
             w[:, c] += own_w[:, 0]
-    deviating = Fit(coefs, base_C, plain_N + deviation_N, True, share_SL, own)
+    unseen_QC = level_C + sum(x @ (w - v) for x, w, v in zip(features, coefs, common_coefs, strict=True))
+    unseen_QC = unseen_QC + base_C - plain.base_C
+    unseen_QC[rows.query_N, rows.config_N] = level_N + deviation_N
+    deviating = Fit(coefs, base_C, plain_N + deviation_N, unseen_QC, True, share_SL, own)
     return _recentred(plain, rows, y_N), _recentred(deviating, rows, y_N)
 
 
@@ -257,4 +270,9 @@ def _recentred(fitted: Fit, rows: Rows, y_N: Tensor) -> Fit:
     weight_C = y_N.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.importance_N)
     away_C = y_N.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.importance_N * left_N)
     away_C = away_C / weight_C.clamp(min=TINY)
-    return replace(fitted, base_C=fitted.base_C + away_C, unseen_N=fitted.unseen_N + away_C[rows.config_N])
+    return replace(
+        fitted,
+        base_C=fitted.base_C + away_C,
+        unseen_N=fitted.unseen_N + away_C[rows.config_N],
+        unseen_QC=fitted.unseen_QC + away_C,
+    )

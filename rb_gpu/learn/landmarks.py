@@ -7,6 +7,7 @@ together, C configs, O outcomes, S slopes.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rb_gpu.evidence import OUTCOMES, Evidence
-from rb_gpu.field import MOMENTS, SLOPES, Field
+from rb_gpu.field import SLOPES, Field
 from rb_gpu.learn.devices import tiles
 from rb_gpu.learn.evidence import outcomes
 from rb_gpu.learn.field import Fit, Rows, fit
@@ -33,11 +34,14 @@ LEAST_LANDMARKS = 4
 MAX_QUERIES = 2**15
 # a landmark's own variance beside the kernel's 1: coefficients stay small enough for float32
 NUGGET = 1e-3
+FOLDS = 5
+# one-sided 2.5 %: what patterns decide alone has an error of its own
+Z_PAYS = 1.959963984540054
 
 
 @dataclass(frozen=True)
 class Foretold:
-    """landmarks_MD, coef_FCO, base_CO, mean_UCO, gain_variance_UCO, quality_variance_UC: as in rb_gpu.field.Field.
+    """All but unseen_NO: as in rb_gpu.field.Field.
 
     unseen_NO: (N, O) float64, what the field says of each row without having seen its query; 0 for the outcomes that it
     does not foretell.
@@ -46,16 +50,25 @@ class Foretold:
     landmarks_MD: npt.NDArray[np.float32]
     coef_FCO: npt.NDArray[np.float32]
     base_CO: npt.NDArray[np.float64]
+    level_variance_CO: npt.NDArray[np.float64]
     mean_UCO: npt.NDArray[np.float64]
     gain_variance_UCO: npt.NDArray[np.float64]
     quality_variance_UC: npt.NDArray[np.float64]
     unseen_NO: Tensor
 
-    def field(self, left: Evidence) -> Field:
-        """The field, with the leaves' evidence of what it left unexplained."""
+    def field(self, evidence: Evidence, left: Evidence) -> Field:
+        """The field with the leaves' moments of what it left unexplained.
+
+        left: those moments under weights that a few rows do not decide; the sizes stay those of `evidence`. As such
+        weights lean, a config's mean over all leaves is taken off: the levels are right by importance already.
+        """
+        overall = left.regroup(np.zeros(len(left.rows), dtype=np.int64), 1).mean
+        scale = (evidence.w / np.maximum(left.w, 1e-300))[..., None, None]
+        pair_scale = (evidence.pair_w / np.maximum(left.pair_w, 1e-300))[..., None, None]
         return Field(
-            self.landmarks_MD, self.coef_FCO, self.base_CO, self.mean_UCO, self.gain_variance_UCO,
-            self.quality_variance_UC, *(getattr(left, name) for name in MOMENTS),
+            self.landmarks_MD, self.coef_FCO, self.base_CO, self.level_variance_CO, self.mean_UCO,
+            self.gain_variance_UCO, self.quality_variance_UC, left.mean - overall, left.comoment * scale,
+            left.pair_mean, left.pair_comoment * pair_scale,
         )  # fmt: skip
 
 
@@ -68,8 +81,8 @@ def foretell(
     seed: int,
     device: torch.device,
 ) -> Foretold | None:
-    """Fits the outcomes that the objective weighs. None where there are too few queries for landmarks, or no config is
-    found to differ from place to place.
+    """Fits the outcomes that the objective weighs. None where there are too few queries for landmarks, or where its
+    choices for unseen queries are not better than the default by a one-sided test at 2.5 %.
 
     weight_N: (N,) of evidence, decay over propensity. label_Q: (Q,) leaf of each query, negative ones are left out.
     """
@@ -90,11 +103,12 @@ def foretell(
     features = _features(unit_CD, landmarks_MD, factors, device)
     names = (objective.quality, "log2_latency", "cost")
     fits = {OUTCOMES.index(name): fit(features, rows, y_NO[in_fit_N, OUTCOMES.index(name)]) for name in names}
+    if objective.kind == "utility" and not _pays(fits, rows, y_NO[in_fit_N], objective, trajectories.configs.default):
+        log.info("field: unseen queries would not have gained by it for sure; patterns decide alone")
+        return None
     differing = [OUTCOMES[o] for o, one in fits.items() if one.deviates]
     log.info("field: %d landmarks, %d queries; configs differ from place to place in %s",
              len(landmarks_MD), len(unit_CD), ", ".join(differing) or "nothing")  # fmt: skip
-    if not differing:
-        return None
     del features
 
     label = torch.from_numpy(label_Q).to(device)
@@ -130,13 +144,14 @@ def foretell(
         base_CO[:, o] = one.base_C
         for s, (factor, coef) in enumerate(zip(factors, one.coefs, strict=True)):
             coef_SMCO[s, ..., o] = torch.linalg.solve_triangular(factor.T, coef, upper=True)
-    gain_variance_UCO, quality_variance_UC = _variances(
+    level_variance_CO, gain_variance_UCO, quality_variance_UC = _variances(
         fits, rows, y_NO[in_fit_N], means, trajectories.configs.default, OUTCOMES.index(objective.quality)
     )
     return Foretold(
         landmarks_MD.cpu().numpy(),
         coef_SMCO.flatten(0, 1).float().cpu().numpy(),
         base_CO.cpu().numpy(),
+        level_variance_CO.cpu().numpy(),
         mean_UCO.cpu().numpy(),
         gain_variance_UCO.cpu().numpy(),
         quality_variance_UC.cpu().numpy(),
@@ -167,11 +182,7 @@ def _rows(chosen_Q: Tensor, trajectories: Trajectories, weight_N: Tensor, device
     query_N = torch.from_numpy(trajectories.query_row)
     in_fit_N = chosen_Q[query_N]
     importance = weight_N[in_fit_N].double()
-    weight = importance
-    if trajectories.propensity is not None:
-        # halfway between no weights, which lean where the log leans, and importance, which a few rows decide
-        # (Shimodaira 2000)
-        weight = importance * torch.from_numpy(trajectories.propensity).double()[in_fit_N].sqrt()
+    weight = tempered(weight_N, trajectories)[in_fit_N]
     new_Q = torch.cumsum(chosen_Q, 0) - 1
     rows = Rows(
         new_Q[query_N[in_fit_N]].to(device),
@@ -184,28 +195,106 @@ def _rows(chosen_Q: Tensor, trajectories: Trajectories, weight_N: Tensor, device
     return rows, in_fit_N.to(device)
 
 
+def _pays(fits: dict[int, Fit], rows: Rows, y_NO: Tensor, objective: Objective, default: int) -> bool:
+    """Whether what the field would choose for unseen queries beats the default: one test for all configs and places.
+
+    Choices come from predictions without the query, and levels without its fold; their gain is measured on the rows,
+    doubly robust where each query ran one config (Dudík, Langford & Li 2011).
+    """
+    direction_O = torch.from_numpy(objective.direction).to(y_NO)
+    z_QC = torch.stack([direction_O[o] * one.unseen_QC for o, one in fits.items()]).sum(0)
+    own_N = torch.stack([direction_O[o] * one.unseen_N for o, one in fits.items()]).sum(0)
+    weighed = torch.zeros_like(direction_O)
+    weighed[list(fits)] = 1.0
+    left_N = y_NO @ (direction_O * weighed) - own_N
+    fold_N = rows.query_N % FOLDS
+    fold_Q = torch.arange(rows.queries, device=z_QC.device) % FOLDS
+
+    def by_config(v_N: Tensor) -> Tensor:
+        return v_N.new_zeros(rows.configs).index_add_(0, rows.config_N, v_N)
+
+    chosen_Q = torch.zeros(rows.queries, dtype=torch.int64, device=z_QC.device)
+    for fold in range(FOLDS):
+        weight_N = rows.importance_N * (fold_N != fold)
+        total_C = by_config(weight_N)
+        away_C = by_config(weight_N * left_N) / total_C.clamp(min=1e-300)
+        error_C = by_config((weight_N * (left_N - away_C[rows.config_N])).square()) / total_C.clamp(min=1e-300).square()
+        level_C = z_QC[fold_Q != fold].mean(0) + away_C
+        known_C = (total_C > 0) & (error_C > 0)
+        gain_C = level_C - level_C[default]
+        error_C = error_C + error_C[default]
+        kept_C = shrinkage(gain_C[known_C], error_C[known_C])
+        level_C = torch.zeros_like(gain_C)
+        level_C[known_C] = kept_C * gain_C[known_C]
+        away_QC = z_QC[fold_Q == fold] - z_QC[fold_Q != fold].mean(0)
+        score_QC = away_QC - away_QC[:, [default]] + level_C
+        score_QC[:, ~known_C] = -torch.inf
+        score_QC[:, default] = 0.0
+        chosen_Q[fold_Q == fold] = score_QC.argmax(1)
+    each = torch.arange(rows.queries, device=z_QC.device)
+    gain_Q = z_QC[each, chosen_Q] - z_QC[:, default]
+    # each config's weights add up to the number of queries that it was tried on
+    share_N = rows.importance_N / by_config(rows.importance_N).clamp(min=1e-300)[rows.config_N] * rows.queries
+    sign_N = (rows.config_N == chosen_Q[rows.query_N]).double() - (rows.config_N == default).double()
+    gain_Q = gain_Q.index_add(0, rows.query_N, sign_N * share_N * left_N)
+    # few rows under the choices make the error itself unsure: Student's t by its first-order expansion
+    matched_N = rows.importance_N * (sign_N > 0)
+    size = float(matched_N.sum() ** 2 / matched_N.square().sum().clamp(min=1e-300))
+    least = Z_PAYS * (1.0 + (Z_PAYS**2 + 1.0) / (4.0 * max(size - 1.0, 0.5)))
+    return bool(gain_Q.mean() > least * gain_Q.std() / math.sqrt(rows.queries))
+
+
+def shrinkage(effect_C: Tensor, error_C: Tensor) -> Tensor:
+    """What is kept of each effect when all are shrunk towards 0 together: as in rb_gpu.posterior."""
+    weight_C = 1.0 / error_C
+    tau2 = ((weight_C * effect_C.square()).sum() - len(effect_C)).clamp(min=0) / weight_C.sum().clamp(min=1e-300)
+    return tau2 / (tau2 + error_C)
+
+
+def tempered(weight_N: Tensor, trajectories: Trajectories) -> Tensor:
+    """(N,) weights with 1/√propensity in place of 1/propensity: halfway between none, which lean where the log leans,
+    and importance, which a few rows decide (Shimodaira 2000).
+    """
+    weight_N = weight_N.double()
+    if trajectories.propensity is None:
+        return weight_N
+    return weight_N * torch.from_numpy(trajectories.propensity).double().sqrt()
+
+
 def _variances(
     fits: dict[int, Fit], rows: Rows, y_NO: Tensor, means: Sequence[Tensor], default: int, quality: int
-) -> tuple[Tensor, Tensor]:
-    """Variance at each leaf's mean features: of each config's difference to the default (U, C, O), and of the quality
-    of each config (U, C).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Variance of each config's difference to the default over all queries (C, O), and of how that differs at each
+    leaf's mean features (U, C, O); and the latter of each config's quality (U, C). 0 of the default, and where nothing
+    is known.
     """
     like = y_NO.new_zeros(len(means[0]), rows.configs)
     gain_UCO = like.new_zeros(*like.shape, y_NO.shape[1])
+    level_CO = y_NO.new_zeros(rows.configs, y_NO.shape[1])
     quality_UC = like
+    count_C = torch.bincount(rows.config_N, minlength=rows.configs)
     weight_C = y_NO.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.weight_N).clamp(min=1e-300)
     for o, one in fits.items():
         leverage_UC = one.leverage(means)
         error_N = y_NO[:, o] - one.unseen_N
         noise_C = y_NO.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.weight_N * error_N.square()) / weight_C
         own_UC = leverage_UC * noise_C
+        sums = [
+            y_NO.new_zeros(rows.configs).index_add_(0, rows.config_N, v)
+            for v in (rows.importance_N, (rows.importance_N * error_N).square())
+        ]
+        # the residuals' mean was added to the level, which takes a degree of freedom
+        own_C = sums[1] / sums[0].clamp(min=1e-300).square() * count_C / (count_C - 1).clamp(min=1)
         if rows.full:
             error_QC = y_NO.new_zeros(rows.queries, rows.configs)
             error_QC[rows.query_N, rows.config_N] = error_N
-            gain_UCO[..., o] = leverage_UC * (error_QC - error_QC[:, [default]]).square().mean(0)
+            apart_C = (error_QC - error_QC[:, [default]]).square().mean(0)
+            gain_UCO[..., o] = leverage_UC * apart_C
+            level_CO[:, o] = apart_C / rows.queries
         else:
+            level_CO[:, o] = torch.where((count_C > 1) & (count_C[default] > 1), own_C + own_C[default], 0.0)
             gain_UCO[..., o] = own_UC + own_UC[:, [default]]
-        gain_UCO[:, default, o] = 0.0
+        gain_UCO[:, default, o] = level_CO[default, o] = 0.0
         if o == quality:
             quality_UC = own_UC
-    return gain_UCO, quality_UC
+    return level_CO, gain_UCO, quality_UC

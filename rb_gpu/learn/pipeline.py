@@ -36,7 +36,7 @@ from rb_gpu.learn.hierarchy import build_hierarchy, level_counts, prune
 from rb_gpu.learn.index import build_index
 from rb_gpu.learn.job_config import EvaluateConfig
 from rb_gpu.learn.kmeans import nearest
-from rb_gpu.learn.landmarks import foretell
+from rb_gpu.learn.landmarks import foretell, tempered
 from rb_gpu.learn.policy import Evaluation, best_single, held_out_outcomes, improvement_percent, value_bank
 from rb_gpu.learn.report import render_report
 from rb_gpu.learn.router import train_router
@@ -196,8 +196,9 @@ def _foretold(
     if found is None:
         return leaves
     labels = torch.from_numpy(leaves.label_Q).to(device)
-    left = gather_evidence(trajectories, labels, len(leaves.mass_P), weight_N, device, found.unseen_NO)
-    return replace(leaves, field=found.field(left))
+    even_N = tempered(weight_N, trajectories)
+    left = gather_evidence(trajectories, labels, len(leaves.mass_P), even_N, device, found.unseen_NO)
+    return replace(leaves, field=found.field(leaves.evidence, left))
 
 
 def _believed(leaves: Leaves, objective: Objective, default: int, config: TrainConfig) -> Beliefs:
