@@ -48,7 +48,7 @@ def render_report(bank: ReasoningBank, facts: dict[str, Any]) -> str:
         ],
     )  # fmt: skip
     verdicts = _table(
-        ("pattern", "support", "config", "gain", "95 % interval", "P(better)", "p adjusted"),
+        ("pattern", "support", "config", "gain", "95 % interval", "P(better)", "p adjusted", "p any night"),
         [
             (
                 str(pattern_id), f"{bank.patterns[pattern_id].support_count:,}",
@@ -56,6 +56,7 @@ def render_report(bank: ReasoningBank, facts: dict[str, Any]) -> str:
                 _number(verdict.evidence.effect),
                 f"{_number(verdict.evidence.effect_low)} to {_number(verdict.evidence.effect_high)}",
                 _number(verdict.evidence.probability, 3), _number(verdict.evidence.p_adjusted, 3),
+                _number(verdict.evidence.p_sequential, 3),
             )
             for pattern_id, verdict in bank.verdicts.items()
         ],
