@@ -139,7 +139,7 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "judge.min_probability": [0.49, 1.0, math.nan],
     "judge.alpha": [0.0, 1.0, math.nan],
     "judge.min_samples": [1],
-    "judge.half_life": [0.0, -1.0, math.nan],
+    "judge.half_life": [0.0, -1.0, math.nan, "never", True, [7.0]],
     "hierarchy.counts": ["many", [4, 2], [2, 4, 1], [4, 2, 0], [4, 2, 1, 1], ["a", "b", "c"]],
     "prune.min_support": [0],
     "prune.min_confidence": [-0.1, 1.1, math.nan],

@@ -27,9 +27,11 @@ from rb_gpu.learn.assemble import Leaves, assemble, best_probability
 from rb_gpu.learn.checkpoint import Checkpoint
 from rb_gpu.learn.clustering import cluster_queries, drop_labels
 from rb_gpu.learn.config import ParamsConfig, TrainConfig, is_auto
+from rb_gpu.learn.decay import auto_half_life
 from rb_gpu.learn.devices import resolve_device
 from rb_gpu.learn.distances import label_sums, normalise_, normed
 from rb_gpu.learn.distributed import Ranks, launched
+from rb_gpu.learn.drift import measure_drift
 from rb_gpu.learn.evidence import gather_evidence, row_weights
 from rb_gpu.learn.gate import Decision, champion_beside, decide
 from rb_gpu.learn.hierarchy import build_hierarchy, level_counts, prune
@@ -102,11 +104,15 @@ def learn(
     with watch.stage("cluster"):
         x_QD, weight_Q, label_Q = cluster_queries(trajectories, config, checkpoint, ranks or Ranks())
     with watch.stage("judge"):
-        weight_N = row_weights(trajectories, config.judge.half_life)
+        judging, half_life = config.judge, None
+        if is_auto(judging.half_life):
+            half_life = auto_half_life(trajectories, label_Q, judging, config.quality, device)
+            judging = replace(judging, half_life=half_life.half_life_days)
+        weight_N = row_weights(trajectories, judging.half_life)
         leaves = _leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
-        objective = resolve_objective(config.judge, config.quality, trajectories, leaves.evidence)
+        objective = resolve_objective(judging, config.quality, trajectories, leaves.evidence)
         default = trajectories.configs.default
-        beliefs = believe(leaves.evidence, leaves.parents, objective, default, config.judge.margin)
+        beliefs = believe(leaves.evidence, leaves.parents, objective, default, judging.margin)
         confidence_P = best_probability(beliefs.probability[:-1], default)
         kept_P = prune(leaves.evidence.rows.sum(1), confidence_P, 1, config.prune.min_confidence)
         if not kept_P.all():
@@ -117,8 +123,8 @@ def learn(
                 )
             label_Q = drop_labels(leaves.label_Q, kept_P)
             leaves = _leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
-            beliefs = believe(leaves.evidence, leaves.parents, objective, default, config.judge.margin)
-        verdicts = judge(leaves.evidence, trajectories.configs, objective, beliefs, config.judge)
+            beliefs = believe(leaves.evidence, leaves.parents, objective, default, judging.margin)
+        verdicts = judge(leaves.evidence, trajectories.configs, objective, beliefs, judging)
     with watch.stage("index"):
         data = assemble(trajectories, config, leaves, objective, beliefs, verdicts, 0.0)
         floor = _floor(x_QD, data, device) if is_auto(config.lookup.floor) else float(config.lookup.floor)
@@ -147,6 +153,7 @@ def learn(
             "newest_timestamp": int(trajectories.timestamp.max()),
         },
         "config": asdict(config),
+        "half_life": None if half_life is None else asdict(half_life),
         "device": str(device),
     }
     log.info(
@@ -261,10 +268,14 @@ def _train(config: TrainConfig, quarantine: Path | None, ranks: Ranks) -> Publis
             single = best_single(bank.data.evidence, bank.data.objective)
             evaluation = value_bank(bank, held_out, single, config.eval, config.seed, champion)
             decision = decide(evaluation, config.gate, refusal)
+            drift = measure_drift(training, held_out, learned.label_Q, bank.data.objective, config.seed)
+            for warning in drift.warnings:
+                log.warning("drift: %s", warning)
         facts = {
             **learned.data.facts,
             "evaluation": {**asdict(evaluation), "improvement_percent": improvement_percent(evaluation)},
             "gate": asdict(decision),
+            "drift": asdict(drift),
             "parent": registry.champion(),
             "seconds": watch.seconds,
             "packages": package_versions(),
