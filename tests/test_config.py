@@ -295,6 +295,7 @@ def test_bounds_themselves_are_allowed():
         "data.capacity": 1,
         "params.temperature_step": 2.0,
         "judge.min_probability": 0.5,
+        "judge.half_life": "auto",
         "lookup.floor": -1.0,
         "hierarchy.counts": [2, 2, 2],
         "device.memory_budget": 2**20,

@@ -250,7 +250,7 @@ def test_training_publishes_what_changed(sample, tmp_path, caplog, monkeypatch):
     facts = json.loads((published.folder / "manifest.json").read_text())["drift"]
     assert facts["shares"]["reading"] == "large" and facts["newest_queries"] == 400
     report = (published.folder / "report.html").read_text()
-    assert "Has the traffic changed?" in report and "PSI" in report
+    assert "Has the traffic changed?" in report and "PSI" in report and "p any night" in report
     assert [record.getMessage() for record in caplog.records if "drift: " in record.getMessage()] == [
         f"drift: {warning}" for warning in facts["warnings"]
     ]
