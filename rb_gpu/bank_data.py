@@ -60,6 +60,7 @@ ARRAYS: dict[str, tuple[str, str]] = {
     "verdict_effect_high": ("float64", "P"),
     "verdict_p_value": ("float64", "P"),
     "verdict_p_adjusted": ("float64", "P"),
+    "verdict_p_sequential": ("float64", "P"),
     "verdict_improvement": ("float64", "P"),
     "verdict_consistency": ("float64", "P"),
     "evidence_rows": ("int64", "PC"),
@@ -257,7 +258,7 @@ def _check_values(data: BankData) -> None:
             _require((array >= 0).all(), f"{name} is negative")
     for name in ("precision", "recall", "quality", "confidence", "probability"):
         _require(((arrays[name] >= 0) & (arrays[name] <= 1)).all(), f"{name} is outside [0, 1]")
-    for name in ("confidence", "probability", "p_value", "p_adjusted", "consistency"):
+    for name in ("confidence", "probability", "p_value", "p_adjusted", "p_sequential", "consistency"):
         known = arrays[f"verdict_{name}"][~np.isnan(arrays[f"verdict_{name}"])]
         _require(((known >= 0) & (known <= 1)).all(), f"verdict_{name} is outside [0, 1]")
     for name in ("w", "w2", "latency_hist", "pair_w", "pair_w2"):

@@ -43,12 +43,12 @@ FIELD_ARRAYS: dict[str, tuple[str, str]] = {
 class Field:
     """What BankData keeps of the field.
 
-    landmarks: (M, D) float32 of norm 1. coef: (F, C, O) float32, zeros for the outcomes that it does not foretell. base:
-    (C, O). level_variance: (C, O) of each config's difference to the default over all queries, 0 where unknown. mean:
-    (U, C, O) mean prediction over each leaf's queries, less base; over all queries in the last row. gain_variance:
-    (U, C, O) of a config's difference to the default there, quality_variance: (U, C) of its quality, both without what a
-    leaf's own evidence says. residual_*: as in Evidence, the leaves' moments of outcomes minus what the field says of
-    their queries without having seen them.
+    landmarks: (M, D) float32 of norm 1. coef: (F, C, O) float32, zeros for the outcomes that it does not foretell.
+    base: (C, O). level_variance: (C, O) of each config's difference to the default over all queries, 0 where unknown.
+    mean: (U, C, O) mean prediction over each leaf's queries, less base; over all queries in the last row.
+    gain_variance: (U, C, O) of a config's difference to the default there, quality_variance: (U, C) of its quality,
+    both without what a leaf's own evidence says. residual_*: as in Evidence, the leaves' moments of outcomes less what the
+    field says of their queries without having seen them.
     """
 
     landmarks: Matrix

@@ -21,7 +21,7 @@ from rb_gpu.field import FIELD_ARRAYS
 from rb_gpu.posterior import Objective
 
 FORMAT = "rb_gpu.bank"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 AXIS_OF = {"patterns": "A", "verdicts": "P", "configs": "C"}
 PREFIX_OF = {"patterns": "", "verdicts": "verdict_", "configs": "config_"}
 # names that read better alone, and what the arrays call them

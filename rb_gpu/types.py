@@ -81,7 +81,8 @@ class VerdictEvidence:
     effect: gain over the default in the objective's unit, with its 95 % interval [effect_low, effect_high].
     avg_improvement: relative gain in quality over the default; None where the default was never tried or scored 0.
     p_value: of the chosen config against the default; p_adjusted: the same, corrected for the number of configs and
-    patterns. probability: posterior P(beats the default by the margin). consistency: 1 / (1 + std / mean) of quality.
+    patterns; p_sequential: corrected for the number of configs, and valid though one looks every night; NaN with decay.
+    probability: posterior P(beats the default by the margin). consistency: 1 / (1 + std / mean) of quality.
     grade: randomized, adjusted or associational. Unknown numbers are NaN.
     """
 
@@ -90,6 +91,7 @@ class VerdictEvidence:
     p_value: float
     consistency: float
     p_adjusted: float
+    p_sequential: float
     effect: float
     effect_low: float
     effect_high: float

@@ -101,6 +101,7 @@ class VerdictView(Mapping[int, Verdict]):
                 p_value=value["p_value"],
                 consistency=value["consistency"],
                 p_adjusted=value["p_adjusted"],
+                p_sequential=value["p_sequential"],
                 effect=value["effect"],
                 effect_low=value["effect_low"],
                 effect_high=value["effect_high"],

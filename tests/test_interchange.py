@@ -79,7 +79,7 @@ def test_the_same_bank_gives_the_same_bytes(data: BankData, exported: str, tmp_p
 
 def test_it_reads_as_what_it_says(data: BankData, exported: str) -> None:
     document = json.loads(exported)
-    assert (document["format"], document["format_version"]) == ("rb_gpu.bank", 1)
+    assert (document["format"], document["format_version"]) == ("rb_gpu.bank", 2)
     assert len(document["patterns"]) == 16 and len(document["verdicts"]) == 12 and len(document["configs"]) == 5
     pattern = ReasoningBank(data).patterns[document["patterns"][3]["id"]]
     assert document["patterns"][3]["support_count"] == pattern.support_count
@@ -105,7 +105,7 @@ def refused(path: Path, content: str | bytes, reason: str) -> None:
         ReasoningBank.from_export(path)
 
 
-@pytest.mark.parametrize("version", [0, 2, None, "1"])
+@pytest.mark.parametrize("version", [0, 1, 3, None, "2"])
 def test_other_versions_are_refused(exported: str, tmp_path: Path, version: Any) -> None:
     document = json.loads(exported) | {"format_version": version}
     refused(tmp_path / "x.json", json.dumps(document), "format_version")

@@ -164,6 +164,7 @@ def test_each_pattern_gets_its_best_config(method):
     assert np.array_equal(verdicts.stands, best == 0)
     acted = ~verdicts.stands
     assert (verdicts.p_adjusted[acted] >= verdicts.p_value[acted]).all()
+    assert (verdicts.p_sequential[acted] < 0.001).all() and np.isnan(verdicts.p_sequential[~acted]).all()
     assert ((verdicts.effect_low[acted] < 0.1) & (verdicts.effect_high[acted] > 0.1)).mean() > 0.8
     assert verdicts.support[0] == ((label_Q[rows.query_row] == 0) & (rows.config_id == 0)).sum()
 

@@ -38,11 +38,16 @@ def auto_k(queries: int, rows: int, configs: int) -> int:
 def cluster_queries(
     trajectories: Trajectories, config: TrainConfig, checkpoint: Checkpoint | None, ranks: Ranks
 ) -> tuple[torch.Tensor, torch.Tensor, npt.NDArray[np.int64]]:
-    """The points (Q, D) and weights (Q,) that were clustered, and the consolidated leaf of each query (Q,)."""
+    """The points (Q, D) and weights (Q,) that were clustered, and the consolidated leaf of each query (Q,).
+
+    Queries weigh what their rows do, decayed where judge.half_life is a number. Where it is auto the half-life is
+    chosen on the patterns, which are therefore clustered without decay.
+    """
     x_QD = torch.from_numpy(trajectories.x_QD)
     if config.cluster.metric == "cosine" and not normed(x_QD):
         x_QD = normalise_(x_QD.clone())
-    decay_N = row_weights(replace(trajectories, propensity=None), config.judge.half_life).numpy()
+    half_life = None if is_auto(config.judge.half_life) else config.judge.half_life
+    decay_N = row_weights(replace(trajectories, propensity=None), half_life).numpy()
     weight_Q = torch.from_numpy(np.bincount(trajectories.query_row, weights=decay_N)).float()
     return x_QD, weight_Q, _cluster(x_QD, weight_Q, trajectories, config, checkpoint, ranks)
 

@@ -44,7 +44,7 @@ def check_nonnegative(key: str, value: float) -> None:
     check(key, value, math.isfinite(value) and value >= 0, "a finite number >= 0", "give 0 or more")
 
 
-def is_auto(value: int | float | str) -> bool:
+def is_auto(value: int | float | str | None) -> bool:
     """Whether a setting is to be worked out from the data."""
     return value == "auto"
 
@@ -144,7 +144,9 @@ class ClusterConfig:
 
 @dataclass
 class JudgeConfig:
-    """How configs are compared. Weights are in units of quality; half_life in days (null: no decay)."""
+    """How configs are compared. Weights are in units of quality; half_life in days (null: no decay; auto: by forward
+    validation, decay.py).
+    """
 
     method: str = "eb"
     objective: str = "utility"
@@ -157,7 +159,7 @@ class JudgeConfig:
     min_probability: float = 0.5
     alpha: float = 0.05
     min_samples: int = 3
-    half_life: float | None = None
+    half_life: Any = None
 
     def __post_init__(self) -> None:
         check_choice("judge.method", self.method, ("eb", "welch", "reference"))
@@ -174,7 +176,11 @@ class JudgeConfig:
         check("judge.min_probability", self.min_probability, 0.5 <= self.min_probability < 1, "in [0.5, 1)", "use 0.5")
         check("judge.alpha", self.alpha, 0 < self.alpha < 1, "in (0, 1)", "use 0.05")
         check_count("judge.min_samples", self.min_samples, 2)
-        check("judge.half_life", self.half_life, self.half_life is None or self.half_life > 0, "days > 0", "use null")
+        days_ok = (
+            isinstance(self.half_life, (int, float)) and not isinstance(self.half_life, bool) and self.half_life > 0
+        )
+        half_life_ok = self.half_life is None or self.half_life == "auto" or days_ok
+        check("judge.half_life", self.half_life, half_life_ok, "null, auto or days > 0", "use null")
 
 
 @dataclass

@@ -23,27 +23,29 @@ from rb_gpu.artifact import INDEX_FILE, REPORT_FILE, ROUTER_FILE
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ArtifactError, ConfigError, DataError
-from rb_gpu.learn.assemble import Leaves, assemble, best_probability
+from rb_gpu.learn.assemble import assemble, best_probability
 from rb_gpu.learn.checkpoint import Checkpoint
 from rb_gpu.learn.clustering import cluster_queries, drop_labels
 from rb_gpu.learn.config import ParamsConfig, TrainConfig, is_auto
+from rb_gpu.learn.decay import auto_half_life
 from rb_gpu.learn.devices import resolve_device
-from rb_gpu.learn.distances import label_sums, normalise_, normed
+from rb_gpu.learn.distances import normalise_, normed
 from rb_gpu.learn.distributed import Ranks, launched
-from rb_gpu.learn.evidence import gather_evidence, row_weights
+from rb_gpu.learn.drift import measure_drift
+from rb_gpu.learn.evidence import row_weights
 from rb_gpu.learn.gate import Decision, champion_beside, decide
-from rb_gpu.learn.hierarchy import build_hierarchy, level_counts, prune
+from rb_gpu.learn.hierarchy import prune
 from rb_gpu.learn.index import build_index
 from rb_gpu.learn.job_config import EvaluateConfig
 from rb_gpu.learn.kmeans import nearest
-from rb_gpu.learn.landmarks import foretell, tempered
+from rb_gpu.learn.leaves import believed, foretold, gather_leaves
 from rb_gpu.learn.policy import Evaluation, best_single, held_out_outcomes, improvement_percent, value_bank
 from rb_gpu.learn.report import render_report
 from rb_gpu.learn.router import train_router
 from rb_gpu.learn.trajectories import Trajectories, load, split_by_time
 from rb_gpu.learn.verdicts import judge, resolve_objective
 from rb_gpu.params import AUTO_TIER
-from rb_gpu.posterior import Beliefs, Objective, believe
+from rb_gpu.posterior import Objective
 from rb_gpu.publish import without_nan, write_artifact
 from rb_gpu.registry import Registry
 from rb_gpu.router import FastGRNNRouter
@@ -102,13 +104,17 @@ def learn(
     device = resolve_device(config.device.kind)
     with watch.stage("cluster"):
         x_QD, weight_Q, label_Q = cluster_queries(trajectories, config, checkpoint, ranks or Ranks())
-    weight_N = row_weights(trajectories, config.judge.half_life)
     with watch.stage("judge"):
-        leaves = _leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
-        objective = resolve_objective(config.judge, config.quality, trajectories, leaves.evidence)
+        judging, half_life = config.judge, None
+        if is_auto(judging.half_life):
+            half_life = auto_half_life(trajectories, label_Q, judging, config.quality, device)
+            judging = replace(judging, half_life=half_life.half_life_days)
+        weight_N = row_weights(trajectories, judging.half_life)
+        leaves = gather_leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
+        objective = resolve_objective(judging, config.quality, trajectories, leaves.evidence)
         default = trajectories.configs.default
-        leaves = _foretold(x_QD, leaves, trajectories, weight_N, objective, config, device)
-        beliefs = _believed(leaves, objective, default, config)
+        leaves = foretold(x_QD, leaves, trajectories, weight_N, objective, config, device)
+        beliefs = believed(leaves, objective, default, config)
         confidence_P = best_probability(beliefs.probability[:-1], default)
         kept_P = prune(leaves.evidence.rows.sum(1), confidence_P, 1, config.prune.min_confidence)
         if not kept_P.all():
@@ -118,10 +124,10 @@ def learn(
                     f"(the highest confidence is {confidence_P.max():.3f}); lower it"
                 )
             label_Q = drop_labels(leaves.label_Q, kept_P)
-            leaves = _leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
-            leaves = _foretold(x_QD, leaves, trajectories, weight_N, objective, config, device)
-            beliefs = _believed(leaves, objective, default, config)
-        verdicts = judge(leaves.evidence, trajectories.configs, objective, beliefs, config.judge)
+            leaves = gather_leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
+            leaves = foretold(x_QD, leaves, trajectories, weight_N, objective, config, device)
+            beliefs = believed(leaves, objective, default, config)
+        verdicts = judge(leaves.evidence, trajectories.configs, objective, beliefs, judging)
     with watch.stage("index"):
         data = assemble(trajectories, config, leaves, objective, beliefs, verdicts, 0.0)
         floor = _floor(x_QD, data, device) if is_auto(config.lookup.floor) else float(config.lookup.floor)
@@ -150,6 +156,7 @@ def learn(
             "newest_timestamp": int(trajectories.timestamp.max()),
         },
         "config": asdict(config),
+        "half_life": None if half_life is None else asdict(half_life),
         "device": str(device),
     }
     log.info(
@@ -158,51 +165,6 @@ def learn(
     )  # fmt: skip
     data = replace(data, lookup=replace(data.lookup, floor=floor), facts=facts)
     return LearnedBank(data, index, router, leaves.label_Q, watch.seconds)
-
-
-def _leaves(
-    x_QD: torch.Tensor,
-    weight_Q: torch.Tensor,
-    label_Q: npt.NDArray[np.int64],
-    trajectories: Trajectories,
-    weight_N: torch.Tensor,
-    config: TrainConfig,
-    device: torch.device,
-) -> Leaves:
-    labels, patterns = torch.from_numpy(label_Q).to(device), int(label_Q.max()) + 1
-    sums, mass = label_sums(x_QD, weight_Q.to(device), labels, patterns)
-    sums_PD, mass_P = sums.cpu().numpy(), mass.cpu().numpy()
-    evidence = gather_evidence(trajectories, labels, patterns, weight_N, device)
-    means_PD = sums_PD / np.maximum(mass_P, 1e-300)[:, None]
-    counts = level_counts(patterns, config.hierarchy.counts)
-    parents = build_hierarchy(means_PD, mass_P, counts)
-    return Leaves(label_Q, sums_PD, mass_P, evidence, parents)
-
-
-def _foretold(
-    x_QD: torch.Tensor,
-    leaves: Leaves,
-    trajectories: Trajectories,
-    weight_N: torch.Tensor,
-    objective: Objective,
-    config: TrainConfig,
-    device: torch.device,
-) -> Leaves:
-    """The leaves with the field, where it says more than they do; only eb, for a utility or a floor, can use one."""
-    if config.judge.method != "eb" or objective.kind == "bound":
-        return leaves
-    unit_QD = x_QD if normed(x_QD) else normalise_(x_QD.clone())
-    found = foretell(unit_QD, leaves.label_Q, trajectories, weight_N, objective, config.seed, device)
-    if found is None:
-        return leaves
-    labels = torch.from_numpy(leaves.label_Q).to(device)
-    even_N = tempered(weight_N, trajectories)
-    left = gather_evidence(trajectories, labels, len(leaves.mass_P), even_N, device, found.unseen_NO)
-    return replace(leaves, field=found.field(leaves.evidence, left))
-
-
-def _believed(leaves: Leaves, objective: Objective, default: int, config: TrainConfig) -> Beliefs:
-    return believe(leaves.evidence, leaves.parents, objective, default, config.judge.margin, leaves.field)
 
 
 def _floor(x_QD: torch.Tensor, data: BankData, device: torch.device) -> float:
@@ -290,10 +252,14 @@ def _train(config: TrainConfig, quarantine: Path | None, ranks: Ranks) -> Publis
             single = best_single(bank.data.evidence, bank.data.objective)
             evaluation = value_bank(bank, held_out, single, config.eval, config.seed, champion)
             decision = decide(evaluation, config.gate, refusal)
+            drift = measure_drift(training, held_out, learned.label_Q, bank.data.objective, config.seed)
+            for warning in drift.warnings:
+                log.warning("drift: %s", warning)
         facts = {
             **learned.data.facts,
             "evaluation": {**asdict(evaluation), "improvement_percent": improvement_percent(evaluation)},
             "gate": asdict(decision),
+            "drift": asdict(drift),
             "parent": registry.champion(),
             "seconds": watch.seconds,
             "packages": package_versions(),

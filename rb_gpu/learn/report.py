@@ -48,7 +48,7 @@ def render_report(bank: ReasoningBank, facts: dict[str, Any]) -> str:
         ],
     )  # fmt: skip
     verdicts = _table(
-        ("pattern", "support", "config", "gain", "95 % interval", "P(better)", "p adjusted"),
+        ("pattern", "support", "config", "gain", "95 % interval", "P(better)", "p adjusted", "p any night"),
         [
             (
                 str(pattern_id), f"{bank.patterns[pattern_id].support_count:,}",
@@ -56,17 +56,20 @@ def render_report(bank: ReasoningBank, facts: dict[str, Any]) -> str:
                 _number(verdict.evidence.effect),
                 f"{_number(verdict.evidence.effect_low)} to {_number(verdict.evidence.effect_high)}",
                 _number(verdict.evidence.probability, 3), _number(verdict.evidence.p_adjusted, 3),
+                _number(verdict.evidence.p_sequential, 3),
             )
             for pattern_id, verdict in bank.verdicts.items()
         ],
     )  # fmt: skip
+    drift = _drift(facts["drift"])
     bad = facts["data"]["bad_rows"]
     quality = _table(("reason", "rows"), [(k, f"{v:,}") for k, v in bad.items()]) if bad else "<p>No bad rows.</p>"
     timings = _table(("stage", "seconds"), [(k, f"{v:.2f}") for k, v in facts["seconds"].items()])
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>rb_gpu report</title><style>{STYLE}</style><main><h1>Is the new bank better?</h1>{''.join(lines)}"
-        f"<h2>Held-out value</h2>{values}<h2>Verdicts</h2>{verdicts}<h2>Data</h2>{quality}<h2>Timings</h2>{timings}"
+        f"<h2>Held-out value</h2>{values}<h2>Has the traffic changed?</h2>{drift}<h2>Verdicts</h2>{verdicts}"
+        f"<h2>Data</h2>{quality}<h2>Timings</h2>{timings}"
         "</main></html>\n"
     )
 
@@ -79,6 +82,30 @@ def _sentence(name: str, gain: dict[str, float | None]) -> str:
     return (
         f"Against the {escape(name)}: <b class={style}>{sure}</b>, {gain['gain']:+.4f} "
         f"(95 % interval {gain['low']:+.4f} to {gain['high']:+.4f})."
+    )
+
+
+def _drift(drift: dict[str, Any]) -> str:
+    """What changed between the training queries and the newest, each number beside what chance alone gives."""
+    shares, embeddings = drift["shares"], drift["embeddings"]
+    warnings = drift["warnings"] or ["nothing beyond what chance gives"]
+    style = "bad" if drift["warnings"] else "good"
+    table = _table(
+        ("config", "queries", "change of utility", "p all patterns", "p some patterns", "q"),
+        [
+            (
+                config["config"], f"{config['queries']:,}", _number(config["change"]), _number(config["p_shift"], 3),
+                _number(config["p_patterns"], 3), _number(config["q_value"], 3),
+            )
+            for config in drift["outcomes"]
+        ],
+    )  # fmt: skip
+    return (
+        f"{''.join(f'<p><b class={style}>{escape(warning)}</b>.</p>' for warning in warnings)}"
+        f"<p>{drift['newest_queries']:,} newest queries beside {drift['training_queries']:,} that were learned from. "
+        f"Shares of the patterns: PSI {_number(shares['psi'], 3)}, {_number(shares['chance'], 3)} by chance alone, p "
+        f"{_number(shares['p_value'], 3)}, {escape(shares['reading'])}. Embeddings: told apart with AUC "
+        f"{_number(embeddings['auc'], 3)} (.5 is not at all), p {_number(embeddings['p_value'], 3)}.</p>{table}"
     )
 
 

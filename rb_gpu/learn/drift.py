@@ -1,0 +1,322 @@
+"""Has the traffic changed? The queries that were learned from beside the newest slice, each difference beside chance.
+
+Three questions: do queries fall into the patterns in other shares, do their embeddings lie elsewhere, and do the
+configs now fare otherwise inside the patterns. All are tested as if queries came independently: bursts of like queries
+(one user, one session) are a change to these tests, as they are to a bank that learned before the burst.
+Suffixes: Q queries, N (query, config) pairs, P leaves, C configs, D dims, F features, U cells of a leaf and a config.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import stats
+
+from rb_gpu.learn.distances import label_sums
+from rb_gpu.learn.policy import held_out_outcomes
+from rb_gpu.learn.trajectories import Trajectories
+from rb_gpu.learn.verdicts import benjamini_hochberg
+from rb_gpu.posterior import Objective
+
+Floats = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.int64]
+
+# queries of each side that are compared, at random; more would only find changes too small to matter
+MAX_QUERIES = 20_000
+# a nightly job that looked at .05 would cry wolf twice a month
+LEVEL = 0.01
+# the usual reading of PSI (Siddiqi 2006), here of what exceeds chance
+MODERATE_PSI, LARGE_PSI = 0.1, 0.25
+# of a classifier that tells newest from training queries; nearer to 1/2 the difference does not matter
+TELLING_AUC = 0.55
+PERMUTATIONS = 999
+# principal components, and random frequencies with a sine and a cosine each
+FEATURES = 16
+TILE_QUERIES = 2048
+
+
+@dataclass(frozen=True)
+class ShareDrift:
+    """Population stability index of the shares of queries per leaf; chance: its mean where nothing changed."""
+
+    psi: float
+    chance: float
+    p_value: float
+    reading: str
+
+
+@dataclass(frozen=True)
+class EmbeddingDrift:
+    """Two-sample test on embeddings. auc: how well a linear classifier tells a newest query from a training one."""
+
+    auc: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class ConfigDrift:
+    """Mean utility of a config inside patterns, newest less training; queries: of both sides in comparable cells.
+
+    p_shift: has it moved in all patterns together, p_patterns: in some against others. q_value: the lesser of the two,
+    corrected over both and over the configs (Benjamini & Hochberg 1995). NaN where no cell has queries of both sides.
+    """
+
+    config: str
+    queries: int
+    change: float
+    p_shift: float
+    p_patterns: float
+    q_value: float
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What changed between the training queries and the newest; warnings say what to do."""
+
+    training_queries: int
+    newest_queries: int
+    shares: ShareDrift
+    embeddings: EmbeddingDrift
+    outcomes: list[ConfigDrift]
+    warnings: list[str] = field(default_factory=list)
+
+
+def measure_drift(
+    training: Trajectories, newest: Trajectories, label_Q: Rows, objective: Objective, seed: int
+) -> Drift:
+    """Compares at most MAX_QUERIES queries of each side. label_Q: (Q,) leaf of each training query, negative for none.
+
+    Both tables name the same configs. Time and memory are linear in the queries.
+    """
+    rng = np.random.default_rng(seed)
+    some_old, some_new = _sample(len(training.query_id), rng), _sample(len(newest.query_id), rng)
+    old, new = training.select_queries(some_old), newest.select_queries(some_new)
+    leaf_old, leaf_new = leaves_of(training.x_QD, label_Q, np.flatnonzero(some_old), new.x_QD)
+    patterns = int(label_Q.max()) + 1
+    shares = compare_shares(np.bincount(leaf_old, minlength=patterns), np.bincount(leaf_new, minlength=patterns), rng)
+    embeddings = compare_embeddings(old.x_QD, new.x_QD, rng)
+    names = [training.configs.describe(config) for config in range(len(training.configs))]
+    outcomes = compare_outcomes(_utilities(old, objective, leaf_old), _utilities(new, objective, leaf_new), names)
+    return Drift(
+        training_queries=len(training.query_id),
+        newest_queries=len(newest.query_id),
+        shares=shares,
+        embeddings=embeddings,
+        outcomes=outcomes,
+        warnings=_warnings(shares, embeddings, outcomes),
+    )
+
+
+def _sample(queries: int, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
+    some = np.zeros(queries, dtype=bool)
+    some[rng.choice(queries, min(queries, MAX_QUERIES), replace=False)] = True
+    return some
+
+
+def leaves_of(
+    x_QD: npt.NDArray[np.float32], label_Q: Rows, old: Rows, new_QD: npt.NDArray[np.float32]
+) -> tuple[Rows, Rows]:
+    """The leaf of highest cosine for the training queries in rows `old`, and for the newest queries.
+
+    A training query has pulled its leaf's mean towards itself, the newest have not: each is placed by means that leave
+    it out. Counted as members their shares follow the leaves that were made for them, and hide small changes (at ten
+    queries a leaf p-values are still a little too large).
+    """
+    labels = torch.from_numpy(label_Q)
+    sums, _ = label_sums(torch.from_numpy(x_QD), torch.ones(len(x_QD)), labels, int(label_Q.max()) + 1)
+    sums_PD = sums.numpy()
+    unit_PD = (sums_PD / np.maximum(np.linalg.norm(sums_PD, axis=1, keepdims=True), 1e-300)).astype(np.float32)
+
+    def place(x: npt.NDArray[np.float32], own: Rows) -> Rows:
+        cosine = x @ unit_PD.T  # times the query's norm, which ranks the leaves alike
+        member = np.flatnonzero(own >= 0)
+        rest = sums_PD[own[member]] - x[member]
+        norm = np.linalg.norm(rest, axis=1)
+        alone = norm <= 1e-6 * np.linalg.norm(sums_PD[own[member]], axis=1)
+        without = np.einsum("qd,qd->q", x[member], rest) / np.maximum(norm, 1e-300)
+        cosine[member, own[member]] = np.where(alone, -np.inf, without)
+        return np.asarray(cosine.argmax(1))
+
+    def places(x: npt.NDArray[np.float32], own: Rows) -> Rows:
+        starts = range(0, len(x), TILE_QUERIES)
+        return np.concatenate([place(x[s : s + TILE_QUERIES], own[s : s + TILE_QUERIES]) for s in starts])
+
+    return places(x_QD[old], label_Q[old]), places(new_QD, np.full(len(new_QD), -1))
+
+
+def psi(old_P: npt.NDArray[np.int64], new_P: npt.NDArray[np.int64]) -> Floats:
+    """Population stability index Σ (p − q)·ln(p / q) over the last axis of counts (..., P).
+
+    Half a query is added to every cell (Jeffreys), so that an empty one gives no infinity.
+    """
+    p, q = ((counts + 0.5) / (counts.sum(-1, keepdims=True) + 0.5 * counts.shape[-1]) for counts in (old_P, new_P))
+    return np.asarray(((p - q) * np.log(p / q)).sum(-1))
+
+
+def compare_shares(old_P: Rows, new_P: Rows, rng: np.random.Generator) -> ShareDrift:
+    """PSI of two counts of queries per leaf (P,), beside what dealing the same queries out at random gives.
+
+    Where cells are full, PSI / (1/n + 1/m) has the chi-squared law of P − 1 degrees, mean (P − 1)·(1/n + 1/m)
+    (Yurdakul & Naranjo 2020): the usual limits .1 and .25 are passed by chance where patterns are many and queries few.
+    The permutation law is exact with empty cells too: given both totals, counts are multivariate hypergeometric.
+    """
+    total_P = old_P + new_P
+    held = total_P > 0
+    old_P, new_P, total_P = old_P[held], new_P[held], total_P[held]
+    value = float(psi(old_P, new_P))
+    dealt = rng.multivariate_hypergeometric(total_P, int(new_P.sum()), size=PERMUTATIONS, method="marginals")
+    by_chance = psi(total_P - dealt, dealt)
+    chance = float(by_chance.mean())
+    p_value = (1 + int((by_chance >= value * (1 - 1e-12)).sum())) / (PERMUTATIONS + 1)
+    beyond = value - chance if p_value <= LEVEL else 0.0
+    reading = "large" if beyond > LARGE_PSI else "moderate" if beyond >= MODERATE_PSI else "stable"
+    return ShareDrift(value, chance, p_value, reading)
+
+
+def compare_embeddings(
+    old_QD: npt.NDArray[np.float32], new_QD: npt.NDArray[np.float32], rng: np.random.Generator
+) -> EmbeddingDrift:
+    """Do the mean embeddings of the two sides differ: `hotelling` on features of the pooled directions of the queries.
+
+    The features are leading principal components, which hold what is easiest to see, and random Fourier features of the
+    Gaussian kernel (Rahimi & Recht 2007; width the median distance), whose means any change of distribution moves
+    almost surely (Chwialkowski, Ramdas, Sejdinovic & Gretton 2015). They do not know which side a query is from, so
+    that the test is valid. Linear in the queries. NaN for fewer than 30 queries, or one direction.
+    """
+    x = np.concatenate([old_QD, new_QD])
+    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30)
+    x -= x.mean(0, dtype=np.float64)
+    total, dim = x.shape
+    count = min(FEATURES, total // 30)
+    pairs = rng.integers(total, size=(2, 2000))
+    width = float(np.median(np.linalg.norm(x[pairs[0]] - x[pairs[1]], axis=1)))
+    if count == 0 or width == 0:
+        return EmbeddingDrift(math.nan, math.nan)
+    axes = rng.normal(size=(dim, min(2 * count, dim)))
+    for _ in range(3):  # subspace iteration (Halko, Martinsson & Tropp 2011)
+        axes = np.linalg.qr(x.T @ (x @ axes))[0]
+    components = x @ axes
+    turn = np.linalg.eigh(components.T @ components)[1][:, -count:]
+    angle = x @ (rng.normal(size=(dim, count)) / width)
+    features = np.concatenate([components @ turn, np.cos(angle), np.sin(angle)], axis=1)
+    return hotelling(features[: len(old_QD)], features[len(old_QD) :])
+
+
+def hotelling(old_QF: Floats, new_QF: Floats) -> EmbeddingDrift:
+    """Hotelling's (1931) two-sample T² on features, and the AUC of the linear discriminant between the sides.
+
+    V = T² / (T² + N − 2), the share of scatter that lies between the sides, has the mean F / (N − 1) of its
+    Beta(F / 2, (N − 1 − F) / 2) law however the features are distributed. auc: Φ(Δ / √2), with Mahalanobis' Δ² free of
+    its bias (a classifier two-sample test, Lopez-Paz & Oquab 2017, that needs no training).
+    """
+    n, m = len(old_QF), len(new_QF)
+    total = n + m
+    features = np.concatenate([old_QF, new_QF])
+    features = features - features.mean(0)
+    features /= np.maximum(features.std(0), 1e-300)
+    scatter, turn = np.linalg.eigh(features.T @ features)
+    known = scatter > 1e-9 * scatter[-1]
+    whitened = features @ (turn[:, known] / np.sqrt(scatter[known]))
+    between = whitened[:n].mean(0) - whitened[n:].mean(0)
+    rank, share = int(known.sum()), float(n * m / total * between @ between)
+    p_value = float(stats.beta.sf(share, rank / 2, (total - 1 - rank) / 2))
+    t2 = (total - 2) * share / max(1.0 - share, 1e-12)
+    apart = t2 * total / (n * m) * (total - rank - 3) / (total - 2) - rank * total / (n * m)
+    return EmbeddingDrift(float(stats.norm.cdf(math.sqrt(max(apart, 0.0) / 2))), p_value)
+
+
+@dataclass(frozen=True)
+class Utilities:
+    """Mean utility of each (query, config) pair (N,), its leaf and its config."""
+
+    value: Floats
+    leaf: Rows
+    config: Rows
+
+
+def _utilities(table: Trajectories, objective: Objective, leaf_Q: Rows) -> Utilities:
+    rows = held_out_outcomes(table, objective)
+    pair_N, which = np.unique(rows.query_row * len(table.configs) + rows.config_id, return_inverse=True)
+    value = np.bincount(which, weights=rows.utility) / np.bincount(which)
+    return Utilities(value, leaf_Q[pair_N // len(table.configs)], pair_N % len(table.configs))
+
+
+def compare_outcomes(old: Utilities, new: Utilities, configs: list[str]) -> list[ConfigDrift]:
+    """Whether each config's mean utility inside leaves changed, of the rows as they were logged.
+
+    A cell's difference has the variance s²·(1/n + 1/m) when its queries are dealt out at random, with s² about the mean
+    of both sides. The sum of differences weighted by n·m / (n + m) over its root is the shift, normal (a stratified
+    permutation test, van Elteren 1960); what is left of the cells' squares, chi-squared with a degree less than cells
+    (Cochran 1954), are patterns that moved against each other.
+    """
+    width, leaves = len(configs), 1 + max(int(old.leaf.max()), int(new.leaf.max()))
+    cell = np.concatenate([old.leaf * width + old.config, new.leaf * width + new.config])
+    value = np.concatenate([old.value, new.value])
+    is_new = np.repeat([0.0, 1.0], [len(old.value), len(new.value)])
+
+    def per_cell(x: Floats) -> Floats:
+        return np.bincount(cell, weights=x, minlength=leaves * width).astype(np.float64)
+
+    total_U, m_U = per_cell(np.ones(len(value))), per_cell(is_new)
+    n_U = total_U - m_U
+    middle_U = per_cell(value) / np.maximum(total_U, 1.0)
+    away = value - middle_U[cell]
+    variance_U = per_cell(away**2) / np.maximum(total_U - 1.0, 1.0)
+    kept_U = (np.minimum(n_U, m_U) >= 1) & (variance_U > 1e-12 * (1.0 + middle_U**2))
+    weight_U = np.where(kept_U, n_U * m_U / np.maximum(total_U, 1.0), 0.0)
+    # the newest's sum of deviations is weight times difference
+    score_U = np.where(kept_U, per_cell(away * is_new), 0.0)
+    square_U = np.divide(score_U**2, weight_U * variance_U, out=np.zeros_like(score_U), where=kept_U)
+
+    def over_leaves(x_U: npt.NDArray[np.generic]) -> Floats:
+        return np.asarray(x_U.reshape(leaves, width).sum(0), dtype=np.float64)
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change_C = over_leaves(score_U) / over_leaves(weight_U)
+        z2_C = over_leaves(score_U) ** 2 / over_leaves(weight_U * variance_U)
+    cells_C = over_leaves(kept_U)
+    p_C2 = np.stack(
+        [
+            stats.chi2.sf(z2_C, 1),
+            np.where(cells_C > 1, stats.chi2.sf(over_leaves(square_U) - z2_C, np.maximum(cells_C - 1, 1)), np.nan),
+        ],
+        axis=1,
+    )
+    q_C2 = benjamini_hochberg(p_C2.ravel()).reshape(p_C2.shape)
+    q_C = np.where(np.isnan(q_C2).all(1), np.nan, np.nan_to_num(q_C2, nan=1.0).min(1))
+    queries_C = over_leaves(np.where(kept_U, total_U, 0.0))
+    return [
+        ConfigDrift(
+            configs[c], int(queries_C[c]), float(change_C[c]), float(p_C2[c, 0]), float(p_C2[c, 1]), float(q_C[c])
+        )
+        for c in range(width)
+    ]
+
+
+def _warnings(shares: ShareDrift, embeddings: EmbeddingDrift, outcomes: list[ConfigDrift]) -> list[str]:
+    said = []
+    if shares.reading != "stable":
+        said.append(
+            f"the newest queries fall into the patterns in other shares (PSI {shares.psi:.2f}, chance alone "
+            f"{shares.chance:.2f}, p {shares.p_value:.3g}: a {shares.reading} change); train more often, and read the "
+            "held-out value as that of the newest traffic only"
+        )
+    if embeddings.p_value <= LEVEL and embeddings.auc >= TELLING_AUC:
+        said.append(
+            f"the newest queries' embeddings differ from those learned from (told apart with AUC {embeddings.auc:.2f}, "
+            f"p {embeddings.p_value:.3g}); check that one and the same embedder made both, and log the new kind of "
+            "query under several configs before the next training"
+        )
+    changed = [config for config in outcomes if config.q_value <= LEVEL]
+    if changed:
+        worst = max(changed, key=lambda config: abs(config.change))
+        said.append(
+            f"utility inside patterns changed under {len(changed)} of {len(outcomes)} configs (most: {worst.config} by "
+            f"{worst.change:+.4f}, q {worst.q_value:.3g}); set judge.half_life=auto so that old rows weigh less, and "
+            "look for what changed in the service, or for another kind of query in the same patterns"
+        )
+    return said
