@@ -47,8 +47,8 @@ class Field:
     base: (C, O). level_variance: (C, O) of each config's difference to the default over all queries, 0 where unknown.
     mean: (U, C, O) mean prediction over each leaf's queries, less base; over all queries in the last row.
     gain_variance: (U, C, O) of a config's difference to the default there, quality_variance: (U, C) of its quality,
-    both without what a leaf's own evidence says. residual_*: as in Evidence, the leaves' moments of outcomes less what the
-    field says of their queries without having seen them.
+    both without what a leaf's own evidence says. residual_*: as in Evidence, the leaves' moments of outcomes less
+    what the field says of their queries without having seen them.
     """
 
     landmarks: Matrix

@@ -136,7 +136,7 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "judge.max_cost": [0.0, -5.0, math.nan],
     "judge.target": [-0.1, 1.1, math.nan],
     "judge.margin": ["none", math.nan, math.inf],
-    "judge.min_probability": [0.49, 1.0, math.nan],
+    "judge.min_probability": [0.49, 1.0, math.nan, "sure"],
     "judge.alpha": [0.0, 1.0, math.nan],
     "judge.min_samples": [1],
     "judge.half_life": [0.0, -1.0, math.nan, "never", True, [7.0]],

@@ -54,7 +54,7 @@ def table(
 
 def judged(rows: Trajectories, label_Q, patterns: int, **settings_):
     evidence = gather_evidence(rows, torch.as_tensor(label_Q), patterns, row_weights(rows, None), torch.device("cpu"))
-    config = JudgeConfig(**{"latency_weight": 0.0, "cost_weight": 0.0, **settings_})
+    config = JudgeConfig(**{"latency_weight": 0.0, "cost_weight": 0.0, "min_probability": 0.8, **settings_})
     objective = resolve_objective(config, QualityConfig(), rows, evidence)
     beliefs = believe(evidence, [], objective, rows.configs.default, config.margin)
     return judge(evidence, rows.configs, objective, beliefs, config), evidence, objective

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from rb_gpu.bank_data import ARRAYS, BankData, LookupSettings
 from rb_gpu.evidence import Evidence
 from rb_gpu.field import FIELD_ARRAYS, Field
-from rb_gpu.learn.config import TrainConfig, is_auto
+from rb_gpu.learn.config import JudgeConfig, TrainConfig, is_auto
 from rb_gpu.learn.patterns import summarise
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.verdicts import VerdictColumns, grade, verdict_matrices
@@ -25,13 +25,16 @@ Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 # tests vote wholly or not at all, so that a weighted majority decides
 MAJORITY = 0.5
+# of beating the default: choices that were shown to pay as a whole take the likelier side, others must be sure each
+PROVEN, UNPROVEN = 0.5, 0.8
 
 
 @dataclass(frozen=True)
 class Leaves:
     """The leaves: label_Q (Q,) of each training query, -1 where it was pruned; sums_PD and mass_P, the weighted sum of
     each leaf's embeddings and its weight, from which the centroids of every level come; evidence; parents per level;
-    what foretells a query beyond its leaf, where there is such a thing.
+    what foretells a query beyond its leaf, where there is such a thing,
+    and whether its choices were shown to pay.
     """
 
     label_Q: Rows
@@ -40,6 +43,13 @@ class Leaves:
     evidence: Evidence
     parents: list[Rows]
     field: Field | None = None
+    pays: bool = False
+
+    def least_probability(self, judging: JudgeConfig) -> float:
+        """judge.min_probability, worked out where it is auto."""
+        if is_auto(judging.min_probability):
+            return PROVEN if self.pays else UNPROVEN
+        return float(judging.min_probability)
 
 
 def assemble(
@@ -90,7 +100,7 @@ def assemble(
             top_k=config.lookup.top_k,
             beta=config.lookup.beta,
             floor=floor,
-            min_probability=config.judge.min_probability if eb else MAJORITY,
+            min_probability=leaves.least_probability(config.judge) if eb else MAJORITY,
             likeliest=eb and objective.kind == "floor",
             auto_margin=is_auto(config.judge.margin),
         ),

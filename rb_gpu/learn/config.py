@@ -144,7 +144,8 @@ class ClusterConfig:
 
 @dataclass
 class JudgeConfig:
-    """How configs are compared. Weights are in units of quality; half_life in days (null: no decay; auto: by forward
+    """How configs are compared. Weights are in units of quality. min_probability auto: 0.5 where one test has shown
+    that the choices for unseen queries pay, else 0.8. half_life in days (null: no decay; auto: by forward
     validation, decay.py).
     """
 
@@ -156,7 +157,7 @@ class JudgeConfig:
     max_cost: float | None = None
     target: float = 0.95
     margin: float | str = "auto"
-    min_probability: float = 0.5
+    min_probability: float | str = "auto"
     alpha: float = 0.05
     min_samples: int = 3
     half_life: Any = None
@@ -173,7 +174,15 @@ class JudgeConfig:
         check_share("judge.target", self.target)
         margin_ok = is_auto(self.margin) or (not isinstance(self.margin, str) and math.isfinite(self.margin))
         check("judge.margin", self.margin, margin_ok, "auto or a number", "set judge.margin=auto")
-        check("judge.min_probability", self.min_probability, 0.5 <= self.min_probability < 1, "in [0.5, 1)", "use 0.5")
+        least = self.min_probability
+        sure_ok = is_auto(least) or (not isinstance(least, str) and 0.5 <= least < 1)
+        check(
+            "judge.min_probability",
+            least,
+            sure_ok,
+            "auto or a probability in [0.5, 1)",
+            "set judge.min_probability=auto",
+        )
         check("judge.alpha", self.alpha, 0 < self.alpha < 1, "in (0, 1)", "use 0.05")
         check_count("judge.min_samples", self.min_samples, 2)
         days_ok = (

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from rb_gpu.bank_data import BankData
-from rb_gpu.learn.assemble import Leaves, assemble
+from rb_gpu.learn.assemble import UNPROVEN, Leaves, assemble
 from rb_gpu.learn.config import ClusterConfig, JudgeConfig, ParamsConfig, PruneConfig, QualityConfig, TrainConfig
 from rb_gpu.learn.evidence import gather_evidence, row_weights
 from rb_gpu.learn.pipeline import learn
@@ -67,7 +67,12 @@ class VerdictJudge:
         table = from_trajectories(trajectories, ParamsConfig(tiers=tiers, default=self.default.as_dict()))
         config = TrainConfig(
             judge=JudgeConfig(
-                method=self.method, alpha=self.alpha, min_samples=self.min_samples, latency_weight=0.0, cost_weight=0.0
+                method=self.method,
+                min_probability=UNPROVEN,
+                alpha=self.alpha,
+                min_samples=self.min_samples,
+                latency_weight=0.0,
+                cost_weight=0.0,
             ),
             quality=QualityConfig(self.quality),
         )

@@ -60,9 +60,13 @@ def foretold(
     labels = torch.from_numpy(leaves.label_Q).to(device)
     even_N = tempered(weight_N, trajectories)
     left = gather_evidence(trajectories, labels, len(leaves.mass_P), even_N, device, found.unseen_NO)
-    return replace(leaves, field=found.field(leaves.evidence, left))
+    return replace(leaves, field=found.field(leaves.evidence, left), pays=found.pays)
 
 
 def believed(leaves: Leaves, objective: Objective, default: int, config: TrainConfig) -> Beliefs:
-    """The posterior beliefs of the leaves."""
-    return believe(leaves.evidence, leaves.parents, objective, default, config.judge.margin, leaves.field)
+    """The posterior beliefs of the leaves; no config is probable enough where a field was not shown to pay."""
+    beliefs = believe(leaves.evidence, leaves.parents, objective, default, config.judge.margin, leaves.field)
+    if leaves.field is None or leaves.pays:
+        return beliefs
+    nothing = np.zeros_like(beliefs.gain)
+    return replace(beliefs, probability=nothing, test=nothing - 1.0, test_sd=nothing)

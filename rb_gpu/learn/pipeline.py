@@ -127,6 +127,7 @@ def learn(
             leaves = gather_leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
             leaves = foretold(x_QD, leaves, trajectories, weight_N, objective, config, device)
             beliefs = believed(leaves, objective, default, config)
+        judging = replace(judging, min_probability=leaves.least_probability(judging))
         verdicts = judge(leaves.evidence, trajectories.configs, objective, beliefs, judging)
     with watch.stage("index"):
         data = assemble(trajectories, config, leaves, objective, beliefs, verdicts, 0.0)

@@ -148,7 +148,9 @@ def benjamini_hochberg(p_P: Floats) -> Floats:
 def judge(
     evidence: Evidence, configs: ConfigTable, objective: Objective, beliefs: Beliefs, config: JudgeConfig
 ) -> VerdictColumns:
-    """The verdict of every pattern by `judge.method`. Only eb knows the objectives bound and floor."""
+    """The verdict of every pattern by `judge.method`; judge.min_probability is a number by now. Only eb
+    knows the objectives bound and floor.
+    """
     comparison = compare(evidence, objective.direction, configs.default, config.min_samples)
     adjusted, peeked = holm(comparison.p_value), sequential(comparison, config.half_life)
     if config.method == "reference":
@@ -157,7 +159,7 @@ def judge(
         chosen = _welch(comparison, adjusted, configs.default, config.alpha)
         gain, spread = np.nan_to_num(comparison.effect), comparison.error * stats.t.ppf(0.975, comparison.freedom)
     else:
-        chosen = beliefs.choose(config.min_probability, configs.default, objective.kind == "floor")[:-1]
+        chosen = beliefs.choose(float(config.min_probability), configs.default, objective.kind == "floor")[:-1]
         gain, spread = beliefs.gain[:-1], Z_95 * np.sqrt(beliefs.gain_variance[:-1])
     effect, half = _pick(gain, chosen), _pick(spread, chosen)
     probability = _pick(beliefs.probability[:-1], chosen)
