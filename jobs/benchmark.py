@@ -1,4 +1,4 @@
-"""Speed and memory beside peers, in one run. `python -m jobs.benchmark suite=lookup|cluster|seed|load|all`"""
+"""Speed and memory beside peers, in one run. `python -m jobs.benchmark suite=NAME`, one of conf/benchmark.yaml's"""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rb_gpu.bench import cluster, load, lookup
-from rb_gpu.bench.plot import plot_cases, plot_load, plot_lookup
+from rb_gpu.bench import cluster, decisions, load, lookup
+from rb_gpu.bench.plot import plot_cases, plot_decisions, plot_load, plot_lookup
 from rb_gpu.learn.job_config import BenchmarkConfig
 
 from .common import job, run_folder
-from .tables import cluster_tables, load_tables, lookup_tables
+from .tables import cluster_tables, decision_tables, load_tables, lookup_tables
 
 Suite = tuple[
     Callable[[dict[str, Any]], dict[str, Any]], Callable[[dict[str, Any]], str], Callable[[dict[str, Any], Path], bool]
@@ -24,6 +24,7 @@ SUITES: dict[str, Suite] = {
     "cluster": (partial(cluster.measure, "cluster"), cluster_tables, plot_cases),
     "seed": (partial(cluster.measure, "seed"), cluster_tables, plot_cases),
     "load": (load.measure, load_tables, plot_load),
+    "decisions": (decisions.measure, decision_tables, plot_decisions),
 }
 
 

@@ -138,3 +138,34 @@ def load_tables(result: dict[str, Any]) -> str:
         f"a whole checked load of {settings['n']:,} x {settings['dim']} float32, medians of {settings['rounds']} "
         f"interleaved rounds; memcpy {result['memcpy_gb_per_s']:.2f} GB/s\n\n" + render(head, rows)
     )
+
+
+def decision_tables(result: dict[str, Any]) -> str:
+    """The suite decisions: gains over the best single config with 95 % intervals, and how often the bank leads."""
+    cases = result["cases"]
+    methods = [name for name in cases[0]["methods"] if name not in ("best single config", "oracle", "bank")]
+    head = ("set, cost weight, log", "queries", "bank [95 %]", *methods, "oracle")
+    rows = []
+    for case in cases:
+        found = case["methods"]
+        bank = found["bank"]
+        rows.append(
+            (
+                f"{case['set']}, {case['cost_weight']:g}, {case['log']}",
+                f"{case['queries']:,}",
+                f"{bank['gain']:+.4f} [{bank['low']:+.4f}, {bank['high']:+.4f}]",
+                *(f"{found[name]['gain']:+.4f}" for name in (*methods, "oracle")),
+            )
+        )
+    rivals = [name for name in methods if name != "default"]
+    best = sum(
+        case["methods"]["bank"]["gain"] >= max(0.0, *(case["methods"][name]["gain"] for name in rivals))
+        for case in cases
+    )
+    below = sum(case["methods"]["bank"]["high"] < 0 for case in cases)
+    return (
+        f"gain of utility over the best single config of the same training data, on held-out queries; "
+        f"means of {result['settings']['rounds']} seeds\n\n{render(head, rows)}\n\n"
+        f"the bank is best of all in {best} of {len(cases)} settings, "
+        f"and surely below the best single config in {below}"
+    )

@@ -210,6 +210,10 @@ OUT_OF_BOUNDS_OF_A_JOB: dict[str, dict[str, list[Any]]] = {
         "clusters": [[], [1]],
         "iterations": [0],
         "peers": [["cuvs"], [""]],
+        "sets": [[], [""]],
+        "cost_weights": [[], [-0.1], [math.nan]],
+        "logs": [[], ["greedy"]],
+        "sizes": [[], [-1]],
         "seed": [-1],
     },
 }

@@ -48,6 +48,30 @@ def plot_load(result: dict[str, Any], path: Path) -> bool:
     return _picture(path, 1, (7, 3.2), draw)
 
 
+def plot_decisions(result: dict[str, Any], path: Path) -> bool:
+    """The bank's gain in every setting with its interval, the others' as points; False without matplotlib."""
+
+    def draw(panels: Sequence[Any]) -> None:
+        cases, axes = result["cases"][::-1], panels[0]
+        for name in cases[0]["methods"]:
+            if name in ("best single config", "oracle", "default"):
+                continue
+            found = [case["methods"][name] for case in cases]
+            gains = [one["gain"] for one in found]
+            if name == "bank":
+                reach = [[one["gain"] - one["low"] for one in found], [one["high"] - one["gain"] for one in found]]
+                axes.errorbar(gains, range(len(cases)), xerr=reach, fmt="D", color="black", capsize=3, label=name)
+            else:
+                axes.plot(gains, range(len(cases)), "o", alpha=0.7, label=name)
+        labels = [f"{c['set']}, λ={c['cost_weight']:g}, {c['log']} {c['queries']:,}" for c in cases]
+        axes.set_yticks(range(len(cases)), labels, fontsize=7)
+        axes.axvline(0.0, color="grey", linewidth=0.8)
+        axes.set(xlabel="gain of utility over the best single config, held-out queries")
+        axes.legend(fontsize=7)
+
+    return _picture(path, 1, (8, 1.5 + 0.28 * len(result["cases"])), draw)
+
+
 def _picture(path: Path, panels: int, size: tuple[float, float], draw: Callable[[Sequence[Any]], None]) -> bool:
     """Writes what `draw` draws on so many panels, and says whether it could."""
     if optional("matplotlib") is None:

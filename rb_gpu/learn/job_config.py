@@ -149,7 +149,8 @@ class SynthesizeConfig:
         check_count("seed", self.seed, 0)
 
 
-SUITES = ("lookup", "cluster", "seed", "load", "all")
+SUITES = ("lookup", "cluster", "seed", "load", "decisions", "all")
+LOGS = ("full", "uniform", "skewed", "confounded")
 PEERS = ("faiss", "scikit-learn", "scikit-learn-intelex", "SuperKMeans", "plain torch", "sequential torch")
 
 
@@ -159,7 +160,9 @@ class BenchmarkConfig:
 
     patterns: sizes of the bank. distinct_queries: in all rounds together. batch: queries of a batch. threads: that ask
     at once. Of the suites cluster and seed: points are emb, gauss or .npy files, of at most n rows each, clusters
-    the numbers of them, iterations those of Lloyd, peers what is measured beside ours.
+    the numbers of them, iterations those of Lloyd, peers what is measured beside ours. Of the suite decisions: sets
+    are folders of full tables, cost_weights those of the utility, logs how queries were logged, sizes how many (0:
+    all), and each round is another seed.
     """
 
     suite: str = "lookup"
@@ -175,14 +178,23 @@ class BenchmarkConfig:
     clusters: list[int] = field(default_factory=lambda: [256, 1024, 4096])
     iterations: int = 10
     peers: list[str] = field(default_factory=lambda: list(PEERS))
+    sets: list[str] = field(default_factory=lambda: ["sample"])
+    cost_weights: list[float] = field(default_factory=lambda: [0.2])
+    logs: list[str] = field(default_factory=lambda: list(LOGS))
+    sizes: list[int] = field(default_factory=lambda: [1000, 0])
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_choice("suite", self.suite, SUITES)
-        for key, known in (("peers", PEERS), ("points", ())):
+        for key, known in (("peers", PEERS), ("logs", LOGS), ("points", ()), ("sets", ())):
             listed = getattr(self, key)
-            ok = all(name and (not known or name in known) for name in listed) and (bool(known) or len(listed) > 0)
-            check(key, listed, ok, f"a list of {', '.join(known or ('emb', 'gauss', 'FILE.npy'))}", "mend it")
+            ok = all(name and (not known or name in known) for name in listed) and (known == PEERS or len(listed) > 0)
+            names = known or (("sample", "FOLDER") if key == "sets" else ("emb", "gauss", "FILE.npy"))
+            check(key, listed, ok, f"a list of {', '.join(names)}", "mend it")
+        sizes_ok = len(self.sizes) > 0 and all(size >= 0 for size in self.sizes)
+        check("sizes", self.sizes, sizes_ok, "a list of integers >= 0", "give e.g. [1000,0]; 0 is all")
+        weights_ok = len(self.cost_weights) > 0 and all(math.isfinite(w) and w >= 0 for w in self.cost_weights)
+        check("cost_weights", self.cost_weights, weights_ok, "a list of finite numbers >= 0", "give e.g. [0,0.2]")
         ok = len(self.clusters) > 0 and all(k >= 2 for k in self.clusters)
         check("clusters", self.clusters, ok, "a list of integers >= 2", "give e.g. [256,1024]")
         for key in ("n", "iterations"):

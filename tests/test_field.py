@@ -1,0 +1,225 @@
+"""The field: closed forms against refits, what it learns of planted worlds, and its part in an answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from rb_gpu.bank import ReasoningBank  # noqa: E402
+from rb_gpu.errors import ArtifactError  # noqa: E402
+from rb_gpu.field import FIELD_ARRAYS, SLOPES, kernels  # noqa: E402
+from rb_gpu.learn import learn  # noqa: E402
+from rb_gpu.learn.config import ClusterConfig, DeviceConfig, JudgeConfig, ParamsConfig, TrainConfig  # noqa: E402
+from rb_gpu.learn.field import RIDGES, Ridge, Rows, average, fit  # noqa: E402
+from rb_gpu.learn.trajectories import Source, assemble  # noqa: E402
+from rb_gpu.posterior import normal_quantile  # noqa: E402
+
+
+def tensor(x):
+    return torch.as_tensor(np.asarray(x, dtype=np.float64))
+
+
+def rows_of(query, config, queries, configs, weight=None):
+    weight = np.ones(len(query)) if weight is None else weight / np.mean(weight)
+    return Rows(torch.as_tensor(query), torch.as_tensor(config), tensor(weight), tensor(weight), queries, configs)
+
+
+def test_leave_one_out_errors_are_those_of_refits():
+    rng = np.random.default_rng(0)
+    x, y, w = rng.normal(size=(30, 4)), rng.normal(size=(30, 2)), rng.uniform(0.5, 2, 30)
+    ridge = Ridge(tensor(x), tensor(w))
+    found = ridge.errors(tensor(y), *ridge.solve(tensor(y)), RIDGES.index(3.0)).numpy()
+    for left in (0, 11, 29):
+        keep = np.arange(30) != left
+        # the mean of all rows stands in for that of the others in the centring, as the leverage 1/Σw accounts for
+        design = np.hstack([np.ones((29, 1)), x[keep]])
+        penalty = np.diag([0.0, 3, 3, 3, 3])
+        coef = np.linalg.solve((design * w[keep, None]).T @ design + penalty, (design * w[keep, None]).T @ y[keep])
+        assert found[left] == pytest.approx(y[left] - np.append(1.0, x[left]) @ coef, rel=1e-9)
+
+
+def test_noise_leaves_only_the_mean_and_a_signal_survives():
+    rng = np.random.default_rng(1)
+    x, noise = rng.normal(size=(400, 5)), rng.normal(size=(400, 1))
+    signal = 2 * x[:, :1] + 0.1 * noise
+    ridge = [Ridge(tensor(x), tensor(np.ones(400)))]
+    share, [flat] = average([(ridge, tensor(noise))], 400.0)
+    assert float(share[0, RIDGES.index(300.0) :].sum()) > 0.5
+    assert float((flat.unseen_NC - tensor(noise).mean()).std()) < 0.15
+    _, [steep] = average([(ridge, tensor(signal))], 400.0)
+    assert steep.coefs[0][0, 0].item() == pytest.approx(2.0, rel=0.02)
+
+
+def test_an_unseen_prediction_does_not_know_its_row():
+    # row 7's outcome is moved by 100: its own prediction must stay, up to what the averaging weights see of it
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(200, 6))
+    config, y = rng.integers(3, size=200), x[:, 0] + 0.1 * rng.normal(size=200)
+    rows = rows_of(np.arange(200), config, 200, 3)
+    before = fit([tensor(x)], rows, tensor(y))
+    moved = y.copy()
+    moved[7] += 0.5
+    after = fit([tensor(x)], rows, tensor(moved))
+    assert float(abs(after.unseen_N[7] - before.unseen_N[7])) < 0.02
+    others = torch.arange(200) != 7
+    assert float((after.unseen_N - before.unseen_N)[others].abs().max()) > 1e-6
+
+
+def test_configs_that_differ_by_place_are_told_from_those_that_do_not():
+    rng = np.random.default_rng(3)
+    x, n = rng.normal(size=(1500, 3)), 1500
+    config = rng.integers(2, size=n)
+    level = np.array([0.2, 0.4])[config]
+    rows = rows_of(np.arange(n), config, n, 2)
+    same = fit([tensor(x)], rows, tensor(level + x[:, 1] + 0.3 * rng.normal(size=n)))
+    crossing = fit([tensor(x)], rows, tensor(level + x[:, 0] * (2 * config - 1) + 0.3 * rng.normal(size=n)))
+    assert crossing.deviates
+    slope = (crossing.coefs[0][0, 1] - crossing.coefs[0][0, 0]).item()
+    assert slope == pytest.approx(2.0, abs=0.1)
+    apart = (same.coefs[0][:, 1] - same.coefs[0][:, 0]).abs().max().item()
+    assert apart < 0.1
+    assert (same.base_C[1] - same.base_C[0]).item() == pytest.approx(0.2, abs=0.06)
+
+
+def test_a_constant_outcome_is_its_level():
+    rows = rows_of(np.repeat(np.arange(20), 2), np.tile([0, 1], 20), 20, 2)
+    constant = fit([torch.randn(20, 3, dtype=torch.float64)], rows, tensor(np.tile([1.5, 4.0], 20)))
+    assert not constant.deviates
+    assert constant.base_C.tolist() == [1.5, 4.0]
+    assert not constant.coefs[0].any()
+
+
+def table(seed, n=1500, configs=3, effect=0.3, full=False, propensity=True):
+    """Config 1 is better by `effect` where x[0] > 0 and worse elsewhere; config 0 is the default."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 12)).astype(np.float32)
+    x[:, 0] += 1.5 * np.sign(x[:, 0])
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    query = np.repeat(np.arange(n), configs) if full else np.arange(n)
+    config = np.tile(np.arange(configs), n) if full else rng.integers(configs, size=n)
+    better = effect * np.sign(x[query, 0]) * (config == 1)
+    quality = np.clip(0.5 + better + 0.1 * rng.normal(size=len(query)), 0, 1).astype(np.float32)
+    columns = {
+        "id": np.arange(len(query), dtype=np.uint64), "x_QD": x, "query_id": np.arange(n, dtype=np.uint64),
+        "query_row": query, "query_time": np.arange(n), "timestamp": query.astype(np.int64),
+        "ef_search": (16 * (1 + config)).astype(np.uint32), "precision": quality, "recall": quality,
+        "latency_us": np.full(len(query), 1000), "cost": np.ones(len(query), np.float32),
+    }  # fmt: skip
+    if propensity and not full:
+        columns["propensity"] = np.full(len(query), 1 / configs, np.float32)
+    return assemble(columns, [], ParamsConfig(default={"ef_search": 16}), Source())
+
+
+def trained(trajectories, **judging):
+    config = TrainConfig(device=DeviceConfig("cpu"), cluster=ClusterConfig(checkpoint_every=0))
+    config.judge = JudgeConfig(**{"latency_weight": 0.0, "cost_weight": 0.0, **judging})
+    return learn(trajectories, config)
+
+
+@pytest.fixture(scope="module")
+def bank():
+    return trained(table(0)).bank()
+
+
+@pytest.mark.parametrize(("full", "propensity"), [(True, False), (False, True), (False, False)])
+def test_a_planted_boundary_is_followed_on_unseen_queries(full, propensity):
+    bank = trained(table(5, full=full, propensity=propensity)).bank()
+    x = table(6).x_QD
+    config = bank.optimized_params_batch(x)["ef_search"]
+    sure = np.abs(x[:, 0]) > 0.3
+    assert (config[sure & (x[:, 0] > 0)] == 32).mean() > 0.97
+    # below it, configs 0 and 2 are equal
+    assert (config[sure & (x[:, 0] < 0)] != 32).mean() > 0.97
+
+
+def test_where_nothing_differs_the_default_stands():
+    acted = [
+        (trained(table(seed, n=600, effect=0.0)).bank().optimized_params_batch(table(9).x_QD)["ef_search"] != 16).mean()
+        for seed in range(100, 112)
+    ]
+    assert np.count_nonzero(acted) <= 1
+
+
+def test_one_and_many_answers_agree(bank):
+    assert bank.data.field is not None
+    x = np.concatenate([table(7, n=200).x_QD, np.random.default_rng(0).normal(size=(50, 12)).astype(np.float32)])
+    many = bank.optimized_params_batch(x)
+    for row in range(0, 250, 7):
+        one = bank.optimized_params(x[row])
+        assert one.config_id == many["config_id"][row]
+        assert one.confidence == pytest.approx(many["confidence"][row], abs=1e-4)
+        assert one.expected_gain == pytest.approx(many["expected_gain"][row], abs=1e-4)
+        assert one.expected_quality == pytest.approx(many["expected_quality"][row], abs=1e-4)
+
+
+def test_a_query_gets_its_leaves_and_the_field(bank):
+    # by hand: leaves' gains, plus what the field says of the query beyond what it says of those leaves
+    data, x = bank.data, table(8, n=1).x_QD[0]
+    field, default = data.field, data.default
+    cosine = data.arrays["centroids"][: data.leaves] @ x
+    near = np.argsort(-cosine)[: data.lookup.top_k]
+    near = near[cosine[near] >= data.lookup.floor]
+    share = np.exp(data.lookup.beta * (cosine[near] - cosine[near].max()))
+    share /= share.sum()
+    said = np.einsum("f,fco->co", kernels(field.landmarks @ x).astype(float), field.coef) - share @ field.mean[
+        near
+    ].transpose(1, 0, 2)
+    gain_C = said @ data.objective.direction
+    gain_C = gain_C - gain_C[default] + share @ data.arrays["gain"][near]
+    answer = bank.optimized_params(x)
+    expected = 0.0 if answer.config_id == default else gain_C[answer.config_id]
+    assert answer.expected_gain == pytest.approx(expected, abs=2e-4)
+    assert answer.config_id == (gain_C.argmax() if gain_C.max() > data.arrays["margin"].max() else default)
+
+
+def test_the_trained_tradeoff_gives_the_trained_answers(bank):
+    x = table(7, n=300).x_QD
+    assert (bank.optimized_params_batch(x)["config_id"] == bank.optimized_params_batch(x, 0.0)["config_id"]).all()
+
+
+def test_export_keeps_the_field(bank, tmp_path):
+    bank.export(tmp_path / "bank.json")
+    read = ReasoningBank.from_export(tmp_path / "bank.json")
+    assert set(FIELD_ARRAYS) <= set(read.data.arrays)
+    x = table(7, n=100).x_QD
+    for name, column in bank.optimized_params_batch(x).items():
+        assert (read.optimized_params_batch(x)[name] == column).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("field_coef", lambda a: a[:-1]),
+        ("field_coef", lambda a: np.full_like(a, np.inf)),
+        ("field_landmarks", lambda a: 2 * a),
+        ("field_gain_variance", lambda a: -1 - a),
+        ("field_test", lambda a: np.full_like(a, np.nan)),
+        ("field_mean", None),
+    ],
+)
+def test_a_damaged_field_is_refused(bank, name, damage):
+    arrays = dict(bank.data.arrays)
+    changed = None if damage is None else damage(arrays.pop(name))
+    if changed is None:
+        arrays.pop(name)
+    else:
+        arrays[name] = changed
+    with pytest.raises(ArtifactError):
+        ReasoningBank(replace(bank.data, arrays=arrays))
+
+
+def test_kernels_are_exponentials_of_both_slopes():
+    cosine = np.linspace(-1, 1, 7, dtype=np.float32)
+    expected = np.concatenate([np.exp(slope * (cosine - 1)) for slope in SLOPES])
+    assert kernels(cosine) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.8, 0.975, 0.9999])
+def test_normal_quantile(share):
+    from scipy.stats import norm
+
+    assert normal_quantile(share) == pytest.approx(norm.ppf(share), abs=1e-9)
