@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -52,3 +53,16 @@ def free_memory() -> int:
     except OSError:
         return free
     return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread of the CPU meanwhile: products of floats then round alike whatever the number of cores, and
+    under torchrun, which gives each rank one.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -13,6 +13,7 @@ import torch
 
 from rb_gpu.learn.assemble import Leaves
 from rb_gpu.learn.config import TrainConfig
+from rb_gpu.learn.devices import one_thread
 from rb_gpu.learn.distances import label_sums, normalise_, normed
 from rb_gpu.learn.evidence import gather_evidence
 from rb_gpu.learn.hierarchy import build_hierarchy, level_counts
@@ -54,7 +55,8 @@ def foretold(
     if config.judge.method != "eb" or objective.kind == "bound":
         return leaves
     unit_QD = x_QD if normed(x_QD) else normalise_(x_QD.clone())
-    found = foretell(unit_QD, leaves.label_Q, trajectories, weight_N, objective, config.seed, device)
+    with one_thread():
+        found = foretell(unit_QD, leaves.label_Q, trajectories, weight_N, objective, config.seed, device)
     if found is None:
         return leaves
     labels = torch.from_numpy(leaves.label_Q).to(device)
