@@ -27,6 +27,10 @@ FIELD_ARRAYS: dict[str, tuple[str, str]] = {
     "field_coef": ("float32", "FCO"),
     "field_base": ("float64", "CO"),
     "field_level_variance": ("float64", "CO"),
+    "field_low": ("float64", "CO"),
+    "field_high": ("float64", "CO"),
+    "field_gain_low": ("float64", "CO"),
+    "field_gain_high": ("float64", "CO"),
     "field_mean": ("float64", "UCO"),
     "field_gain_variance": ("float64", "UCO"),
     "field_quality_variance": ("float64", "UC"),
@@ -45,7 +49,9 @@ class Field:
 
     landmarks: (M, D) float32 of norm 1. coef: (F, C, O) float32, zeros for the outcomes that it does not foretell.
     base: (C, O). level_variance: (C, O) of each config's difference to the default over all queries, 0 where unknown.
-    mean: (U, C, O) mean prediction over each leaf's queries, less base; over all queries in the last row.
+    low, high: (C, O) least and greatest prediction of a training query, less base; gain_low, gain_high: of its
+    difference to the default's. Nothing beyond them is foretold. mean: (U, C, O) mean prediction over each leaf's
+    queries, less base; over all queries in the last row.
     gain_variance: (U, C, O) of a config's difference to the default there, quality_variance: (U, C) of its quality,
     both without what a leaf's own evidence says. residual_*: as in Evidence, the leaves' moments of outcomes less
     what the field says of their queries without having seen them.
@@ -55,6 +61,10 @@ class Field:
     coef: Matrix
     base: Floats
     level_variance: Floats
+    low: Floats
+    high: Floats
+    gain_low: Floats
+    gain_high: Floats
     mean: Floats
     gain_variance: Floats
     quality_variance: Floats

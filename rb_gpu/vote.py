@@ -101,7 +101,7 @@ class FieldCells:
     """What a lookup mixes and adds where there is a field, for one objective.
 
     cells_UE: as in BankState, with `test` in place of the probability, each less what the field says of the leaf on the
-    whole, and then the standard deviation of the test. shift_FE: what the field says of a query, in the same columns.
+    whole, and then the standard deviation of the test.
     """
 
     def __init__(
@@ -121,11 +121,14 @@ class FieldCells:
             (quality_O, False),
         ]
         self.landmarks_MD = np.ascontiguousarray(field.landmarks)
-        shift = []
+        shift, low, high = [], [], []
         cells = cells_UE.astype(np.float64)
         cells[:, configs : 2 * configs] = test_UC
         for block, (direction_O, relative) in enumerate(columns):
             part, mean = field.coef @ direction_O, field.mean @ direction_O
+            ends = (field.gain_low, field.gain_high) if relative else (field.low, field.high)
+            low.append(np.minimum(ends[0] * direction_O, ends[1] * direction_O).sum(1))
+            high.append(np.maximum(ends[0] * direction_O, ends[1] * direction_O).sum(1))
             if relative:
                 part, mean = part - part[:, [default]], mean - mean[:, [default]]
             shift.append(part)
@@ -134,13 +137,16 @@ class FieldCells:
         if not floor:
             # a default that beats itself would be an answer with a pattern behind it
             cells[:, configs + default] = -MAX_CELL
-        self.shift_FE = np.ascontiguousarray(np.concatenate(shift, 1), dtype=np.float32)
+        self._low_E, self._high_E = (np.concatenate(end).astype(np.float32) for end in (low, high))
+        self._shift_FE = np.ascontiguousarray(np.concatenate(shift, 1), dtype=np.float32)
         self.cells_UE = np.concatenate([cells, test_sd_UC], 1).astype(np.float32)
 
-    def shift(self, unit_D: Vector) -> Vector:
-        """(4C,) what the field says of one query."""
-        found: Vector = kernels(self.landmarks_MD.dot(unit_D)).dot(self.shift_FE)
-        return found
+    def shift(self, cosine_M: Matrix) -> Matrix:
+        """(..., 4C) what the field says of queries with these cosines (..., M) to the landmarks, within what it said of
+        training queries: a place unlike theirs is not foretold.
+        """
+        found: Matrix = kernels(cosine_M).dot(self._shift_FE)
+        return np.minimum(np.maximum(found, self._low_E), self._high_E)
 
 
 def unit_query(query: npt.ArrayLike, dim: int) -> Vector:
@@ -199,7 +205,7 @@ def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
         mixed_E = share.dot(cells_UE.take(rows[: len(weight)], 0))
         nearest = rows[0]
         if field is not None:
-            mixed_E[: 4 * configs] += field.shift(unit_D)
+            mixed_E[: 4 * configs] += field.shift(field.landmarks_MD.dot(unit_D))
     else:
         mixed_E, nearest = cells_UE[-1], -1
     sure_C = mixed_E[configs : 2 * configs]
@@ -248,7 +254,7 @@ def _vote_part(state: BankState, values_BD: Matrix, scale_B: Vector) -> Votes:
     cells_UE = state.cells_UE if field is None else field.cells_UE
     shift_BE = None
     if field is not None:
-        shift_BE = kernels((values_BD @ field.landmarks_MD.T) * scale_B[:, None]) @ field.shift_FE
+        shift_BE = field.shift((values_BD @ field.landmarks_MD.T) * scale_B[:, None])
         shift_BE[far] = 0.0
 
     def mixed(start: int, stop: int) -> Matrix:

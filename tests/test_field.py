@@ -165,15 +165,28 @@ def test_a_query_gets_its_leaves_and_the_field(bank):
     near = near[cosine[near] >= data.lookup.floor]
     share = np.exp(data.lookup.beta * (cosine[near] - cosine[near].max()))
     share /= share.sum()
-    said = np.einsum("f,fco->co", kernels(field.landmarks @ x).astype(float), field.coef) - share @ field.mean[
-        near
-    ].transpose(1, 0, 2)
-    gain_C = said @ data.objective.direction
-    gain_C = gain_C - gain_C[default] + share @ data.arrays["gain"][near]
+    direction = data.objective.direction
+    said = np.einsum("f,fco->co", kernels(field.landmarks @ x).astype(float), field.coef) @ direction
+    expected_C = share @ (field.mean[near] @ direction)
+    gain_C = said - said[default] - (expected_C - expected_C[default]) + share @ data.arrays["gain"][near]
     answer = bank.optimized_params(x)
     expected = 0.0 if answer.config_id == default else gain_C[answer.config_id]
     assert answer.expected_gain == pytest.approx(expected, abs=2e-4)
     assert answer.config_id == (gain_C.argmax() if gain_C.max() > data.arrays["margin"].max() else default)
+
+
+def test_a_place_unlike_all_queries_is_not_foretold_beyond_them(bank):
+    # a leaf's centroid lies nearer to many landmarks than any query does: the field said +0.7 of one, unbounded
+    data, field = bank.data, bank.data.field
+    x = table(0).x_QD
+    widest = np.abs(bank.optimized_params_batch(x)["expected_gain"]).max()
+    centres = bank.optimized_params_batch(data.arrays["centroids"])["expected_gain"]
+    far = bank.optimized_params_batch(np.concatenate([field.landmarks, -field.landmarks]))["expected_gain"]
+    spread = (field.gain_high - field.gain_low).max()
+    assert max(np.abs(centres).max(), np.abs(far).max()) <= widest + spread
+    said = kernels(x @ field.landmarks.T) @ field.coef[..., 0]
+    assert said.min(0) == pytest.approx(field.low[:, 0], abs=1e-3)
+    assert said.max(0) == pytest.approx(field.high[:, 0], abs=1e-3)
 
 
 def test_the_trained_tradeoff_gives_the_trained_answers(bank):

@@ -51,6 +51,7 @@ class Foretold:
     coef_FCO: npt.NDArray[np.float32]
     base_CO: npt.NDArray[np.float64]
     level_variance_CO: npt.NDArray[np.float64]
+    bounds: tuple[npt.NDArray[np.float64], ...]
     mean_UCO: npt.NDArray[np.float64]
     gain_variance_UCO: npt.NDArray[np.float64]
     quality_variance_UC: npt.NDArray[np.float64]
@@ -66,10 +67,11 @@ class Foretold:
         overall = left.regroup(np.zeros(len(left.rows), dtype=np.int64), 1).mean
         scale = (evidence.w / np.maximum(left.w, 1e-300))[..., None, None]
         pair_scale = (evidence.pair_w / np.maximum(left.pair_w, 1e-300))[..., None, None]
+        low, high, gain_low, gain_high = self.bounds
         return Field(
-            self.landmarks_MD, self.coef_FCO, self.base_CO, self.level_variance_CO, self.mean_UCO,
-            self.gain_variance_UCO, self.quality_variance_UC, left.mean - overall, left.comoment * scale,
-            left.pair_mean, left.pair_comoment * pair_scale,
+            self.landmarks_MD, self.coef_FCO, self.base_CO, self.level_variance_CO, low, high, gain_low, gain_high,
+            self.mean_UCO, self.gain_variance_UCO, self.quality_variance_UC, left.mean - overall,
+            left.comoment * scale, left.pair_mean, left.pair_comoment * pair_scale,
         )  # fmt: skip
 
 
@@ -123,6 +125,8 @@ def foretell(
     sums = [torch.zeros(leaves + 1, landmarks, dtype=torch.float64, device=device) for _ in SLOPES]
     order = torch.argsort(all_rows, stable=True)
     bounds = torch.searchsorted(all_rows[order], torch.arange(queries + 1, device=device))
+    reach = [torch.full((configs, len(OUTCOMES)), bound, dtype=torch.float64, device=device)
+             for bound in (torch.inf, -torch.inf, torch.inf, -torch.inf)]  # fmt: skip
     for tile in tiles(queries, 4 * landmarks * len(SLOPES), device):
         part = _features(unit_QD[tile], landmarks_MD, factors, device)
         slot = torch.where(label[tile] < 0, leaves, label[tile])
@@ -132,8 +136,12 @@ def foretell(
         mine = order[int(bounds[tile.start]) : int(bounds[min(tile.stop, queries)])]
         mine = mine[~in_fit_N[mine]]
         for o, one in fits.items():
-            if len(mine):
-                unseen_NO[mine, o] = one.predict(part)[all_rows[mine] - tile.start, config_N[mine]]
+            said = one.predict(part)
+            unseen_NO[mine, o] = said[all_rows[mine] - tile.start, config_N[mine]]
+            said = said - one.base_C
+            for at, values in ((0, said), (2, said - said[:, [default]])):
+                reach[at][:, o] = torch.minimum(reach[at][:, o], values.amin(0))
+                reach[at + 1][:, o] = torch.maximum(reach[at + 1][:, o], values.amax(0))
     for total in (mass_U, *sums):
         total[-1] = total.sum(0)
     means = [total / mass_U.clamp(min=1)[:, None] for total in sums]
@@ -153,6 +161,7 @@ def foretell(
         coef_SMCO.flatten(0, 1).float().cpu().numpy(),
         base_CO.cpu().numpy(),
         level_variance_CO.cpu().numpy(),
+        tuple(torch.where(bound.isfinite(), bound, 0.0).cpu().numpy() for bound in reach),
         mean_UCO.cpu().numpy(),
         gain_variance_UCO.cpu().numpy(),
         quality_variance_UC.cpu().numpy(),
