@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,18 +73,25 @@ def test_logs_have_the_propensities_they_say(policy: str):
         assert share.max() == pytest.approx(0.72, abs=0.02) if policy == "skewed" else share.max() < 0.3
 
 
-def test_a_small_run_values_every_method(tmp_path: Path):
-    settings = {"sets": ["sample"], "cost_weights": [0.2], "logs": ["full", "uniform"], "sizes": [600], "rounds": 1}
-    result = json.loads(json.dumps(decisions.measure(settings)))
-    assert [(case["log"], case["queries"]) for case in result["cases"]] == [("full", 6400), ("uniform", 600)]
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    settings = {"sets": ["sample"], "cost_weights": [0.2], "logs": ["uniform", "skewed"], "sizes": [600], "rounds": 1}
+    return json.loads(json.dumps(decisions.measure(settings)))
+
+
+def test_a_small_run_values_every_method(result: dict[str, Any]):
+    assert [(case["log"], case["queries"]) for case in result["cases"]] == [("uniform", 600), ("skewed", 600)]
     for case in result["cases"]:
         gains = {name: found["gain"] for name, found in case["methods"].items()}
         assert gains["best single config"] == 0.0
         assert max(gains.values()) == gains["oracle"]
-        assert gains["bank"] > -0.02
-    assert result["cases"][0]["methods"]["bank"]["gain"] > 0.0
+        assert gains["bank"] >= gains["default"] - 0.01
     assert "the bank is best of all in" in decision_tables(result)
-    assert plot_decisions(result, tmp_path / "plot.png")
+
+
+def test_the_picture_is_drawn(result: dict[str, Any], tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    assert plot_decisions(result, tmp_path / "plot.png") and (tmp_path / "plot.png").stat().st_size > 1000
 
 
 def test_a_folder_without_tables_is_named(tmp_path: Path):
