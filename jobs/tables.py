@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +141,20 @@ def load_tables(result: dict[str, Any]) -> str:
 
 
 def decision_tables(result: dict[str, Any]) -> str:
-    """The suite decisions: gains over the best single config with 95 % intervals, and how often the bank leads."""
-    cases = result["cases"]
-    methods = [name for name in cases[0]["methods"] if name not in ("best single config", "oracle", "bank")]
-    head = ("set, cost weight, log", "queries", "bank [95 %]", *methods, "oracle")
+    """The suite decisions: gains over the best single config with 95 % intervals, how often the bank leads, what a mean
+    recall costs, and what a floor of recall costs and keeps.
+    """
+    seeds = f"means of {result['settings']['rounds']} seeds"
+    out = [_gain_table(result["cases"], seeds)] if result["cases"] else []
+    if result["matched_recall"]:
+        out.append(_matched_recall_table(result["matched_recall"], seeds))
+    out += [_floor_table(name, rows, seeds) for name, rows in result["floor"].items()]
+    return "\n\n".join(out)
+
+
+def _gain_table(cases: list[dict[str, Any]], seeds: str) -> str:
+    rivals = [name for name in cases[0]["methods"] if name not in ("best single config", "oracle", "bank", "default")]
+    head = ("set, cost weight, log", "queries", "bank [95 %]", "of headroom", *rivals, "default", "oracle")
     rows = []
     for case in cases:
         found = case["methods"]
@@ -154,18 +164,68 @@ def decision_tables(result: dict[str, Any]) -> str:
                 f"{case['set']}, {case['cost_weight']:g}, {case['log']}",
                 f"{case['queries']:,}",
                 f"{bank['gain']:+.4f} [{bank['low']:+.4f}, {bank['high']:+.4f}]",
-                *(f"{found[name]['gain']:+.4f}" for name in (*methods, "oracle")),
+                f"{100 * bank['captured']:.0f} %",
+                *(f"{found[name]['gain']:+.4f}" for name in (*rivals, "default", "oracle")),
             )
         )
-    rivals = [name for name in methods if name != "default"]
-    best = sum(
-        case["methods"]["bank"]["gain"] >= max(0.0, *(case["methods"][name]["gain"] for name in rivals))
-        for case in cases
+    rows.append(
+        (
+            "mean over settings",
+            "",
+            *(
+                f"{_mean(case['methods']['bank'][key] for case in cases):{form}}"
+                for key, form in (("gain", "+.4f"), ("captured", ".0%"))
+            ),
+            *(
+                f"{_mean(case['methods'][name]['gain'] for case in cases):+.4f}"
+                for name in (*rivals, "default", "oracle")
+            ),
+        )
     )
-    below = sum(case["methods"]["bank"]["high"] < 0 for case in cases)
+    notes = []
+    for name in ("bank", *rivals):
+        others = [one for one in ("bank", *rivals) if one != name]
+        best = sum(
+            case["methods"][name]["gain"] >= max(0.0, *(case["methods"][one]["gain"] for one in others))
+            for case in cases
+        )
+        below = sum(case["methods"][name]["high"] < 0 for case in cases)
+        notes.append((name, str(best), str(below)))
     return (
-        f"gain of utility over the best single config of the same training data, on held-out queries; "
-        f"means of {result['settings']['rounds']} seeds\n\n{render(head, rows)}\n\n"
-        f"the bank is best of all in {best} of {len(cases)} settings, "
-        f"and surely below the best single config in {below}"
+        f"gain of utility over the best single config of the same training data, on held-out queries; {seeds}\n\n"
+        f"{render(head, rows)}\n\nof {len(cases)} settings\n"
+        + render(("method", "best of all", "surely below the best single config"), notes)
     )
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
+def _matched_recall_table(sets: dict[str, dict[str, dict[str, float]]], seeds: str) -> str:
+    methods = [name for name in next(iter(sets.values())) if name not in ("fixed", "bank")]
+    rows = []
+    for name, found in sets.items():
+        for method in ("fixed", "bank", *methods):
+            row = found[method]
+            change = f"{100 * row['change']:+.1f} % [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+            known = math.isfinite(row["change"])
+            rows.append(
+                (
+                    name if method == "fixed" else "",
+                    method,
+                    number(row["cost"], ",.0f"),
+                    "" if method == "fixed" else change if known else "-",
+                    number(100 * row["bad"], ".1f", " %"),
+                )
+            )
+    head = ("set", "method", "cost", "over fixed [95 %]", "queries under recall 0.8")
+    return f"cost at mean recall 0.95, full tables; {seeds}\n\n{render(head, rows)}"
+
+
+def _floor_table(name: str, found: dict[str, dict[str, float]], seeds: str) -> str:
+    keys = [key for key in next(iter(found.values())) if key != "cost"]
+    rows = [(method, f"{row['cost']:,.0f}", *(f"{row[key]:.3f}" for key in keys)) for method, row in found.items()]
+    what = f"{name}: judge.objective=floor judge.target=0.95, recall by kind of query; {seeds}"
+    return f"{what}\n\n{render(('method', 'cost', *keys), rows)}"

@@ -12,56 +12,18 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from jobs.tables import decision_tables  # noqa: E402
-from rb_gpu.bench import decisions  # noqa: E402
-from rb_gpu.bench.baselines import Training, choices, hard_clusters, nearest_neighbours  # noqa: E402
+from rb_gpu.bench import decisions, searches  # noqa: E402
 from rb_gpu.bench.plot import plot_decisions  # noqa: E402
+from rb_gpu.bench.sets import kinds, tables  # noqa: E402
 from rb_gpu.errors import DataError  # noqa: E402
+from rb_gpu.learn.config import BASELINE_NAMES  # noqa: E402
 
-
-def planted(seed: int, n: int = 600) -> Training:
-    """Config 1 is best where x[0] > 0, config 2 elsewhere, config 0 in between everywhere."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(n, 4)).astype(np.float32)
-    x[:, 0] += 2 * np.sign(x[:, 0])
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    config = rng.integers(3, size=n)
-    sign = np.where(x[:, 0] > 0, 1.0, -1.0)
-    utility = 0.5 + 0.2 * sign * np.array([0.0, 1.0, -1.0])[config] + 0.1 * rng.normal(size=n)
-    return Training(x, np.arange(n), config, np.full(n, 3.0), utility, 3)
-
-
-def test_every_baseline_finds_a_planted_boundary():
-    x = planted(1).x_QD
-    best = np.where(x[:, 0] > 0, 1, 2)
-    for name, choice in choices(planted(0), x, 0).items():
-        share = (choice == best).mean()
-        assert share < 0.7 if name == "best single config" else share > 0.95, name
-
-
-def test_neighbours_and_clusters_are_plain_means():
-    training = planted(2, 60)
-    prior = 5.0 * 3.0 * training.means
-    scores = nearest_neighbours(training, training.x_QD[:1], 7)[0]
-    near = np.argsort(-(training.x_QD @ training.x_QD[0]))[:7]
-    for c in range(3):
-        rows = near[training.config_N[near] == c]
-        expected = (3.0 * training.utility_N[rows].sum() + prior[c]) / (3.0 * len(rows) + 15.0)
-        assert scores[c] == pytest.approx(expected)
-    assert hard_clusters(training, training.x_QD, 1) == pytest.approx(
-        np.tile(
-            [
-                (3 * training.utility_N[training.config_N == c].sum() + prior[c])
-                / (3 * (training.config_N == c).sum() + 15)
-                for c in range(3)
-            ],
-            (60, 1),
-        )
-    )
+WORDNET = Path(__file__).parents[2] / "shared/data/ann_wordnet"
 
 
 @pytest.mark.parametrize("policy", ["uniform", "skewed", "confounded"])
 def test_logs_have_the_propensities_they_say(policy: str):
-    training, _ = decisions.tables("sample")["sample"]
+    training, _ = tables("sample")["sample"]
     drawn = [decisions.draw(training, policy, 0, np.random.default_rng(seed)) for seed in range(3)]
     for one in drawn:
         assert len(one) == len(one.query_id) == len(training.query_id) and one.propensity is not None
@@ -86,7 +48,40 @@ def test_a_small_run_values_every_method(result: dict[str, Any]):
         assert gains["best single config"] == 0.0
         assert max(gains.values()) == gains["oracle"]
         assert gains["bank"] >= gains["default"] - 0.01
-    assert "the bank is best of all in" in decision_tables(result)
+        assert set(BASELINE_NAMES) < set(gains)
+    text = decision_tables(result)
+    assert "of 2 settings" in text and "mean over settings" in text and "cost at mean recall 0.95" in text
+
+
+def test_a_mean_recall_costs_what_its_choices_cost(result: dict[str, Any]):
+    [found] = result["matched_recall"].values()
+    assert set(found) == {"fixed", "bank", "oracle", *BASELINE_NAMES} - {"reference"}
+    assert found["fixed"]["change"] == 0.0
+    for name, row in found.items():
+        assert found["oracle"]["cost"] <= row["cost"], name
+        assert row["low"] <= row["change"] <= row["high"], name
+    assert found["bank"]["high"] < 0
+
+
+def test_a_curve_is_read_between_its_points():
+    # two settings, recall .9 at cost 10 and 1 at cost 30; a third that costs more than it brings
+    held_out = searches.Outcomes(
+        np.zeros((2, 3)), np.array([[0.9, 1.0, 0.95], [0.9, 1.0, 0.7]]), np.array([[10.0, 30.0, 29.0]] * 2)
+    )
+    curve = searches.curve(np.array([[0, 0], [1, 1], [2, 2]]), held_out)
+    assert curve.at(np.ones(2), 0.95) == pytest.approx((20.0, 0.0))
+    assert curve.at(np.ones(2), 0.9)[0] == pytest.approx(10.0)
+    assert np.isnan(curve.at(np.ones(2), 0.85)).all()
+    # the second query alone: the third setting finds .7, and still no one takes it
+    assert curve.at(np.array([0.0, 1.0]), 0.95) == pytest.approx((20.0, 0.0))
+
+
+@pytest.mark.skipif(not WORDNET.exists(), reason="needs ../shared/data/ann_wordnet")
+def test_kinds_of_queries_are_those_of_the_file():
+    [(training, _), *_] = tables(str(WORDNET)).values()
+    found = kinds(str(WORDNET), training)
+    assert found is not None and len(found) == len(training.query_id) and len(np.unique(found)) == 4
+    assert kinds("sample", tables("sample")["sample"][0]) is None
 
 
 def test_the_picture_is_drawn(result: dict[str, Any], tmp_path: Path):
@@ -96,4 +91,4 @@ def test_the_picture_is_drawn(result: dict[str, Any], tmp_path: Path):
 
 def test_a_folder_without_tables_is_named(tmp_path: Path):
     with pytest.raises(DataError, match=r"has no outcomes\*\.parquet"):
-        decisions.tables(str(tmp_path))
+        tables(str(tmp_path))

@@ -161,6 +161,7 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "router.learning_rate": [0.0, -1.0, math.nan],
     "router.patience": [0],
     "eval.holdout": [0.0, 1.0, math.nan],
+    "eval.baselines": ["some", ["kNN"], ["LinUCB", "LinUCB"], 3],
     "eval.bootstrap": [99],
     "gate.min_gain": [math.nan, math.inf],
     "gate.min_rows": [0],

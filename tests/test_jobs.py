@@ -128,6 +128,11 @@ def test_the_whole_way_as_typed(planted, tmp_path):
     evaluated = run("evaluate", f"data.path={planted / 'trajectories.parquet'}", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
     assert "bank's gain over it" in evaluated.stdout
+    beside = [f"data.path={planted / 'trajectories.parquet'}", "eval.baselines=[LinUCB,reference]"]
+    unread = run("evaluate", *beside, cwd=tmp_path)
+    assert unread.returncode == 1 and "training.path=None is not a table that" in unread.stdout + unread.stderr
+    compared = run("evaluate", *beside, f"training.path={planted / 'trajectories.parquet'}", cwd=tmp_path)
+    assert "\nLinUCB " in compared.stdout and "\nreference " in compared.stdout, compared.stderr
     nothing = run("registry", "action=rollback", cwd=tmp_path)
     assert nothing.returncode == 1
     assert "nothing to roll back to" in nothing.stdout + nothing.stderr

@@ -8,58 +8,29 @@ Suffixes: Q queries, N rows, C configs, B queries to answer.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from dataclasses import replace
-from pathlib import Path
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
+import torch
 
-from rb_gpu.bench.baselines import Training, choices
-from rb_gpu.errors import DataError
-from rb_gpu.learn.config import SAMPLE_FOLDER, DataConfig, JudgeConfig, ParamsConfig, TrainConfig
-from rb_gpu.learn.pipeline import learn
-from rb_gpu.learn.policy import held_out_outcomes
-from rb_gpu.learn.trajectories import Trajectories, load, split_by_time
+from rb_gpu.bench.searches import averaged, matched_recall, pooled, recall_floor, searches
+from rb_gpu.bench.sets import outcomes_of, tables
+from rb_gpu.learn.baselines import Training
+from rb_gpu.learn.config import BASELINE_NAMES, JudgeConfig, TrainConfig
+from rb_gpu.learn.pipeline import choices_beside, learn
+from rb_gpu.learn.policy import SINGLE
+from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.verdicts import resolve_objective
-from rb_gpu.posterior import Objective
 
 log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float64]
-HOLDOUT = 0.2
 RESAMPLES = 2000
-
-
-def tables(folder: str) -> dict[str, tuple[Trajectories, Trajectories]]:
-    """Training and held-out queries of each outcomes*.parquet in a folder; `sample` is the bundled one.
-
-    By the column `split` of queries.parquet where there is one (train; dev), else by time. Raises DataError where a
-    query was not tried under every config.
-    """
-    path = SAMPLE_FOLDER if folder == "sample" else Path(folder)
-    queries = path / "queries.parquet"
-    found = {}
-    for outcomes in sorted(path.glob("outcomes*.parquet")):
-        whole = load(DataConfig(path=str(outcomes), queries=str(queries)), ParamsConfig())
-        if len(whole) != len(whole.query_id) * len(whole.configs):
-            raise DataError(f"sets={folder}: {outcomes} is no full table; every query must be tried under every config")
-        name = f"{path.name}/{outcomes.stem.removeprefix('outcomes').strip('_')}".rstrip("/")
-        if "split" in pq.read_schema(queries).names:
-            columns = pq.read_table(queries, columns=["query_id", "split"])
-            ids = columns["query_id"].to_numpy()
-            order = np.argsort(ids)
-            split_Q = np.array(columns["split"].to_pylist())[order[np.searchsorted(ids[order], whole.query_id)]]
-            found[name] = whole.select_queries(split_Q == "train"), whole.select_queries(split_Q == "dev")
-        else:
-            found[name] = split_by_time(whole, HOLDOUT)
-    if not found:
-        raise DataError(
-            f"sets={folder} has no outcomes*.parquet; give folders with queries.parquet and outcomes.parquet"
-        )
-    return found
 
 
 def draw(table: Trajectories, policy: str, size: int, rng: np.random.Generator) -> Trajectories:
@@ -102,14 +73,6 @@ def draw(table: Trajectories, policy: str, size: int, rng: np.random.Generator) 
     return replace(table, configs=replace(table.configs, default=default), **changed)
 
 
-def _utilities(table: Trajectories, objective: Objective) -> Floats:
-    """(Q, C) of a full table."""
-    rows = held_out_outcomes(table, objective)
-    utility_QC = np.zeros((rows.queries, len(table.configs)))
-    utility_QC[rows.query_row, rows.config_id] = rows.utility
-    return utility_QC
-
-
 def _one(training: Trajectories, held_out: Trajectories, cost_weight: float, seed: int) -> dict[str, Floats]:
     """Utility of each method's choice on every held-out query (B,)."""
     config = TrainConfig(seed=seed)
@@ -117,60 +80,112 @@ def _one(training: Trajectories, held_out: Trajectories, cost_weight: float, see
     config.index.kind = "off"
     bank = learn(training, config).bank()
     objective = resolve_objective(config.judge, config.quality, training, bank.data.evidence)
-    rows = held_out_outcomes(training, objective)
-    x_QD = training.x_QD / np.linalg.norm(training.x_QD, axis=1, keepdims=True)
-    x_BD = held_out.x_QD / np.linalg.norm(held_out.x_QD, axis=1, keepdims=True)
-    picked = choices(
-        Training(x_QD, rows.query_row, rows.config_id, rows.weight, rows.utility, len(training.configs)), x_BD, seed
-    )
-    picked["default"] = np.full(len(x_BD), training.configs.default)
-    picked["bank"] = bank.optimized_params_batch(held_out.x_QD)["config_id"]
-    utility_BC = _utilities(held_out, objective)
-    worth = {name: utility_BC[np.arange(len(x_BD)), choice] for name, choice in picked.items()}
+    queries = len(held_out.query_id)
+    picked = {
+        SINGLE: np.full(queries, int(Training.of(training, objective).means.argmax())),
+        **choices_beside(BASELINE_NAMES, training, held_out.x_QD, objective, config),
+        "default": np.full(queries, training.configs.default),
+        "bank": bank.optimized_params_batch(held_out.x_QD)["config_id"],
+    }
+    utility_BC = outcomes_of(held_out, objective).utility_QC
+    worth = {name: utility_BC[np.arange(queries), choice] for name, choice in picked.items()}
     return worth | {"oracle": utility_BC.max(1)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one training run of the suite learns from; size 0 is all."""
+
+    folder: str
+    name: str
+    cost_weight: float
+    log: str
+    size: int
+
+
+def _settings(settings: dict[str, Any]) -> list[Setting]:
+    out = []
+    for folder in settings["sets"]:
+        for name, (training, _) in tables(folder).items():
+            sizes = dict.fromkeys(size if size < len(training.query_id) else 0 for size in settings["sizes"])
+            # where cost is worth nothing, the dearest setting of a search is best for every query
+            weights = [weight for weight in settings["cost_weights"] if weight > 0 or not searches(training)]
+            out += [
+                Setting(folder, name, weight, policy, size)
+                for weight in weights
+                for policy in settings["logs"]
+                for size in ([0] if policy == "full" else sizes)
+            ]
+    return out
+
+
+def _run(setting: Setting, seed: int) -> tuple[int, dict[str, Floats]]:
+    """Number of training queries, and utilities (B,) of every method."""
+    training, held_out = tables(setting.folder)[setting.name]
+    drawn = draw(training, setting.log, setting.size, np.random.default_rng(seed))
+    return len(drawn.query_id), _one(drawn, held_out, setting.cost_weight, seed)
+
+
+def quietly() -> None:
+    """One thread for each of the processes that share the cores, and no word of each learning."""
+    torch.set_num_threads(1)
+    logging.getLogger("rb_gpu.learn").setLevel(logging.ERROR)
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
     """Every set, cost weight, kind of log and size: gains over the best single config, with 95 % intervals.
 
     The best single config is the one of highest mean on the same training data. Intervals are of a bootstrap over
-    held-out queries, of the mean over seeds.
+    held-out queries, of the mean over seeds. Of searches also what a mean recall costs, and a floor of it.
     """
-    quiet = logging.getLogger("rb_gpu.learn")
-    level, cases = quiet.level, []
-    quiet.setLevel(logging.ERROR)
-    try:
-        for folder in settings["sets"]:
-            for name, (training, held_out) in tables(folder).items():
-                for weight in settings["cost_weights"]:
-                    for policy in settings["logs"]:
-                        for size in [0] if policy == "full" else settings["sizes"]:
-                            log.info("%s, cost weight %g, %s log, %s queries", name, weight, policy, size or "all")
-                            cases.append(_case(name, training, held_out, weight, policy, size, settings["rounds"]))
-    finally:
-        quiet.setLevel(level)
-    return {"suite": "decisions", "settings": settings, "cases": cases}
+    seeds = range(settings["rounds"])
+    asked = _settings(settings)
+    found = {
+        name: (folder, name)
+        for folder in settings["sets"]
+        for name, (training, _) in tables(folder).items()
+        if searches(training)
+    }
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), quietly) as pool:
+        runs = [[pool.submit(_run, setting, seed) for seed in seeds] for setting in asked]
+        sweeps = {name: [pool.submit(matched_recall, *one, seed) for seed in seeds] for name, one in found.items()}
+        floors = {name: [pool.submit(recall_floor, *one, seed) for seed in seeds] for name, one in found.items()}
+        cases = []
+        for setting, futures in zip(asked, runs, strict=True):
+            cases.append(_case(setting, [future.result() for future in futures]))
+            log.info("%s", cases[-1])
+        return {
+            "suite": "decisions",
+            "settings": settings,
+            "cases": cases,
+            "matched_recall": {name: pooled([one.result() for one in futures]) for name, futures in sweeps.items()},
+            "floor": {
+                name: averaged([one.result() for one in futures])
+                for name, futures in floors.items()
+                if futures[0].result()
+            },
+        }
 
 
-def _case(
-    name: str, training: Trajectories, held_out: Trajectories, weight: float, policy: str, size: int, seeds: int
-) -> dict[str, Any]:
-    gains: dict[str, list[Floats]] = defaultdict(list)
-    for seed in range(seeds):
-        log_ = draw(training, policy, size, np.random.default_rng(seed))
-        worth = _one(log_, held_out, weight, seed)
-        for method, utility_B in worth.items():
-            gains[method].append(utility_B - worth["best single config"])
-    gain_MB = np.stack([np.mean(parts, axis=0) for parts in gains.values()])
+def _case(setting: Setting, runs: list[tuple[int, dict[str, Floats]]]) -> dict[str, Any]:
+    names = list(runs[0][1])
+    gain_MB = np.stack([np.mean([worth[name] - worth[SINGLE] for _, worth in runs], axis=0) for name in names])
     rng = np.random.default_rng(0)
     drawn = np.stack([
         gain_MB[:, rng.integers(gain_MB.shape[1], size=gain_MB.shape[1])].mean(1) for _ in range(RESAMPLES)
     ])  # fmt: skip
     low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
+    headroom = float(gain_MB[names.index("oracle")].mean())
     methods = {
-        method: {"gain": float(gain_MB[m].mean()), "low": float(low[m]), "high": float(high[m])}
-        for m, method in enumerate(gains)
+        name: {
+            "gain": float(gain_MB[m].mean()),
+            "low": float(low[m]),
+            "high": float(high[m]),
+            "captured": float(gain_MB[m].mean()) / headroom if headroom > 0 else 0.0,
+        }
+        for m, name in enumerate(names)
     }
     return {
-        "set": name, "cost_weight": weight, "log": policy, "queries": len(log_.query_id), "methods": methods,
+        "set": setting.name, "cost_weight": setting.cost_weight, "log": setting.log, "queries": runs[0][0],
+        "methods": methods,
     }  # fmt: skip

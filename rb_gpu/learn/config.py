@@ -280,16 +280,38 @@ class RouterConfig:
         check("router.learning_rate", self.learning_rate, self.learning_rate > 0, "a number > 0", "use 3e-3")
 
 
+BASELINE_NAMES = (
+    "nearest neighbours",
+    "hard clusters",
+    "soft clusters",
+    "ridge per config",
+    "logistic per config",
+    "LinUCB",
+    "reference",
+)
+
+
 @dataclass
 class EvalConfig:
-    """Held-out evaluation on the newest share of the queries, with a paired bootstrap."""
+    """Held-out evaluation on the newest share of the queries, with a paired bootstrap. baselines: a list of those that
+    learn from the same training queries and stand beside the bank, or all.
+    """
 
     holdout: float = 0.2
     bootstrap: int = 2000
+    baselines: Any = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check("eval.holdout", self.holdout, 0 < self.holdout < 1, "a share in (0, 1)", "use 0.2")
         check_count("eval.bootstrap", self.bootstrap, 100)
+        listed = isinstance(self.baselines, (list, tuple)) and all(name in BASELINE_NAMES for name in self.baselines)
+        ok = self.baselines == "all" or (listed and len(set(self.baselines)) == len(self.baselines))
+        check("eval.baselines", self.baselines, ok, f"all or a list of {', '.join(BASELINE_NAMES)}", "use [] for none")
+
+    @property
+    def baseline_names(self) -> tuple[str, ...]:
+        """Those that were asked for."""
+        return BASELINE_NAMES if self.baselines == "all" else tuple(self.baselines)
 
 
 @dataclass

@@ -39,15 +39,21 @@ from rb_gpu.learn.config import (
 
 @dataclass
 class EvaluateConfig:
-    """What `jobs.evaluate` reads: an artifact and a table that it did not see."""
+    """What `jobs.evaluate` reads: an artifact and a table that it did not see. training: the table that the baselines
+    of eval.baselines learn from, where there are any.
+    """
 
     artifact: str = "artifacts/champion"
     data: DataConfig = field(default_factory=DataConfig)
+    training: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_count("seed", self.seed, 0)
+        ready = not self.eval.baseline_names or self.training.path is not None
+        remedy = "add training.path=FILE, the table that the artifact learned from, or leave eval.baselines out"
+        check("training.path", self.training.path, ready, "a table that eval.baselines learn from", remedy)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -18,15 +18,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 from rb_gpu.artifact import INDEX_FILE, REPORT_FILE, ROUTER_FILE
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ArtifactError, ConfigError, DataError
 from rb_gpu.learn.assemble import assemble, best_probability
+from rb_gpu.learn.baselines import BASELINES, Training, unit
 from rb_gpu.learn.checkpoint import Checkpoint
 from rb_gpu.learn.clustering import cluster_queries, drop_labels
-from rb_gpu.learn.config import ParamsConfig, TrainConfig, is_auto
+from rb_gpu.learn.config import DataConfig, IndexConfig, ParamsConfig, RouterConfig, TrainConfig, is_auto
 from rb_gpu.learn.decay import auto_half_life
 from rb_gpu.learn.devices import resolve_device
 from rb_gpu.learn.distances import normalise_, normed
@@ -36,10 +38,10 @@ from rb_gpu.learn.evidence import row_weights
 from rb_gpu.learn.gate import Decision, champion_beside, decide
 from rb_gpu.learn.hierarchy import prune
 from rb_gpu.learn.index import build_index
-from rb_gpu.learn.job_config import EvaluateConfig
+from rb_gpu.learn.job_config import EvaluateConfig, to_object
 from rb_gpu.learn.kmeans import nearest
 from rb_gpu.learn.leaves import believed, foretold, gather_leaves
-from rb_gpu.learn.policy import Evaluation, best_single, held_out_outcomes, improvement_percent, value_bank
+from rb_gpu.learn.policy import Choice, Evaluation, best_single, held_out_outcomes, improvement_percent, value_bank
 from rb_gpu.learn.report import render_report
 from rb_gpu.learn.router import train_router
 from rb_gpu.learn.trajectories import Trajectories, load, split_by_time
@@ -200,6 +202,24 @@ def _router(
     return training.router
 
 
+def choices_beside(
+    names: Sequence[str], training: Trajectories, x_BD: npt.NDArray[np.float32], objective: Objective,
+    config: TrainConfig,
+) -> dict[str, Choice]:  # fmt: skip
+    """What each named one of config.BASELINE_NAMES picks for queries (B, D), as config ids of its training table."""
+    found: dict[str, Choice] = {}
+    table, unit_BD = Training.of(training, objective), unit(x_BD)
+    for name in names:
+        log.info("baseline: %s", name)
+        if name in BASELINES:
+            found[name] = BASELINES[name](table, unit_BD, np.random.default_rng(config.seed))
+        else:
+            judging = replace(config.judge, method="reference")
+            own = replace(config, judge=judging, index=IndexConfig(kind="off"), router=RouterConfig())
+            found[name] = learn(training, own).bank().optimized_params_batch(x_BD)["config_id"]
+    return found
+
+
 @dataclass(frozen=True)
 class Published:
     """What `train` did: the artifact's folder, its manifest, the policy table and the gate's decision."""
@@ -251,7 +271,8 @@ def _train(config: TrainConfig, quarantine: Path | None, ranks: Ranks) -> Publis
             bank = learned.bank()
             champion, refusal = champion_beside(registry, bank)
             single = best_single(bank.data.evidence, bank.data.objective)
-            evaluation = value_bank(bank, held_out, single, config.eval, config.seed, champion)
+            others = choices_beside(config.eval.baseline_names, training, held_out.x_QD, bank.data.objective, config)
+            evaluation = value_bank(bank, held_out, single, config.eval, config.seed, champion, others)
             decision = decide(evaluation, config.gate, refusal)
             drift = measure_drift(training, held_out, learned.label_Q, bank.data.objective, config.seed)
             for warning in drift.warnings:
@@ -292,15 +313,28 @@ def evaluate_artifact(config: EvaluateConfig, quarantine: Path | None = None) ->
     if params.tiers == "auto" and data.tiers != (AUTO_TIER,):
         params.tiers = list(data.tiers)
     params.default = bank.default.as_dict()
-    table = load(config.data, params, quarantine)
-    if table.x_QD.shape[1] != data.dim:
-        raise DataError(
-            f"data.path={table.source.path} has {table.x_QD.shape[1]} dimensions, artifact={config.artifact} has "
-            f"{data.dim}; embed the queries with {data.embedder}"
-        )
+
+    def read(given: DataConfig, key: str, quarantine: Path | None) -> Trajectories:
+        table = load(given, params, quarantine)
+        if table.x_QD.shape[1] != data.dim:
+            raise DataError(
+                f"{key}={table.source.path} has {table.x_QD.shape[1]} dimensions, artifact={config.artifact} has "
+                f"{data.dim}; embed the queries with {data.embedder}"
+            )
+        return table
+
+    table = read(config.data, "data.path", quarantine)
+    others = None
+    if config.eval.baseline_names:
+        training = read(config.training, "training.path", None)
+        learning = to_object(DictConfig(OmegaConf.merge(OmegaConf.structured(TrainConfig), data.facts["config"])))
+        picked = choices_beside(config.eval.baseline_names, training, table.x_QD, data.objective, learning)
+        ids = [table.configs.id_of(one) for one in training.configs]
+        known = np.array([-1 if one is None else one for one in ids])
+        others = {name: known[choice] for name, choice in picked.items()}
     best = data.configs[best_single(data.evidence, data.objective)]
     single = table.configs.id_of(best)
-    return value_bank(bank, table, -1 if single is None else single, config.eval, config.seed)
+    return value_bank(bank, table, -1 if single is None else single, config.eval, config.seed, None, others)
 
 
 def package_versions() -> dict[str, str]:

@@ -216,9 +216,9 @@ def _weighted_quantiles(values: Floats, share: Floats, levels: tuple[float, ...]
 
 def value_bank(
     bank: ReasoningBank, held_out: Trajectories, single: int, config: EvalConfig, seed: int,
-    champion: ReasoningBank | None = None,
+    champion: ReasoningBank | None = None, others: dict[str, Choice] | None = None,
 ) -> Evaluation:  # fmt: skip
-    """The policy table of a bank, and of the champion where given, on held-out trajectories.
+    """The policy table of a bank, and of the champion and other choices where given, on held-out trajectories.
 
     Each bank's configs are looked up among the table's; one that the table lacks is -1 and matches no row.
     """
@@ -231,6 +231,7 @@ def value_bank(
     }
     if champion is not None:
         policies[CHAMPION] = _choices(champion, held_out)
+    policies |= others or {}
     hindsight = oracle(rows)
     if hindsight is not None:
         policies["oracle"] = hindsight

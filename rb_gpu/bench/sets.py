@@ -1,0 +1,92 @@
+"""Full tables for the suite decisions: every query was tried under every config, so that any choice is valued exactly.
+
+Suffixes: Q queries, C configs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from rb_gpu.errors import DataError
+from rb_gpu.learn.config import SAMPLE_FOLDER, DataConfig, ParamsConfig
+from rb_gpu.learn.policy import held_out_outcomes
+from rb_gpu.learn.trajectories import Trajectories, load, split_by_time
+from rb_gpu.posterior import Objective
+
+Floats = npt.NDArray[np.float64]
+HOLDOUT = 0.2
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What every config did on every query, (Q, C) each."""
+
+    utility_QC: Floats
+    quality_QC: Floats
+    cost_QC: Floats
+
+
+def outcomes_of(table: Trajectories, objective: Objective) -> Outcomes:
+    """Those of a full table."""
+    rows = held_out_outcomes(table, objective)
+
+    def square(v_N: Floats) -> Floats:
+        out_QC = np.zeros((rows.queries, len(table.configs)))
+        out_QC[rows.query_row, rows.config_id] = v_N
+        return out_QC
+
+    return Outcomes(square(rows.utility), square(rows.quality), square(rows.cost))
+
+
+def _folder(folder: str) -> Path:
+    return SAMPLE_FOLDER if folder == "sample" else Path(folder)
+
+
+def _column(folder: str, name: str, table: Trajectories) -> npt.NDArray[np.str_] | None:
+    """(Q,) of a text column of queries.parquet, None where there is none."""
+    path = _folder(folder) / "queries.parquet"
+    if name not in pq.read_schema(path).names:
+        return None
+    columns = pq.read_table(path, columns=["query_id", name])
+    ids = columns["query_id"].to_numpy()
+    order = np.argsort(ids)
+    values: npt.NDArray[np.str_] = np.array(columns[name].to_pylist())
+    return values[order[np.searchsorted(ids[order], table.query_id)]]
+
+
+def kinds(folder: str, table: Trajectories) -> npt.NDArray[np.str_] | None:
+    """(Q,) what kind each query is, by the column `task`; None where there is none."""
+    return _column(folder, "task", table)
+
+
+@cache
+def tables(folder: str) -> dict[str, tuple[Trajectories, Trajectories]]:
+    """Training and held-out queries of each outcomes*.parquet in a folder; `sample` is the bundled one.
+
+    By the column `split` of queries.parquet where there is one (train; dev), else by time. Raises DataError where a
+    query was not tried under every config.
+    """
+    path = _folder(folder)
+    queries = path / "queries.parquet"
+    found = {}
+    for outcomes in sorted(path.glob("outcomes*.parquet")):
+        whole = load(DataConfig(path=str(outcomes), queries=str(queries)), ParamsConfig())
+        if len(whole) != len(whole.query_id) * len(whole.configs):
+            raise DataError(f"sets={folder}: {outcomes} is no full table; every query must be tried under every config")
+        name = f"{path.name}/{outcomes.stem.removeprefix('outcomes').strip('_')}".rstrip("/")
+        split_Q = _column(folder, "split", whole)
+        if split_Q is not None:
+            found[name] = whole.select_queries(split_Q == "train"), whole.select_queries(split_Q == "dev")
+        else:
+            found[name] = split_by_time(whole, HOLDOUT)
+    if not found:
+        raise DataError(
+            f"sets={folder} has no outcomes*.parquet; give folders with queries.parquet and outcomes.parquet"
+        )
+    return found
