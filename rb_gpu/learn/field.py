@@ -19,6 +19,7 @@ from torch import Tensor
 # in units of a row's noise; the last one leaves the mean alone
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, math.inf)
 SWEEPS = 3
+FOLDS = 5
 # rows that a config must have before it may deviate from the others
 LEAST_ROWS = 3
 # models of less weight are left out of an average
@@ -221,15 +222,35 @@ def _fit_full(features: Sequence[Tensor], rows: Rows, y_N: Tensor) -> tuple[Fit,
     plain = Fit(common, base_C, plain_N, plain_QC, False, share_SL, by_config)
     # curds and whey (Breiman & Friedman 1997): a ridge regression of what is left unexplained on the predictions of all
     # configs, so that alike ones share their noise
-    scale = first.unseen_NC.std(0).mean().clamp(min=TINY)
-    _, [second] = average([([Ridge(first.unseen_NC / scale, weight_Q)], y_QC - first.unseen_NC)], rows.effective)
-    mixing_CC = torch.eye(rows.configs, dtype=y_N.dtype, device=y_N.device) + second.coefs[0] / scale
-    unseen_QC = first.unseen_NC + second.unseen_NC
-    deviating = Fit(
-        [w @ mixing_CC for w in first.coefs], first.base_C @ mixing_CC + second.base_C,
-        unseen_QC[rows.query_N, rows.config_N], unseen_QC, True, share_SL, by_config,
-    )  # fmt: skip
+    apart_QC = _by_folds(features, y_QC, share_SL)
+    scale = apart_QC.std(0).mean().clamp(min=TINY)
+    unmixed_QC = level_C + apart_QC
+    _, [second] = average([([Ridge(apart_QC / scale, weight_Q)], y_QC - unmixed_QC)], rows.effective)
+    mixing_CC = second.coefs[0] / scale
+    coefs = [w + w @ mixing_CC for w in first.coefs]
+    base_C = first.base_C + (first.base_C - level_C) @ mixing_CC + second.base_C
+    unseen_QC = unmixed_QC + second.unseen_NC
+    unseen_N = unseen_QC[rows.query_N, rows.config_N]
+    deviating = Fit(coefs, base_C, unseen_N, unseen_QC, True, share_SL, by_config)
     return plain, deviating
+
+
+def _by_folds(features: Sequence[Tensor], y_QC: Tensor, share_SL: Tensor) -> Tensor:
+    """(Q, C) predictions without the query's fold, less their mean over that fold.
+
+    Leave-one-out predictions would tell a second regression the very outcome that they leave out: where nothing can be
+    foretold they are the mean of the others, which falls as the outcome rises.
+    """
+    fold_Q = torch.arange(len(y_QC), device=y_QC.device) % FOLDS
+    apart_QC = torch.zeros_like(y_QC)
+    for fold in range(FOLDS):
+        mine_Q = fold_Q == fold
+        for x_QF, share_L in zip(features, share_SL, strict=True):
+            if share_L.any():
+                ridge = Ridge(x_QF[~mine_Q], torch.ones_like(y_QC[~mine_Q, 0]))
+                apart_QC[mine_Q] += x_QF[mine_Q] @ ridge.coef(ridge.solve(y_QC[~mine_Q])[1], share_L)
+        apart_QC[mine_Q] -= apart_QC[mine_Q].mean(0)
+    return apart_QC
 
 
 def _fit_rows(features: Sequence[Tensor], rows: Rows, y_N: Tensor) -> tuple[Fit, Fit]:

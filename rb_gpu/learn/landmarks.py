@@ -7,7 +7,6 @@ together, C configs, O outcomes, S slopes.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from rb_gpu.learn.devices import tiles
 from rb_gpu.learn.evidence import outcomes
 from rb_gpu.learn.field import Fit, Rows, fit
 from rb_gpu.learn.kmeans import kmeans
+from rb_gpu.learn.proof import pays as pays_unseen
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.posterior import Objective
 
@@ -34,17 +34,14 @@ LEAST_LANDMARKS = 4
 MAX_QUERIES = 2**15
 # a landmark's own variance beside the kernel's 1: coefficients stay small enough for float32
 NUGGET = 1e-3
-FOLDS = 5
-# one-sided 5 %
-Z_PAYS = 1.6448536269514722
 
 
 @dataclass(frozen=True)
 class Foretold:
     """What `foretell` found; fields that rb_gpu.field.Field has mean the same here.
 
-    pays: whether its choices for unseen queries beat the default, by a one-sided test at 5 %. unseen_NO: (N, O)
-    float64, what the field says of each row without having seen its query; 0 for outcomes that it does not foretell.
+    pays: whether its choices for unseen queries beat the default (rb_gpu.learn.proof). unseen_NO: (N, O) float64, what
+    the field says of each row without having seen its query; 0 for outcomes that it does not foretell.
     """
 
     landmarks_MD: npt.NDArray[np.float32]
@@ -106,7 +103,7 @@ def foretell(
     names = (objective.quality, "log2_latency", "cost")
     fits = {OUTCOMES.index(name): fit(features, rows, y_NO[in_fit_N, OUTCOMES.index(name)]) for name in names}
     default = trajectories.configs.default
-    pays = objective.kind != "utility" or _pays(fits, rows, y_NO[in_fit_N], objective, default)
+    pays = objective.kind != "utility" or pays_unseen(fits, rows, y_NO[in_fit_N], objective, default, seed)
     if not pays:
         log.warning("no choice of configs is sure to pay on unseen queries: the default stands everywhere")
     differing = [OUTCOMES[o] for o, one in fits.items() if one.deviates]
@@ -204,62 +201,6 @@ def _rows(chosen_Q: Tensor, trajectories: Trajectories, weight_N: Tensor, device
         len(trajectories.configs),
     )
     return rows, in_fit_N.to(device)
-
-
-def _pays(fits: dict[int, Fit], rows: Rows, y_NO: Tensor, objective: Objective, default: int) -> bool:
-    """Whether what the field would choose for unseen queries beats the default: one test for all configs and places.
-
-    Choices come from predictions without the query, and levels without its fold; their gain is measured on the rows,
-    doubly robust where each query ran one config (Dudík, Langford & Li 2011).
-    """
-    direction_O = torch.from_numpy(objective.direction).to(y_NO)
-    z_QC = torch.stack([direction_O[o] * one.unseen_QC for o, one in fits.items()]).sum(0)
-    own_N = torch.stack([direction_O[o] * one.unseen_N for o, one in fits.items()]).sum(0)
-    weighed = torch.zeros_like(direction_O)
-    weighed[list(fits)] = 1.0
-    left_N = y_NO @ (direction_O * weighed) - own_N
-    fold_N = rows.query_N % FOLDS
-    fold_Q = torch.arange(rows.queries, device=z_QC.device) % FOLDS
-
-    def by_config(v_N: Tensor) -> Tensor:
-        return v_N.new_zeros(rows.configs).index_add_(0, rows.config_N, v_N)
-
-    chosen_Q = torch.zeros(rows.queries, dtype=torch.int64, device=z_QC.device)
-    for fold in range(FOLDS):
-        weight_N = rows.importance_N * (fold_N != fold)
-        total_C = by_config(weight_N)
-        away_C = by_config(weight_N * left_N) / total_C.clamp(min=1e-300)
-        error_C = by_config((weight_N * (left_N - away_C[rows.config_N])).square()) / total_C.clamp(min=1e-300).square()
-        level_C = z_QC[fold_Q != fold].mean(0) + away_C
-        known_C = (total_C > 0) & (error_C > 0)
-        gain_C = level_C - level_C[default]
-        error_C = error_C + error_C[default]
-        kept_C = shrinkage(gain_C[known_C], error_C[known_C])
-        level_C = torch.zeros_like(gain_C)
-        level_C[known_C] = kept_C * gain_C[known_C]
-        away_QC = z_QC[fold_Q == fold] - z_QC[fold_Q != fold].mean(0)
-        score_QC = away_QC - away_QC[:, [default]] + level_C
-        score_QC[:, ~known_C] = -torch.inf
-        score_QC[:, default] = 0.0
-        chosen_Q[fold_Q == fold] = score_QC.argmax(1)
-    each = torch.arange(rows.queries, device=z_QC.device)
-    gain_Q = z_QC[each, chosen_Q] - z_QC[:, default]
-    # each config's weights add up to the number of queries that it was tried on
-    share_N = rows.importance_N / by_config(rows.importance_N).clamp(min=1e-300)[rows.config_N] * rows.queries
-    sign_N = (rows.config_N == chosen_Q[rows.query_N]).double() - (rows.config_N == default).double()
-    gain_Q = gain_Q.index_add(0, rows.query_N, sign_N * share_N * left_N)
-    # few rows under the choices make the error itself unsure: Student's t by its first-order expansion
-    matched_N = rows.importance_N * (sign_N > 0)
-    size = float(matched_N.sum() ** 2 / matched_N.square().sum().clamp(min=1e-300))
-    least = Z_PAYS * (1.0 + (Z_PAYS**2 + 1.0) / (4.0 * max(size - 1.0, 0.5)))
-    return bool(gain_Q.mean() > least * gain_Q.std() / math.sqrt(rows.queries))
-
-
-def shrinkage(effect_C: Tensor, error_C: Tensor) -> Tensor:
-    """What is kept of each effect when all are shrunk towards 0 together: as in rb_gpu.posterior."""
-    weight_C = 1.0 / error_C
-    tau2 = ((weight_C * effect_C.square()).sum() - len(effect_C)).clamp(min=0) / weight_C.sum().clamp(min=1e-300)
-    return tau2 / (tau2 + error_C)
 
 
 def tempered(weight_N: Tensor, trajectories: Trajectories) -> Tensor:

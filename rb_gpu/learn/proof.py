@@ -1,0 +1,127 @@
+"""Whether what the field would choose for queries that it did not see beats the default: the gate before any choice.
+
+Where it does not, the default stands everywhere. Both tests are cross-fitted: levels and choices come without the fold
+on which they are valued.
+Suffixes: Q queries, N rows, C configs, O outcomes, G draws.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import t as students_t
+from torch import Tensor
+
+
+from rb_gpu.learn.field import FOLDS, ROUNDING, TINY, Fit, Rows
+from rb_gpu.posterior import Objective
+
+DRAWS = 64
+FAMILY_ERROR = 0.05
+# a row that makes most of its config's mean says little of how far it lies from it
+LEAST_KEPT = 0.1
+
+
+@dataclass(frozen=True)
+class Pseudo:
+    """What is known of every query and config without having seen the query, and of each row beyond that.
+
+    away_QC: utility foretold. left_N: what a row's utility has more than that. share_N: its weight, which adds up to Q
+    over the rows of each config.
+    """
+
+    away_QC: Tensor
+    left_N: Tensor
+    share_N: Tensor
+
+
+def pays(fits: dict[int, Fit], rows: Rows, y_NO: Tensor, objective: Objective, default: int, seed: int) -> bool:
+    """Whether choices by the field, or one choice for all queries, beat the default at a family error of 5 %.
+
+    What is valued is not the best guess, on which folds of a small log disagree, but every config as often as it is the
+    best under the posterior (Thompson 1933): near equals are then valued by the rows of all of them. Each test asks for
+    its half of the error.
+    """
+    direction_O = torch.from_numpy(objective.direction).to(y_NO)
+    weighed_O = torch.zeros_like(direction_O)
+    weighed_O[list(fits)] = direction_O[list(fits)]
+    own_N = torch.stack([direction_O[o] * one.unseen_N for o, one in fits.items()]).sum(0)
+    total_C = by_config(rows, rows.importance_N).clamp(min=TINY)
+    share_N = rows.importance_N / total_C[rows.config_N]
+    # every config was recentred by its own rows: what a row leaves unexplained without itself (MacKinnon & White 1985)
+    left_N = (y_NO @ weighed_O - own_N) / (1.0 - share_N).clamp(min=LEAST_KEPT)
+    away_QC = torch.stack([direction_O[o] * one.unseen_QC for o, one in fits.items()]).sum(0)
+    if rows.full:
+        # what makes a query hard for all configs says nothing of which is better: differences to the default
+        left_QC = left_N.new_zeros(rows.queries, rows.configs)
+        left_QC[rows.query_N, rows.config_N] = left_N
+        left_N = left_N - left_QC[rows.query_N, default]
+    pseudo = Pseudo(away_QC, left_N, share_N * rows.queries)
+    generator = torch.Generator().manual_seed(seed)
+    return any(_beats(shares_QC, pseudo, rows, default) for shares_QC in _shares(pseudo, rows, default, generator))
+
+
+def _shares(pseudo: Pseudo, rows: Rows, default: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """How often each config is the best under the posterior, (Q, C) twice: by query, and for all queries together."""
+    by_query_QC, alike_QC = torch.zeros_like(pseudo.away_QC), torch.zeros_like(pseudo.away_QC)
+    fold_Q = torch.arange(rows.queries, device=alike_QC.device) % FOLDS
+    fold_N = fold_Q[rows.query_N]
+    for fold in range(FOLDS):
+        mine_Q, weight_N = fold_Q == fold, rows.importance_N * (fold_N != fold)
+        mean_C = pseudo.away_QC[~mine_Q].mean(0)
+        total_C = by_config(rows, weight_N)
+        left_C = by_config(rows, weight_N * pseudo.left_N) / total_C.clamp(min=TINY)
+        error_N = weight_N * (pseudo.left_N - left_C[rows.config_N])
+        error_C = by_config(rows, error_N.square()) / total_C.clamp(min=TINY).square()
+        known_C = (total_C > 0) & (error_C > 0)
+        gain_C = mean_C + left_C - (mean_C + left_C)[default]
+        kept_C = torch.zeros_like(gain_C)
+        kept_C[known_C] = shrinkage(gain_C[known_C], (error_C + error_C[default])[known_C])
+        level_C = torch.where(known_C, kept_C * gain_C, -torch.inf)
+        # what is no better than the default leaves it in place
+        level_C[default] = ROUNDING * float(pseudo.left_N.std())
+        noise_GC = torch.randn(DRAWS, rows.configs + 1, generator=generator, dtype=torch.float64).to(gain_C)
+        noise_GC = noise_GC[:, :-1] * error_C.sqrt() - noise_GC[:, -1:] * error_C[default].sqrt()
+        noise_GC = noise_GC * kept_C.sqrt()
+        noise_GC[:, default] = 0.0
+        local_QC = pseudo.away_QC[mine_Q] - mean_C
+        local_QC = local_QC - local_QC[:, [default]]
+        best_QC = torch.zeros_like(local_QC)
+        for noise_C in noise_GC:
+            best_Q = (local_QC + level_C + noise_C).argmax(1, keepdim=True)
+            best_QC.scatter_add_(1, best_Q, torch.ones_like(best_Q, dtype=best_QC.dtype))
+        by_query_QC[mine_Q] = best_QC / DRAWS
+        best_G = (level_C + noise_GC).argmax(1)
+        alike_QC[mine_Q] = torch.bincount(best_G, minlength=rows.configs).to(alike_QC) / DRAWS
+    return by_query_QC, alike_QC
+
+
+def _beats(shares_QC: Tensor, pseudo: Pseudo, rows: Rows, default: int) -> bool:
+    """A one-sided t test of the gain over the default, doubly robust where each query ran one config (Dudík, Langford &
+    Li 2011), with Satterthwaite's degrees of freedom: a config of few rows does not know its own variance.
+    """
+    sign_N = shares_QC[rows.query_N, rows.config_N] - (rows.config_N == default).to(shares_QC)
+    moved_N = sign_N * pseudo.share_N * pseudo.left_N
+    gain_Q = (shares_QC * pseudo.away_QC).sum(1) - pseudo.away_QC[:, default]
+    gain_Q = gain_Q.index_add(0, rows.query_N, moved_N)
+    variance_C = by_config(rows, moved_N.square())
+    freedom_C = (torch.bincount(rows.config_N, minlength=rows.configs) - 1).clamp(min=1)
+    freedom = float(variance_C.sum().square() / (variance_C.square() / freedom_C).sum().clamp(min=TINY))
+    error = float(gain_Q.std()) / math.sqrt(rows.queries)
+    if error == 0.0 or freedom == 0.0:
+        return False
+    return bool(float(gain_Q.mean()) > students_t.isf(FAMILY_ERROR / 2, freedom) * error)
+
+
+def by_config(rows: Rows, v_N: Tensor) -> Tensor:
+    """(C,) sums over each config's rows."""
+    return v_N.new_zeros(rows.configs).index_add_(0, rows.config_N, v_N)
+
+
+def shrinkage(effect_C: Tensor, error_C: Tensor) -> Tensor:
+    """What is kept of each effect when all are shrunk towards 0 together: as in rb_gpu.posterior."""
+    weight_C = 1.0 / error_C
+    tau2 = ((weight_C * effect_C.square()).sum() - len(effect_C)).clamp(min=0) / weight_C.sum().clamp(min=TINY)
+    return tau2 / (tau2 + error_C)
