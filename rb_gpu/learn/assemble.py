@@ -15,6 +15,7 @@ from rb_gpu.bank_data import ARRAYS, BankData, LookupSettings
 from rb_gpu.evidence import Evidence
 from rb_gpu.field import FIELD_ARRAYS, Field
 from rb_gpu.learn.config import JudgeConfig, TrainConfig, is_auto
+from rb_gpu.learn.floor import Unseen
 from rb_gpu.learn.patterns import summarise
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.verdicts import VerdictColumns, grade, verdict_matrices
@@ -33,8 +34,8 @@ PROVEN, UNPROVEN = 0.5, 0.8
 class Leaves:
     """The leaves: label_Q (Q,) of each training query, -1 where it was pruned; sums_PD and mass_P, the weighted sum of
     each leaf's embeddings and its weight, from which the centroids of every level come; evidence; parents per level;
-    what foretells a query beyond its leaf, where there is such a thing,
-    and whether its choices were shown to pay.
+    what foretells a query beyond its leaf, where there is such a thing, whether its choices were shown to pay, and for
+    a floor what it says of queries that it has not seen.
     """
 
     label_Q: Rows
@@ -44,11 +45,12 @@ class Leaves:
     parents: list[Rows]
     field: Field | None = None
     pays: bool = False
+    unseen: Unseen | None = None
 
     def least_probability(self, judging: JudgeConfig) -> float:
         """judge.min_probability, worked out where it is auto."""
         if is_auto(judging.min_probability):
-            return PROVEN if self.pays else UNPROVEN
+            return PROVEN if self.pays and self.unseen is None else UNPROVEN
         return float(judging.min_probability)
 
 

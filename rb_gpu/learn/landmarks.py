@@ -20,6 +20,7 @@ from rb_gpu.field import SLOPES, Field
 from rb_gpu.learn.devices import tiles
 from rb_gpu.learn.evidence import outcomes
 from rb_gpu.learn.field import Fit, Rows, fit
+from rb_gpu.learn.floor import Unseen
 from rb_gpu.learn.kmeans import kmeans
 from rb_gpu.learn.proof import pays as pays_unseen
 from rb_gpu.learn.trajectories import Trajectories
@@ -42,6 +43,7 @@ class Foretold:
 
     pays: whether its choices for unseen queries beat the default (rb_gpu.learn.proof). unseen_NO: (N, O) float64, what
     the field says of each row without having seen its query; 0 for outcomes that it does not foretell.
+    unseen: of a floor, what it says of the quality of queries.
     """
 
     landmarks_MD: npt.NDArray[np.float32]
@@ -54,6 +56,7 @@ class Foretold:
     quality_variance_UC: npt.NDArray[np.float64]
     pays: bool
     unseen_NO: Tensor
+    unseen: Unseen | None
 
     def field(self, evidence: Evidence, left: Evidence) -> Field:
         """The field with the leaves' moments of what it left unexplained.
@@ -106,6 +109,10 @@ def foretell(
     pays = objective.kind != "utility" or pays_unseen(fits, rows, y_NO[in_fit_N], objective, default, seed)
     if not pays:
         log.warning("no choice of configs is sure to pay on unseen queries: the default stands everywhere")
+    unseen = None
+    if objective.kind == "floor":
+        quality_QC = fits[OUTCOMES.index(objective.quality)].unseen_QC.cpu().numpy()
+        unseen = Unseen(quality_QC, label_Q[chosen_Q.numpy()])
     differing = [OUTCOMES[o] for o, one in fits.items() if one.deviates]
     log.info("field: %d landmarks, %d queries; configs differ from place to place in %s",
              len(landmarks_MD), len(unit_CD), ", ".join(differing) or "nothing")  # fmt: skip
@@ -164,6 +171,7 @@ def foretell(
         quality_variance_UC.cpu().numpy(),
         pays,
         unseen_NO,
+        unseen,
     )
 
 

@@ -16,6 +16,7 @@ from rb_gpu.learn.config import TrainConfig
 from rb_gpu.learn.devices import one_thread
 from rb_gpu.learn.distances import label_sums, normalise_, normed
 from rb_gpu.learn.evidence import gather_evidence
+from rb_gpu.learn.floor import spend
 from rb_gpu.learn.hierarchy import build_hierarchy, level_counts
 from rb_gpu.learn.landmarks import foretell, tempered
 from rb_gpu.learn.trajectories import Trajectories
@@ -62,12 +63,15 @@ def foretold(
     labels = torch.from_numpy(leaves.label_Q).to(device)
     even_N = tempered(weight_N, trajectories)
     left = gather_evidence(trajectories, labels, len(leaves.mass_P), even_N, device, found.unseen_NO)
-    return replace(leaves, field=found.field(leaves.evidence, left), pays=found.pays)
+    return replace(leaves, field=found.field(leaves.evidence, left), pays=found.pays, unseen=found.unseen)
 
 
 def believed(leaves: Leaves, objective: Objective, default: int, config: TrainConfig) -> Beliefs:
     """The posterior beliefs of the leaves; no config is probable enough where a field was not shown to pay."""
     beliefs = believe(leaves.evidence, leaves.parents, objective, default, config.judge.margin, leaves.field)
+    if leaves.unseen is not None:
+        least = leaves.least_probability(config.judge)
+        return spend(beliefs, leaves.unseen, objective.target, least, default)
     if leaves.field is None or leaves.pays:
         return beliefs
     nothing = np.zeros_like(beliefs.gain)

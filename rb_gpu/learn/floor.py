@@ -1,0 +1,58 @@
+"""A floor of quality is promised for the mean of a pattern: how far below it a single query may be foretold.
+
+Where configs come in steps, the cheapest one that clears a target clears it with something to spare. That is spent on
+the queries of the same pattern for which the next step is dear, so that their mean still keeps the target.
+Suffixes: Q queries, P leaves, U = P + 1 leaves and all queries together, C configs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from rb_gpu.posterior import Beliefs, choose, normal_cdf, normal_quantile
+
+Floats = npt.NDArray[np.float64]
+
+STEPS = 20
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """quality_QC: float64, what the field says of queries without having seen them. label_Q: their leaves."""
+
+    quality_QC: Floats
+    label_Q: npt.NDArray[np.int64]
+
+
+def spend(beliefs: Beliefs, unseen: Unseen, target: float, min_probability: float, default: int) -> Beliefs:
+    """Beliefs of a floor whose test is not against the target but against the least value, found for each leaf by
+    bisection, at which the mean over the leaf's queries of what is foretold for their choices still reaches it with
+    min_probability. Leaves without queries keep the target.
+    """
+    least_z, leaves = normal_quantile(min_probability), len(beliefs.quality) - 1
+    known_Q = unseen.label_Q >= 0
+    label_Q, quality_QC = unseen.label_Q[known_Q], unseen.quality_QC[known_Q]
+    count_P = np.bincount(label_Q, minlength=leaves)
+    mean_PC = np.zeros((leaves, quality_QC.shape[1]))
+    np.add.at(mean_PC, label_Q, quality_QC)
+    mean_PC /= np.maximum(count_P, 1)[:, None]
+    # as at a lookup: the leaf's belief, and how far the field says that the query is from its leaf
+    quality_QC = quality_QC + (beliefs.quality[:-1] - mean_PC)[label_Q]
+    sure_QC = quality_QC - least_z * beliefs.test_sd[:-1][label_Q]
+    score_QC = beliefs.score[:-1][label_Q]
+    each = np.arange(len(label_Q))
+    low_P, high_P = np.full(leaves, 2 * target - 1.0), np.full(leaves, target)
+    for _ in range(STEPS):
+        middle_P = 0.5 * (low_P + high_P)
+        choice_Q = choose(score_QC, sure_QC, quality_QC, middle_P[label_Q, None], default, likeliest=True)
+        reached_P = np.bincount(label_Q, sure_QC[each, choice_Q], leaves) / np.maximum(count_P, 1)
+        keeps_P = reached_P >= target
+        high_P, low_P = np.where(keeps_P, middle_P, high_P), np.where(keeps_P, low_P, middle_P)
+    spare_U = np.append(np.where(count_P > 0, target - high_P, 0.0), 0.0)
+    test = beliefs.test + spare_U[:, None]
+    certain = beliefs.test_sd > 0
+    z = np.divide(test, beliefs.test_sd, out=np.zeros(test.shape), where=certain)
+    return replace(beliefs, test=test, probability=np.where(certain, normal_cdf(z), test >= 0.0))

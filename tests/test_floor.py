@@ -1,0 +1,73 @@
+"""What a floor spares on easy queries is spent on hard ones, and the mean of every pattern keeps its target."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from rb_gpu.learn.floor import Unseen, spend  # noqa: E402
+from rb_gpu.posterior import Beliefs, choose  # noqa: E402
+
+COST = np.array([1.0, 2.0, 4.0, 8.0])
+
+
+def world(seed: int, sd: float = 1e-9):
+    """Two leaves of 200 queries; recall climbs with the config, from where the query's hardness lets it."""
+    rng = np.random.default_rng(seed)
+    label = np.repeat([0, 1], 200)
+    hard = rng.uniform(0.0, 0.3, 400) + 0.05 * label
+    quality = 1.0 - hard[:, None] / COST
+    mean = np.stack([quality[label == p].mean(0) for p in (0, 1)])
+    mean = np.vstack([mean, mean.mean(0)])
+    nothing, flat = np.zeros((3, 4)), np.full((3, 4), sd)
+    score = np.tile(-COST, (3, 1))
+    beliefs = Beliefs(nothing, nothing, nothing, score, mean, np.zeros(4), mean - 0.95, flat)
+    return beliefs, Unseen(quality, label)
+
+
+def served(beliefs: Beliefs, unseen: Unseen, least_z: float) -> np.ndarray:
+    """What a lookup in the middle of each leaf would choose for every query."""
+    apart = unseen.quality_QC - beliefs.quality[unseen.label_Q]
+    test = beliefs.test[unseen.label_Q] + apart - least_z * beliefs.test_sd[unseen.label_Q]
+    return choose(beliefs.score[unseen.label_Q], test, unseen.quality_QC, 0.0, 0, likeliest=True)
+
+
+def test_every_leaf_keeps_the_target_at_less_cost():
+    beliefs, unseen = world(0)
+    each = np.arange(400)
+    before, after = (served(b, unseen, 0.0) for b in (beliefs, spend(beliefs, unseen, 0.95, 0.5, 0)))
+    assert COST[after].mean() < 0.85 * COST[before].mean()
+    for leaf in (0, 1):
+        mine = unseen.label_Q == leaf
+        reached = unseen.quality_QC[each, after][mine].mean()
+        assert 0.95 <= reached < 0.952 < unseen.quality_QC[each, before][mine].mean()
+
+
+def test_a_surer_floor_costs_more():
+    beliefs, unseen = world(1, sd=0.01)
+    half, sure = (served(spend(beliefs, unseen, 0.95, p, 0), unseen, z) for p, z in ((0.5, 0.0), (0.9, 1.2815516)))
+    each = np.arange(400)
+    assert COST[half].mean() < COST[sure].mean()
+    assert unseen.quality_QC[each, sure].mean() == pytest.approx(0.95 + 1.28 * 0.01, abs=2e-3)
+
+
+def test_a_leaf_out_of_reach_and_one_without_queries_keep_the_target():
+    beliefs, unseen = world(2)
+    spent = spend(
+        beliefs, Unseen(unseen.quality_QC - 0.5 * (unseen.label_Q == 0)[:, None], unseen.label_Q), 0.95, 0.5, 0
+    )
+    # the leaf's own belief decides, not the field's level
+    assert spent.test[0] == pytest.approx(spend(beliefs, unseen, 0.95, 0.5, 0).test[0])
+    poor = Beliefs(**{**beliefs.__dict__, "quality": beliefs.quality - [[0.5], [0.0], [0.0]]})
+    assert np.array_equal(spend(poor, unseen, 0.95, 0.5, 0).test[0], beliefs.test[0])
+    alone = Unseen(unseen.quality_QC, np.where(unseen.label_Q == 0, -1, 1))
+    assert np.array_equal(spend(beliefs, alone, 0.95, 0.5, 0).test[[0, 2]], beliefs.test[[0, 2]])
+
+
+def test_the_probability_is_that_of_the_test():
+    beliefs, unseen = world(3, sd=0.02)
+    spent = spend(beliefs, unseen, 0.95, 0.8, 0)
+    assert ((spent.probability > 0.5) == (spent.test > 0)).all()
+    assert (spent.test - beliefs.test).max() > 0.005 and (spent.test[-1] == beliefs.test[-1]).all()
