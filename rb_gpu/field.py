@@ -9,7 +9,6 @@ none.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -79,8 +78,11 @@ class Field:
         return Evidence(**{f.name: left.get(f.name, getattr(evidence, f.name)) for f in fields(Evidence)})
 
 
-def kernels(cosine_BM: Matrix) -> Matrix:
-    """φ, (..., F) float32, from the cosines (..., M) of queries to landmarks."""
-    wide = np.exp((cosine_BM - np.float32(1.0)) * np.float32(SLOPES[0]))
-    both: npt.NDArray[Any] = np.concatenate((wide, np.square(wide)), axis=-1)
+def kernels(steep_BM: Matrix) -> Matrix:
+    """φ·exp(a), (..., F) float32, from SLOPES[0] times the cosines (..., M) of queries to landmarks."""
+    landmarks = steep_BM.shape[-1]
+    both: Matrix = np.empty((*steep_BM.shape[:-1], 2 * landmarks), np.float32)
+    wide = both[..., :landmarks]
+    np.exp(steep_BM, out=wide)
+    np.multiply(wide, wide, out=both[..., landmarks:])
     return both

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from rb_gpu.bank_data import MAX_CELL, BankData, squared_norms
 from rb_gpu.evidence import OUTCOMES, Floats
-from rb_gpu.field import kernels
+from rb_gpu.field import SLOPES, kernels
 from rb_gpu.params import ConfigTable, SearchParams, round_half_up, snap
 from rb_gpu.posterior import Objective, believe, choose, normal_cdf, normal_quantile
 from rb_gpu.search import Search, open_search
@@ -120,7 +120,9 @@ class FieldCells:
             (gain_O, True),
             (quality_O, False),
         ]
-        self.landmarks_MD = np.ascontiguousarray(field.landmarks)
+        # times the first slope, and the kernels' constant put into what they are multiplied by
+        self.landmarks_MD = np.ascontiguousarray(field.landmarks * np.float32(SLOPES[0]))
+        constant_F = np.exp(-np.repeat(SLOPES, len(field.landmarks)))
         shift, low, high = [], [], []
         cells = cells_UE.astype(np.float64)
         cells[:, configs : 2 * configs] = test_UC
@@ -138,15 +140,16 @@ class FieldCells:
             # a default that beats itself would be an answer with a pattern behind it
             cells[:, configs + default] = -MAX_CELL
         self._low_E, self._high_E = (np.concatenate(end).astype(np.float32) for end in (low, high))
-        self._shift_FE = np.ascontiguousarray(np.concatenate(shift, 1), dtype=np.float32)
+        self._shift_FE = np.ascontiguousarray(np.concatenate(shift, 1) * constant_F[:, None], dtype=np.float32)
         self.cells_UE = np.concatenate([cells, test_sd_UC], 1).astype(np.float32)
 
-    def shift(self, cosine_M: Matrix) -> Matrix:
-        """(..., 4C) what the field says of queries with these cosines (..., M) to the landmarks, within what it said of
-        training queries: a place unlike theirs is not foretold.
+    def shift(self, steep_M: Matrix) -> Matrix:
+        """(..., 4C) what the field says of queries with these products (..., M) with landmarks_MD, within what it said
+        of training queries: a place unlike theirs is not foretold.
         """
-        found: Matrix = kernels(cosine_M).dot(self._shift_FE)
-        return np.minimum(np.maximum(found, self._low_E), self._high_E)
+        found: Matrix = kernels(steep_M).dot(self._shift_FE)
+        np.maximum(found, self._low_E, out=found)
+        return np.minimum(found, self._high_E, out=found)
 
 
 def unit_query(query: npt.ArrayLike, dim: int) -> Vector:

@@ -23,6 +23,10 @@ def tensor(x):
     return torch.as_tensor(np.asarray(x, dtype=np.float64))
 
 
+def phi(cosine):
+    return np.concatenate([np.exp(slope * (cosine - 1)) for slope in SLOPES], axis=-1)
+
+
 def rows_of(query, config, queries, configs, weight=None):
     weight = np.ones(len(query)) if weight is None else weight / np.mean(weight)
     return Rows(torch.as_tensor(query), torch.as_tensor(config), tensor(weight), tensor(weight), queries, configs)
@@ -166,7 +170,7 @@ def test_a_query_gets_its_leaves_and_the_field(bank):
     share = np.exp(data.lookup.beta * (cosine[near] - cosine[near].max()))
     share /= share.sum()
     direction = data.objective.direction
-    said = np.einsum("f,fco->co", kernels(field.landmarks @ x).astype(float), field.coef) @ direction
+    said = np.einsum("f,fco->co", phi(field.landmarks @ x).astype(float), field.coef) @ direction
     expected_C = share @ (field.mean[near] @ direction)
     gain_C = said - said[default] - (expected_C - expected_C[default]) + share @ data.arrays["gain"][near]
     answer = bank.optimized_params(x)
@@ -184,7 +188,7 @@ def test_a_place_unlike_all_queries_is_not_foretold_beyond_them(bank):
     far = bank.optimized_params_batch(np.concatenate([field.landmarks, -field.landmarks]))["expected_gain"]
     spread = (field.gain_high - field.gain_low).max()
     assert max(np.abs(centres).max(), np.abs(far).max()) <= widest + spread
-    said = kernels(x @ field.landmarks.T) @ field.coef[..., 0]
+    said = phi(x @ field.landmarks.T) @ field.coef[..., 0]
     assert said.min(0) == pytest.approx(field.low[:, 0], abs=1e-3)
     assert said.max(0) == pytest.approx(field.high[:, 0], abs=1e-3)
 
@@ -227,8 +231,10 @@ def test_a_damaged_field_is_refused(bank, name, damage):
 
 def test_kernels_are_exponentials_of_both_slopes():
     cosine = np.linspace(-1, 1, 7, dtype=np.float32)
-    expected = np.concatenate([np.exp(slope * (cosine - 1)) for slope in SLOPES])
-    assert kernels(cosine) == pytest.approx(expected, rel=1e-6)
+    expected = np.concatenate([np.exp(slope * cosine) for slope in SLOPES])
+    assert kernels(np.float32(SLOPES[0]) * cosine) == pytest.approx(expected, rel=1e-6)
+    both = kernels(np.float32(SLOPES[0]) * np.stack([cosine, -cosine]))
+    assert both.shape == (2, 14) and both[0] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.8, 0.975, 0.9999])
