@@ -6,14 +6,16 @@ from rb_gpu.learn.job_config import EvaluateConfig
 from rb_gpu.learn.pipeline import evaluate_artifact
 
 from .common import job, run_folder
-from .tables import policy_table
+from .tables import evaluation_tables, tradeoff_table
 
 
 def run(config: EvaluateConfig) -> int:
-    """Evaluates and prints the policy table."""
+    """Evaluates and prints the policy table, and quality over cost where cost is known."""
     evaluation = evaluate_artifact(config, run_folder() / "quarantine.parquet")
     print(f"\n{config.artifact} on {evaluation.queries:,} queries ({evaluation.grade} values):\n")
-    print(policy_table(evaluation))
+    print(evaluation_tables(evaluation))
+    if evaluation.tradeoffs is not None:
+        print(f"\n{tradeoff_table(evaluation.tradeoffs)}")
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rb_gpu.learn.policy import Evaluation
+from rb_gpu.learn.tradeoffs import Tradeoffs
 
 
 def render(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -20,12 +21,32 @@ def render(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def evaluation_tables(evaluation: Evaluation) -> str:
+    """The policy table, the estimators side by side where values are estimated, and why a policy has none."""
+    out = [policy_table(evaluation)]
+    if any(value.estimates for value in evaluation.values):
+        out.append(_estimator_table(evaluation))
+    unknown = [f"{value.name}: {value.unknown}" for value in evaluation.values if value.unknown is not None]
+    if unknown:
+        out.append("no value\n" + "\n".join(unknown))
+    return "\n\n".join(out)
+
+
 def policy_table(evaluation: Evaluation) -> str:
-    """What each policy is worth on held-out queries, and the bank's gain over each with its 95 % interval."""
-    head = ("policy", "utility", "quality", "cost", "p95 ms", "gap closed", "acted", "bank's gain over it [95 %]")
+    """What each policy is worth on held-out queries, and the bank's gain over each with its 95 % interval.
+
+    harm: of the patterns in which it acts, those that look worse than under the default; sure harm: those that surely
+    are. regret to the oracle where there is one, else ess, of how many equal rows the value is.
+    """
+    known = any(value.name == "oracle" for value in evaluation.values)
+    head = (
+        "policy", "utility", "quality", "cost", "p95 ms", *(("gap closed", "regret") if known else ("ess",)), "acted",
+        "harm", "sure harm", "bank's gain over it [95 %]",
+    )  # fmt: skip
     rows = []
     for value in evaluation.values:
         gain = evaluation.bank_gains.get(value.name)
+        against_oracle = (number(100 * value.captured, ".1f", " %"), number(value.regret, ".4f"))
         rows.append(
             (
                 value.name,
@@ -33,12 +54,49 @@ def policy_table(evaluation: Evaluation) -> str:
                 number(value.quality, ".4f"),
                 number(value.cost, ",.4g"),
                 number(value.latency_p95_us / 1000, ".3g"),
-                number(100 * value.captured, ".1f", " %"),
+                *(against_oracle if known else (number(value.ess, ",.0f"),)),
                 number(100 * value.acted, ".1f", " %"),
-                "" if gain is None else f"{number(gain.gain, '+.4f')} [{gain.low:+.4f}, {gain.high:+.4f}]",
+                number(100 * value.harm.negative, ".0f", " %"),
+                number(100 * value.harm.sure, ".0f", " %"),
+                "" if gain is None else _interval(gain.gain, gain.low, gain.high, "+.4f"),
             )
         )
     return render(head, rows)
+
+
+def _interval(value: float, low: float, high: float, form: str) -> str:
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]" if math.isfinite(value) else "-"
+
+
+def _estimator_table(evaluation: Evaluation) -> str:
+    names = next(list(value.estimates) for value in evaluation.values if value.estimates)
+    rows = [
+        (
+            value.name,
+            f"{value.matched:,}",
+            number(value.ess, ",.1f"),
+            _interval(value.utility, value.low, value.high, ".4f"),
+            *(number(value.estimates.get(name, float("nan")), ".4f") for name in names),
+        )
+        for value in evaluation.values
+    ]
+    head = ("utility by estimator", "rows", "ess", "self-normalised dr [95 %]", *names)
+    return render(head, rows)
+
+
+def tradeoff_table(tradeoffs: Tradeoffs) -> str:
+    """Quality over cost: the bank under every weight of cost, and the single configs that no mix of others beats."""
+    rows = [(f"bank, cost weight {one.name}", one) for one in tradeoffs.bank]
+    rows += [(one.name, one) for one in tradeoffs.configs if one.on_hull]
+    areas = [
+        (name, number(area.aiq, ".4f"), number(area.apgr, ".3f"))
+        for name, area in (("bank", tradeoffs.bank_area), ("mixes of single configs", tradeoffs.configs_area))
+    ]
+    curve = [(name, number(one.cost, ",.4g"), number(one.quality, ".4f")) for name, one in rows]
+    return (
+        f"{render(('quality over cost', 'cost', 'quality'), curve)}\n\n"
+        f"{render(('over that range of cost', 'AIQ', 'APGR'), areas)}"
+    )
 
 
 def lookup_tables(result: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from rb_gpu.learn.config import TrainConfig
 from rb_gpu.learn.pipeline import train
 
 from .common import EXIT_REFUSED, job, run_folder
-from .tables import policy_table
+from .tables import evaluation_tables
 
 
 def run(config: TrainConfig) -> int:
@@ -15,7 +15,8 @@ def run(config: TrainConfig) -> int:
     if published is None:  # a rank that only shared the work
         return 0
     evaluation, counts = published.evaluation, published.manifest["counts"]
-    print(f"\nOn {evaluation.queries:,} held-out queries ({evaluation.grade} values):\n\n{policy_table(evaluation)}\n")
+    print(f"\nOn {evaluation.queries:,} held-out queries ({evaluation.grade} values):\n")
+    print(f"{evaluation_tables(evaluation)}\n")
     print(f"{counts['patterns']} patterns: {counts['verdicts']} have a better config than the default, "
           f"on {counts['default_stands']} the default stands")  # fmt: skip
     print(f"artifact: {published.folder}\n{'promoted' if published.decision.promote else 'NOT promoted'}: "

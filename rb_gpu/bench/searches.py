@@ -17,8 +17,8 @@ from rb_gpu.bench.sets import Outcomes, kinds, outcomes_of, tables
 from rb_gpu.learn.baselines import LEARNERS, Training, centroids, unit
 from rb_gpu.learn.config import JudgeConfig, TrainConfig
 from rb_gpu.learn.pipeline import learn
-from rb_gpu.learn.policy import Choice
 from rb_gpu.learn.trajectories import Trajectories
+from rb_gpu.learn.valuation import Choice
 from rb_gpu.learn.verdicts import resolve_objective
 from rb_gpu.posterior import Objective
 from rb_gpu.types import Tradeoff

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from rb_gpu.errors import DataError
 from rb_gpu.learn.config import SAMPLE_FOLDER, DataConfig, ParamsConfig
-from rb_gpu.learn.policy import held_out_outcomes
 from rb_gpu.learn.trajectories import Trajectories, load, split_by_time
+from rb_gpu.learn.valuation import held_out_outcomes
 from rb_gpu.posterior import Objective
 
 Floats = npt.NDArray[np.float64]

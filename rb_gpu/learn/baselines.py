@@ -17,8 +17,8 @@ import torch
 
 from rb_gpu.learn.field import Ridge, average
 from rb_gpu.learn.kmeans import kmeans
-from rb_gpu.learn.policy import Choice, held_out_outcomes
 from rb_gpu.learn.trajectories import Trajectories
+from rb_gpu.learn.valuation import Choice, held_out_outcomes
 from rb_gpu.posterior import Objective
 
 Floats = npt.NDArray[np.float64]

@@ -16,8 +16,8 @@ import torch
 
 from rb_gpu.learn.config import JudgeConfig, QualityConfig
 from rb_gpu.learn.evidence import SECONDS_PER_DAY, gather_evidence, row_weights
-from rb_gpu.learn.policy import held_out_outcomes
 from rb_gpu.learn.trajectories import Trajectories
+from rb_gpu.learn.valuation import held_out_outcomes
 from rb_gpu.learn.verdicts import resolve_objective
 
 log = logging.getLogger(__name__)

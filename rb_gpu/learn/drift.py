@@ -17,8 +17,8 @@ import torch
 from scipy import stats
 
 from rb_gpu.learn.distances import label_sums
-from rb_gpu.learn.policy import held_out_outcomes
 from rb_gpu.learn.trajectories import Trajectories
+from rb_gpu.learn.valuation import held_out_outcomes
 from rb_gpu.learn.verdicts import benjamini_hochberg
 from rb_gpu.posterior import Objective
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from rb_gpu.artifact import load_artifact
@@ -28,15 +27,16 @@ def decide(evaluation: Evaluation, config: GateConfig, refusal: str | None) -> D
     """
     if refusal is not None:
         return Decision(False, f"{refusal}; train into another registry.path, or promote by hand")
-    matched = evaluation.value("bank").matched
-    if matched < config.min_rows:
+    bank = evaluation.value("bank")
+    if bank.matched < config.min_rows:
         return Decision(
-            False, f"only {matched} held-out rows tried what the bank picks, gate.min_rows={config.min_rows}"
+            False, f"only {bank.matched} held-out rows tried what the bank picks, gate.min_rows={config.min_rows}"
         )
     served = CHAMPION if CHAMPION in evaluation.bank_gains else "default"
+    for value in (bank, evaluation.value(served)):
+        if value.unknown is not None:
+            return Decision(False, f"the {value.name} has no held-out value: {value.unknown}, or promote by hand")
     over = evaluation.bank_gains[served]
-    if not math.isfinite(over.low):
-        return Decision(False, f"no held-out row tried what the {served} picks; log some, or promote by hand")
     promote = over.low > config.min_gain
     return Decision(
         promote,

@@ -41,10 +41,11 @@ from rb_gpu.learn.index import build_index
 from rb_gpu.learn.job_config import EvaluateConfig, to_object
 from rb_gpu.learn.kmeans import nearest
 from rb_gpu.learn.leaves import believed, foretold, gather_leaves
-from rb_gpu.learn.policy import Choice, Evaluation, best_single, held_out_outcomes, improvement_percent, value_bank
+from rb_gpu.learn.policy import Evaluation, best_single, improvement_percent, value_bank
 from rb_gpu.learn.report import render_report
 from rb_gpu.learn.router import train_router
 from rb_gpu.learn.trajectories import Trajectories, load, split_by_time
+from rb_gpu.learn.valuation import Choice, held_out_outcomes
 from rb_gpu.learn.verdicts import judge, resolve_objective
 from rb_gpu.params import AUTO_TIER
 from rb_gpu.posterior import Objective
@@ -273,6 +274,8 @@ def _train(config: TrainConfig, quarantine: Path | None, ranks: Ranks) -> Publis
             single = best_single(bank.data.evidence, bank.data.objective)
             others = choices_beside(config.eval.baseline_names, training, held_out.x_QD, bank.data.objective, config)
             evaluation = value_bank(bank, held_out, single, config.eval, config.seed, champion, others)
+            for warning in evaluation.warnings:
+                log.warning("%s", warning)
             decision = decide(evaluation, config.gate, refusal)
             drift = measure_drift(training, held_out, learned.label_Q, bank.data.objective, config.seed)
             for warning in drift.warnings:
@@ -334,7 +337,10 @@ def evaluate_artifact(config: EvaluateConfig, quarantine: Path | None = None) ->
         others = {name: known[choice] for name, choice in picked.items()}
     best = data.configs[best_single(data.evidence, data.objective)]
     single = table.configs.id_of(best)
-    return value_bank(bank, table, -1 if single is None else single, config.eval, config.seed, None, others)
+    evaluation = value_bank(bank, table, -1 if single is None else single, config.eval, config.seed, None, others)
+    for warning in evaluation.warnings:
+        log.warning("%s", warning)
+    return evaluation
 
 
 def package_versions() -> dict[str, str]:

@@ -1,32 +1,35 @@
 """What a policy is worth on held-out queries, beside the default, the best single config and the per-query oracle.
 
-A policy picks one config per query. Its value is the mean outcome of the rows that did try what it picks, each weighted
-by 1 / propensity: exact where every query was tried under every pick, self-normalised inverse propensity scoring
-(Swaminathan & Joachims 2015) where propensities are logged, and else merely associational.
-Suffixes: Q queries, N rows, C configs, M policies.
+A policy picks one config per query. valuation.py says what its picks are worth, and when nothing can be said; here they
+are compared: gains with paired intervals, what is left to the oracle, and how many patterns are harmed.
+Suffixes: Q queries, N rows, C configs, P leaf patterns, D dims, R resamples, M policies.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from rb_gpu.bank import ReasoningBank
-from rb_gpu.evidence import OUTCOMES, Evidence
+from rb_gpu.evidence import Evidence
 from rb_gpu.learn.config import EvalConfig
-from rb_gpu.learn.evidence import outcomes
+from rb_gpu.learn.distances import normalise_
+from rb_gpu.learn.estimators import effective_size
+from rb_gpu.learn.harm import UNKNOWN_HARM, Harm, measure_harm
+from rb_gpu.learn.kmeans import nearest
+from rb_gpu.learn.tradeoffs import Tradeoffs, choices, measure_tradeoffs
 from rb_gpu.learn.trajectories import Trajectories
+from rb_gpu.learn.valuation import Choice, Floats, Outcomes, Valuation, held_out_outcomes
 from rb_gpu.posterior import Objective
 from rb_gpu.registry import CHAMPION
 
-Floats = npt.NDArray[np.float64]
-Choice = npt.NDArray[np.int64]
-
 RESAMPLES_AT_ONCE = 64
 SINGLE = "best single config"
+NAN = float("nan")
 
 
 @dataclass(frozen=True)
@@ -40,29 +43,42 @@ class Gain:
 
 @dataclass(frozen=True)
 class PolicyValue:
-    """One row of the table; utility in the objective's unit. All NaN where no held-out row tried what it picks.
+    """One row of the table; utility with its 95 % interval, in the objective's unit. What is not known is NaN.
 
-    captured: share of the gap between the best single config and the oracle that the policy closes; NaN without one.
-    acted: share of queries on which it leaves the default. matched: rows that tried what it picks.
+    captured: share of the gap between the best single config and the oracle that the policy closes. regret: what the
+    oracle has more. acted, abstained: shares of queries on which it leaves the default, and does not. matched: rows
+    that tried what it picks; ess: how many of equal weight say as much (Kish). harm: of the patterns in which it acts.
+    estimates: utility by the plainer estimators, where the grade is dr. unknown: why it has no value, None where it has
+    one.
     """
 
     name: str
     utility: float
+    low: float
+    high: float
     quality: float
     latency_p50_us: float
     latency_p95_us: float
     latency_p99_us: float
     cost: float
     captured: float
+    regret: float
     acted: float
+    abstained: float
     matched: int
+    ess: float
+    harm: Harm
+    estimates: dict[str, float]
+    unknown: str | None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The policy table; grade is exact, snips or associational.
+    """The policy table; grade is exact, dr or associational (valuation.py).
 
-    bank_gains: how much more utility the policy "bank" has than each other one, with a paired 95 % bootstrap interval.
+    bank_gains: how much more utility the policy "bank" has than each other one, with a paired 95 % interval: of a
+    bootstrap over queries, and of the jackknife where the grade is dr. warnings: what is wrong with the propensities.
+    tradeoffs: quality over cost, None without cost and for a bank that cannot be asked for another trade-off.
     """
 
     grade: str
@@ -70,6 +86,8 @@ class Evaluation:
     rows: int
     values: list[PolicyValue]
     bank_gains: dict[str, Gain]
+    warnings: list[str] = field(default_factory=list)
+    tradeoffs: Tradeoffs | None = None
 
     def value(self, name: str) -> PolicyValue:
         """The row of one policy. Raises KeyError."""
@@ -77,45 +95,6 @@ class Evaluation:
             if value.name == name:
                 return value
         raise KeyError(name)
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """Held-out rows as plain columns, (N,) each; utility and quality under the bank's objective."""
-
-    query_row: npt.NDArray[np.int64]
-    config_id: npt.NDArray[np.int64]
-    weight: Floats
-    utility: Floats
-    quality: Floats
-    latency_us: Floats
-    cost: Floats
-    queries: int
-    default: int
-    logged_propensity: bool
-
-
-def held_out_outcomes(trajectories: Trajectories, objective: Objective) -> Outcomes:
-    """The columns that every policy of a table is scored on."""
-    y_NO = outcomes(trajectories, torch.device("cpu")).numpy()
-    quality = y_NO @ objective.quality_direction
-    cost = y_NO[:, OUTCOMES.index("cost")]
-    latency_us = trajectories.latency_us.astype(np.float64)
-    logged = trajectories.propensity is not None
-    return Outcomes(
-        query_row=trajectories.query_row,
-        config_id=trajectories.config_id,
-        weight=1.0 / trajectories.propensity.astype(np.float64)
-        if trajectories.propensity is not None
-        else np.ones(len(trajectories)),
-        utility=objective.utility(quality, latency_us, cost),
-        quality=quality,
-        latency_us=latency_us,
-        cost=cost,
-        queries=len(trajectories.query_id),
-        default=trajectories.configs.default,
-        logged_propensity=logged,
-    )
 
 
 def best_single(evidence: Evidence, objective: Objective) -> int:
@@ -134,58 +113,83 @@ def oracle(rows: Outcomes) -> Choice | None:
     return rows.config_id[order[first]]
 
 
-def evaluate(rows: Outcomes, policies: dict[str, Choice], resamples: int, seed: int) -> Evaluation:
+def evaluate(
+    rows: Outcomes, policies: dict[str, Choice], resamples: int, seed: int, leaf_Q: Choice | None = None
+) -> Evaluation:
     """Values every policy (name to (Q,) config ids; -1 is a config that the table does not know).
 
-    policies must hold "default", "bank" and SINGLE; "oracle" is used where present.
+    policies must hold "default", "bank" and SINGLE; "oracle" is used where present and the grade is exact: it was read
+    off the outcomes, which only a full table pays out without favour. leaf_Q: leaf pattern of each query, by which harm
+    is measured.
     """
+    valuation = Valuation(rows, policies.values())
+    if valuation.grade != "exact":
+        policies = {name: choice for name, choice in policies.items() if name != "oracle"}
     names = list(policies)
-    matched = {name: rows.config_id == policies[name][rows.query_row] for name in names}
-    weight_QM = np.stack([_by_query(rows, matched[n] * rows.weight) for n in names], axis=1)
-    utility_QM = np.stack([_by_query(rows, matched[n] * rows.weight * rows.utility) for n in names], axis=1)
-    with np.errstate(invalid="ignore"):
-        point_M = utility_QM.sum(0) / weight_QM.sum(0)
-    drawn = _bootstrap(weight_QM, utility_QM, resamples, seed)
-    best = point_M[names.index(SINGLE)]
-    gap = point_M[names.index("oracle")] - best if "oracle" in names else np.nan
+    unknown = {name: valuation.refusal(choice) for name, choice in policies.items()}
+    point = {n: NAN if unknown[n] else valuation.estimate("utility", choice).value for n, choice in policies.items()}
+    exact_gap = point.get("oracle", NAN) - point[SINGLE]
+    drawn_RM = None if valuation.grade == "dr" else _bootstrap(valuation, policies, resamples, seed)
 
     values = []
     for m, name in enumerate(names):
-        hit = matched[name]
-        share = rows.weight[hit] / rows.weight[hit].sum()
-        p50, p95, p99 = _weighted_quantiles(rows.latency_us[hit], share, (0.5, 0.95, 0.99))
-        known = bool(hit.any())
+        choice = policies[name]
+        weight_N = valuation.weights(choice)
+        hit_N = weight_N > 0
+        p50, p95, p99 = _weighted_quantiles(rows.latency_us[hit_N], weight_N[hit_N], (0.5, 0.95, 0.99))
+        if unknown[name]:
+            quality = cost = low = high = p50 = p95 = p99 = NAN
+        else:
+            quality, cost = (valuation.estimate(column, choice).value for column in ("quality", "cost"))
+            low, high = valuation.interval(choice) if drawn_RM is None else _interval(drawn_RM[:, m])
+        acted = float((choice != rows.default).mean())
         values.append(
             PolicyValue(
                 name=name,
-                utility=float(point_M[m]),
-                quality=float(share @ rows.quality[hit]) if known else float("nan"),
+                utility=point[name],
+                low=low,
+                high=high,
+                quality=quality,
                 latency_p50_us=p50,
                 latency_p95_us=p95,
                 latency_p99_us=p99,
-                cost=float(share @ rows.cost[hit]) if known else float("nan"),
-                captured=float((point_M[m] - best) / gap) if gap > 0 else float("nan"),
-                acted=float((policies[name] != rows.default).mean()),
-                matched=int(hit.sum()),
+                cost=cost,
+                captured=(point[name] - point[SINGLE]) / exact_gap if exact_gap > 0 else NAN,
+                regret=point.get("oracle", NAN) - point[name],
+                acted=acted,
+                abstained=1.0 - acted,
+                matched=int(hit_N.sum()),
+                ess=effective_size(weight_N),
+                harm=UNKNOWN_HARM
+                if leaf_Q is None or unknown[name] or unknown["default"]
+                else measure_harm(valuation, choice, policies["default"], leaf_Q),
+                estimates={} if unknown[name] else valuation.beside(choice),
+                unknown=unknown[name],
             )
         )
     bank = names.index("bank")
-    gains = {
-        name: Gain(float(point_M[bank] - point_M[m]), *_interval(drawn[:, bank] - drawn[:, m]))
-        for m, name in enumerate(names)
-        if m != bank
-    }
-    complete = all((_by_query(rows, matched[n].astype(np.float64)) > 0).all() for n in names)
-    grade = "exact" if complete else "snips" if rows.logged_propensity else "associational"
-    return Evaluation(grade, rows.queries, len(rows.query_row), values, gains)
+    gains = {}
+    for m, name in enumerate(names):
+        if m == bank:
+            continue
+        if unknown["bank"] or unknown[name]:
+            gains[name] = Gain(NAN, NAN, NAN)
+            continue
+        ends = (
+            valuation.interval(policies["bank"], policies[name])
+            if drawn_RM is None
+            else _interval(drawn_RM[:, bank] - drawn_RM[:, m])
+        )
+        gains[name] = Gain(point["bank"] - point[name], *ends)
+    return Evaluation(valuation.grade, rows.queries, len(rows.query_row), values, gains, valuation.warnings())
 
 
-def _by_query(rows: Outcomes, values_N: Floats) -> Floats:
-    return np.bincount(rows.query_row, weights=values_N, minlength=rows.queries).astype(np.float64)
-
-
-def _bootstrap(weight_QM: Floats, utility_QM: Floats, resamples: int, seed: int) -> Floats:
-    """(resamples, M) values on queries drawn with replacement, the same queries for every policy."""
+def _bootstrap(valuation: Valuation, policies: dict[str, Choice], resamples: int, seed: int) -> Floats:
+    """(resamples, M) utilities on queries drawn with replacement, the same queries for every policy."""
+    rows = valuation.rows
+    weights = [valuation.weights(choice) for choice in policies.values()]
+    weight_QM = np.stack([rows.by_query(weight_N) for weight_N in weights], axis=1)
+    utility_QM = np.stack([rows.by_query(weight_N * rows.utility) for weight_N in weights], axis=1)
     rng = np.random.default_rng(seed)
     queries = len(weight_QM)
     out = []
@@ -200,16 +204,16 @@ def _bootstrap(weight_QM: Floats, utility_QM: Floats, resamples: int, seed: int)
 def _interval(drawn: Floats) -> tuple[float, float]:
     known = drawn[np.isfinite(drawn)]
     if len(known) == 0:
-        return float("nan"), float("nan")
+        return NAN, NAN
     low, high = np.quantile(known, (0.025, 0.975))
     return float(low), float(high)
 
 
-def _weighted_quantiles(values: Floats, share: Floats, levels: tuple[float, ...]) -> tuple[float, ...]:
+def _weighted_quantiles(values: Floats, weight: Floats, levels: tuple[float, ...]) -> tuple[float, ...]:
     if len(values) == 0:
-        return tuple(float("nan") for _ in levels)
-    order = np.argsort(values)
-    running = np.cumsum(share[order])
+        return tuple(NAN for _ in levels)
+    order = np.argsort(values, kind="stable")
+    running = np.cumsum(weight[order]) / weight.sum()
     at = np.minimum(np.searchsorted(running, levels), len(values) - 1)
     return tuple(float(v) for v in values[order][at])
 
@@ -220,32 +224,35 @@ def value_bank(
 ) -> Evaluation:  # fmt: skip
     """The policy table of a bank, and of the champion and other choices where given, on held-out trajectories.
 
-    Each bank's configs are looked up among the table's; one that the table lacks is -1 and matches no row.
+    Each bank's configs are looked up among the table's; one that the table lacks is -1, and such a policy has no value.
     """
     rows = held_out_outcomes(held_out, bank.data.objective)
     queries = len(held_out.query_id)
     policies = {
         "default": np.full(queries, held_out.configs.default),
         SINGLE: np.full(queries, single),
-        "bank": _choices(bank, held_out),
+        "bank": choices(bank, held_out),
     }
     if champion is not None:
-        policies[CHAMPION] = _choices(champion, held_out)
+        policies[CHAMPION] = choices(champion, held_out)
     policies |= others or {}
     hindsight = oracle(rows)
     if hindsight is not None:
         policies["oracle"] = hindsight
-    return evaluate(rows, policies, config.bootstrap, seed)
+    evaluation = evaluate(rows, policies, config.bootstrap, seed, nearest_leaves(bank, held_out.x_QD))
+    valuation = Valuation(rows, policies.values())
+    return replace(evaluation, tradeoffs=measure_tradeoffs(bank, held_out, valuation))
 
 
-def _choices(bank: ReasoningBank, table: Trajectories) -> Choice:
-    """What the bank picks for each query (Q,), as config ids of the table."""
-    ids = [table.configs.id_of(params) for params in bank.configs]
-    known = np.array([-1 if one is None else one for one in ids])
-    return np.asarray(known[bank.optimized_params_batch(table.x_QD)["config_id"]])
+def nearest_leaves(bank: ReasoningBank, x_QD: npt.NDArray[np.float32]) -> Choice:
+    """(Q,) row of the leaf pattern of largest cosine to each query."""
+    leaves_PD = bank.data.arrays["centroids"][: bank.data.leaves]
+    unit_QD, unit_PD = (normalise_(torch.from_numpy(np.array(v, dtype=np.float32))) for v in (x_QD, leaves_PD))
+    label_Q, _ = nearest(unit_QD, unit_PD, torch.device("cpu"))
+    return label_Q.numpy()
 
 
 def improvement_percent(evaluation: Evaluation) -> float | None:
-    """Relative gain in quality of the bank over the default, None where the default's quality is 0."""
-    base = evaluation.value("default").quality
-    return 100.0 * (evaluation.value("bank").quality - base) / base if base > 0 else None
+    """Relative gain in quality of the bank over the default, None where either is unknown or the default's is 0."""
+    base, bank = (evaluation.value(name).quality for name in ("default", "bank"))
+    return 100.0 * (bank - base) / base if base > 0 and math.isfinite(bank) else None

@@ -37,12 +37,15 @@ def render_report(bank: ReasoningBank, facts: dict[str, Any]) -> str:
         f"{escape(evaluation['grade'])}, {evaluation['queries']:,} queries.</p>",
     ]
     values = _table(
-        ("policy", "utility", "quality", "cost", "p50 ms", "p95 ms", "gap closed", "acted"),
+        ("policy", "utility", "95 % interval", "quality", "cost", "p50 ms", "p95 ms", "gap closed", "regret", "acted",
+         "ess", "harm", "sure harm"),
         [
             (
-                value["name"], _number(value["utility"]), _number(value["quality"]), _number(value["cost"], 4),
-                _number(value["latency_p50_us"], 3, 1e-3), _number(value["latency_p95_us"], 3, 1e-3),
-                _percent(value["captured"]), _percent(value["acted"]),
+                value["name"], _number(value["utility"]), f"{_number(value['low'])} to {_number(value['high'])}",
+                _number(value["quality"]), _number(value["cost"], 4), _number(value["latency_p50_us"], 3, 1e-3),
+                _number(value["latency_p95_us"], 3, 1e-3), _percent(value["captured"]), _number(value["regret"]),
+                _percent(value["acted"]), f"{value['ess']:,.0f}", _percent(value["harm"]["negative"]),
+                _percent(value["harm"]["sure"]),
             )
             for value in evaluation["values"]
         ],
@@ -68,7 +71,8 @@ def render_report(bank: ReasoningBank, facts: dict[str, Any]) -> str:
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>rb_gpu report</title><style>{STYLE}</style><main><h1>Is the new bank better?</h1>{''.join(lines)}"
-        f"<h2>Held-out value</h2>{values}<h2>Has the traffic changed?</h2>{drift}<h2>Verdicts</h2>{verdicts}"
+        f"<h2>Held-out value</h2>{values}{_doubts(evaluation)}"
+        f"{_tradeoffs(evaluation['tradeoffs'])}<h2>Has the traffic changed?</h2>{drift}<h2>Verdicts</h2>{verdicts}"
         f"<h2>Data</h2>{quality}<h2>Timings</h2>{timings}"
         "</main></html>\n"
     )
@@ -82,6 +86,69 @@ def _sentence(name: str, gain: dict[str, float | None]) -> str:
     return (
         f"Against the {escape(name)}: <b class={style}>{sure}</b>, {gain['gain']:+.4f} "
         f"(95 % interval {gain['low']:+.4f} to {gain['high']:+.4f})."
+    )
+
+
+def _doubts(evaluation: dict[str, Any]) -> str:
+    """What the values rest on: bad propensities, policies without a value, and the plainer estimators."""
+    warnings = [*evaluation["warnings"]]
+    warnings += [f"{one['name']} has no value: {one['unknown']}" for one in evaluation["values"] if one["unknown"]]
+    said = "".join(f"<p><b class=bad>{escape(warning)}</b>.</p>" for warning in warnings)
+    said += (
+        "<p class=soft>harm: share of the patterns in which the policy acts that look worse than under the default; "
+        "about half do by chance where nothing differs. sure harm: those that surely are, Holm's test at 5 %.</p>"
+    )
+    estimated = [value for value in evaluation["values"] if value["estimates"]]
+    if not estimated:
+        return said
+    head = ("utility by estimator", "self-normalised dr", *estimated[0]["estimates"])
+    rows = [(one["name"], *(_number(v) for v in (one["utility"], *one["estimates"].values()))) for one in estimated]
+    return said + _table(head, rows)
+
+
+def _tradeoffs(tradeoffs: dict[str, Any] | None) -> str:
+    """Quality over cost as a curve: the bank under every weight of cost, beside single configs and their mixes."""
+    if tradeoffs is None:
+        return ""
+    every = tradeoffs["bank"] + tradeoffs["configs"]
+    low_cost, high_cost = min(one["cost"] for one in every), max(one["cost"] for one in every)
+    low, high = min(one["quality"] for one in every), max(one["quality"] for one in every)
+
+    def at(one: dict[str, Any]) -> tuple[float, float]:
+        x = 60 + 520 * (one["cost"] - low_cost) / (high_cost - low_cost)
+        return x, 270 - 250 * (one["quality"] - low) / max(high - low, 1e-300)
+
+    def line(points: list[dict[str, Any]], style: str) -> str:
+        corners = " ".join("{:.1f},{:.1f}".format(*at(one)) for one in points if one["on_hull"])
+        return f"<polyline points='{corners}' fill=none {style}/>"
+
+    def dots(points: list[dict[str, Any]], style: str) -> str:
+        return "".join(
+            "<circle cx={:.1f} cy={:.1f} r=3 {}><title>{}: cost {}, quality {}</title></circle>".format(
+                *at(one), style, escape(one["name"]), _number(one["cost"], 4), _number(one["quality"])
+            )
+            for one in points
+        )
+
+    areas = _table(
+        ("over that range of cost", "AIQ", "APGR"),
+        [
+            (name, _number(area["aiq"]), _number(area["apgr"], 3))
+            for name, area in (("bank", tradeoffs["bank_area"]), ("mixes of configs", tradeoffs["configs_area"]))
+        ],
+    )
+    ours, theirs = "var(--good)", "var(--soft)"
+    return (
+        "<h2>Quality over cost</h2><svg viewBox='0 0 600 310' role=img aria-label='quality over cost' "
+        "font-size=12 fill=currentColor>"
+        f"{line(tradeoffs['configs'], f'stroke={theirs}')}{line(tradeoffs['bank'], f'stroke={ours}')}"
+        f"{dots(tradeoffs['configs'], f'fill={theirs}')}{dots(tradeoffs['bank'], f'fill={ours}')}"
+        f"<text x=2 y=20>{_number(high, 3)}</text><text x=2 y=274>{_number(low, 3)}</text>"
+        f"<text x=60 y=300>{_number(low_cost, 3)}</text>"
+        f"<text x=580 y=300 text-anchor=end>{_number(high_cost, 3)}</text>"
+        "<text x=320 y=300 text-anchor=middle>cost</text></svg>"
+        "<p class=soft>Green: the bank under other weights of cost, as <code>tradeoff</code> asks for at lookup. Grey: "
+        f"single configs, and the best mixes of them that look at no query.</p>{areas}"
     )
 
 

@@ -1,0 +1,84 @@
+"""A model of the outcomes for doubly robust values: it predicts each held-out query from the other held-out queries.
+
+Cross-fitting (Chernozhukov et al. 2018) keeps a round's own noise out of its prediction. Nothing of the bank is in it:
+a model that shares the bank's errors would excuse them.
+Suffixes: Q queries, N rows, C configs, D dims, F features, T outcomes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rb_gpu.learn.estimators import effective_size
+from rb_gpu.learn.field import Ridge, average
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+FOLDS = 5
+# leading principal components of the embeddings that the regressions see
+FEATURES = 64
+# rows of a config below which it has its mean alone, and rows of all configs' mean which that is shrunk with
+LEAST_ROWS = 20
+PRIOR_ROWS = 5.0
+
+
+def folds(query_id_Q: npt.NDArray[np.uint64]) -> Ints:
+    """(Q,) in [0, FOLDS), from the id alone (the finaliser of SplitMix64): the order of a table does not matter."""
+    z = query_id_Q.astype(np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+    return ((z ^ (z >> np.uint64(31))) % np.uint64(FOLDS)).astype(np.int64)
+
+
+def cross_fitted(
+    x_QD: npt.NDArray[np.float32], fold_Q: Ints, query_N: Ints, config_N: Ints, weight_N: Floats, y_NT: Floats,
+    configs: int,
+) -> Floats:  # fmt: skip
+    """(T, Q, C) predictions of every outcome for each query under each config, from the rows of the other folds.
+
+    A ridge regression of each config on the leading components of the embeddings, averaged over ridges (one of which
+    leaves the config's mean alone) by leave-one-out; the mean where the config has few rows. weight_N: 1 / √propensity,
+    halfway between none, which leans where the log leans, and importance, which a few rows decide (Shimodaira 2000).
+    """
+    x_QF = torch.from_numpy(_components(x_QD))
+    out_TQC = np.empty((y_NT.shape[1], len(x_QD), configs))
+    for fold in range(FOLDS):
+        left_Q = fold_Q == fold
+        seen_N = ~left_Q[query_N]
+        means_TC = _means(config_N[seen_N], weight_N[seen_N], y_NT[seen_N], configs)
+        out_TQC[:, left_Q] = means_TC[:, None]
+        for c in range(configs):
+            rows = np.flatnonzero(seen_N & (config_N == c))
+            if len(rows) < LEAST_ROWS:
+                continue
+            weight = weight_N[rows]
+            ridge = Ridge(x_QF[query_N[rows]], torch.from_numpy(weight / weight.mean()))
+            for t in range(len(out_TQC)):
+                _, [fitted] = average([([ridge], torch.from_numpy(y_NT[rows, t : t + 1]))], effective_size(weight))
+                said = x_QF[left_Q] @ fitted.coefs[0] + fitted.base_C
+                out_TQC[t, left_Q, c] = said[:, 0].numpy()
+    return out_TQC
+
+
+def _components(x_QD: npt.NDArray[np.float32]) -> Floats:
+    """(Q, F) leading principal components of the directions of the embeddings."""
+    unit_QD = x_QD.astype(np.float64) / np.linalg.norm(x_QD, axis=1, keepdims=True)
+    unit_QD -= unit_QD.mean(0)
+    _, vectors_DD = np.linalg.eigh(unit_QD.T @ unit_QD)
+    components: Floats = unit_QD @ vectors_DD[:, ::-1][:, :FEATURES]
+    return components
+
+
+def _means(config_N: Ints, weight_N: Floats, y_NT: Floats, configs: int) -> Floats:
+    """(T, C) weighted mean of each config, with PRIOR_ROWS rows of all configs' mean."""
+    if len(config_N) == 0:
+        return np.zeros((y_NT.shape[1], configs))
+    prior = PRIOR_ROWS * weight_N.mean()
+    weight_C = np.bincount(config_N, weight_N, configs)
+    overall_T = weight_N @ y_NT / weight_N.sum()
+    total_TC = np.stack([np.bincount(config_N, weight_N * y_N, configs) for y_N in y_NT.T])
+    means: Floats = (total_TC + prior * overall_T[:, None]) / (weight_C + prior)
+    return means

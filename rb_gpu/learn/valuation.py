@@ -1,0 +1,231 @@
+"""What any choice of configs is worth on held-out rows, as honestly as the log allows, and when nothing can be said.
+
+Three grades: `exact` where every query was tried under every pick, `dr` (cross-fitted self-normalised doubly robust)
+where propensities were logged, else `associational`: the mean of the rows that happened to try what is picked.
+Suffixes: Q queries, N rows, C configs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rb_gpu.evidence import OUTCOMES
+from rb_gpu.learn import estimators
+from rb_gpu.learn.estimators import Estimate, effective_size, matched_weights, unseen_error
+from rb_gpu.learn.evidence import outcomes
+from rb_gpu.learn.outcome_model import cross_fitted, folds
+from rb_gpu.learn.trajectories import Trajectories
+from rb_gpu.params import ConfigTable
+from rb_gpu.posterior import Objective
+
+Floats = npt.NDArray[np.float64]
+Choice = npt.NDArray[np.int64]
+
+# what is estimated of a choice
+COLUMNS = ("utility", "quality", "cost")
+# effective rows under which no value is given: below, intervals hold the truth too seldom (tests/simulate_logs.py)
+LEAST_SIZE = 10.0
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Rows of Q queries as plain columns, (N,) each; utility and quality under the bank's objective.
+
+    x_QD: embeddings. query_id: (Q,). propensity: None where not logged.
+    """
+
+    x_QD: npt.NDArray[np.float32]
+    query_id: npt.NDArray[np.uint64]
+    query_row: npt.NDArray[np.int64]
+    config_id: npt.NDArray[np.int64]
+    propensity: Floats | None
+    utility: Floats
+    quality: Floats
+    latency_us: Floats
+    cost: Floats
+    configs: ConfigTable
+
+    @property
+    def queries(self) -> int:
+        """Q."""
+        return len(self.query_id)
+
+    @property
+    def default(self) -> int:
+        """The config that runs when nothing is known."""
+        return self.configs.default
+
+    @property
+    def weight(self) -> Floats:
+        """(N,) 1 / propensity, 1 where not logged."""
+        return np.ones(len(self.query_row)) if self.propensity is None else 1.0 / self.propensity
+
+    def by_query(self, values_N: Floats) -> Floats:
+        """(Q,) sums."""
+        return np.bincount(self.query_row, weights=values_N, minlength=self.queries).astype(np.float64)
+
+    @cached_property
+    def predicted(self) -> Floats:
+        """(T, Q, C) each of COLUMNS for each query under each config, as the other queries' rows foretell it."""
+        y_NT = np.stack([getattr(self, column) for column in COLUMNS], axis=1)
+        fold_Q = folds(self.query_id)
+        return cross_fitted(
+            self.x_QD, fold_Q, self.query_row, self.config_id, np.sqrt(self.weight), y_NT, len(self.configs)
+        )
+
+
+def held_out_outcomes(trajectories: Trajectories, objective: Objective) -> Outcomes:
+    """The columns that every policy of a table is scored on."""
+    y_NO = outcomes(trajectories, torch.device("cpu")).numpy()
+    quality = y_NO @ objective.quality_direction
+    cost = y_NO[:, OUTCOMES.index("cost")]
+    latency_us = trajectories.latency_us.astype(np.float64)
+    propensity = trajectories.propensity
+    return Outcomes(
+        x_QD=trajectories.x_QD,
+        query_id=trajectories.query_id,
+        query_row=trajectories.query_row,
+        config_id=trajectories.config_id,
+        propensity=None if propensity is None else propensity.astype(np.float64),
+        utility=objective.utility(quality, latency_us, cost),
+        quality=quality,
+        latency_us=latency_us,
+        cost=cost,
+        configs=trajectories.configs,
+    )
+
+
+class Valuation:
+    """Values choices (Q,), config ids of the table, on one set of rows under one grade; -1 is a config that the table
+    does not have.
+    """
+
+    def __init__(self, rows: Outcomes, compared: Iterable[Choice]) -> None:
+        """compared: choices whose values will be compared. The grade is exact where every query tried all of them, but
+        for those that pick what no query tried.
+        """
+        self.rows = rows
+        self.tried_C = np.bincount(rows.config_id, minlength=len(rows.configs)) > 0
+        known = [choice_Q for choice_Q in compared if not self._missing(choice_Q)]
+        complete = len(known) > 0 and all(self._everywhere(choice_Q) for choice_Q in known)
+        self.grade = "exact" if complete else "associational" if rows.propensity is None else "dr"
+
+    def _hit(self, choice_Q: Choice) -> Floats:
+        hit_N: Floats = (self.rows.config_id == choice_Q[self.rows.query_row]).astype(np.float64)
+        return hit_N
+
+    def _everywhere(self, choice_Q: Choice) -> bool:
+        return bool((self.rows.by_query(self._hit(choice_Q)) > 0).all())
+
+    def _missing(self, choice_Q: Choice) -> dict[int, float]:
+        """Share of queries by config that is picked and that no row tried."""
+        return {int(c): float((choice_Q == c).mean()) for c in np.unique(choice_Q) if c < 0 or not self.tried_C[c]}
+
+    def weights(self, choice_Q: Choice) -> Floats:
+        """(N,) of the rows that tried what is picked: 1 / propensity, or so that each query counts once (exact)."""
+        if self.grade == "dr":
+            return matched_weights(self.rows.config_id, choice_Q[self.rows.query_row], self._pscore)
+        hit = self._hit(choice_Q)
+        if self.grade == "associational":
+            return hit
+        return np.asarray(hit / np.maximum(self.rows.by_query(hit), 1.0)[self.rows.query_row])
+
+    def refusal(self, choice_Q: Choice) -> str | None:
+        """Why this choice has no value here, None where it has one."""
+        missing = self._missing(choice_Q)
+        if missing:
+            worst = max(missing, key=missing.__getitem__)
+            name = "a config that the table does not have" if worst < 0 else self.rows.configs.describe(worst)
+            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            share = 100 * sum(missing.values())
+            return f"no held-out row tried {name}{others}, picked on {share:.3g} % of queries; log some"
+        if self.grade == "exact":
+            return None if self._everywhere(choice_Q) else "not every query tried what it picks; log the rest"
+        size = effective_size(self.weights(choice_Q))
+        if size < LEAST_SIZE:
+            return (
+                f"the held-out rows that tried what it picks weigh as much as {size:.1f} equal ones, under "
+                f"{LEAST_SIZE:g}; log more queries, or explore more evenly"
+            )
+        return None
+
+    def estimate(self, column: str, choice_Q: Choice) -> Estimate:
+        """Of one of COLUMNS, in rounds that `round_query` names the queries of."""
+        y_N = getattr(self.rows, column)
+        if self.grade == "exact":
+            return estimators.mean_of(self.rows.by_query(self.weights(choice_Q) * y_N))
+        choice_N = choice_Q[self.rows.query_row]
+        if self.grade == "associational":
+            return estimators.snips(y_N, self.rows.config_id, choice_N, np.ones(len(y_N)))
+        return estimators.self_normalised_doubly_robust(
+            y_N, self.rows.config_id, choice_N, self._pscore, self._predicted(column)
+        )
+
+    @property
+    def round_query(self) -> Choice:
+        """(rounds,) query of each score of an estimate: one a query where exact, else one a row."""
+        return np.arange(self.rows.queries) if self.grade == "exact" else self.rows.query_row
+
+    def interval(self, choice_Q: Choice, other_Q: Choice | None = None) -> tuple[float, float]:
+        """Of 95 %, of a choice's utility, or of how much more than another's it is, where the grade is dr.
+
+        Where too few rows tried what they differ in, no estimate is trusted: the interval is all that is possible
+        within the range of logged utilities.
+        """
+        utility, row = self.estimate("utility", choice_Q), self.rows.query_row
+        differs_N = np.ones(len(row), dtype=np.bool_)
+        compared = [self.weights(choice_Q)]
+        if other_Q is not None:
+            utility = utility.over(self.estimate("utility", other_Q))
+            differs_N = (choice_Q != other_Q)[row]
+            compared.append(self.weights(other_Q))
+        share = float(differs_N.mean())
+        size = min(effective_size(weight_N[differs_N]) for weight_N in compared)
+        if size < LEAST_SIZE:
+            reach = share * float(np.ptp(self.rows.utility))
+            return -reach, reach
+        left_N = self.rows.utility - self._predicted("utility")[np.arange(len(row)), self.rows.config_id]
+        unseen = [share * unseen_error(weight_N[differs_N], left_N[differs_N]) for weight_N in compared]
+        return utility.interval(self.round_query, size, math.hypot(*unseen))
+
+    def beside(self, choice_Q: Choice) -> dict[str, float]:
+        """Utility by the plainer estimators; empty but where the grade is dr."""
+        if self.grade != "dr":
+            return {}
+        logged = (self.rows.utility, self.rows.config_id, choice_Q[self.rows.query_row], self._pscore)
+        predicted_NC = self._predicted("utility")
+        return {
+            "dr, not normalised": estimators.doubly_robust(*logged, predicted_NC).value,
+            "snips": estimators.snips(*logged).value,
+            "ips": estimators.ips(*logged).value,
+            "direct method": estimators.direct_method(predicted_NC, logged[2]).value,
+        }
+
+    def warnings(self) -> list[str]:
+        """What is wrong with the logged propensities, as far as they themselves tell."""
+        if self.grade != "dr":
+            return []
+        odd = estimators.odd_propensities(self.rows.config_id, self._pscore, len(self.rows.configs))
+        return [
+            f"propensity: 1/propensity of {self.rows.configs.describe(c)} adds up to {share:.2f} of the held-out rows, "
+            "1 is expected: it is not the probability with which the config was chosen, or some queries never get it; "
+            "values that rest on it are wrong"
+            for c, share in odd.items()
+        ]
+
+    @property
+    def _pscore(self) -> Floats:
+        if self.rows.propensity is None:
+            raise ValueError("propensity was not logged; only the grade dr asks for it")
+        return self.rows.propensity
+
+    def _predicted(self, column: str) -> Floats:
+        predicted: Floats = self.rows.predicted[COLUMNS.index(column)][self.rows.query_row]
+        return predicted
