@@ -16,6 +16,7 @@ import torch
 
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.evidence import Evidence
+from rb_gpu.learn.calibration import Calibration, Promise, measure_calibration
 from rb_gpu.learn.config import EvalConfig
 from rb_gpu.learn.distances import normalise_
 from rb_gpu.learn.estimators import effective_size
@@ -79,6 +80,7 @@ class Evaluation:
     bank_gains: how much more utility the policy "bank" has than each other one, with a paired 95 % interval: of a
     bootstrap over queries, and of the jackknife where the grade is dr. warnings: what is wrong with the propensities.
     tradeoffs: quality over cost, None without cost and for a bank that cannot be asked for another trade-off.
+    calibration: of the bank's confidence, None where too few patterns act.
     """
 
     grade: str
@@ -88,6 +90,7 @@ class Evaluation:
     bank_gains: dict[str, Gain]
     warnings: list[str] = field(default_factory=list)
     tradeoffs: Tradeoffs | None = None
+    calibration: Calibration | None = None
 
     def value(self, name: str) -> PolicyValue:
         """The row of one policy. Raises KeyError."""
@@ -239,9 +242,21 @@ def value_bank(
     hindsight = oracle(rows)
     if hindsight is not None:
         policies["oracle"] = hindsight
-    evaluation = evaluate(rows, policies, config.bootstrap, seed, nearest_leaves(bank, held_out.x_QD))
+    leaf_Q = nearest_leaves(bank, held_out.x_QD)
+    evaluation = evaluate(rows, policies, config.bootstrap, seed, leaf_Q)
     valuation = Valuation(rows, policies.values())
-    return replace(evaluation, tradeoffs=measure_tradeoffs(bank, held_out, valuation))
+    refused = any(valuation.refusal(policies[name]) for name in ("bank", "default"))
+    calibration = None
+    if not refused and bank.data.method == "eb" and bank.data.objective.kind == "utility":
+        picked = (policies["bank"], policies["default"], leaf_Q)
+        calibration = measure_calibration(valuation, *picked, _promise(bank, held_out.x_QD), seed)
+    return replace(evaluation, tradeoffs=measure_tradeoffs(bank, held_out, valuation), calibration=calibration)
+
+
+def _promise(bank: ReasoningBank, x_QD: npt.NDArray[np.float32]) -> Promise:
+    said = bank.optimized_params_batch(x_QD)
+    confidence, gain = (said[name].astype(np.float64) for name in ("confidence", "expected_gain"))
+    return Promise(confidence, gain, bank.data.arrays["margin"][said["config_id"]].astype(np.float64))
 
 
 def nearest_leaves(bank: ReasoningBank, x_QD: npt.NDArray[np.float32]) -> Choice:

@@ -72,7 +72,8 @@ def render_report(bank: ReasoningBank, facts: dict[str, Any]) -> str:
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>rb_gpu report</title><style>{STYLE}</style><main><h1>Is the new bank better?</h1>{''.join(lines)}"
         f"<h2>Held-out value</h2>{values}{_doubts(evaluation)}"
-        f"{_tradeoffs(evaluation['tradeoffs'])}<h2>Has the traffic changed?</h2>{drift}<h2>Verdicts</h2>{verdicts}"
+        f"{_tradeoffs(evaluation['tradeoffs'])}{_calibration(evaluation['calibration'])}"
+        f"<h2>Has the traffic changed?</h2>{drift}<h2>Verdicts</h2>{verdicts}"
         f"<h2>Data</h2>{quality}<h2>Timings</h2>{timings}"
         "</main></html>\n"
     )
@@ -119,14 +120,13 @@ def _tradeoffs(tradeoffs: dict[str, Any] | None) -> str:
         return x, 270 - 250 * (one["quality"] - low) / max(high - low, 1e-300)
 
     def line(points: list[dict[str, Any]], style: str) -> str:
-        corners = " ".join("{:.1f},{:.1f}".format(*at(one)) for one in points if one["on_hull"])
+        corners = " ".join(f"{at(one)[0]:.1f},{at(one)[1]:.1f}" for one in points if one["on_hull"])
         return f"<polyline points='{corners}' fill=none {style}/>"
 
     def dots(points: list[dict[str, Any]], style: str) -> str:
         return "".join(
-            "<circle cx={:.1f} cy={:.1f} r=3 {}><title>{}: cost {}, quality {}</title></circle>".format(
-                *at(one), style, escape(one["name"]), _number(one["cost"], 4), _number(one["quality"])
-            )
+            f"<circle cx={at(one)[0]:.1f} cy={at(one)[1]:.1f} r=3 {style}><title>{escape(one['name'])}: cost "
+            f"{_number(one['cost'], 4)}, quality {_number(one['quality'])}</title></circle>"
             for one in points
         )
 
@@ -149,6 +149,33 @@ def _tradeoffs(tradeoffs: dict[str, Any] | None) -> str:
         "<text x=320 y=300 text-anchor=middle>cost</text></svg>"
         "<p class=soft>Green: the bank under other weights of cost, as <code>tradeoff</code> asks for at lookup. Grey: "
         f"single configs, and the best mixes of them that look at no query.</p>{areas}"
+    )
+
+
+def _calibration(calibration: dict[str, Any] | None) -> str:
+    """Foretold probabilities beside the shares that came, on the diagonal where confidence keeps its word."""
+    if calibration is None:
+        return ""
+    pairs = zip(calibration["foretold"], calibration["seen"], strict=True)
+    dots = "".join(
+        f"<circle cx={60 + 240 * foretold:.1f} cy={260 - 240 * seen:.1f} r=4 fill=var(--good)>"
+        f"<title>foretold {foretold:.2f}, came {seen:.2f}</title></circle>"
+        for foretold, seen in pairs
+    )
+    style = "good" if calibration["ece"] <= calibration["chance"] else "bad"
+    return (
+        "<h2>Does confidence keep its word?</h2>"
+        f"<p>Of {calibration['patterns']} patterns that act on held-out queries: calibration error (ECE) "
+        f"<b class={style}>{_number(calibration['ece'], 3)}</b>, up to {_number(calibration['chance'], 3)} by chance "
+        f"alone where every probability is right; Brier score {_number(calibration['brier'], 3)}.</p>"
+        "<svg viewBox='0 0 600 310' role=img aria-label='share that came over probability foretold' font-size=12 "
+        "fill=currentColor><polyline points='60,260 300,20' fill=none stroke=var(--soft) />"
+        f"{dots}<text x=54 y=264 text-anchor=end>0</text><text x=54 y=26 text-anchor=end>1</text>"
+        "<text x=60 y=280>0</text><text x=300 y=280 text-anchor=end>1</text>"
+        "<text x=180 y=300 text-anchor=middle>probability foretold</text></svg>"
+        "<p class=soft>Ten groups of patterns by the probability with which their held-out mean was foretold to beat "
+        "the default's by the margin, and the share of which did. It follows from the confidence and from how noisy "
+        "the held-out mean is.</p>"
     )
 
 
