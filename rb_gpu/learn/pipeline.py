@@ -30,6 +30,7 @@ from rb_gpu.learn.checkpoint import Checkpoint
 from rb_gpu.learn.clustering import cluster_queries, drop_labels
 from rb_gpu.learn.config import DataConfig, IndexConfig, ParamsConfig, RouterConfig, TrainConfig, is_auto
 from rb_gpu.learn.decay import auto_half_life
+from rb_gpu.learn.default import settle_default
 from rb_gpu.learn.devices import resolve_device
 from rb_gpu.learn.distances import normalise_, normed
 from rb_gpu.learn.distributed import Ranks, launched
@@ -115,8 +116,13 @@ def learn(
         weight_N = row_weights(trajectories, judging.half_life)
         leaves = gather_leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
         objective = resolve_objective(judging, config.quality, trajectories, leaves.evidence)
-        default = trajectories.configs.default
         leaves = foretold(x_QD, leaves, trajectories, weight_N, objective, config, device)
+        if leaves.field is not None and not leaves.pays:
+            asked, trajectories = trajectories, settle_default(trajectories, config.params, leaves.evidence, objective)
+            if trajectories is not asked:
+                leaves = gather_leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
+                leaves = foretold(x_QD, leaves, trajectories, weight_N, objective, config, device)
+        default = trajectories.configs.default
         beliefs = believed(leaves, objective, default, config)
         confidence_P = best_probability(beliefs.probability[:-1], default)
         kept_P = prune(leaves.evidence.rows.sum(1), confidence_P, 1, config.prune.min_confidence)
@@ -270,6 +276,7 @@ def _train(config: TrainConfig, quarantine: Path | None, ranks: Ranks) -> Publis
         watch.seconds |= learned.seconds
         with watch.stage("evaluate"):
             bank = learned.bank()
+            held_out = replace(held_out, configs=replace(held_out.configs, default=bank.data.default))
             champion, refusal = champion_beside(registry, bank)
             single = best_single(bank.data.evidence, bank.data.objective)
             others = choices_beside(config.eval.baseline_names, training, held_out.x_QD, bank.data.objective, config)

@@ -1,0 +1,47 @@
+"""What `params.default=auto` stands for where nothing was shown to beat the config most logged.
+
+Suffixes: C configs.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+
+from rb_gpu.evidence import Evidence, linear_moments
+from rb_gpu.learn.config import ParamsConfig, is_auto
+from rb_gpu.learn.trajectories import Trajectories
+from rb_gpu.posterior import Objective
+
+log = logging.getLogger(__name__)
+
+# times as many rows as any other config: then it is what the service runs, else the log is an experiment
+DOMINANT = 2.0
+
+
+def settle_default(
+    trajectories: Trajectories, params: ParamsConfig, evidence: Evidence, objective: Objective
+) -> Trajectories:
+    """The same rows, whose default is another config where the log is an experiment and none was given.
+
+    No config of an experiment is the one in use, and what abstains should fall back to what one would choose without a
+    bank: the config of highest utility over all rows, each weighted by 1 / propensity, less one standard error, so that
+    few lucky rows do not decide (a lower confidence bound, as in Rashidinejad et al. 2021).
+    """
+    if not is_auto(params.default) or objective.kind != "utility" or len(trajectories.configs) < 2:
+        return trajectories
+    rows_C = np.sort(np.bincount(trajectories.config_id, minlength=len(trajectories.configs)))
+    if rows_C[-1] >= DOMINANT * rows_C[-2]:
+        return trajectories
+    root = evidence.regroup(np.zeros(len(evidence.rows), dtype=np.int64), 1)
+    mean, variance, size = linear_moments(root.w, root.w2, root.mean, root.comoment, objective.direction)
+    known_C = np.isfinite(variance[0]) & (size[0] > 1)
+    error_C = np.sqrt(np.divide(variance[0], size[0], out=np.full(len(known_C), np.inf), where=known_C))
+    best = int((mean[0] - error_C).argmax())
+    if not known_C[best] or best == trajectories.configs.default:
+        return trajectories
+    log.info("params.default=auto: the log is an experiment, and nothing surely beats the config most logged; the best "
+             "on the whole stands in its place: %s", trajectories.configs.describe(best))  # fmt: skip
+    return replace(trajectories, configs=replace(trajectories.configs, default=best))
