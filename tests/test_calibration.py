@@ -1,0 +1,47 @@
+"""Confidence is held against held-out means: right ones are called calibrated, boasts are not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+torch = pytest.importorskip("torch")
+
+from simulate_logs import QUALITY, world  # noqa: E402
+
+from rb_gpu.learn.calibration import Promise, compare, measure_calibration  # noqa: E402
+from rb_gpu.learn.valuation import Valuation, held_out_outcomes  # noqa: E402
+
+
+def test_a_right_confidence_is_called_calibrated_and_a_boast_is_not():
+    rng = np.random.default_rng(6)
+    foretold = rng.uniform(0.5, 1, 600)
+    right = compare(foretold, rng.random(600) < foretold, 0)
+    assert right.ece <= right.chance < 0.1 and right.patterns == 600
+    boast = compare(foretold, rng.random(600) < 0.5, 0)
+    assert boast.ece > 2 * boast.chance and boast.brier > right.brier
+    assert np.mean(boast.foretold) - np.mean(boast.seen) == pytest.approx(boast.ece, abs=0.05)
+
+
+@pytest.mark.parametrize("boast", [1.0, 20.0], ids=["right", "boasting"])
+def test_confidence_is_held_against_held_out_means(boast: float):
+    # 200 patterns of 30 queries; each pattern's gain is known up to .05, or claimed to be known 20 times as well
+    rng = np.random.default_rng(7)
+    table, _ = world(6000, rng)
+    leaf = np.arange(6000) % 200
+    expected = rng.normal(0.03, 0.05, 200)
+    true = expected + 0.05 * rng.normal(size=200)
+    quality = np.full((6000, 6), 0.5)
+    quality[:, 1] += true[leaf]
+    quality = (quality + 0.1 * rng.normal(size=(6000, 6))).ravel().astype(np.float32)
+    rows = held_out_outcomes(replace(table, precision=quality, recall=quality), QUALITY)
+    acts = (expected > 0)[leaf]
+    choice = acts.astype(int)
+    sd = 0.05 / boast
+    promise = Promise(norm.cdf(expected / sd)[leaf] * acts, expected[leaf] * acts, np.zeros(6000))
+    found = measure_calibration(Valuation(rows, [choice]), choice, np.zeros(6000, int), leaf, promise, 0)
+    assert found is not None and found.patterns == (expected > 0).sum()
+    assert (found.ece <= found.chance) == (boast == 1.0)
