@@ -30,7 +30,7 @@ def test_a_right_confidence_is_called_calibrated_and_a_boast_is_not():
 def test_confidence_is_held_against_held_out_means(boast: float):
     # 200 patterns of 30 queries; each pattern's gain is known up to .05, or claimed to be known 20 times as well
     rng = np.random.default_rng(7)
-    table, _ = world(6000, rng)
+    table = world(6000, rng)
     leaf = np.arange(6000) % 200
     expected = rng.normal(0.03, 0.05, 200)
     true = expected + 0.05 * rng.normal(size=200)

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 # times as many rows as any other config: then it is what the service runs, else the log is an experiment
 DOMINANT = 2.0
+# standard errors below its mean at which a config is compared
+ERRORS = 2.0
 
 
 def settle_default(
@@ -27,8 +29,8 @@ def settle_default(
     """The same rows, whose default is another config where the log is an experiment and none was given.
 
     No config of an experiment is the one in use, and what abstains should fall back to what one would choose without a
-    bank: the config of highest utility over all rows, each weighted by 1 / propensity, less one standard error, so that
-    few lucky rows do not decide (a lower confidence bound, as in Rashidinejad et al. 2021).
+    bank: the config of highest utility over all rows, each weighted by 1 / propensity, less two standard errors, so
+    that few lucky rows do not decide (a lower confidence bound, as in Rashidinejad et al. 2021).
     """
     if not is_auto(params.default) or objective.kind != "utility" or len(trajectories.configs) < 2:
         return trajectories
@@ -38,9 +40,14 @@ def settle_default(
     root = evidence.regroup(np.zeros(len(evidence.rows), dtype=np.int64), 1)
     mean, variance, size = linear_moments(root.w, root.w2, root.mean, root.comoment, objective.direction)
     known_C = np.isfinite(variance[0]) & (size[0] > 1)
-    error_C = np.sqrt(np.divide(variance[0], size[0], out=np.full(len(known_C), np.inf), where=known_C))
-    best = int((mean[0] - error_C).argmax())
-    if not known_C[best] or best == trajectories.configs.default:
+    if not known_C.any():
+        return trajectories
+    # of all configs together: few rows do not know how much they vary
+    pooled = np.average(variance[0][known_C], weights=size[0][known_C] - 1.0)
+    sure_C = np.full(len(known_C), -np.inf)
+    sure_C[known_C] = mean[0][known_C] - ERRORS * np.sqrt(pooled / size[0][known_C])
+    best = int(sure_C.argmax())
+    if best == trajectories.configs.default:
         return trajectories
     log.info("params.default=auto: the log is an experiment, and nothing surely beats the config most logged; the best "
              "on the whole stands in its place: %s", trajectories.configs.describe(best))  # fmt: skip

@@ -119,16 +119,18 @@ def _tradeoffs(tradeoffs: dict[str, Any] | None) -> str:
         x = 60 + 520 * (one["cost"] - low_cost) / (high_cost - low_cost)
         return x, 270 - 250 * (one["quality"] - low) / max(high - low, 1e-300)
 
-    def line(points: list[dict[str, Any]], style: str) -> str:
-        corners = " ".join(f"{at(one)[0]:.1f},{at(one)[1]:.1f}" for one in points if one["on_hull"])
-        return f"<polyline points='{corners}' fill=none {style}/>"
+    def line(points: list[dict[str, Any]], colour: str) -> str:
+        places = [at(one) for one in points if one["on_hull"]]
+        corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        return f"<polyline points='{corners}' fill=none stroke={colour} />"
 
-    def dots(points: list[dict[str, Any]], style: str) -> str:
-        return "".join(
-            f"<circle cx={at(one)[0]:.1f} cy={at(one)[1]:.1f} r=3 {style}><title>{escape(one['name'])}: cost "
-            f"{_number(one['cost'], 4)}, quality {_number(one['quality'])}</title></circle>"
-            for one in points
-        )
+    def dots(points: list[dict[str, Any]], colour: str) -> str:
+        out = []
+        for one in points:
+            x, y = at(one)
+            title = f"{escape(one['name'])}: cost {_number(one['cost'], 4)}, quality {_number(one['quality'])}"
+            out.append(f"<circle cx={x:.1f} cy={y:.1f} r=3 fill={colour}><title>{title}</title></circle>")
+        return "".join(out)
 
     areas = _table(
         ("over that range of cost", "AIQ", "APGR"),
@@ -141,8 +143,8 @@ def _tradeoffs(tradeoffs: dict[str, Any] | None) -> str:
     return (
         "<h2>Quality over cost</h2><svg viewBox='0 0 600 310' role=img aria-label='quality over cost' "
         "font-size=12 fill=currentColor>"
-        f"{line(tradeoffs['configs'], f'stroke={theirs}')}{line(tradeoffs['bank'], f'stroke={ours}')}"
-        f"{dots(tradeoffs['configs'], f'fill={theirs}')}{dots(tradeoffs['bank'], f'fill={ours}')}"
+        f"{line(tradeoffs['configs'], theirs)}{line(tradeoffs['bank'], ours)}"
+        f"{dots(tradeoffs['configs'], theirs)}{dots(tradeoffs['bank'], ours)}"
         f"<text x=2 y=20>{_number(high, 3)}</text><text x=2 y=274>{_number(low, 3)}</text>"
         f"<text x=60 y=300>{_number(low_cost, 3)}</text>"
         f"<text x=580 y=300 text-anchor=end>{_number(high_cost, 3)}</text>"

@@ -30,8 +30,10 @@ Choice = npt.NDArray[np.int64]
 
 # what is estimated of a choice
 COLUMNS = ("utility", "quality", "cost")
-# effective rows under which no value is given: below, intervals hold the truth too seldom (tests/simulate_logs.py)
+# effective rows under which no value is given: a few rows decide it, and the spread of a few tells no error
 LEAST_SIZE = 10.0
+# configs whose propensities are odd that a warning names
+NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ class Valuation:
         size = min(effective_size(weight_N[differs_N]) for weight_N in compared)
         if size < LEAST_SIZE:
             reach = share * float(np.ptp(self.rows.utility))
-            return -reach, reach
+            return 0.0 - reach, reach
         left_N = self.rows.utility - self._predicted("utility")[np.arange(len(row)), self.rows.config_id]
         unseen = [share * unseen_error(weight_N[differs_N], left_N[differs_N]) for weight_N in compared]
         return utility.interval(self.round_query, size, math.hypot(*unseen))
@@ -213,11 +215,14 @@ class Valuation:
         if self.grade != "dr":
             return []
         odd = estimators.odd_propensities(self.rows.config_id, self._pscore, len(self.rows.configs))
+        if not odd:
+            return []
+        worst = sorted(odd, key=lambda c: -abs(math.log(odd[c])))[:NAMED]
+        told = ", ".join(f"{self.rows.configs.describe(c)}: {odd[c]:.2f}" for c in worst)
         return [
-            f"propensity: 1/propensity of {self.rows.configs.describe(c)} adds up to {share:.2f} of the held-out rows, "
-            "1 is expected: it is not the probability with which the config was chosen, or some queries never get it; "
-            "values that rest on it are wrong"
-            for c, share in odd.items()
+            f"propensity: 1/propensity of {len(odd)} configs does not add up to the number of held-out rows (as a "
+            f"share of it, 1 is expected: {told}); it is not the probability with which they were chosen, or some "
+            "queries never get them: log the true one, or leave the column out; values that rest on it are wrong"
         ]
 
     @property

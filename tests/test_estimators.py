@@ -1,0 +1,235 @@
+"""Off-policy estimators against loops and Open Bandit Pipeline, and intervals against simulated logs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import simulate_logs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rb_gpu.learn.estimators import (
+    direct_method,
+    doubly_robust,
+    effective_size,
+    ips,
+    odd_propensities,
+    self_normalised_doubly_robust,
+    snips,
+    unseen_error,
+)
+from rb_gpu.learn.outcome_model import FOLDS, cross_fitted, folds
+
+
+def logged(seed: int, rounds: int = 60, configs: int = 4) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    propensity = rng.dirichlet(np.full(configs, 0.7), rounds).clip(1e-3)
+    propensity /= propensity.sum(1, keepdims=True)
+    chosen = np.array([rng.choice(configs, p=p) for p in propensity])
+    chosen[:configs] = choice = rng.integers(configs, size=configs)
+    choice = np.concatenate([choice, rng.integers(configs, size=rounds - configs)])
+    return {
+        "reward_N": rng.random(rounds),
+        "chosen_N": chosen,
+        "choice_N": choice,
+        "pscore_N": propensity[np.arange(rounds), chosen],
+        "predicted_NC": rng.random((rounds, configs)),
+    }
+
+
+def estimates(log: dict[str, np.ndarray]) -> dict:
+    plain = {name: log[name] for name in ("reward_N", "chosen_N", "choice_N", "pscore_N")}
+    return {
+        "ips": ips(**plain),
+        "snips": snips(**plain),
+        "dm": direct_method(log["predicted_NC"], log["choice_N"]),
+        "dr": doubly_robust(**log),
+        "sndr": self_normalised_doubly_robust(**log),
+    }
+
+
+def by_loop(log: dict[str, np.ndarray]) -> dict[str, float]:
+    """The papers' formulas, one round after the other."""
+    rounds, weights, paid, said, left = len(log["reward_N"]), 0.0, 0.0, 0.0, 0.0
+    for n in range(rounds):
+        weight = 1.0 / log["pscore_N"][n] if log["chosen_N"][n] == log["choice_N"][n] else 0.0
+        weights += weight
+        paid += weight * log["reward_N"][n]
+        said += log["predicted_NC"][n, log["choice_N"][n]]
+        left += weight * (log["reward_N"][n] - log["predicted_NC"][n, log["chosen_N"][n]])
+    return {
+        "ips": paid / rounds,
+        "snips": paid / weights,
+        "dm": said / rounds,
+        "dr": said / rounds + left / rounds,
+        "sndr": said / rounds + left / weights,
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_estimators_are_their_papers_formulas(seed: int):
+    found = estimates(logged(seed))
+    assert {name: one.value for name, one in found.items()} == pytest.approx(by_loop(logged(seed)))
+    for one in found.values():
+        assert one.score_N.mean() == pytest.approx(one.value)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_estimators_agree_with_open_bandit_pipeline(seed: int):
+    theirs = pytest.importorskip("obp.ope", exc_type=ImportError)
+    log = logged(seed)
+    given_ = {"reward": log["reward_N"], "action": log["chosen_N"], "pscore": log["pscore_N"]}
+    given_ |= {
+        "action_dist": np.eye(4)[log["choice_N"]][:, :, None],
+        "estimated_rewards_by_reg_model": log["predicted_NC"][:, :, None],
+    }
+    same = {
+        "ips": theirs.InverseProbabilityWeighting(),
+        "snips": theirs.SelfNormalizedInverseProbabilityWeighting(),
+        "dm": theirs.DirectMethod(),
+        "dr": theirs.DoublyRobust(),
+        "sndr": theirs.SelfNormalizedDoublyRobust(),
+    }
+    for name, ours in estimates(log).items():
+        assert ours.value == pytest.approx(same[name].estimate_policy_value(**given_)), name
+
+
+@pytest.mark.parametrize("name", ["ips", "snips", "dm", "dr", "sndr"])
+def test_influences_are_what_leaving_a_round_out_takes(name: str):
+    log = logged(4, rounds=400)
+    whole = estimates(log)[name]
+    for n in range(0, 400, 37):
+        rest = {key: np.delete(value, n, axis=0) for key, value in log.items()}
+        taken = whole.value - estimates(rest)[name].value
+        assert whole.influence_N[n] / 400 == pytest.approx(taken, rel=0.02, abs=2e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), rounds=st.integers(8, 80))
+def test_the_order_of_rounds_does_not_matter(seed: int, rounds: int):
+    log = logged(seed, rounds)
+    order = np.random.default_rng(seed).permutation(rounds)
+    query = np.arange(rounds) // 2
+    shuffled = estimates({name: value[order] for name, value in log.items()})
+    for name, one in estimates(log).items():
+        assert shuffled[name].value == pytest.approx(one.value)
+        expected = one.interval(query, 12.0, 0.0)
+        assert shuffled[name].interval(query[order], 12.0, 0.0) == pytest.approx(expected, nan_ok=True)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_the_order_of_a_table_does_not_matter_to_the_outcome_model(seed: int):
+    rng = np.random.default_rng(seed)
+    x, ids, config = rng.normal(size=(90, 5)).astype(np.float32), rng.permutation(900)[:90], rng.integers(3, size=90)
+    y, weight, order = rng.random((90, 2)), 1.0 + rng.random(90), rng.permutation(90)
+    each = np.arange(90)
+    one = cross_fitted(x, folds(ids.astype(np.uint64)), each, config, weight, y, 3)
+    moved = ids[order].astype(np.uint64)
+    other = cross_fitted(x[order], folds(moved), each, config[order], weight[order], y[order], 3)
+    assert other == pytest.approx(one[:, order], abs=1e-7)
+
+
+def test_the_outcome_model_never_saw_the_query_that_it_predicts():
+    rng = np.random.default_rng(0)
+    x, config, y = rng.normal(size=(200, 4)).astype(np.float32), rng.integers(2, size=200), rng.random((200, 1))
+    fold, each, weight = folds(np.arange(200, dtype=np.uint64)), np.arange(200), np.ones(200)
+    assert np.bincount(fold, minlength=FOLDS).min() > 20
+    before = cross_fitted(x, fold, each, config, weight, y, 2)
+    y[7] = 100.0
+    after = cross_fitted(x, fold, each, config, weight, y, 2)
+    assert after[:, fold == fold[7]] == pytest.approx(before[:, fold == fold[7]])
+    assert abs(after - before)[:, fold != fold[7], config[7]].min() > 0.01
+
+
+def test_the_outcome_model_finds_what_is_linear_and_stays_at_the_mean_elsewhere():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(1000, 6)).astype(np.float32)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    # config 2 has too few rows for a regression, config 3 none
+    config = np.where(np.arange(1000) < 10, 2, np.arange(1000) % 2)
+    y = 0.5 + np.where(config == 0, unit[:, 0], 0.0) + 0.05 * rng.normal(size=1000)
+    [said] = cross_fitted(
+        x, folds(np.arange(1000, dtype=np.uint64)), np.arange(1000), config, np.ones(1000), y[:, None], 4
+    )
+    assert np.abs(said[:, 0] - 0.5 - unit[:, 0]).mean() < 0.02
+    assert said[:, 1:] == pytest.approx(np.full((1000, 3), 0.5), abs=0.1)
+
+
+def test_kish_by_hand():
+    assert effective_size(np.array([1.0, 1.0, 1.0, 0.0])) == 3.0
+    assert effective_size(np.array([9.0, 1.0])) == pytest.approx(100 / 82)
+    assert effective_size(np.zeros(3)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"pscore_N": np.zeros(60)}, r"outside \(0, 1\]"),
+        ({"pscore_N": np.full(60, np.nan)}, r"outside \(0, 1\]"),
+        ({"choice_N": np.zeros(3, int)}, "choice_N has shape"),
+        ({"choice_N": np.full(60, -1)}, r"outside \[0, 4\)"),
+    ],
+)
+def test_bad_arrays_are_refused(wrong: dict[str, np.ndarray], says: str):
+    with pytest.raises(ValueError, match=says):
+        doubly_robust(**(logged(0) | wrong))
+
+
+def test_nothing_matched_is_not_a_number():
+    log = logged(0)
+    log["choice_N"] = (log["chosen_N"] + 1) % 4
+    found = estimates(log)
+    assert math.isnan(found["snips"].value) and math.isnan(found["sndr"].value)
+    assert all(math.isnan(end) for end in found["sndr"].interval(np.arange(60), 30.0, 0.0))
+
+
+def test_one_round_of_a_tiny_propensity_makes_a_value_unsure():
+    rng = np.random.default_rng(2)
+    chosen = np.arange(400) % 2
+    pscore, reward = np.full(400, 0.5), 0.5 + 0.1 * rng.normal(size=400)
+    calm = snips(reward, chosen, np.ones(400, int), pscore)
+    low, high = calm.interval(np.arange(400), 200.0, 0.0)
+    pscore[1], reward[1] = 1e-6, 1.0
+    weight = np.where(chosen == 1, 1.0 / pscore, 0.0)
+    wild = snips(reward, chosen, np.ones(400, int), pscore)
+    assert wild.value == pytest.approx(1.0, abs=1e-3) and effective_size(weight) < 1.01
+    wild_low, wild_high = wild.interval(np.arange(400), effective_size(weight), 0.0)
+    assert wild_high - wild_low > 100 * (high - low)
+
+
+def test_rounds_of_one_query_count_together():
+    log = logged(3, rounds=200)
+    one = estimates(log)["dr"]
+    twice = estimates({name: np.repeat(value, 2, axis=0) for name, value in log.items()})["dr"]
+    once = one.interval(np.arange(200), 50.0, 0.0)
+    assert twice.interval(np.repeat(np.arange(200), 2), 50.0, 0.0) == pytest.approx(once)
+
+
+def test_wrong_propensities_are_noticed():
+    rng = np.random.default_rng(4)
+    true = np.array([0.6, 0.3, 0.1])
+    chosen = rng.choice(3, size=3000, p=true)
+    assert odd_propensities(chosen, true[chosen], 4) == {}
+    wrong = odd_propensities(chosen, np.full(3000, 1 / 3), 4)
+    assert set(wrong) == {0, 2} and wrong[0] == pytest.approx(1.8, abs=0.1)
+    assert set(odd_propensities(chosen, np.ones(3000), 4)) == {0, 1, 2}
+
+
+def test_a_share_that_no_row_stands_for_widens_the_interval():
+    rng = np.random.default_rng(5)
+    left = rng.normal(size=4000)
+    everywhere = np.where(rng.random(4000) < 0.5, 2.0, 0.0)
+    assert unseen_error(everywhere, left) < 0.1
+    half = np.where(np.arange(4000) < 2000, everywhere, 0.0)
+    assert unseen_error(half, left) == pytest.approx(0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("log", simulate_logs.LOGS)
+def test_intervals_hold_the_truth_as_often_as_they_say(log: str):
+    """500 logs, by `python -m tests.simulate_logs`, say how often; 60 say that it is not far from that."""
+    for name, one in simulate_logs.coverage(log, 600, 60, seed=3).items():
+        assert one.known >= 55, name
+        assert one.plausible(0.95, 0.999), (name, one)

@@ -1,0 +1,168 @@
+"""When a choice has a value, of which grade, and what is said where it has none."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from simulate_logs import CONFIGS, QUALITY, choices, world
+
+from jobs.tables import evaluation_tables
+from rb_gpu.bench.decisions import draw
+from rb_gpu.learn.config import GateConfig
+from rb_gpu.learn.gate import decide
+from rb_gpu.learn.harm import measure_harm
+from rb_gpu.learn.policy import evaluate, oracle
+from rb_gpu.learn.valuation import Outcomes, Valuation, held_out_outcomes
+
+PER_ROW = ("query_row", "config_id", "propensity", "utility", "quality", "latency_us", "cost")
+
+
+def rows_of(log: str = "uniform", queries: int = 600, seed: int = 0) -> Outcomes:
+    return held_out_outcomes(
+        draw(world(queries, np.random.default_rng(seed)), log, 0, np.random.default_rng(seed)), QUALITY
+    )
+
+
+def full(queries: int = 300, seed: int = 0) -> Outcomes:
+    return held_out_outcomes(world(queries, np.random.default_rng(seed)), QUALITY)
+
+
+def test_a_full_table_is_exact_whatever_propensities_it_logs():
+    # each query's row was weighed by 1 / propensity though the query was tried under every config
+    plain = full()
+    skewed = replace(plain, propensity=np.random.default_rng(0).uniform(0.01, 1.0, len(plain.config_id)))
+    picked = choices(plain.x_QD)
+    expected = plain.utility.reshape(-1, CONFIGS)[np.arange(300), picked["bank"]].mean()
+    for rows in (plain, skewed):
+        result = evaluate(rows, picked | {"oracle": oracle(rows)}, 100, 0)
+        assert result.grade == "exact" and result.warnings == []
+        assert result.value("bank").utility == pytest.approx(expected)
+        assert result.value("bank").ess == pytest.approx(300)
+        best = plain.utility.reshape(-1, CONFIGS).max(1).mean()
+        assert result.value("bank").regret == pytest.approx(best - expected)
+        assert result.value("default").abstained == 1.0
+        assert result.value("bank").estimates == {}
+
+
+def test_a_log_is_valued_doubly_robust_beside_the_plainer_estimators():
+    rows = rows_of()
+    result = evaluate(rows, choices(rows.x_QD), 100, 0)
+    bank = result.value("bank")
+    assert result.grade == "dr" and result.warnings == []
+    assert set(bank.estimates) == {"dr, not normalised", "snips", "ips", "direct method"}
+    assert bank.low < bank.utility < bank.high and math.isnan(bank.regret)
+    assert bank.ess == pytest.approx(bank.matched)
+
+
+def test_the_best_in_hindsight_of_a_log_is_no_oracle():
+    # a query logged twice: the better of its two rows is picked for having been lucky
+    one = rows_of(queries=200)
+    twice = replace(
+        one,
+        config_id=np.concatenate([[c, (c + 1) % CONFIGS] for c in one.config_id]),
+        **{name: np.repeat(getattr(one, name), 2) for name in PER_ROW if name != "config_id"},
+    )
+    result = evaluate(twice, choices(one.x_QD) | {"oracle": oracle(twice)}, 100, 0)
+    assert result.grade == "dr" and [value.name for value in result.values][-1] == "bank"
+
+
+def test_a_config_that_no_row_tried_leaves_its_policy_without_a_value():
+    rows = rows_of()
+    kept = rows.config_id != 3
+    rows = replace(rows, **{name: getattr(rows, name)[kept] for name in PER_ROW})
+    picked = choices(rows.x_QD)
+    share = 100 * (picked["bank"] == 3).mean()
+    result = evaluate(rows, picked, 100, 0, np.zeros(600, int))
+    bank = result.value("bank")
+    assert bank.unknown == f"no held-out row tried ef_search=128, picked on {share:.3g} % of queries; log some"
+    unknown = (bank.utility, bank.low, bank.quality, bank.cost, bank.latency_p50_us, bank.harm.negative)
+    assert all(math.isnan(value) for value in (*unknown, result.bank_gains["default"].low))
+    assert result.value("default").unknown is None and math.isfinite(result.value("default").utility)
+    decision = decide(result, GateConfig(min_rows=1), None)
+    assert (
+        not decision.promote
+        and "the bank has no held-out value: no held-out row tried ef_search=128" in decision.reason
+    )
+
+
+def test_one_policy_that_cannot_be_valued_does_not_make_a_full_table_a_log():
+    rows = full()
+    result = evaluate(rows, choices(rows.x_QD) | {"champion": np.full(300, -1)}, 100, 0)
+    assert result.grade == "exact"
+    assert "a config that the table does not have, picked on 100 %" in result.value("champion").unknown
+
+
+def test_too_few_effective_rows_give_no_value():
+    rows = rows_of(queries=60)
+    heavy = replace(rows, propensity=np.where(np.arange(60) < 6, 1e-4, 0.5))
+    result = evaluate(heavy, choices(rows.x_QD), 100, 0)
+    assert "weigh as much as" in result.value("bank").unknown
+    unlogged = evaluate(replace(rows, propensity=None), choices(rows.x_QD), 100, 0)
+    assert unlogged.grade == "associational" and unlogged.warnings == []
+    few = replace(rows_of(queries=30), propensity=None)
+    assert "under 10" in evaluate(few, choices(few.x_QD), 100, 0).value("bank").unknown
+
+
+def test_the_same_choices_gain_nothing_and_few_differences_gain_little():
+    rows = rows_of()
+    picked = choices(rows.x_QD)
+    nearly = picked["bank"].copy()
+    nearly[:3] = 0
+    result = evaluate(rows, picked | {"champion": picked["bank"], "reference": nearly}, 100, 0)
+    same, few = result.bank_gains["champion"], result.bank_gains["reference"]
+    assert (same.gain, same.low, same.high) == (0.0, 0.0, 0.0)
+    reach = 3 / 600 * np.ptp(rows.utility)
+    assert (few.low, few.high) == pytest.approx((-reach, reach))
+
+
+def test_propensities_that_cannot_be_true_are_named():
+    rows = rows_of("skewed", queries=2000)
+    wrong = replace(rows, propensity=np.full(2000, 1 / CONFIGS))
+    [warning] = evaluate(wrong, choices(rows.x_QD), 100, 0).warnings
+    assert warning.startswith(f"propensity: 1/propensity of {CONFIGS} configs does not add up to the number of")
+    assert warning.count("ef_search=") == 3 and "leave the column out" in warning
+
+
+def test_the_printed_table_fits_a_terminal_and_says_what_is_unknown():
+    rows = rows_of()
+    log = evaluate(rows, choices(rows.x_QD) | {"logistic per config": np.full(600, -1)}, 100, 0)
+    text = evaluation_tables(log)
+    assert "ess" in text.splitlines()[0] and "regret" not in text and "self-normalised dr [95 %]" in text
+    assert "\nlogistic per config: no held-out row tried a config that the table does not have" in text
+    table = full()
+    exact = evaluate(table, choices(table.x_QD) | {"oracle": oracle(table)}, 100, 0)
+    wide = evaluation_tables(exact)
+    assert "regret" in wide.splitlines()[0] and "sure harm" in wide and "snips" not in wide
+    assert max(map(len, f"{text}\n{wide}".splitlines())) <= 130
+
+
+def test_harm_tells_sure_losses_from_noise():
+    rows = full(2000, seed=3)
+    leaf = np.arange(2000) % 40
+    by_config = rows.utility.reshape(-1, CONFIGS).copy()
+    # config 1 equals the default but in 4 of 40 patterns, where it loses
+    by_config[:, 1] = by_config[:, 0] + 0.1 * np.random.default_rng(0).normal(size=2000) - 0.3 * (leaf < 4)
+    rows = replace(rows, utility=by_config.ravel())
+    bank, default = np.where(leaf < 30, 1, 0), np.zeros(2000, int)
+    harm = measure_harm(Valuation(rows, [bank, default]), bank, default, leaf)
+    assert harm.patterns == 30
+    assert harm.sure == pytest.approx(4 / 30)
+    assert 0.35 < harm.negative < 0.85
+    idle = measure_harm(Valuation(rows, [default]), default, default, leaf)
+    assert idle.patterns == 0 and math.isnan(idle.negative)
+    unlogged = replace(rows_of(queries=2000), propensity=None)
+    assert math.isnan(measure_harm(Valuation(unlogged, [bank, default]), bank, default, leaf).negative)
+
+
+def test_sure_harm_is_rare_where_nothing_differs():
+    sure = 0
+    for seed in range(20):
+        rows = rows_of(queries=1500, seed=seed)
+        rows = replace(rows, utility=np.random.default_rng(seed).normal(size=1500))
+        bank, default = np.ones(1500, int), np.zeros(1500, int)
+        sure += measure_harm(Valuation(rows, [bank, default]), bank, default, np.arange(1500) % 10).sure > 0
+    # one or more in at most 5 % of worlds: 5 of 20 has a probability of .3 %
+    assert sure < 5
