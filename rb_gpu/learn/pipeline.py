@@ -121,7 +121,8 @@ def learn(
             asked, trajectories = trajectories, settle_default(trajectories, config.params, leaves.evidence, objective)
             if trajectories is not asked:
                 leaves = gather_leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
-                leaves = foretold(x_QD, leaves, trajectories, weight_N, objective, config, device)
+                # what does not beat a poor default is not asked again whether it beats a better one
+                leaves = replace(foretold(x_QD, leaves, trajectories, weight_N, objective, config, device), pays=False)
         default = trajectories.configs.default
         beliefs = believed(leaves, objective, default, config)
         confidence_P = best_probability(beliefs.probability[:-1], default)
@@ -132,9 +133,9 @@ def learn(
                     f"prune.min_confidence={config.prune.min_confidence:g} removes all {len(kept_P)} patterns "
                     f"(the highest confidence is {confidence_P.max():.3f}); lower it"
                 )
-            label_Q = drop_labels(leaves.label_Q, kept_P)
+            label_Q, pays = drop_labels(leaves.label_Q, kept_P), leaves.pays
             leaves = gather_leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
-            leaves = foretold(x_QD, leaves, trajectories, weight_N, objective, config, device)
+            leaves = replace(foretold(x_QD, leaves, trajectories, weight_N, objective, config, device), pays=pays)
             beliefs = believed(leaves, objective, default, config)
         judging = replace(judging, min_probability=leaves.least_probability(judging))
         verdicts = judge(leaves.evidence, trajectories.configs, objective, beliefs, judging)
