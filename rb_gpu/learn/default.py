@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 
 from rb_gpu.evidence import Evidence, linear_moments
-from rb_gpu.learn.config import ParamsConfig, is_auto
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.posterior import Objective
 
@@ -23,16 +22,14 @@ DOMINANT = 2.0
 ERRORS = 2.0
 
 
-def settle_default(
-    trajectories: Trajectories, params: ParamsConfig, evidence: Evidence, objective: Objective
-) -> Trajectories:
+def settle_default(trajectories: Trajectories, evidence: Evidence, objective: Objective) -> Trajectories:
     """The same rows, whose default is another config where the log is an experiment and none was given.
 
     No config of an experiment is the one in use, and what abstains should fall back to what one would choose without a
     bank: the config of highest utility over all rows, each weighted by 1 / propensity, less two standard errors, so
     that few lucky rows do not decide (a lower confidence bound, as in Rashidinejad et al. 2021).
     """
-    if not is_auto(params.default) or objective.kind != "utility" or len(trajectories.configs) < 2:
+    if not trajectories.auto_default or objective.kind != "utility" or len(trajectories.configs) < 2:
         return trajectories
     rows_C = np.sort(np.bincount(trajectories.config_id, minlength=len(trajectories.configs)))
     if rows_C[-1] >= DOMINANT * rows_C[-2]:

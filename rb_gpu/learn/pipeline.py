@@ -118,7 +118,7 @@ def learn(
         objective = resolve_objective(judging, config.quality, trajectories, leaves.evidence)
         leaves = foretold(x_QD, leaves, trajectories, weight_N, objective, config, device)
         if leaves.field is not None and not leaves.pays:
-            asked, trajectories = trajectories, settle_default(trajectories, config.params, leaves.evidence, objective)
+            asked, trajectories = trajectories, settle_default(trajectories, leaves.evidence, objective)
             if trajectories is not asked:
                 leaves = gather_leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
                 # what does not beat a poor default is not asked again whether it beats a better one

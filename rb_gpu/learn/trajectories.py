@@ -49,7 +49,7 @@ class Trajectories:
     x_QD: float32 embeddings. query_row: (N,) int64 row in x_QD. query_id: (Q,) uint64. query_time: (Q,) int64, the
     newest timestamp of the query's rows. config_id: (N,) int64 row of `configs`. precision, recall: (N,) float32.
     latency_us: (N,) int64. cost, propensity: (N,) float32, or None where not logged. rating: (N,) int8, 0 is none.
-    timestamp: (N,) int64 UTC seconds. id: (N,) uint64.
+    timestamp: (N,) int64 UTC seconds. id: (N,) uint64. auto_default: whether the default of `configs` was not given.
     """
 
     x_QD: npt.NDArray[np.float32]
@@ -67,6 +67,7 @@ class Trajectories:
     id: npt.NDArray[np.uint64]
     configs: ConfigTable
     source: Source = field(default_factory=Source)
+    auto_default: bool = False
 
     def __len__(self) -> int:
         return len(self.id)
@@ -211,6 +212,7 @@ def assemble(columns: Columns, tier_names: Sequence[str], params: ParamsConfig, 
         propensity=columns.get("propensity"),
         id=columns["id"],
         configs=table,
+        auto_default=not given,
     )
     return replace(trajectories, source=replace(source, fingerprint=_fingerprint(trajectories)))
 
