@@ -83,10 +83,12 @@ def foretell(
     objective: Objective,
     seed: int,
     device: torch.device,
+    pays: bool | None,
 ) -> Foretold | None:
     """Fits the outcomes that the objective weighs. None where there are too few queries for landmarks.
 
     weight_N: (N,) of evidence, decay over propensity. label_Q: (Q,) leaf of each query, negative ones are left out.
+    pays: what the test found of these rows before; None to run it.
     """
     queries, configs = len(unit_QD), len(trajectories.configs)
     generator = torch.Generator().manual_seed(seed)
@@ -106,9 +108,13 @@ def foretell(
     names = (objective.quality, "log2_latency", "cost")
     fits = {OUTCOMES.index(name): fit(features, rows, y_NO[in_fit_N, OUTCOMES.index(name)]) for name in names}
     default = trajectories.configs.default
-    pays = objective.kind != "utility" or pays_unseen(fits, rows, y_NO[in_fit_N], objective, default, seed)
+    if pays is None:
+        pays = objective.kind != "utility" or pays_unseen(fits, rows, y_NO[in_fit_N], objective, default, seed)
     if not pays:
-        log.warning("no choice of configs is sure to pay on unseen queries: the default stands everywhere")
+        log.warning(
+            "no choice of configs is sure to pay on unseen queries: the default stands everywhere (%s)",
+            trajectories.configs.describe(default),
+        )
     unseen = None
     if objective.kind == "floor":
         quality_QC = fits[OUTCOMES.index(objective.quality)].unseen_QC.cpu().numpy()

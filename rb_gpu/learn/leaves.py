@@ -51,13 +51,17 @@ def foretold(
     objective: Objective,
     config: TrainConfig,
     device: torch.device,
+    pays: bool | None = None,
 ) -> Leaves:
-    """The leaves with the field, where it says more than they do; only eb, for a utility or a floor, can use one."""
+    """The leaves with the field, where it says more than they do; only eb, for a utility or a floor, can use one.
+
+    pays: whether its choices were shown to pay by a test that these rows have had already; None to test.
+    """
     if config.judge.method != "eb" or objective.kind == "bound":
         return leaves
     unit_QD = x_QD if normed(x_QD) else normalise_(x_QD.clone())
     with one_thread():
-        found = foretell(unit_QD, leaves.label_Q, trajectories, weight_N, objective, config.seed, device)
+        found = foretell(unit_QD, leaves.label_Q, trajectories, weight_N, objective, config.seed, device, pays)
     if found is None:
         return leaves
     labels = torch.from_numpy(leaves.label_Q).to(device)

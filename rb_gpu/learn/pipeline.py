@@ -121,8 +121,9 @@ def learn(
             asked, trajectories = trajectories, settle_default(trajectories, leaves.evidence, objective)
             if trajectories is not asked:
                 leaves = gather_leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
+                objective = resolve_objective(judging, config.quality, trajectories, leaves.evidence)
                 # what does not beat a poor default is not asked again whether it beats a better one
-                leaves = replace(foretold(x_QD, leaves, trajectories, weight_N, objective, config, device), pays=False)
+                leaves = foretold(x_QD, leaves, trajectories, weight_N, objective, config, device, pays=False)
         default = trajectories.configs.default
         beliefs = believed(leaves, objective, default, config)
         confidence_P = best_probability(beliefs.probability[:-1], default)
@@ -135,7 +136,7 @@ def learn(
                 )
             label_Q, pays = drop_labels(leaves.label_Q, kept_P), leaves.pays
             leaves = gather_leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
-            leaves = replace(foretold(x_QD, leaves, trajectories, weight_N, objective, config, device), pays=pays)
+            leaves = foretold(x_QD, leaves, trajectories, weight_N, objective, config, device, pays)
             beliefs = believed(leaves, objective, default, config)
         judging = replace(judging, min_probability=leaves.least_probability(judging))
         verdicts = judge(leaves.evidence, trajectories.configs, objective, beliefs, judging)
