@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from rb_gpu.learn.evaluation import evaluate_artifact
 from rb_gpu.learn.job_config import EvaluateConfig
-from rb_gpu.learn.pipeline import evaluate_artifact
 
 from .common import job, run_folder
 from .tables import evaluation_tables, tradeoff_table

@@ -18,17 +18,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from rb_gpu.artifact import INDEX_FILE, REPORT_FILE, ROUTER_FILE
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
-from rb_gpu.errors import ArtifactError, ConfigError, DataError
+from rb_gpu.errors import ArtifactError, ConfigError
 from rb_gpu.learn.assemble import assemble, best_probability
 from rb_gpu.learn.baselines import BASELINES, Training, unit
 from rb_gpu.learn.checkpoint import Checkpoint
 from rb_gpu.learn.clustering import cluster_queries, drop_labels
-from rb_gpu.learn.config import DataConfig, IndexConfig, ParamsConfig, RouterConfig, TrainConfig, is_auto
+from rb_gpu.learn.config import IndexConfig, RouterConfig, TrainConfig, is_auto
 from rb_gpu.learn.decay import auto_half_life
 from rb_gpu.learn.default import settle_default
 from rb_gpu.learn.devices import resolve_device
@@ -39,7 +38,6 @@ from rb_gpu.learn.evidence import row_weights
 from rb_gpu.learn.gate import Decision, champion_beside, decide
 from rb_gpu.learn.hierarchy import prune
 from rb_gpu.learn.index import build_index
-from rb_gpu.learn.job_config import EvaluateConfig, to_object
 from rb_gpu.learn.kmeans import nearest
 from rb_gpu.learn.leaves import believed, foretold, gather_leaves
 from rb_gpu.learn.policy import Evaluation, best_single, improvement_percent, value_bank
@@ -48,7 +46,6 @@ from rb_gpu.learn.router import train_router
 from rb_gpu.learn.trajectories import Trajectories, load, split_by_time
 from rb_gpu.learn.valuation import Choice, held_out_outcomes
 from rb_gpu.learn.verdicts import judge, resolve_objective
-from rb_gpu.params import AUTO_TIER
 from rb_gpu.posterior import Objective
 from rb_gpu.publish import without_nan, write_artifact
 from rb_gpu.registry import Registry
@@ -315,41 +312,6 @@ def _train(config: TrainConfig, quarantine: Path | None, ranks: Ranks) -> Publis
             registry.promote(folder.name, decision.reason)
         registry.retain()
     return Published(folder, manifest, evaluation, decision)
-
-
-def evaluate_artifact(config: EvaluateConfig, quarantine: Path | None = None) -> Evaluation:
-    """The policy table of a published artifact on a table that it did not see. Raises ArtifactError, DataError."""
-    bank = ReasoningBank.load(config.artifact)
-    data = bank.data
-    params = ParamsConfig(**data.facts["config"]["params"])
-    if params.tiers == "auto" and data.tiers != (AUTO_TIER,):
-        params.tiers = list(data.tiers)
-    params.default = bank.default.as_dict()
-
-    def read(given: DataConfig, key: str, quarantine: Path | None) -> Trajectories:
-        table = load(given, params, quarantine)
-        if table.x_QD.shape[1] != data.dim:
-            raise DataError(
-                f"{key}={table.source.path} has {table.x_QD.shape[1]} dimensions, artifact={config.artifact} has "
-                f"{data.dim}; embed the queries with {data.embedder}"
-            )
-        return table
-
-    table = read(config.data, "data.path", quarantine)
-    others = None
-    if config.eval.baseline_names:
-        training = read(config.training, "training.path", None)
-        learning = to_object(DictConfig(OmegaConf.merge(OmegaConf.structured(TrainConfig), data.facts["config"])))
-        picked = choices_beside(config.eval.baseline_names, training, table.x_QD, data.objective, learning)
-        ids = [table.configs.id_of(one) for one in training.configs]
-        known = np.array([-1 if one is None else one for one in ids])
-        others = {name: known[choice] for name, choice in picked.items()}
-    best = data.configs[best_single(data.evidence, data.objective)]
-    single = table.configs.id_of(best)
-    evaluation = value_bank(bank, table, -1 if single is None else single, config.eval, config.seed, None, others)
-    for warning in evaluation.warnings:
-        log.warning("%s", warning)
-    return evaluation
 
 
 def package_versions() -> dict[str, str]:
