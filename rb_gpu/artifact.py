@@ -13,7 +13,7 @@ from typing import Any
 
 from rb_gpu.bank_data import BankData, LookupSettings, check_bank
 from rb_gpu.errors import ArtifactError
-from rb_gpu.posterior import Objective
+from rb_gpu.objective import Objective
 from rb_gpu.tensor_file import map_tensors, no_constant
 
 SCHEMA_VERSION = 2

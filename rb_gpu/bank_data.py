@@ -16,8 +16,8 @@ import numpy.typing as npt
 from rb_gpu.errors import ArtifactError
 from rb_gpu.evidence import LATENCY_BINS, OUTCOMES, Evidence
 from rb_gpu.field import FIELD_ARRAYS, SLOPES, Field
+from rb_gpu.objective import Objective
 from rb_gpu.params import MAX_TEMPERATURE, ConfigTable
-from rb_gpu.posterior import Objective
 
 # every array of bank.safetensors: dtype, and axes named as in this file's legend
 ARRAYS: dict[str, tuple[str, str]] = {

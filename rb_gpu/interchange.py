@@ -18,7 +18,7 @@ import numpy.typing as npt
 from rb_gpu.bank_data import ARRAYS, BankData, LookupSettings, check_bank
 from rb_gpu.errors import ArtifactError
 from rb_gpu.field import FIELD_ARRAYS
-from rb_gpu.posterior import Objective
+from rb_gpu.objective import Objective
 
 FORMAT = "rb_gpu.bank"
 FORMAT_VERSION = 2

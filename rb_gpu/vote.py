@@ -15,8 +15,9 @@ import numpy.typing as npt
 from rb_gpu.bank_data import MAX_CELL, BankData, squared_norms
 from rb_gpu.evidence import OUTCOMES, Floats
 from rb_gpu.field import SLOPES, kernels
+from rb_gpu.objective import Objective
 from rb_gpu.params import ConfigTable, SearchParams, round_half_up, snap
-from rb_gpu.posterior import Objective, believe, choose, normal_cdf, normal_quantile
+from rb_gpu.posterior import believe, choose, normal_cdf, normal_quantile
 from rb_gpu.search import Search, open_search
 from rb_gpu.types import OptimizedParams, ParamSource, Tradeoff
 from rb_gpu.usage import Ratings

@@ -13,8 +13,9 @@ import pytest
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import ARRAYS, BankData, LookupSettings
 from rb_gpu.evidence import LATENCY_BINS, OUTCOMES, Evidence
+from rb_gpu.objective import Objective
 from rb_gpu.params import SearchParams
-from rb_gpu.posterior import Objective, believe
+from rb_gpu.posterior import believe
 from rb_gpu.publish import write_artifact
 from rb_gpu.registry import Registry
 from rb_gpu.types import QueryTrajectory

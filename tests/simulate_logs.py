@@ -18,8 +18,8 @@ from rb_gpu.bench.decisions import draw
 from rb_gpu.learn.policy import evaluate
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.valuation import held_out_outcomes
+from rb_gpu.objective import Objective
 from rb_gpu.params import ConfigTable, SearchParams
-from rb_gpu.posterior import Objective
 
 DIM, CONFIGS, NOISE = 8, 6, 0.08
 LOGS = ("uniform", "skewed", "confounded")

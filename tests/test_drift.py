@@ -27,7 +27,7 @@ from rb_gpu.learn.drift import (
 from rb_gpu.learn.kmeans import kmeans
 from rb_gpu.learn.pipeline import train
 from rb_gpu.learn.trajectories import Trajectories, load
-from rb_gpu.posterior import Objective
+from rb_gpu.objective import Objective
 
 SIMULATIONS = 500
 QUALITY = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)

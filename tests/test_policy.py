@@ -14,7 +14,7 @@ from rb_gpu.learn.evidence import gather_evidence, row_weights
 from rb_gpu.learn.gate import decide
 from rb_gpu.learn.policy import SINGLE, best_single, evaluate, oracle
 from rb_gpu.learn.valuation import held_out_outcomes
-from rb_gpu.posterior import Objective
+from rb_gpu.objective import Objective
 
 QUALITY = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
 

@@ -8,7 +8,8 @@ import pytest
 from statsmodels.stats.meta_analysis import combine_effects
 
 from rb_gpu.evidence import Evidence
-from rb_gpu.posterior import Objective, believe, choose, normal_cdf, paule_mandel, pool
+from rb_gpu.objective import Objective
+from rb_gpu.posterior import believe, choose, normal_cdf, paule_mandel, pool
 
 UTILITY = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
 

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 from rb_gpu.evidence import OUTCOMES  # noqa: E402
 from rb_gpu.learn.field import Rows, fit  # noqa: E402
 from rb_gpu.learn.proof import pays, shrinkage  # noqa: E402
-from rb_gpu.posterior import Objective  # noqa: E402
+from rb_gpu.objective import Objective  # noqa: E402
 
 QUALITY = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
 F1 = OUTCOMES.index("f1")

@@ -21,7 +21,7 @@ from rb_gpu import ReasoningBank
 from rb_gpu.bank_data import ARRAYS, BankData, LookupSettings
 from rb_gpu.bench.runner import answer, each_call_us, fresh_median, in_process, interleaved, machine, optional, seconds
 from rb_gpu.evidence import LATENCY_BINS, OUTCOMES
-from rb_gpu.posterior import Objective
+from rb_gpu.objective import Objective
 from rb_gpu.publish import write_artifact
 from rb_gpu.search import EXACT_LEAVES
 

@@ -20,7 +20,7 @@ from rb_gpu.learn.pipeline import learn
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.valuation import Choice
 from rb_gpu.learn.verdicts import resolve_objective
-from rb_gpu.posterior import Objective
+from rb_gpu.objective import Objective
 from rb_gpu.types import Tradeoff
 
 Floats = npt.NDArray[np.float64]

@@ -17,7 +17,7 @@ from rb_gpu.errors import DataError
 from rb_gpu.learn.config import SAMPLE_FOLDER, DataConfig, ParamsConfig
 from rb_gpu.learn.trajectories import Trajectories, load, split_by_time
 from rb_gpu.learn.valuation import held_out_outcomes
-from rb_gpu.posterior import Objective
+from rb_gpu.objective import Objective
 
 Floats = npt.NDArray[np.float64]
 HOLDOUT = 0.2

@@ -14,13 +14,15 @@ import numpy.typing as npt
 from rb_gpu.bank_data import ARRAYS, BankData, LookupSettings
 from rb_gpu.evidence import Evidence
 from rb_gpu.field import FIELD_ARRAYS, Field
-from rb_gpu.learn.config import JudgeConfig, TrainConfig, is_auto
+from rb_gpu.learn.checks import is_auto
+from rb_gpu.learn.config import JudgeConfig, TrainConfig
 from rb_gpu.learn.floor import Unseen
 from rb_gpu.learn.patterns import summarise
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.verdicts import VerdictColumns, grade, verdict_matrices
+from rb_gpu.objective import Objective
 from rb_gpu.params import ConfigTable
-from rb_gpu.posterior import Beliefs, Objective
+from rb_gpu.posterior import Beliefs
 
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

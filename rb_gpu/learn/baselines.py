@@ -19,7 +19,7 @@ from rb_gpu.learn.field import Ridge, average
 from rb_gpu.learn.kmeans import kmeans
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.valuation import Choice, held_out_outcomes
-from rb_gpu.posterior import Objective
+from rb_gpu.objective import Objective
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

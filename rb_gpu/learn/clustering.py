@@ -15,7 +15,8 @@ import torch
 
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn.checkpoint import Checkpoint
-from rb_gpu.learn.config import TrainConfig, is_auto
+from rb_gpu.learn.checks import is_auto
+from rb_gpu.learn.config import TrainConfig
 from rb_gpu.learn.devices import resolve_device
 from rb_gpu.learn.distances import normalise_, normed
 from rb_gpu.learn.distributed import Ranks

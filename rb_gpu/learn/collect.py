@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rb_gpu.errors import ConfigError
-from rb_gpu.learn.config import is_auto
+from rb_gpu.learn.checks import is_auto
 from rb_gpu.learn.corpus import Matrix, Queries, open_vectors, read_queries, unit_chunks, unit_rows
 from rb_gpu.learn.folders import new_folder
 from rb_gpu.learn.job_config import CollectConfig

@@ -12,7 +12,7 @@ import numpy as np
 
 from rb_gpu.evidence import Evidence, linear_moments
 from rb_gpu.learn.trajectories import Trajectories
-from rb_gpu.posterior import Objective
+from rb_gpu.objective import Objective
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from rb_gpu.learn.distances import label_sums
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.valuation import held_out_outcomes
 from rb_gpu.learn.verdicts import benjamini_hochberg
-from rb_gpu.posterior import Objective
+from rb_gpu.objective import Objective
 
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]

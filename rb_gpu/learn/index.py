@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from rb_gpu.errors import ConfigError
 from rb_gpu.index_file import MAX_BREADTH
-from rb_gpu.learn.config import IndexConfig, is_auto
+from rb_gpu.learn.checks import is_auto
+from rb_gpu.learn.config import IndexConfig
 from rb_gpu.learn.hierarchy import unit_rows
 from rb_gpu.search import ExactSearch, FaissSearch
 

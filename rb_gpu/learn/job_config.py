@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rb_gpu.errors import ConfigError
+from rb_gpu.learn.checks import check, check_choice, check_count, check_nonnegative, check_share, is_auto
 from rb_gpu.learn.config import (
     SAMPLE_FOLDER,
     ClusterConfig,
@@ -28,12 +29,6 @@ from rb_gpu.learn.config import (
     RegistryConfig,
     RouterConfig,
     TrainConfig,
-    check,
-    check_choice,
-    check_count,
-    check_nonnegative,
-    check_share,
-    is_auto,
 )
 
 

@@ -24,7 +24,7 @@ from rb_gpu.learn.floor import Unseen
 from rb_gpu.learn.kmeans import kmeans
 from rb_gpu.learn.proof import pays as pays_unseen
 from rb_gpu.learn.trajectories import Trajectories
-from rb_gpu.posterior import Objective
+from rb_gpu.objective import Objective
 
 log = logging.getLogger(__name__)
 

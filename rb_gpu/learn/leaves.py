@@ -20,7 +20,8 @@ from rb_gpu.learn.floor import spend
 from rb_gpu.learn.hierarchy import build_hierarchy, level_counts
 from rb_gpu.learn.landmarks import foretell, tempered
 from rb_gpu.learn.trajectories import Trajectories
-from rb_gpu.posterior import Beliefs, Objective, believe
+from rb_gpu.objective import Objective
+from rb_gpu.posterior import Beliefs, believe
 
 
 def gather_leaves(

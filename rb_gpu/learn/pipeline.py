@@ -26,8 +26,9 @@ from rb_gpu.errors import ArtifactError, ConfigError
 from rb_gpu.learn.assemble import assemble, best_probability
 from rb_gpu.learn.baselines import BASELINES, Training, unit
 from rb_gpu.learn.checkpoint import Checkpoint
+from rb_gpu.learn.checks import is_auto
 from rb_gpu.learn.clustering import cluster_queries, drop_labels
-from rb_gpu.learn.config import IndexConfig, RouterConfig, TrainConfig, is_auto
+from rb_gpu.learn.config import IndexConfig, RouterConfig, TrainConfig
 from rb_gpu.learn.decay import auto_half_life
 from rb_gpu.learn.default import settle_default
 from rb_gpu.learn.devices import resolve_device
@@ -46,7 +47,7 @@ from rb_gpu.learn.router import train_router
 from rb_gpu.learn.trajectories import Trajectories, load, split_by_time
 from rb_gpu.learn.valuation import Choice, held_out_outcomes
 from rb_gpu.learn.verdicts import judge, resolve_objective
-from rb_gpu.posterior import Objective
+from rb_gpu.objective import Objective
 from rb_gpu.publish import without_nan, write_artifact
 from rb_gpu.registry import Registry
 from rb_gpu.router import FastGRNNRouter

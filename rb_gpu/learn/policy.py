@@ -25,7 +25,7 @@ from rb_gpu.learn.kmeans import nearest
 from rb_gpu.learn.tradeoffs import Tradeoffs, choices, measure_tradeoffs
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.valuation import Choice, Floats, Outcomes, Valuation, held_out_outcomes
-from rb_gpu.posterior import Objective
+from rb_gpu.objective import Objective
 from rb_gpu.registry import CHAMPION
 
 RESAMPLES_AT_ONCE = 64

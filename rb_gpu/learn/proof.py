@@ -15,7 +15,7 @@ from scipy.stats import t as students_t
 from torch import Tensor
 
 from rb_gpu.learn.field import FOLDS, ROUNDING, TINY, Fit, Rows
-from rb_gpu.posterior import Objective
+from rb_gpu.objective import Objective
 
 DRAWS = 64
 # 5 % less what folds that share rows take for known: without it 5 to 6 % of worlds without a better config passed

@@ -22,8 +22,8 @@ from rb_gpu.learn.estimators import Estimate, effective_size, matched_weights, u
 from rb_gpu.learn.evidence import outcomes
 from rb_gpu.learn.outcome_model import cross_fitted, folds
 from rb_gpu.learn.trajectories import Trajectories
+from rb_gpu.objective import Objective
 from rb_gpu.params import ConfigTable
-from rb_gpu.posterior import Objective
 
 Floats = npt.NDArray[np.float64]
 Choice = npt.NDArray[np.int64]

@@ -16,8 +16,9 @@ from rb_gpu.evidence import OUTCOMES, Evidence, linear_moments
 from rb_gpu.learn.config import JudgeConfig, QualityConfig
 from rb_gpu.learn.sequential import sequential_p
 from rb_gpu.learn.trajectories import Trajectories
+from rb_gpu.objective import Objective
 from rb_gpu.params import ConfigTable
-from rb_gpu.posterior import Beliefs, Objective
+from rb_gpu.posterior import Beliefs
 
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]

@@ -1,0 +1,39 @@
+"""What every section of settings is checked with: each check names the key, its value, the bound and a remedy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rb_gpu.errors import ConfigError
+
+
+def check(key: str, value: Any, ok: bool, bound: str, remedy: str) -> None:
+    """Raises ConfigError `key=value is not BOUND; REMEDY` unless ok."""
+    if not ok:
+        raise ConfigError(f"{key}={value} is not {bound}; {remedy}")
+
+
+def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ConfigError unless value is one of choices."""
+    check(key, value, value in choices, f"one of {', '.join(choices)}", "choose one of them")
+
+
+def check_count(key: str, value: int, least: int = 1) -> None:
+    """Raises ConfigError unless value >= least."""
+    check(key, value, value >= least, f"an integer >= {least}", f"raise it to {least} or more")
+
+
+def check_share(key: str, value: float) -> None:
+    """Raises ConfigError unless 0 <= value <= 1."""
+    check(key, value, 0.0 <= value <= 1.0, "a share in [0, 1]", "give a number from 0 to 1")
+
+
+def check_nonnegative(key: str, value: float) -> None:
+    """Raises ConfigError unless value is finite and >= 0."""
+    check(key, value, math.isfinite(value) and value >= 0, "a finite number >= 0", "give 0 or more")
+
+
+def is_auto(value: int | float | str | None) -> bool:
+    """Whether a setting is to be worked out from the data."""
+    return value == "auto"

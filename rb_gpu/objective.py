@@ -1,0 +1,48 @@
+"""What is maximised, as a combination of outcomes. NumPy only, for the batch job and the lookup alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rb_gpu.evidence import OUTCOMES, Floats
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is maximised. quality: f1 or product; weights and references as in design section 7.
+
+    kind utility: quality − latency_weight·log2(latency / latency_ref) − cost_weight·cost / cost_ref.
+    """
+
+    kind: str
+    quality: str
+    latency_weight: float
+    cost_weight: float
+    latency_ref_us: float
+    cost_ref: float
+    target: float
+    max_latency_us: float | None
+    max_cost: float | None
+
+    @property
+    def quality_direction(self) -> Floats:
+        """(O,) quality as a combination of OUTCOMES."""
+        return np.array([float(name == self.quality) for name in OUTCOMES])
+
+    @property
+    def direction(self) -> Floats:
+        """(O,) what is maximised as a combination of OUTCOMES; its constant does not matter to a comparison."""
+        direction = self.quality_direction
+        if self.kind == "utility":
+            direction[OUTCOMES.index("log2_latency")] = -self.latency_weight
+            direction[OUTCOMES.index("cost")] = -self.cost_weight / self.cost_ref
+        return direction
+
+    def utility(self, quality: Floats, latency_us: Floats, cost: Floats) -> Floats:
+        """Utility of single outcomes, with its constant, elementwise; quality alone where kind is bound or floor."""
+        if self.kind != "utility":
+            return quality
+        octaves = np.log2(np.maximum(latency_us, 1.0) / self.latency_ref_us)
+        return quality - self.latency_weight * octaves - self.cost_weight * cost / self.cost_ref
