@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rb_gpu.bank_data import MAX_CELL, BankData, squared_norms
-from rb_gpu.evidence import OUTCOMES, Floats
-from rb_gpu.field import SLOPES, kernels
-from rb_gpu.objective import Objective
+from rb_gpu.bank_data import BankData, squared_norms
+from rb_gpu.evidence import OUTCOMES
+from rb_gpu.field_cells import FieldCells
 from rb_gpu.params import ConfigTable, SearchParams, round_half_up, snap
 from rb_gpu.posterior import believe, choose, normal_cdf, normal_quantile
 from rb_gpu.search import Search, open_search
@@ -96,61 +95,6 @@ class BankState:
             self.tradeoffs.clear()
         self.tradeoffs[tradeoff] = other
         return other
-
-
-class FieldCells:
-    """What a lookup mixes and adds where there is a field, for one objective.
-
-    cells_UE: as in BankState, with `test` in place of the probability, each less what the field says of the leaf on the
-    whole, and then the standard deviation of the test.
-    """
-
-    def __init__(
-        self, data: BankData, objective: Objective, test_UC: Floats, test_sd_UC: Floats, cells_UE: Matrix
-    ) -> None:
-        field, default, configs = data.field, data.default, len(data.arrays["margin"])
-        if field is None:
-            raise ValueError("this bank has no field")
-        floor = objective.kind == "floor"
-        expense = np.zeros(len(OUTCOMES))
-        expense[OUTCOMES.index("cost")] = -1.0
-        quality_O, gain_O = objective.quality_direction, objective.direction
-        columns = [
-            (expense, False) if floor else (gain_O, True),
-            (quality_O, False) if floor else (gain_O, True),
-            (gain_O, True),
-            (quality_O, False),
-        ]
-        # times the first slope, and the kernels' constant put into what they are multiplied by
-        self.landmarks_MD = np.ascontiguousarray(field.landmarks * np.float32(SLOPES[0]))
-        constant_F = np.exp(-np.repeat(SLOPES, len(field.landmarks)))
-        shift, low, high = [], [], []
-        cells = cells_UE.astype(np.float64)
-        cells[:, configs : 2 * configs] = test_UC
-        for block, (direction_O, relative) in enumerate(columns):
-            part, mean = field.coef @ direction_O, field.mean @ direction_O
-            ends = (field.gain_low, field.gain_high) if relative else (field.low, field.high)
-            low.append(np.minimum(ends[0] * direction_O, ends[1] * direction_O).sum(1))
-            high.append(np.maximum(ends[0] * direction_O, ends[1] * direction_O).sum(1))
-            if relative:
-                part, mean = part - part[:, [default]], mean - mean[:, [default]]
-            shift.append(part)
-            # the last row stands for a query that is near no leaf, of which the field says nothing
-            cells[:-1, block * configs : (block + 1) * configs] -= mean[:-1]
-        if not floor:
-            # a default that beats itself would be an answer with a pattern behind it
-            cells[:, configs + default] = -MAX_CELL
-        self._low_E, self._high_E = (np.concatenate(end).astype(np.float32) for end in (low, high))
-        self._shift_FE = np.ascontiguousarray(np.concatenate(shift, 1) * constant_F[:, None], dtype=np.float32)
-        self.cells_UE = np.concatenate([cells, test_sd_UC], 1).astype(np.float32)
-
-    def shift(self, steep_M: Matrix) -> Matrix:
-        """(..., 4C) what the field says of queries with these products (..., M) with landmarks_MD, within what it said
-        of training queries: a place unlike theirs is not foretold.
-        """
-        found: Matrix = kernels(steep_M).dot(self._shift_FE)
-        np.maximum(found, self._low_E, out=found)
-        return np.minimum(found, self._high_E, out=found)
 
 
 def unit_query(query: npt.ArrayLike, dim: int) -> Vector:

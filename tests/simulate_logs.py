@@ -105,7 +105,7 @@ def coverage(log: str, queries: int, logs: int, seed: int = 0) -> dict[str, Cove
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--logs", type=int, default=500)
-    parser.add_argument("--queries", type=int, nargs="+", default=[500, 1600])
+    parser.add_argument("--queries", type=int, nargs="+", default=[800, 1600])
     options = parser.parse_args()
     for queries in options.queries:
         for log in LOGS:

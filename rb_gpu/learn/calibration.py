@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from rb_gpu.learn.harm import LEAST_ROWS, telling_rows
 from rb_gpu.learn.valuation import Choice, Valuation
 
 Floats = npt.NDArray[np.float64]
@@ -78,7 +79,8 @@ def measure_calibration(
     away_Q[acts_Q] = seen_Q[acts_Q] - seen_P[leaf]
     error_P = mean(away_Q**2) / np.maximum(count_P - 1, 1)
     total_P = np.sqrt(mean(sd_Q) ** 2 + error_P)
-    judged_P = (count_P >= LEAST_QUERIES) & (total_P > 0)
+    told_P = np.bincount(leaf, telling_rows(valuation, choice_Q, default_Q)[acts_Q])
+    judged_P = (told_P >= LEAST_ROWS) & (count_P >= LEAST_QUERIES) & (total_P > 0)
     if judged_P.sum() < BINS:
         return None
     return compare(stats.norm.cdf(mean(lead_Q)[judged_P] / total_P[judged_P]), seen_P[judged_P] > 0, seed)

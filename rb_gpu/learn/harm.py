@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from rb_gpu.learn.valuation import Choice, Valuation
+from rb_gpu.learn.valuation import Choice, Floats, Valuation
 from rb_gpu.learn.verdicts import holm
 
 LEVEL = 0.05
@@ -45,8 +45,7 @@ def measure_harm(valuation: Valuation, choice_Q: Choice, default_Q: Choice, leaf
     gain_R = valuation.estimate("utility", choice_Q).over(valuation.estimate("utility", default_Q)).score_N
     query_R, queries = valuation.round_query, len(leaf_Q)
     gain_Q, rounds_Q = np.bincount(query_R, gain_R, queries), np.bincount(query_R, minlength=queries)
-    tells_N = (valuation.weights(choice_Q) > 0) != (valuation.weights(default_Q) > 0)
-    tells_Q = np.bincount(valuation.rows.query_row, tells_N, queries)
+    tells_Q = telling_rows(valuation, choice_Q, default_Q)
 
     leaves = int(leaf_Q.max()) + 1
     members_P, rounds_P = np.bincount(leaf_Q, minlength=leaves), np.bincount(leaf_Q, rounds_Q, leaves)
@@ -64,3 +63,9 @@ def measure_harm(valuation: Valuation, choice_Q: Choice, default_Q: Choice, leaf
         return UNKNOWN_HARM
     p_value = stats.t.cdf(np.divide(mean, error, out=np.zeros_like(mean), where=error > 0), np.maximum(freedom, 1))
     return Harm(len(mean), float((mean < 0).mean()), float((holm(p_value) < LEVEL).mean()))
+
+
+def telling_rows(valuation: Valuation, choice_Q: Choice, other_Q: Choice) -> Floats:
+    """(Q,) rows of each query that tried one of two picks, and not both, which are the same."""
+    tells_N = (valuation.weights(choice_Q) > 0) != (valuation.weights(other_Q) > 0)
+    return np.bincount(valuation.rows.query_row, tells_N, len(choice_Q)).astype(np.float64)
