@@ -14,7 +14,7 @@ from rb_gpu.errors import ArtifactError  # noqa: E402
 from rb_gpu.field import FIELD_ARRAYS, SLOPES, kernels  # noqa: E402
 from rb_gpu.learn import learn  # noqa: E402
 from rb_gpu.learn.config import ClusterConfig, DeviceConfig, JudgeConfig, ParamsConfig, TrainConfig  # noqa: E402
-from rb_gpu.learn.field import RIDGES, Ridge, Rows, average, fit  # noqa: E402
+from rb_gpu.learn.field import RIDGES, Regressions, Ridge, Rows, average, fit  # noqa: E402
 from rb_gpu.learn.trajectories import Source, assemble  # noqa: E402
 from rb_gpu.posterior import normal_quantile  # noqa: E402
 
@@ -64,10 +64,10 @@ def test_an_unseen_prediction_does_not_know_its_row():
     x = rng.normal(size=(200, 6))
     config, y = rng.integers(3, size=200), x[:, 0] + 0.1 * rng.normal(size=200)
     rows = rows_of(np.arange(200), config, 200, 3)
-    before = fit([tensor(x)], rows, tensor(y))
+    before = fit(Regressions([tensor(x)], rows), tensor(y))
     moved = y.copy()
     moved[7] += 0.5
-    after = fit([tensor(x)], rows, tensor(moved))
+    after = fit(Regressions([tensor(x)], rows), tensor(moved))
     assert float(abs(after.unseen_N[7] - before.unseen_N[7])) < 0.02
     others = torch.arange(200) != 7
     assert float((after.unseen_N - before.unseen_N)[others].abs().max()) > 1e-6
@@ -79,8 +79,10 @@ def test_configs_that_differ_by_place_are_told_from_those_that_do_not():
     config = rng.integers(2, size=n)
     level = np.array([0.2, 0.4])[config]
     rows = rows_of(np.arange(n), config, n, 2)
-    same = fit([tensor(x)], rows, tensor(level + x[:, 1] + 0.3 * rng.normal(size=n)))
-    crossing = fit([tensor(x)], rows, tensor(level + x[:, 0] * (2 * config - 1) + 0.3 * rng.normal(size=n)))
+    same = fit(Regressions([tensor(x)], rows), tensor(level + x[:, 1] + 0.3 * rng.normal(size=n)))
+    crossing = fit(
+        Regressions([tensor(x)], rows), tensor(level + x[:, 0] * (2 * config - 1) + 0.3 * rng.normal(size=n))
+    )
     assert crossing.deviates
     slope = (crossing.coefs[0][0, 1] - crossing.coefs[0][0, 0]).item()
     assert slope == pytest.approx(2.0, abs=0.1)
@@ -91,7 +93,7 @@ def test_configs_that_differ_by_place_are_told_from_those_that_do_not():
 
 def test_a_constant_outcome_is_its_level():
     rows = rows_of(np.repeat(np.arange(20), 2), np.tile([0, 1], 20), 20, 2)
-    constant = fit([torch.randn(20, 3, dtype=torch.float64)], rows, tensor(np.tile([1.5, 4.0], 20)))
+    constant = fit(Regressions([torch.randn(20, 3, dtype=torch.float64)], rows), tensor(np.tile([1.5, 4.0], 20)))
     assert not constant.deviates
     assert constant.base_C.tolist() == [1.5, 4.0]
     assert not constant.coefs[0].any()

@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from rb_gpu.evidence import OUTCOMES  # noqa: E402
-from rb_gpu.learn.field import Rows, fit  # noqa: E402
+from rb_gpu.learn.field import Regressions, Rows, fit  # noqa: E402
 from rb_gpu.learn.proof import pays, shrinkage  # noqa: E402
 from rb_gpu.objective import Objective  # noqa: E402
 
@@ -30,7 +30,7 @@ def world(seed, effect_C, propensity_C, n=800, local=0.0, full=False, noise=0.2)
     rows = Rows(torch.as_tensor(query), torch.as_tensor(config), weight, weight, n, configs)
     y_NO = torch.zeros(len(y), len(OUTCOMES), dtype=torch.float64)
     y_NO[:, F1] = torch.as_tensor(y)
-    fits = {F1: fit([torch.as_tensor(x)[:, None]], rows, y_NO[:, F1])}
+    fits = {F1: fit(Regressions([torch.as_tensor(x)[:, None]], rows), y_NO[:, F1])}
     return pays(fits, rows, y_NO, QUALITY, 0, seed)
 
 
@@ -81,7 +81,7 @@ def test_differences_of_a_full_table_are_paired():
     rows = Rows(torch.arange(n).repeat_interleave(2), torch.arange(2).repeat(n), ones, ones, n, 2)
     y_NO = torch.zeros(2 * n, len(OUTCOMES), dtype=torch.float64)
     y_NO[:, F1] = torch.as_tensor(y.ravel())
-    fits = {F1: fit([torch.as_tensor(rng.normal(size=(n, 1)))], rows, y_NO[:, F1])}
+    fits = {F1: fit(Regressions([torch.as_tensor(rng.normal(size=(n, 1)))], rows), y_NO[:, F1])}
     assert pays(fits, rows, y_NO, QUALITY, 0, 0)
     assert not pays(fits, rows, y_NO, QUALITY, 1, 0)
 

@@ -183,11 +183,38 @@ class Fit:
         return out_PC
 
 
-def fit(features: Sequence[Tensor], rows: Rows, y_N: Tensor) -> Fit:
-    """One outcome y (N,), from the features (Q, F) of every slope.
+@dataclass(frozen=True)
+class Regressions:
+    """What all outcomes of the same rows share: features (Q, F) of every slope, and what is solved with them."""
+
+    features: Sequence[Tensor]
+    rows: Rows
+
+    @cached_property
+    def shared(self) -> list[Ridge]:
+        """Of every slope, over all queries of a full table, else over all rows."""
+        if self.rows.full:
+            return [Ridge(x, torch.ones_like(x[:, 0])) for x in self.features]
+        return [Ridge(x[self.rows.query_N], self.rows.weight_N) for x in self.features]
+
+    @cached_property
+    def own(self) -> dict[int, Sequence[Ridge]]:
+        """Of every slope, over the rows of each config; of a full table the same for all."""
+        if self.rows.full:
+            return dict.fromkeys(range(self.rows.configs), self.shared)
+        query_N, weight_N = self.rows.query_N, self.rows.weight_N
+        return {
+            c: [Ridge(x[query_N[index]], weight_N[index]) for x in self.features]
+            for c, index in self.rows.members.items()
+        }
+
+
+def fit(regressions: Regressions, y_N: Tensor) -> Fit:
+    """One outcome y (N,) of the rows.
 
     The fit in which no config deviates from the others stands where deviations foretell unseen rows no better.
     """
+    features, rows = regressions.features, regressions.rows
     level_C = rows.levels(y_N)
     level_N = level_C[rows.config_N]
     if float((y_N - level_N).square().mean()) <= ROUNDING**2 * float(y_N.square().mean()):
@@ -201,19 +228,18 @@ def fit(features: Sequence[Tensor], rows: Rows, y_N: Tensor) -> Fit:
             y_N.new_ones(len(features), len(RIDGES)),
             {},
         )
-    plain, deviating = (_fit_full if rows.full else _fit_rows)(features, rows, y_N)
+    plain, deviating = (_fit_full if rows.full else _fit_rows)(regressions, y_N)
     better_N = rows.weight_N * ((y_N - plain.unseen_N).square() - (y_N - deviating.unseen_N).square())
     return deviating if float(better_N.sum()) > 0 else plain
 
 
-def _fit_full(features: Sequence[Tensor], rows: Rows, y_N: Tensor) -> tuple[Fit, Fit]:
+def _fit_full(regressions: Regressions, y_N: Tensor) -> tuple[Fit, Fit]:
     """Every query under every config: all configs in one regression, then each prediction corrected by all."""
+    rows, by_config = regressions.rows, regressions.own
     y_QC = y_N.new_zeros(rows.queries, rows.configs)
     y_QC[rows.query_N, rows.config_N] = y_N
     weight_Q = torch.ones_like(y_QC[:, 0])
-    ridges = [Ridge(x, weight_Q) for x in features]
-    share_SL, [first] = average([(ridges, y_QC)], rows.effective)
-    by_config: dict[int, Sequence[Ridge]] = dict.fromkeys(range(rows.configs), ridges)
+    share_SL, [first] = average([(regressions.shared, y_QC)], rows.effective)
     level_C = y_QC.mean(0)
     common = [w.mean(1, keepdim=True).expand_as(w) for w in first.coefs]
     plain_QC = level_C + (first.unseen_NC - level_C).mean(1, keepdim=True)
@@ -222,7 +248,7 @@ def _fit_full(features: Sequence[Tensor], rows: Rows, y_N: Tensor) -> tuple[Fit,
     plain = Fit(common, base_C, plain_N, plain_QC, False, share_SL, by_config)
     # curds and whey (Breiman & Friedman 1997): a ridge regression of what is left unexplained on the predictions of all
     # configs, so that alike ones share their noise
-    apart_QC = _by_folds(features, y_QC, share_SL)
+    apart_QC = _by_folds(regressions.features, y_QC, share_SL)
     scale = apart_QC.std(0).mean().clamp(min=TINY)
     unmixed_QC = level_C + apart_QC
     _, [second] = average([([Ridge(apart_QC / scale, weight_Q)], y_QC - unmixed_QC)], rows.effective)
@@ -253,13 +279,10 @@ def _by_folds(features: Sequence[Tensor], y_QC: Tensor, share_SL: Tensor) -> Ten
     return apart_QC
 
 
-def _fit_rows(features: Sequence[Tensor], rows: Rows, y_N: Tensor) -> tuple[Fit, Fit]:
+def _fit_rows(regressions: Regressions, y_N: Tensor) -> tuple[Fit, Fit]:
     """Configs share one regression and deviate from it, by turns (backfitting, Breiman & Friedman 1985)."""
-    shared = [Ridge(x[rows.query_N], rows.weight_N) for x in features]
-    own: dict[int, Sequence[Ridge]] = {
-        c: [Ridge(x[rows.query_N[index]], rows.weight_N[index]) for x in features]
-        for c, index in rows.members.items()
-    }  # fmt: skip
+    features, rows = regressions.features, regressions.rows
+    shared, own = regressions.shared, regressions.own
     level_C = rows.levels(y_N)
     level_N, deviation_N = level_C[rows.config_N], torch.zeros_like(y_N)
     for _ in range(SWEEPS):

@@ -19,7 +19,7 @@ from rb_gpu.evidence import OUTCOMES, Evidence
 from rb_gpu.field import SLOPES, Field
 from rb_gpu.learn.devices import tiles
 from rb_gpu.learn.evidence import outcomes
-from rb_gpu.learn.field import Fit, Rows, fit
+from rb_gpu.learn.field import Fit, Regressions, Rows, fit
 from rb_gpu.learn.floor import Unseen
 from rb_gpu.learn.kmeans import kmeans
 from rb_gpu.learn.proof import pays as pays_unseen
@@ -106,7 +106,8 @@ def foretell(
     y_NO = outcomes(trajectories, device)
     features = _features(unit_CD, landmarks_MD, factors, device)
     names = (objective.quality, "log2_latency", "cost")
-    fits = {OUTCOMES.index(name): fit(features, rows, y_NO[in_fit_N, OUTCOMES.index(name)]) for name in names}
+    regressions = Regressions(features, rows)
+    fits = {OUTCOMES.index(name): fit(regressions, y_NO[in_fit_N, OUTCOMES.index(name)]) for name in names}
     default = trajectories.configs.default
     if pays is None:
         pays = objective.kind != "utility" or pays_unseen(fits, rows, y_NO[in_fit_N], objective, default, seed)
@@ -122,7 +123,7 @@ def foretell(
     differing = [OUTCOMES[o] for o, one in fits.items() if one.deviates]
     log.info("field: %d landmarks, %d queries; configs differ from place to place in %s",
              len(landmarks_MD), len(unit_CD), ", ".join(differing) or "nothing")  # fmt: skip
-    del features
+    del features, regressions
 
     label = torch.from_numpy(label_Q).to(device)
     leaves = int(label_Q.max()) + 1

@@ -1,0 +1,74 @@
+"""Worlds in which no config beats the default, and in how many of them a bank acts all the same.
+
+`python -m tests.null_worlds --worlds 300` prints the share for each kind of world.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+import numpy as np
+import torch
+
+from rb_gpu.learn import learn
+from rb_gpu.learn.config import JudgeConfig, ParamsConfig, TrainConfig
+from rb_gpu.learn.trajectories import Source, Trajectories, assemble
+
+CONFIGS, DEFAULT, DIM, NOISE = 6, 2, 32, 0.15
+KINDS = ("no config differs", "one bad config", "95 % of traffic on the default", "hard queries go to dear configs")
+
+
+def world(kind: str, rows: int, rng: np.random.Generator) -> Trajectories:
+    """A log of one config per query with propensities; quality depends on the query alone, but for one bad config."""
+    x = rng.normal(size=(rows, DIM)).astype(np.float32)
+    quality = 0.5 + 0.2 * (x[:, 0] > 0)
+    propensity = np.full((rows, CONFIGS), 1.0 / CONFIGS)
+    if kind == "95 % of traffic on the default":
+        propensity[:] = 0.05 / (CONFIGS - 1)
+        propensity[:, DEFAULT] = 0.95
+    elif kind == "hard queries go to dear configs":
+        hard = rng.random(rows)
+        quality -= 0.3 * hard
+        tilt = np.exp(-8.0 * (np.arange(CONFIGS) / (CONFIGS - 1) - hard[:, None]) ** 2)
+        propensity = 0.9 * tilt / tilt.sum(1, keepdims=True) + 0.1 / CONFIGS
+    config = np.minimum((propensity.cumsum(1) < rng.random(rows)[:, None]).sum(1), CONFIGS - 1)
+    quality = quality + NOISE * rng.normal(size=rows)
+    if kind == "one bad config":
+        quality -= 0.2 * (config == CONFIGS - 1)
+    found = np.clip(quality, 0.0, 1.0).astype(np.float32)
+    columns = {
+        "id": np.arange(rows, dtype=np.uint64), "query_id": np.arange(rows, dtype=np.uint64), "x_QD": x,
+        "query_row": np.arange(rows), "query_time": np.arange(rows), "timestamp": np.arange(rows),
+        "ef_search": (config + 1).astype(np.uint32), "precision": found, "recall": found,
+        "latency_us": np.full(rows, 1000), "propensity": propensity[np.arange(rows), config].astype(np.float32),
+    }  # fmt: skip
+    return assemble(columns, [], ParamsConfig(default={"ef_search": DEFAULT + 1}), Source())
+
+
+def acts(kind: str, rows: int, seed: int) -> bool:
+    """Whether the bank of one world leaves the default on any training query."""
+    trajectories = world(kind, rows, np.random.default_rng([seed, KINDS.index(kind)]))
+    config = TrainConfig(judge=JudgeConfig(latency_weight=0.0, cost_weight=0.0), seed=seed)
+    config.index.kind = "off"
+    answers = learn(trajectories, config).bank().optimized_params_batch(trajectories.x_QD)
+    return bool((answers["ef_search"] != DEFAULT + 1).any())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--worlds", type=int, default=300)
+    parser.add_argument("--rows", type=int, default=1500)
+    options = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)
+    for kind in KINDS:
+        count = sum(acts(kind, options.rows, seed) for seed in range(options.worlds))
+        share = 100 * count / options.worlds
+        sys.stdout.write(f"{kind:35} the bank acts in {count:3} of {options.worlds} worlds, {share:.1f} %\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
