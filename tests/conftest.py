@@ -180,7 +180,7 @@ def learned() -> SimpleNamespace:
     pytest.importorskip("torch")
     from rb_gpu.learn import learn
     from rb_gpu.learn.config import ClusterConfig, DeviceConfig, TrainConfig
-    from rb_gpu.learn.trajectories import from_trajectories
+    from rb_gpu.learn.recorded import from_trajectories
 
     rng = np.random.default_rng(7)
     centres = np.linalg.qr(rng.normal(size=(16, 16)))[0][:8]

@@ -170,6 +170,7 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "registry.hmac_key_file": [""],
     "device.kind": ["gpu", "cuda:0"],
     "device.memory_budget": [2**20 - 1],
+    "device.scratch": ["no such folder"],
 }
 OUT_OF_BOUNDS_OF_A_JOB: dict[str, dict[str, list[Any]]] = {
     "train": {"seed": [-1]},  # NumPy has no negative seed: evaluation died of it after all the learning was done
@@ -304,6 +305,7 @@ def test_bounds_themselves_are_allowed():
         "lookup.floor": -1.0,
         "hierarchy.counts": [2, 2, 2],
         "device.memory_budget": 2**20,
+        "device.scratch": ".",
         "eval.bootstrap": 100,
     }.items():
         section, _, name = key.partition(".")

@@ -63,11 +63,11 @@ def test_reader_ends_when_the_caller_stops_early():
 
 
 def test_damage_met_by_the_reader_is_the_error_it_always_was():
-    def broken(columns: list[str], rows: int) -> Generator[pa.RecordBatch]:
+    def broken(columns: list[str], rows: int, groups: range) -> Generator[pa.RecordBatch]:
         yield pa.record_batch({"i": [0]})
         raise OSError("the disk is gone\nand more")
 
-    source = Source("x.parquet", pa.schema({"i": pa.int64()}), 2, broken)
+    source = Source("x.parquet", pa.schema({"i": pa.int64()}), [2], broken)
     seen = []
     with pytest.raises(DataError) as raised:
         seen.extend(ahead(guarded(source, ["i"], 10, "data.path")))
@@ -85,7 +85,7 @@ def mapped(path) -> tuple[Source, np.ndarray, np.ndarray]:
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
     source = open_source(pyarrow.fs.LocalFileSystem(), str(path), "data.path")
-    batch = next(source.batches(["x"], 10))
+    batch = next(source.batches(["x"], 10, range(1)))
     return source, x, batch.column(0).flatten().to_numpy().reshape(6, 4)
 
 

@@ -16,8 +16,9 @@ from scipy import stats
 from rb_gpu.errors import ConfigError
 from rb_gpu.learn import synthesize as module
 from rb_gpu.learn.job_config import PLANTED_QUALITY, SynthesizeConfig, register_schemas, to_object
+from rb_gpu.learn.quarantine import BadRows
 from rb_gpu.learn.synthesize import BAD_REASONS, BLOCK_ROWS, blocks, plant, synthesize
-from rb_gpu.learn.tables import BadRows, read_table
+from rb_gpu.learn.tables import Reading, read_table
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = SynthesizeConfig(n=40_000, dim=32, patterns=10, configs=4, seed=3)
@@ -133,7 +134,7 @@ def test_reader_refuses_exactly_the_planted_bad_rows(tmp_path):
     bad = BadRows()
     required = ("id", "query_embedding", "precision", "recall", "latency_us", "timestamp")
     optional = ("ef_search", "n_probes", "model_tier", "context_tokens", "temperature", "cost", "rating", "propensity")
-    read_table(str(tmp_path / "out" / "trajectories.parquet"), required, optional, bad)
+    read_table(str(tmp_path / "out" / "trajectories.parquet"), required, optional, bad, Reading())
     refused = sorted(row for _, row, _, _ in bad.rows)
     assert refused == np.flatnonzero(truth["bad"].is_valid().to_numpy()).tolist()
     assert len(bad.by_reason()) == len(BAD_REASONS)

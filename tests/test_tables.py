@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rb_gpu.errors import DataError
-from rb_gpu.learn import tables
-from rb_gpu.learn.sources import Source
-from rb_gpu.learn.tables import BadRows, Table, check_sources, read_table
+from rb_gpu.learn import room, tables
+from rb_gpu.learn.quarantine import BadRows
+from rb_gpu.learn.sources import Source, of_batches
+from rb_gpu.learn.tables import Reading, Table, check_sources, read_table
 
 D = 4
 REQUIRED = ("id", "precision", "recall", "latency_us", "query_embedding", "timestamp")
@@ -76,7 +77,7 @@ def write(path: Path, columns: dict[str, list[Any]] | pa.Table, row_group_size: 
 
 
 def read(path: str | list[str], bad: BadRows | None = None, **options: Any) -> Table:
-    return read_table(path, REQUIRED, OPTIONAL, BadRows() if bad is None else bad, **options)
+    return read_table(path, REQUIRED, OPTIONAL, BadRows() if bad is None else bad, Reading(**options))
 
 
 def refused(path: str | list[str], **options: Any) -> list[tuple[str, int, int, str]]:
@@ -429,7 +430,7 @@ def test_bad_row_does_not_make_a_later_good_one_of_the_same_id_a_duplicate(tmp_p
 
 def test_rows_are_dropped_in_place_over_several_blocks(tmp_path, monkeypatch):
     # a copy of every column but the repeated rows took twice the memory for one repeated id
-    monkeypatch.setattr(tables, "COMPACT_ROWS", 7)
+    monkeypatch.setattr(room, "MOVE_ROWS", 7)
     columns = good()
     for row in (0, 8, 9, 30, 59):
         columns["id"][row] = columns["id"][row - 1] if row else 1001
@@ -445,7 +446,7 @@ def test_queries_file_names_its_bad_rows_by_query_id(tmp_path):
     columns["query_id"][4] = 1001
     path = write(tmp_path / "x.parquet", columns)
     bad = BadRows()
-    read_table(path, tuple(columns), (), bad, unique="query_id")
+    read_table(path, tuple(columns), (), bad, Reading(unique="query_id"))
     # ids were 0, and a repeated query went unseen
     assert bad.rows == [(path, 2, 1002, "query_embedding has norm 0"), (path, 4, 1001, "duplicate query_id")]
 
@@ -520,14 +521,8 @@ def in_memory(parts: list[list[int]], batch_rows: int) -> list[Source]:
     """One source per part, of rows with these timestamps and ids that count through."""
     sources, first = [], 0
     for part in parts:
-        batch = arrow(good(len(part), first, timestamp=part)).combine_chunks().to_batches()
-        rows = batch[0] if batch else None
-
-        def batches(columns, _, rows=rows):
-            for start in range(0, rows.num_rows, batch_rows):
-                yield rows.select(columns).slice(start, batch_rows)
-
-        sources.append(Source(f"part{len(sources)}", arrow(good(1)).schema, len(part), batches))
+        batches = arrow(good(len(part), first, timestamp=part)).combine_chunks().to_batches(batch_rows)
+        sources.append(of_batches(f"part{len(sources)}", arrow(good(1)).schema, batches))
         first += len(part)
     return sources
 
@@ -539,7 +534,7 @@ def in_memory(parts: list[list[int]], batch_rows: int) -> list[Source]:
 )
 def test_capacity_keeps_the_newest_rows_and_of_equal_ones_the_last(parts, newest, batch_rows):
     bad = BadRows()
-    table = check_sources(in_memory(parts, batch_rows), "x", REQUIRED, OPTIONAL, bad, newest=newest)
+    table = check_sources(in_memory(parts, batch_rows), "x", REQUIRED, OPTIONAL, bad, Reading(newest=newest))
     times = [t for part in parts for t in part]
     # the ring buffer: a row pushes out the oldest, of equal ones the one that came first
     kept = sorted(sorted(range(len(times)), key=lambda i: (times[i], i))[-newest:])

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn import sources
 from rb_gpu.learn.config import DataConfig, ParamsConfig
-from rb_gpu.learn.trajectories import Trajectories, from_trajectories, load, split_by_time
+from rb_gpu.learn.recorded import from_trajectories
+from rb_gpu.learn.trajectories import Trajectories, load, split_by_time
 from rb_gpu.params import SearchParams
 from rb_gpu.trajectory_log import TrajectoryLog
 from rb_gpu.types import QueryTrajectory, UserFeedback

@@ -74,7 +74,7 @@ def _cluster(
             f"cluster.k={k} exceeds the {queries} queries to learn from in data.path={source}; "
             "lower cluster.k or set cluster.k=auto"
         )
-    share = slice(ranks.rank * queries // ranks.size, (ranks.rank + 1) * queries // ranks.size)
+    share = ranks.share(queries)
     result = kmeans(
         x_QD[share], k, max_iter=cluster.max_iter, epsilon=cluster.epsilon, n_init=cluster.n_init,
         metric=cluster.metric, seed=config.seed, device=config.device.kind, weight=weight_Q[share],

@@ -312,15 +312,21 @@ class RegistryConfig:
 
 @dataclass
 class DeviceConfig:
-    """kind: auto, cpu or cuda. memory_budget: bytes that the data may take on a GPU before it is streamed in chunks."""
+    """kind: auto, cpu or cuda. memory_budget: bytes of embeddings that may lie in the device's memory, the rest is read
+    in chunks. scratch: folder of the file that holds what exceeds the host's.
+    """
 
     kind: str = "auto"
     memory_budget: int | None = None
+    scratch: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("device.kind", self.kind, ("auto", "cpu", "cuda"))
         if self.memory_budget is not None:
             check_count("device.memory_budget", self.memory_budget, 2**20)
+        if self.scratch is not None:
+            ok = Path(self.scratch).is_dir()
+            check("device.scratch", self.scratch, ok, "a folder", "make it, or leave it null")
 
 
 @dataclass

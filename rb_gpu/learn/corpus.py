@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rb_gpu.errors import DataError
-from rb_gpu.learn.tables import BadRows, read_table
+from rb_gpu.learn.quarantine import BadRows
+from rb_gpu.learn.tables import Reading, read_table
 
 CHUNK_ROWS = 16_384
 
@@ -86,7 +87,7 @@ def read_queries(path: str, dim: int, max_queries: int | None, rng: np.random.Ge
         columns: dict[str, npt.NDArray[Any]] = {"query_embedding": open_vectors(path, "queries")}
     else:
         bad = BadRows()
-        columns = read_table(path, ("query_embedding",), ("query_id", "timestamp"), bad, key="queries").columns
+        columns = read_table(path, ("query_embedding",), ("query_id", "timestamp"), bad, Reading(key="queries")).columns
         if bad.rows:
             file, row, _, reason = bad.rows[0]
             raise DataError(f"queries={file}: row {row}: {reason}; drop such rows ({len(bad.rows)} in all)")

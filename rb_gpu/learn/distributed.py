@@ -15,15 +15,33 @@ from rb_gpu.errors import RbGpuError
 
 
 class Ranks:
-    """One process among those that share the points. Every rank must make the same calls in the same order."""
+    """One process among those that share the points. Every rank must make the same calls in the same order.
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    group, lead: the processes they are, where they are not all, and the number among all of the first of them.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None, lead: int = 0) -> None:
+        self.rank, self.size, self._group, self._lead = rank, size, group, lead
+
+    def of_node(self) -> Ranks:
+        """Those that torchrun started on this machine, which see the same files and the same memory."""
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if self.size == 1 or local == self.size:
+            return self
+        groups = [
+            dist.new_group(list(range(lead, lead + local)), backend="gloo") for lead in range(0, self.size, local)
+        ]
+        node = self.rank // local
+        return Ranks(self.rank % local, local, groups[node], node * local)
+
+    def share(self, count: int) -> slice:
+        """Those of `count` rows that are this rank's where all ranks know all rows."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place and returned; exact for integers."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self._group)
         return tensor
 
     def largest(self, value: float) -> float:
@@ -43,25 +61,32 @@ class Ranks:
         """The rows (n, ...) of all ranks, in their order."""
         if self.size == 1:
             return rows
-        parts: list[Tensor | None] = [None] * self.size
-        dist.all_gather_object(parts, rows.cpu())
-        return torch.cat([part for part in parts if part is not None]).to(rows.device)
+        return torch.cat(self.gathered(rows.cpu())).to(rows.device)
 
     def of_first(self, value: Any) -> Any:
         """The value of rank 0."""
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values)
+        dist.broadcast_object_list(values, self._lead, self._group)
         return values[0]
 
-    def each(self, value: float) -> list[float]:
+    def gathered(self, value: Any) -> list[Any]:
         """The value of every rank, in their order."""
         if self.size == 1:
             return [value]
-        values: list[float] = [0.0] * self.size
-        dist.all_gather_object(values, value)
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, self._group)
         return values
+
+    def wait(self) -> None:
+        """Goes on once every rank is here."""
+        if self.size > 1:
+            dist.barrier(self._group)
+
+    def each(self, value: float) -> list[float]:
+        """The number of every rank, in their order."""
+        return self.gathered(value)
 
 
 @contextmanager

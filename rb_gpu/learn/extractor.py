@@ -13,7 +13,8 @@ from rb_gpu.learn.assemble import UNPROVEN, Leaves, assemble
 from rb_gpu.learn.config import ClusterConfig, JudgeConfig, ParamsConfig, PruneConfig, QualityConfig, TrainConfig
 from rb_gpu.learn.evidence import gather_evidence, row_weights
 from rb_gpu.learn.pipeline import learn
-from rb_gpu.learn.trajectories import Trajectories, from_trajectories
+from rb_gpu.learn.recorded import from_trajectories
+from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.verdicts import judge, resolve_objective
 from rb_gpu.params import SearchParams
 from rb_gpu.posterior import believe

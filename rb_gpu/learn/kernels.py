@@ -323,3 +323,20 @@ def row_peaks(x_ND: Any, bits_ND: Any, start: int, stop: int, peak_bits_N: Any, 
             squares += x_ND[i, t] * x_ND[i, t]
         peak_bits_N[i] = peak
         norm_N[i] = np.sqrt(squares)
+
+
+@_compiled()
+def permute_rows(x_ND: Any, order_N: Any, spare_D: Any) -> None:
+    """Puts row order[i] of x into row i, in place, by following the cycles; order (N,) int64 ends as the identity."""
+    for first in range(order_N.shape[0]):
+        if order_N[first] == first:
+            continue
+        spare_D[:] = x_ND[first]
+        to = first
+        while order_N[to] != first:
+            source = order_N[to]
+            x_ND[to] = x_ND[source]
+            order_N[to] = to
+            to = source
+        x_ND[to] = spare_D
+        order_N[to] = to

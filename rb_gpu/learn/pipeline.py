@@ -43,6 +43,7 @@ from rb_gpu.learn.kmeans import nearest
 from rb_gpu.learn.leaves import believed, foretold, gather_leaves
 from rb_gpu.learn.policy import Evaluation, best_single, improvement_percent, value_bank
 from rb_gpu.learn.report import render_report
+from rb_gpu.learn.room import Room
 from rb_gpu.learn.router import train_router
 from rb_gpu.learn.trajectories import Trajectories, load, split_by_time
 from rb_gpu.learn.valuation import Choice, held_out_outcomes
@@ -245,15 +246,26 @@ def train(config: TrainConfig, quarantine: Path | None = None) -> Published | No
     with launched(resolve_device(config.device.kind)) as ranks:
         if ranks.rank == 0:
             return _train(config, quarantine, ranks)
-        training, _ = split_by_time(load(config.data, config.params), config.eval.holdout)
-        cluster_queries(_normalised(training, config), config, _checkpoint(config), ranks)
+        room = _room(config, ranks)
+        training, _ = split_by_time(load(config.data, config.params, room=room), config.eval.holdout)
+        cluster_queries(_normalised(training, config, room.ranks), config, _checkpoint(config), ranks)
         return None
 
 
-def _normalised(training: Trajectories, config: TrainConfig) -> Trajectories:
-    """In place: these rows are the job's own, and with cosine only their directions are used from here on."""
+def _room(config: TrainConfig, ranks: Ranks) -> Room:
+    """device.memory_budget is of the GPU's memory where there is one; the host then takes what is free."""
+    host = resolve_device(config.device.kind).type == "cpu"
+    return Room(config.device.memory_budget if host else None, config.device.scratch, ranks.of_node())
+
+
+def _normalised(training: Trajectories, config: TrainConfig, node: Ranks) -> Trajectories:
+    """In place: these rows are the job's own, and with cosine only their directions are used from here on.
+
+    node: the processes that share the rows.
+    """
     if config.cluster.metric == "cosine":
-        normalise_(torch.from_numpy(training.x_QD))
+        normalise_(torch.from_numpy(training.x_QD[node.share(len(training.x_QD))]))
+        node.wait()
     return training
 
 
@@ -267,12 +279,13 @@ def _train(config: TrainConfig, quarantine: Path | None, ranks: Ranks) -> Publis
     registry = Registry.open(**asdict(config.registry))
     with registry.locked():
         with watch.stage("load"):
-            everything = load(config.data, config.params, quarantine)
+            room = _room(config, ranks)
+            everything = load(config.data, config.params, quarantine, room)
             training, held_out = split_by_time(everything, config.eval.holdout)
             log.info("%d rows, %d queries, %d configs, dim %d; newest %d queries held out", len(everything),
                      len(everything.query_id), len(everything.configs), everything.x_QD.shape[1],
                      len(held_out.query_id))  # fmt: skip
-        learned = learn(_normalised(training, config), config, _checkpoint(config), ranks)
+        learned = learn(_normalised(training, config, room.ranks), config, _checkpoint(config), ranks)
         watch.seconds |= learned.seconds
         with watch.stage("evaluate"):
             bank = learned.bank()

@@ -31,16 +31,54 @@ KNOWN_SUFFIXES = PARQUET_SUFFIXES + IPC_SUFFIXES + SQLITE_SUFFIXES
 
 @dataclass(frozen=True)
 class Source:
-    """One file: its schema, its rows, and its batches restricted to the given columns, of at most the given rows.
+    """One file: its schema, the rows of each group that can be read without the others (row groups of Parquet, batches
+    of Arrow), and batches of the groups asked for, restricted to the given columns, of at most the given rows.
 
     copy: copies embeddings out of a batch, like np.copyto.
     """
 
     name: str
     schema: pa.Schema
-    rows: int
-    batches: Callable[[list[str], int], Iterator[pa.RecordBatch]]
+    groups: list[int]
+    batches: Callable[[list[str], int, range], Iterator[pa.RecordBatch]]
     copy: Copy = np.copyto
+
+    @property
+    def rows(self) -> int:
+        """Rows of the file."""
+        return sum(self.groups)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive groups of one source, of which the first row is `row` of the file and `at` of the table."""
+
+    source: Source
+    groups: range
+    row: int
+    at: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the groups."""
+        return sum(self.source.groups[i] for i in self.groups)
+
+
+def share_out(sources: Sequence[Source], size: int) -> list[list[Span]]:
+    """What each of `size` readers reads: consecutive groups, each whole, of about as many rows."""
+    total = sum(source.rows for source in sources)
+    shares: list[list[Span]] = [[] for _ in range(size)]
+    at = 0
+    for source in sources:
+        ends = np.cumsum(source.groups, dtype=np.int64)
+        middle = at + ends - np.array(source.groups) / 2
+        reader = np.minimum((middle * size / max(total, 1)).astype(np.int64), size - 1)
+        for one in np.unique(reader):
+            first, last = np.flatnonzero(reader == one)[[0, -1]]
+            row = int(ends[first]) - source.groups[first]
+            shares[one].append(Span(source, range(int(first), int(last) + 1), row, at + row))
+        at += source.rows
+    return shares
 
 
 def list_paths(path: str | Sequence[str], key: str) -> list[tuple[pyarrow.fs.FileSystem, str]]:
@@ -113,14 +151,15 @@ def _open_parquet(filesystem: pyarrow.fs.FileSystem, name: str) -> Source:
         parquet = pq.ParquetFile(file)
         metadata, schema = parquet.metadata, parquet.schema_arrow
 
-    def batches(columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
+    def batches(columns: list[str], rows: int, groups: range) -> Iterator[pa.RecordBatch]:
         # opened anew: a table may have more files than a process may hold open;
         # buffered, and not ahead: Arrow would read the whole column of a row group at once
         with filesystem.open_input_file(name) as file:
             parquet = pq.ParquetFile(file, metadata=metadata, buffer_size=BUFFER_BYTES, pre_buffer=False)
-            yield from parquet.iter_batches(rows, columns=columns)
+            yield from parquet.iter_batches(rows, row_groups=list(groups), columns=columns)
 
-    return Source(name, schema, metadata.num_rows, batches)
+    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    return Source(name, schema, groups, batches)
 
 
 class _Mapped:
@@ -166,18 +205,18 @@ def _open_ipc(filesystem: pyarrow.fs.FileSystem, name: str, key: str) -> Source:
     # which are buffers of their own where the others are parts of the file
     mapped = local is not None and first.num_record_batches > 0 and _lies_in_file(first.get_batch(0).column(0))
     counter = whole if mapped else first
-    count = sum(counter.get_batch(i).num_rows for i in range(counter.num_record_batches))
+    counts = [counter.get_batch(i).num_rows for i in range(counter.num_record_batches)]
 
-    def batches(columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
+    def batches(columns: list[str], rows: int, groups: range) -> Iterator[pa.RecordBatch]:
         opened = reader([] if mapped else [schema.get_field_index(c) for c in columns])
-        for i in range(opened.num_record_batches):
+        for i in groups:
             batch = opened.get_batch(i).select(columns)
             batch.validate(full=True)  # Arrow trusts the offsets in a file, and would read beyond its end
             step = BATCH_ROWS if mapped else rows  # what is mapped takes no memory
             for start in range(0, batch.num_rows, step):
                 yield batch.slice(start, step)
 
-    return Source(name, schema, count, batches, local.copy if local else np.copyto)
+    return Source(name, schema, counts, batches, local.copy if local else np.copyto)
 
 
 def _lies_in_file(column: pa.Array) -> bool:
@@ -213,12 +252,18 @@ def _open_log(name: str) -> Source:
             del kinds[column]
     batches = [_log_batch(columns, kinds) for columns in logged]
 
-    def slices(columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            for start in range(0, batch.num_rows, rows):
-                yield batch.select(columns).slice(start, rows)
+    return of_batches(name, pa.schema(kinds), batches)
 
-    return Source(name, pa.schema(kinds), sum(b.num_rows for b in batches), slices)
+
+def of_batches(name: str, schema: pa.Schema, held: Sequence[pa.RecordBatch]) -> Source:
+    """A source of batches in memory."""
+
+    def slices(columns: list[str], rows: int, groups: range) -> Iterator[pa.RecordBatch]:
+        for i in groups:
+            for start in range(0, held[i].num_rows, rows):
+                yield held[i].select(columns).slice(start, rows)
+
+    return Source(name, schema, [batch.num_rows for batch in held], slices)
 
 
 def _log_batch(columns: dict[str, Any], kinds: dict[str, pa.DataType]) -> pa.RecordBatch:
@@ -227,10 +272,12 @@ def _log_batch(columns: dict[str, Any], kinds: dict[str, pa.DataType]) -> pa.Rec
     return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(kinds))
 
 
-def guarded(source: Source, columns: list[str], rows: int, key: str) -> Generator[pa.RecordBatch]:
-    """The source's batches; damage met while reading becomes a DataError."""
+def guarded(
+    source: Source, columns: list[str], rows: int, key: str, groups: range | None = None
+) -> Generator[pa.RecordBatch]:
+    """The source's batches, of all groups if none are named; damage met while reading becomes a DataError."""
     try:
-        yield from source.batches(columns, rows)
+        yield from source.batches(columns, rows, range(len(source.groups)) if groups is None else groups)
     except (pa.ArrowException, OSError) as error:
         raise _cut_short(f"{key}={source.name}", error) from error
 

@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rb_gpu.errors import DataError
 from rb_gpu.learn.blocks import Copying, block_threads
-from rb_gpu.learn.cutoff import newest_rows, times_of
+from rb_gpu.learn.cutoff import newest_rows
 from rb_gpu.learn.decode import (
     CONTRACT,
     NULL_TIER,
@@ -34,70 +31,16 @@ from rb_gpu.learn.decode import (
     embedding_dim,
     list_dim,
 )
-from rb_gpu.learn.sources import BATCH_ROWS, Source, ahead, guarded, list_paths, open_source
+from rb_gpu.learn.quarantine import BadRows
+from rb_gpu.learn.room import Room, to_front
+from rb_gpu.learn.sources import BATCH_ROWS, Source, Span, ahead, guarded, list_paths, open_source, share_out
 
 log = logging.getLogger(__name__)
 
-OFFENDERS_SHOWN = 5
 # of embeddings at a time; Arrow takes several times as much to read them from Parquet
 CHUNK_BYTES = 3 << 21
-COMPACT_ROWS = 4096
 
 Columns = dict[str, npt.NDArray[Any]]
-
-
-@dataclass
-class BadRows:
-    """Bad rows by reason, with where each one stands. parts: (file, rows in the file, their ids, reason)."""
-
-    parts: list[tuple[str, npt.NDArray[np.int64], npt.NDArray[np.uint64], str]] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return sum(len(rows) for _, rows, _, _ in self.parts)
-
-    def __iter__(self) -> Iterator[tuple[str, int, int, str]]:
-        for file, rows, ids, reason in self.parts:
-            yield from ((file, int(row), int(i), reason) for row, i in zip(rows, ids, strict=True))
-
-    @property
-    def rows(self) -> list[tuple[str, int, int, str]]:
-        """(file, row in the file, id, reason) of each one."""
-        return list(self)
-
-    def by_reason(self) -> dict[str, int]:
-        """How many bad rows each reason has, most first."""
-        count: Counter[str] = Counter()
-        for _, rows, _, reason in self.parts:
-            count[reason] += len(rows)
-        return dict(count.most_common())
-
-    def add(self, file: str, rows: npt.NDArray[np.int64], ids: npt.NDArray[np.uint64], reason: str) -> None:
-        """Adds the given rows of one file under one reason."""
-        if len(rows):
-            self.parts.append((file, rows, ids, reason))
-
-    def write(self, path: Path) -> None:
-        """Writes the quarantine table: file, row (in the file), id, reason."""
-        schema = pa.schema([("file", pa.string()), ("row", pa.int64()), ("id", pa.uint64()), ("reason", pa.string())])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(path, schema) as writer:
-            for file, rows, ids, reason in self.parts:
-                n = len(rows)
-                writer.write_table(pa.table([pa.repeat(file, n), rows, ids, pa.repeat(reason, n)], schema))
-
-    def check(self, total: int, max_bad_fraction: float, path: str) -> None:
-        """Raises DataError where no good row is left, or more than max_bad_fraction of the rows are bad."""
-        bad = len(self)
-        if bad < total and bad / total <= max_bad_fraction:  # a product would round 29 of 100 to over 0.29
-            return
-        first = islice(self, OFFENDERS_SHOWN)
-        shown = "; ".join(f"{Path(s).name} row {r} (id {i}): {why}" for s, r, i, why in first)
-        bound = f"over data.max_bad_fraction={max_bad_fraction:g}" if bad < total else "and none is left to learn from"
-        counts = ", ".join(f"{reason}: {n}" for reason, n in self.by_reason().items())
-        raise DataError(
-            f"data.path={path}: {bad} of {total} rows are bad, {bound} ({counts}); first: {shown}; "
-            "mend the log or raise data.max_bad_fraction"
-        )
 
 
 @dataclass
@@ -105,7 +48,7 @@ class Table:
     """Good rows of one or several files. model_tier: (N,) int32 codes into tier_names.
 
     columns has only what every file holds. file_id: (N,) int32 index into `files`; file_row: (N,) int64 row in it.
-    source: what was read, for messages. total_rows: rows seen, bad ones too.
+    source: what was read, for messages. total_rows: rows seen, bad ones too. room: where the embeddings lie.
     """
 
     columns: Columns
@@ -115,6 +58,7 @@ class Table:
     files: list[str]
     file_id: npt.NDArray[np.int32]
     file_row: npt.NDArray[np.int64]
+    room: Room
 
     def refuse(self, mask: npt.NDArray[np.bool_], reason: str, key: str, bad: BadRows) -> None:
         """Drops the rows of the mask as bad ones, in place: a copy would double the memory. key: column of the ids."""
@@ -123,39 +67,37 @@ class Table:
         for file_id in np.unique(self.file_id[mask]):
             rows = mask & (self.file_id == file_id)
             bad.add(self.files[file_id], self.file_row[rows], self.columns[key][rows], reason)
-        self.columns = {name: _compact(array, ~mask) for name, array in self.columns.items()}
-        self.file_id, self.file_row = _compact(self.file_id, ~mask), _compact(self.file_row, ~mask)
+        for name, array in self.columns.items():
+            kept = self.room.keep(array, np.flatnonzero(~mask)) if name == "query_embedding" else array[~mask]
+            self.columns[name] = kept
+        self.file_id, self.file_row = self.file_id[~mask], self.file_row[~mask]
 
 
-def _compact(array: npt.NDArray[Any], keep: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
-    end = 0
-    for start in range(0, len(keep), COMPACT_ROWS):
-        kept = array[start : start + COMPACT_ROWS][keep[start : start + COMPACT_ROWS]]
-        array[end : end + len(kept)] = kept
-        end += len(kept)
-    return array[:end]
+@dataclass(frozen=True)
+class Reading:
+    """How a table is read. tiers: the configured tiers, another name is a bad row; None takes all. newest: keep the
+    rows of largest timestamp, of equal ones the last. key: the setting that messages name. unique: a repeated value in
+    this column, if it is read, is a bad row. room: where the embeddings lie, and the processes that share the reading.
+    """
+
+    tiers: Sequence[str] | None = None
+    newest: int | None = None
+    key: str = "data.path"
+    unique: str = "id"
+    room: Room = field(default_factory=Room)
 
 
 def read_table(
-    path: str | Sequence[str],
-    required: Sequence[str],
-    optional: Sequence[str],
-    bad: BadRows,
-    tiers: Sequence[str] | None = None,
-    newest: int | None = None,
-    key: str = "data.path",
-    unique: str = "id",
+    path: str | Sequence[str], required: Sequence[str], optional: Sequence[str], bad: BadRows, reading: Reading
 ) -> Table:
     """Reads the required and optional columns of every file of `path`, sets bad rows aside, and joins the rest.
 
-    tiers: the configured tiers, another name is a bad row; None takes all. newest: keep the rows of largest timestamp,
-    of equal ones the last. unique: a repeated value in this column, if it is read, is a bad row.
     Returns query_embedding as (N, D) float32. Raises DataError naming the file and the column: missing file or column,
     a type that cannot be read, a dimension that differs between files, no rows.
     """
-    sources = [open_source(filesystem, name, key) for filesystem, name in list_paths(path, key)]
+    sources = [open_source(filesystem, name, reading.key) for filesystem, name in list_paths(path, reading.key)]
     label = path if isinstance(path, str) else ", ".join(path)
-    return check_sources(sources, label, required, optional, bad, tiers, newest, key, unique)
+    return check_sources(sources, label, required, optional, bad, reading)
 
 
 def check_sources(
@@ -164,12 +106,10 @@ def check_sources(
     required: Sequence[str],
     optional: Sequence[str],
     bad: BadRows,
-    tiers: Sequence[str] | None = None,
-    newest: int | None = None,
-    key: str = "data.path",
-    unique: str = "id",
+    reading: Reading,
 ) -> Table:
     """`read_table` of opened sources."""
+    key, room, ranks = reading.key, reading.room, reading.room.ranks
     for source in sources:
         _check_columns(source, required, optional, key)
     files = [source.name for source in sources]
@@ -182,40 +122,99 @@ def check_sources(
         if any(column in s.schema.names for s in sources):
             log.warning("%s: %s is in some files only and is taken as absent", key, column)
     dim = _common_dim(sources, key) if "query_embedding" in wanted else None
-    cutoff = newest_rows(sources, newest, key) if newest is not None and newest < total else None
-    size = total if cutoff is None else cutoff.rows_kept
+    newest = reading.newest if reading.newest is not None and reading.newest < total else None
+    keep_N = np.ones(total, dtype=bool) if newest is None else newest_rows(sources, newest, key)
+    spans = share_out(sources, ranks.size)[ranks.rank]
 
-    kinds: dict[str, tuple[tuple[int, ...], type]] = {c: ((size,), rule.dtype) for c, rule in CONTRACT.items()}
-    kinds |= {"query_embedding": ((size, dim or 0), np.float32), "model_tier": ((size,), np.int32)}
-    columns: Columns = {c: np.empty(*kinds[c]) for c in wanted}
-    file_id, file_row = np.empty(size, np.int32), np.empty(size, np.int64)
-    tier_names: list[str] = list(tiers or ())
-    filled = 0
-    for source in sources:
-        row = 0
-        # closed: the threads end with an error too
-        with block_threads() as pool, closing(ahead(guarded(source, wanted, _batch_rows(dim), key))) as batches:
-            for batch in batches:
-                rows = np.arange(row, row + batch.num_rows)
-                row += batch.num_rows
-                if cutoff is not None:
-                    keep = cutoff.keep(times_of(batch.column("timestamp"), f"{key}={source.name}"))
-                    batch, rows = batch.filter(pa.array(keep)), rows[keep]
-                place = {name: array[filled : filled + batch.num_rows] for name, array in columns.items()}
-                good = _check_batch(batch, rows, source, place, tier_names, tiers is not None, bad, key, pool)
-                n = int(good.sum())
-                if n < len(good):
-                    for array in place.values():
-                        _compact(array, good)
-                file_id[filled : filled + n], file_row[filled : filled + n] = files.index(source.name), rows[good]
-                filled += n
-    columns = {name: array[:filled] for name, array in columns.items()}
-    table = Table(columns, tier_names, size, label, files, file_id[:filled], file_row[:filled])
+    kept = int(keep_N.sum())
+    before, size = (int(keep_N[rows].sum()) for rows in _rows_around(spans))
+    x_ND = None if dim is None else room.matrix(kept, dim)
+    part = _Part({}, [], np.empty(size, np.int32), np.empty(size, np.int64), list(reading.tiers or ()))
+    for column in wanted:
+        if x_ND is not None and column == "query_embedding":
+            part.columns[column] = x_ND[before : before + size]
+        else:
+            part.columns[column] = np.empty(size, np.int32 if column == "model_tier" else CONTRACT[column].dtype)
+    for span in spans:
+        _read_span(span, part, keep_N[span.at :], files.index(span.source.name), _batch_rows(dim), reading)
+    columns, file_id, file_row, tier_names = _joined(part, reading, bad)
+    if x_ND is not None:
+        filled = np.concatenate([np.arange(first, first + n) for first, n in ranks.gathered((before, part.filled))])
+        columns["query_embedding"] = room.keep(x_ND, filled)
+    columns = {name: columns[name] for name in wanted}
+    table = Table(columns, tier_names, kept, label, files, file_id, file_row, room)
+    unique = reading.unique
     if unique in columns and not distinct(columns[unique]):
-        repeated = np.ones(filled, dtype=bool)
+        repeated = np.ones(len(columns[unique]), dtype=bool)
         repeated[np.unique(columns[unique], return_index=True)[1]] = False
         table.refuse(repeated, f"duplicate {unique}", unique, bad)
     return table
+
+
+def _rows_around(spans: Sequence[Span]) -> tuple[slice, slice]:
+    """The rows of the table before the spans, which are consecutive, and those in them."""
+    if not spans:
+        return slice(0, 0), slice(0, 0)
+    first, last = spans[0].at, spans[-1]
+    return slice(0, first), slice(first, last.at + last.rows)
+
+
+@dataclass
+class _Part:
+    """The rows that one process has read, of which the first `filled` are good; bad_parts as in BadRows."""
+
+    columns: Columns
+    bad_parts: list[tuple[str, npt.NDArray[np.int64], npt.NDArray[np.uint64], str]]
+    file_id: npt.NDArray[np.int32]
+    file_row: npt.NDArray[np.int64]
+    tier_names: list[str]
+    filled: int = 0
+
+
+def _read_span(
+    span: Span, part: _Part, keep_N: npt.NDArray[np.bool_], file_id: int, batch_rows: int, reading: Reading
+) -> None:
+    """Adds the good rows of the span. keep_N: whether the span's rows, and those that follow, are wanted."""
+    row, bad = 0, BadRows(part.bad_parts)
+    batches = guarded(span.source, list(part.columns), batch_rows, reading.key, span.groups)
+    # closed: the threads end with an error too
+    with block_threads() as pool, closing(ahead(batches)) as coming:
+        for batch in coming:
+            keep = keep_N[row : row + batch.num_rows]
+            rows = span.row + row + np.flatnonzero(keep)
+            row += batch.num_rows
+            if not keep.all():
+                batch = batch.filter(pa.array(keep))
+            place = {name: array[part.filled : part.filled + len(rows)] for name, array in part.columns.items()}
+            good = _check_batch(batch, rows, span.source, place, part.tier_names, reading, bad, pool)
+            n = int(good.sum())
+            if n < len(good):
+                for array in place.values():
+                    to_front(array, np.flatnonzero(good))
+            ours = slice(part.filled, part.filled + n)
+            part.file_id[ours], part.file_row[ours] = file_id, rows[good]
+            part.filled += n
+
+
+def _joined(
+    part: _Part, reading: Reading, bad: BadRows
+) -> tuple[Columns, npt.NDArray[np.int32], npt.NDArray[np.int64], list[str]]:
+    """The columns of all processes but the embeddings, file_id, file_row and the names of the tiers."""
+    n, ranks = part.filled, reading.room.ranks
+    mine = {name: array[:n] for name, array in part.columns.items() if name != "query_embedding"}
+    parts = ranks.gathered((mine, part.file_id[:n], part.file_row[:n], part.tier_names, part.bad_parts))
+    tier_names = list(reading.tiers or ())
+    for columns, _, _, names, bad_parts in parts:
+        bad.parts.extend(bad_parts)
+        tier_names.extend(name for name in names if name not in tier_names)
+        if "model_tier" in columns and names:
+            columns["model_tier"] = np.array([tier_names.index(name) for name in names], np.int32)[
+                columns["model_tier"]
+            ]
+    if len(parts) == 1:
+        return (*parts[0][:3], tier_names)
+    joined = {name: np.concatenate([columns[name] for columns, *_ in parts]) for name in mine}
+    return joined, np.concatenate([p[1] for p in parts]), np.concatenate([p[2] for p in parts]), tier_names
 
 
 def distinct(values: npt.NDArray[np.uint64]) -> bool:
@@ -268,9 +267,8 @@ def _check_batch(
     source: Source,
     place: Columns,
     tier_names: list[str],
-    tiers_fixed: bool,
+    reading: Reading,
     bad: BadRows,
-    key: str,
     pool: Executor,
 ) -> npt.NDArray[np.bool_]:
     """Decodes the batch into the arrays of `place`, and tells which rows are good; each bad one goes under its first
@@ -291,14 +289,14 @@ def _check_batch(
         matrix, right_length = decode_embeddings(batch.column("query_embedding"), x_ND.shape[1])
         copying = Copying(matrix, x_ND, source.copy, pool)  # goes on while the other columns are checked
     for name, out in place.items():  # not the batch's order: reasons go by the contract's, whatever the file's
-        column, where = batch.column(name), f"{key}={source.name}: column {name}"
+        column, where = batch.column(name), f"{reading.key}={source.name}: column {name}"
         if name == "query_embedding":
             norm2 = copying.norm2()
             refuse(~right_length, f"query_embedding has not {out.shape[1]} values")
             refuse(~np.isfinite(norm2), "query_embedding is not finite")
             refuse(norm2 == 0, "query_embedding has norm 0")
         elif name == "model_tier":
-            out[:] = decode_tiers(column, tier_names, tiers_fixed, where)
+            out[:] = decode_tiers(column, tier_names, reading.tiers is not None, where)
             refuse(out == NULL_TIER, "model_tier is null")
             refuse(out == UNKNOWN_TIER, f"unknown model_tier (params.tiers={tier_names})")
         else:

@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn.blocks import block_threads, row_hashes
 from rb_gpu.learn.config import DataConfig, ParamsConfig
-from rb_gpu.learn.sources import Source as TableSource
-from rb_gpu.learn.tables import BadRows, Columns, Table, check_sources, distinct, read_table
+from rb_gpu.learn.quarantine import BadRows
+from rb_gpu.learn.room import Room
+from rb_gpu.learn.tables import Columns, Reading, Table, distinct, read_table
 from rb_gpu.params import PARAMETERS, ConfigTable, SearchParams, quantise
-from rb_gpu.types import QueryTrajectory
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ class Trajectories:
         taken: dict[str, Any] = {name: None if v is None else v[rows] for name, v in columns.items()}
         return replace(
             self,
-            x_QD=self.x_QD if keep_Q.all() else self.x_QD[keep_Q],
+            x_QD=_rows_of(self.x_QD, keep_Q),
             query_id=self.query_id[keep_Q],
             query_time=self.query_time[keep_Q],
             query_row=new_row[self.query_row[rows]],
@@ -96,10 +95,19 @@ class Trajectories:
         )
 
 
+def _rows_of(x_QD: npt.NDArray[np.float32], keep_Q: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+    """The rows that stay: a view where they are consecutive, else a copy."""
+    rows = np.flatnonzero(keep_Q)
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+        return x_QD[rows[0] : rows[-1] + 1]
+    return x_QD[rows]
+
+
 def split_by_time(trajectories: Trajectories, holdout: float) -> tuple[Trajectories, Trajectories]:
     """The oldest queries to learn from and the newest share `holdout` to evaluate on; a query is never on both sides.
 
-    Queries that share their newest timestamp keep the table's order. Raises DataError where a side would be empty.
+    Queries that share their newest timestamp keep the table's order. Of a loaded table, which is in the order of time,
+    both sides are views. Raises DataError where a side would be empty.
     """
     n = len(trajectories.query_id)
     newest = round(holdout * n)
@@ -113,11 +121,15 @@ def split_by_time(trajectories: Trajectories, holdout: float) -> tuple[Trajector
     return trajectories.select_queries(~held), trajectories.select_queries(held)
 
 
-def load(data: DataConfig, params: ParamsConfig, quarantine: Path | None = None) -> Trajectories:
-    """Reads, checks and joins the tables of `data`; bad rows go to the quarantine file.
+def load(
+    data: DataConfig, params: ParamsConfig, quarantine: Path | None = None, room: Room | None = None
+) -> Trajectories:
+    """Reads, checks and joins the tables of `data`, queries in the order of their newest timestamp; bad rows go to the
+    quarantine file. room: where the embeddings lie, and the processes that share the reading.
 
     Raises DataError naming file, column and remedy; ConfigError where the settings contradict the table.
     """
+    room = room or Room()
     if data.path is None:
         raise ConfigError("data.path is not set; give data.path=FILE, DIR or GLOB, or leave data=sample")
     tiers = None if params.tiers == "auto" else list(params.tiers)
@@ -125,16 +137,19 @@ def load(data: DataConfig, params: ParamsConfig, quarantine: Path | None = None)
     queries = None
     if data.queries is None:
         required = (*OUTCOME_REQUIRED, *QUERY_REQUIRED)
-        outcomes = read_table(data.path, required, (*OUTCOME_OPTIONAL, "query_id"), bad, tiers, data.capacity)
+        reading = Reading(tiers, data.capacity, room=room)
+        outcomes = read_table(data.path, required, (*OUTCOME_OPTIONAL, "query_id"), bad, reading)
     else:
         per_query = ("query_id", *QUERY_REQUIRED)
-        queries = read_table(data.queries, per_query, (), bad, key="data.queries", unique="query_id")
-        outcomes = read_table(data.path, (*OUTCOME_REQUIRED, "query_id"), OUTCOME_OPTIONAL, bad, tiers)
+        reading = Reading(key="data.queries", unique="query_id", room=room)
+        queries = read_table(data.queries, per_query, (), bad, reading)
+        reading = Reading(tiers, room=room)
+        outcomes = read_table(data.path, (*OUTCOME_REQUIRED, "query_id"), OUTCOME_OPTIONAL, bad, reading)
     seen = outcomes.total_rows + (queries.total_rows if queries else 0)
-    columns = _join(outcomes, queries, bad, data.capacity)
+    columns = join(outcomes, queries, bad, data.capacity)
     if len(bad):
         log.warning("set %d of %d rows aside: %s", len(bad), seen, bad.by_reason())
-        if quarantine is not None:
+        if quarantine is not None and room.ranks.rank == 0:
             bad.write(quarantine)
             log.warning("bad rows are listed in %s", quarantine)
     bad.check(seen, data.max_bad_fraction, outcomes.source)
@@ -142,10 +157,21 @@ def load(data: DataConfig, params: ParamsConfig, quarantine: Path | None = None)
         raise DataError(f"data.path={outcomes.source}: no row is left to learn from; check data.queries' query_id")
     files = (*outcomes.files, *(queries.files if queries else ()))
     source = Source(outcomes.source, files, seen, bad.by_reason())
-    return assemble(columns, outcomes.tier_names, params, source)
+    _by_time(columns, room)
+    return assemble(columns, outcomes.tier_names, params, source, room)
 
 
-def _join(outcomes: Table, queries: Table | None, bad: BadRows, capacity: int | None) -> Columns:
+def _by_time(columns: Columns, room: Room) -> None:
+    """Puts the queries in the order of time, so that those of any span of time are consecutive; ties stay in order."""
+    order = np.argsort(columns["query_time"], kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    room.sort(columns["x_QD"], order)
+    columns["query_row"] = place[columns["query_row"]]
+    columns["query_id"], columns["query_time"] = columns["query_id"][order], columns["query_time"][order]
+
+
+def join(outcomes: Table, queries: Table | None, bad: BadRows, capacity: int | None) -> Columns:
     """Rows with the row of their query: adds query_row (N,) and the query table's x_QD, query_id, query_time."""
     columns = outcomes.columns
     if queries is None:
@@ -157,7 +183,8 @@ def _join(outcomes: Table, queries: Table | None, bad: BadRows, capacity: int | 
             order = np.argsort(first, kind="stable")  # queries stay in the order of the file, not of their ids
             rank = np.empty_like(order)
             rank[order] = np.arange(len(order))
-            columns["x_QD"], columns["query_id"], columns["query_row"] = x[first[order]], query_id[order], rank[row]
+            columns["x_QD"] = outcomes.room.keep(x, first[order])
+            columns["query_id"], columns["query_row"] = query_id[order], rank[row]
     else:
         table = queries.columns
         query_id, first = np.unique(table["query_id"], return_index=True)
@@ -174,13 +201,15 @@ def _join(outcomes: Table, queries: Table | None, bad: BadRows, capacity: int | 
         used, columns["query_row"] = np.unique(columns["query_row"], return_inverse=True)
         columns["x_QD"], columns["query_id"] = table["query_embedding"], table["query_id"]
         if len(used) < len(table["query_id"]):
-            columns["x_QD"], columns["query_id"] = columns["x_QD"][used], columns["query_id"][used]
+            columns["x_QD"], columns["query_id"] = queries.room.keep(columns["x_QD"], used), columns["query_id"][used]
     columns["query_time"] = np.full(len(columns["query_id"]), np.iinfo(np.int64).min)
     np.maximum.at(columns["query_time"], columns["query_row"], columns["timestamp"])
     return columns
 
 
-def assemble(columns: Columns, tier_names: Sequence[str], params: ParamsConfig, source: Source) -> Trajectories:
+def assemble(
+    columns: Columns, tier_names: Sequence[str], params: ParamsConfig, source: Source, room: Room | None = None
+) -> Trajectories:
     """Quantises parameters to configs, orders tiers, finds the default. Columns as `_join` leaves them."""
     n = len(columns["id"])
     given = {} if params.default == "auto" else dict(params.default)
@@ -214,7 +243,7 @@ def assemble(columns: Columns, tier_names: Sequence[str], params: ParamsConfig, 
         configs=table,
         auto_default=not given,
     )
-    return replace(trajectories, source=replace(source, fingerprint=_fingerprint(trajectories)))
+    return replace(trajectories, source=replace(source, fingerprint=_fingerprint(trajectories, room or Room())))
 
 
 def _order_tiers(
@@ -276,7 +305,7 @@ def _with_default(
     return ConfigTable.from_params([*table, wanted], table.tiers, len(table)), config_id
 
 
-def _fingerprint(trajectories: Trajectories) -> str:
+def _fingerprint(trajectories: Trajectories, room: Room) -> str:
     """sha256 of every column; of the embeddings, of each row's hash, which takes a fraction of the time."""
     columns = {
         column.name: getattr(part, column.name)
@@ -286,61 +315,9 @@ def _fingerprint(trajectories: Trajectories) -> str:
     }
     x_QD = columns.pop("x_QD")
     with block_threads() as pool:
-        columns["x_QD"] = row_hashes(x_QD, pool)
+        hash_Q = row_hashes(x_QD[room.ranks.share(len(x_QD))], pool)
+        columns["x_QD"] = np.concatenate(room.ranks.gathered(hash_Q))
         digests = pool.map(lambda column: hashlib.sha256(np.ascontiguousarray(column).data).digest(), columns.values())
         digest = hashlib.sha256(b"".join(digests))
     digest.update(repr((list(columns), trajectories.configs.tiers, trajectories.configs.default)).encode())
     return digest.hexdigest()
-
-
-def from_trajectories(
-    trajectories: Sequence[QueryTrajectory], params: ParamsConfig | None = None, source: Source | None = None
-) -> Trajectories:
-    """Columns of trajectory objects, for a service or a notebook; cost and propensity where all have it.
-
-    Raises DataError where there is none, or naming the first that breaks the rules of a table.
-    """
-    if not trajectories:
-        raise DataError("no trajectories were given; record some queries first")
-    params = params or ParamsConfig()
-    batch = _to_arrow(trajectories)
-    tiers = None if params.tiers == "auto" else list(params.tiers)
-    bad = BadRows()
-    table = check_sources(
-        [TableSource("memory", batch.schema, batch.num_rows, lambda columns, rows: iter([batch.select(columns)]))],
-        "memory",
-        (*OUTCOME_REQUIRED, *QUERY_REQUIRED, "query_id"),
-        OUTCOME_OPTIONAL,
-        bad,
-        tiers,
-    )
-    for _, row, trajectory_id, reason in bad:
-        raise DataError(f"trajectories[{row}] (id {trajectory_id}): {reason}; drop it ({len(bad)} such in all)")
-    return assemble(_join(table, None, bad, None), table.tier_names, params, source or Source("memory"))
-
-
-def _to_arrow(trajectories: Sequence[QueryTrajectory]) -> pa.RecordBatch:
-    shape = np.shape(trajectories[0].query_embedding)
-    for i, t in enumerate(trajectories):
-        if np.shape(t.query_embedding) != shape or len(shape) != 1:
-            raise DataError(
-                f"trajectories[{i}] (id {t.id}): query_embedding has shape {np.shape(t.query_embedding)}, not "
-                f"({shape[0] if shape else 'D'},); give one vector each, from one embedder"
-            )
-    x = np.stack([np.asarray(t.query_embedding, np.float32) for t in trajectories])
-    column: dict[str, Any] = {
-        "id": np.array([t.id for t in trajectories], np.uint64),
-        "query_id": np.array([t.id if t.query_id is None else t.query_id for t in trajectories], np.uint64),
-        "query_embedding": pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1]),
-        **{name: [getattr(t.search_params, name) for t in trajectories] for name in PARAMETERS},
-        **{
-            name: [getattr(t, name) for t in trajectories]
-            for name in ("precision", "recall", "latency_us", "timestamp")
-        },
-        "rating": pa.array([t.feedback.rating if t.feedback else None for t in trajectories], pa.int8()),
-    }
-    for name in ("cost", "propensity"):
-        values = [getattr(t, name) for t in trajectories]
-        if None not in values:
-            column[name] = values
-    return pa.RecordBatch.from_pydict(column)

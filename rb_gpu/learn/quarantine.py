@@ -1,0 +1,72 @@
+"""Rows that a table cannot teach from: which, where and why. Suffix: N rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rb_gpu.errors import DataError
+
+OFFENDERS_SHOWN = 5
+
+
+@dataclass
+class BadRows:
+    """Bad rows by reason, with where each one stands. parts: (file, rows in the file, their ids, reason)."""
+
+    parts: list[tuple[str, npt.NDArray[np.int64], npt.NDArray[np.uint64], str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return sum(len(rows) for _, rows, _, _ in self.parts)
+
+    def __iter__(self) -> Iterator[tuple[str, int, int, str]]:
+        for file, rows, ids, reason in self.parts:
+            yield from ((file, int(row), int(i), reason) for row, i in zip(rows, ids, strict=True))
+
+    @property
+    def rows(self) -> list[tuple[str, int, int, str]]:
+        """(file, row in the file, id, reason) of each one."""
+        return list(self)
+
+    def by_reason(self) -> dict[str, int]:
+        """How many bad rows each reason has, most first."""
+        count: Counter[str] = Counter()
+        for _, rows, _, reason in self.parts:
+            count[reason] += len(rows)
+        return dict(count.most_common())
+
+    def add(self, file: str, rows: npt.NDArray[np.int64], ids: npt.NDArray[np.uint64], reason: str) -> None:
+        """Adds the given rows of one file under one reason."""
+        if len(rows):
+            self.parts.append((file, rows, ids, reason))
+
+    def write(self, path: Path) -> None:
+        """Writes the quarantine table: file, row (in the file), id, reason."""
+        schema = pa.schema([("file", pa.string()), ("row", pa.int64()), ("id", pa.uint64()), ("reason", pa.string())])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pq.ParquetWriter(path, schema) as writer:
+            for file, rows, ids, reason in self.parts:
+                n = len(rows)
+                writer.write_table(pa.table([pa.repeat(file, n), rows, ids, pa.repeat(reason, n)], schema))
+
+    def check(self, total: int, max_bad_fraction: float, path: str) -> None:
+        """Raises DataError where no good row is left, or more than max_bad_fraction of the rows are bad."""
+        bad = len(self)
+        if bad < total and bad / total <= max_bad_fraction:  # a product would round 29 of 100 to over 0.29
+            return
+        first = islice(self, OFFENDERS_SHOWN)
+        shown = "; ".join(f"{Path(s).name} row {r} (id {i}): {why}" for s, r, i, why in first)
+        bound = f"over data.max_bad_fraction={max_bad_fraction:g}" if bad < total else "and none is left to learn from"
+        counts = ", ".join(f"{reason}: {n}" for reason, n in self.by_reason().items())
+        raise DataError(
+            f"data.path={path}: {bad} of {total} rows are bad, {bound} ({counts}); first: {shown}; "
+            "mend the log or raise data.max_bad_fraction"
+        )
