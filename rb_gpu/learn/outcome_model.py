@@ -23,6 +23,7 @@ FEATURES = 64
 # rows of a config below which it has its mean alone, and rows of all configs' mean which that is shrunk with
 LEAST_ROWS = 20
 PRIOR_ROWS = 5.0
+TILE_QUERIES = 4096
 
 
 def folds(query_id_Q: npt.NDArray[np.uint64]) -> Ints:
@@ -64,12 +65,22 @@ def cross_fitted(
 
 
 def _components(x_QD: npt.NDArray[np.float32]) -> Floats:
-    """(Q, F) leading principal components of the directions of the embeddings."""
-    unit_QD = x_QD.astype(np.float64) / np.linalg.norm(x_QD, axis=1, keepdims=True)
-    unit_QD -= unit_QD.mean(0)
-    _, vectors_DD = np.linalg.eigh(unit_QD.T @ unit_QD)
-    components: Floats = unit_QD @ vectors_DD[:, ::-1][:, :FEATURES]
-    return components
+    """(Q, F) leading principal components of the directions of the embeddings, some rows at a time."""
+    queries, dims = x_QD.shape
+    tiles = [slice(start, start + TILE_QUERIES) for start in range(0, queries, TILE_QUERIES)]
+
+    def directions(tile: slice) -> Floats:
+        x_TD = x_QD[tile].astype(np.float64)
+        return np.asarray(x_TD / np.linalg.norm(x_TD, axis=1, keepdims=True))
+
+    mean_D, scatter_DD = np.zeros(dims), np.zeros((dims, dims))
+    for tile in tiles:
+        mean_D += directions(tile).sum(0) / queries
+    for tile in tiles:
+        about_TD = directions(tile) - mean_D
+        scatter_DD += about_TD.T @ about_TD
+    axes_DF = np.linalg.eigh(scatter_DD)[1][:, ::-1][:, :FEATURES]
+    return np.concatenate([(directions(tile) - mean_D) @ axes_DF for tile in tiles])
 
 
 def _means(config_N: Ints, weight_N: Floats, y_NT: Floats, configs: int) -> Floats:
