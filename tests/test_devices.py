@@ -12,6 +12,7 @@ def machine(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:  5000 kB\n")
     monkeypatch.setattr(devices, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(devices, "CGROUP", tmp_path)
+    monkeypatch.setattr(devices, "OWN_GROUPS", tmp_path / "own")
     return tmp_path
 
 
@@ -19,11 +20,49 @@ def test_without_a_container_the_machine_tells(machine):
     assert devices.free_memory() == 5000 * 1024
 
 
-@pytest.mark.parametrize(("limit", "used", "free"), [("max", 0, 5_120_000), (4000, 1000, 3000), (10, 20, 0)])
-def test_a_container_has_no_more_than_its_limit(machine, limit, used, free):
-    (machine / "memory.max").write_text(f"{limit}\n")
-    (machine / "memory.current").write_text(f"{used}\n")
+VERSIONS = {
+    "v2": ("", "0::/{}\n", ("memory.max", "memory.current")),
+    "v1": ("memory", "1:cpu:/\n4:memory:/{}\n0::/\n", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+}
+
+
+def limited(machine, version: str, group: str, limit: object, used: int, cache: int = 0) -> None:
+    base, _, names = VERSIONS[version]
+    folder = machine / base / group
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in zip(names, (limit, used), strict=True):
+        (folder / name).write_text(f"{value}\n")
+    (folder / "memory.stat").write_text(f"cache 77\ninactive_file {cache}\nunevictable 0\n")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("limit", "used", "cache", "free"), [(2**62, 0, 0, 5_120_000), (4000, 1000, 500, 3500), (10, 20, 0, 0)]
+)
+def test_a_container_has_no_more_than_its_limit(machine, version, limit, used, cache, free):
+    limited(machine, version, "", limit, used, cache)
     assert devices.free_memory() == free
+
+
+def test_a_group_without_a_limit_takes_nothing_away(machine):
+    limited(machine, "v2", "", "max", 9)
+    assert devices.free_memory() == 5000 * 1024
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("own", "above", "free"), [(4000, 9000, 3000), (9000, 4000, 3000)])
+def test_the_least_of_a_process_s_groups_counts(machine, version, own, above, free):
+    # a limit on the job alone was not seen: the job was killed while it loaded
+    (machine / "own").write_text(VERSIONS[version][1].format("pod/job"))
+    limited(machine, version, "pod/job", own, 1000)
+    limited(machine, version, "pod", above, 1000)
+    assert devices.free_memory() == free
+
+
+def test_a_path_that_only_the_host_knows_leaves_the_root(machine):
+    (machine / "own").write_text("0::/kubepods/besteffort/1234\n")
+    limited(machine, "v2", "", 4000, 1000)
+    assert devices.free_memory() == 3000
 
 
 def test_a_system_that_does_not_tell_is_taken_to_have_some(machine):

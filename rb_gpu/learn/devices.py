@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -12,7 +12,8 @@ from rb_gpu.errors import ConfigError
 
 # numbers of one tile: they stay in a CPU's outer cache, and keep a GPU busy
 TILE_SCORES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+MEMINFO, OWN_GROUPS, CGROUP = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+CACHE = ("inactive_file ", "total_inactive_file ")
 # what is taken as free where the system does not tell
 UNTOLD_MEMORY = 2**32
 
@@ -42,17 +43,38 @@ def tiles(n: int, width: int, device: torch.device) -> Iterator[slice]:
 
 
 def free_memory() -> int:
-    """Bytes of host memory that may still be taken: what the machine has free, within the container's limit."""
+    """Bytes of host memory that may still be taken: what the machine has free, within the containers' limits."""
     if MEMINFO.is_file():
         lines = [line.split() for line in MEMINFO.read_text().splitlines()]
         free = next((int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"), UNTOLD_MEMORY)
     else:
         free = UNTOLD_MEMORY
+    return max(0, min([free, *_left_in_groups()]))
+
+
+def _left_in_groups() -> Iterator[int]:
+    """What the control groups of this process leave it, each of them and each above it; both versions of Linux's."""
     try:
-        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        lines = OWN_GROUPS.read_text().splitlines()
     except OSError:
-        return free
-    return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
+        lines = []
+    of_kind = {kinds: path for _, kinds, path in (line.split(":", 2) for line in lines)}
+    for base, kind, limit_file, used_file in (
+        (CGROUP, "", "memory.max", "memory.current"),
+        (CGROUP / "memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        own = PurePosixPath(of_kind.get(kind, "/").lstrip("/"))
+        # the path is the host's where the container has no names of its own; its root is then this process's group
+        for group in {base / own, *(base / above for above in own.parents), base}:
+            try:
+                limit, used = ((group / name).read_text().strip() for name in (limit_file, used_file))
+                cache = [line.split()[1] for line in (group / "memory.stat").read_text().splitlines()
+                         if line.startswith(CACHE)]  # fmt: skip
+            except OSError:
+                continue
+            if limit != "max":
+                # pages of files that nobody has used lately are given up for others
+                yield int(limit) - int(used) + max(map(int, cache), default=0)
 
 
 @contextmanager
