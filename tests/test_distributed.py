@@ -88,8 +88,10 @@ def published(tmp_path_factory) -> Path:
     return registry
 
 
-def test_two_ranks_publish_the_bank_of_one_process(published, tmp_path):
-    command = [sys.executable, "-m", "jobs.train", f"registry.path={tmp_path}", "device=cpu"]
+@pytest.mark.parametrize("budget", ["null", "1048576"], ids=["in memory", "in a file"])
+def test_two_ranks_publish_the_bank_of_one_process(published, tmp_path, budget):
+    settings = [f"registry.path={tmp_path}", "device=cpu", f"device.memory_budget={budget}"]
+    command = [sys.executable, "-m", "jobs.train", *settings]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     ours, theirs = (load_file(path / "champion" / "bank.safetensors") for path in (published, tmp_path))

@@ -17,7 +17,7 @@ from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn.checkpoint import Checkpoint
 from rb_gpu.learn.checks import is_auto
 from rb_gpu.learn.config import TrainConfig
-from rb_gpu.learn.devices import resolve_device
+from rb_gpu.learn.devices import resolve_device, tiles
 from rb_gpu.learn.distances import normalise_, normed
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.evidence import row_weights
@@ -64,7 +64,7 @@ def _cluster(
     """The consolidated leaf of each query (Q,)."""
     cluster, queries = config.cluster, len(x_QD)
     source = trajectories.source.path or "memory"
-    if not bool((x_QD != x_QD[0]).any()):
+    if not any(bool((x_QD[tile] != x_QD[0]).any()) for tile in tiles(queries, x_QD.shape[1], x_QD.device)):
         raise DataError(
             f"data.path={source}: all {queries} query embeddings are one and the same; check the embedder's output"
         )

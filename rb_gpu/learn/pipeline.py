@@ -216,6 +216,8 @@ def choices_beside(
 ) -> dict[str, Choice]:  # fmt: skip
     """What each named one of config.BASELINE_NAMES picks for queries (B, D), as config ids of its training table."""
     found: dict[str, Choice] = {}
+    if not names:
+        return found
     table, unit_BD = Training.of(training, objective), unit(x_BD)
     for name in names:
         log.info("baseline: %s", name)

@@ -18,10 +18,10 @@ from rb_gpu.bank import ReasoningBank
 from rb_gpu.evidence import Evidence
 from rb_gpu.learn.calibration import Calibration, Promise, measure_calibration
 from rb_gpu.learn.config import EvalConfig
+from rb_gpu.learn.devices import tiles
 from rb_gpu.learn.distances import normalise_
 from rb_gpu.learn.estimators import effective_size
 from rb_gpu.learn.harm import UNKNOWN_HARM, Harm, measure_harm
-from rb_gpu.learn.kmeans import nearest
 from rb_gpu.learn.tradeoffs import Tradeoffs, choices, measure_tradeoffs
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.valuation import Choice, Floats, Outcomes, Valuation, held_out_outcomes
@@ -261,10 +261,11 @@ def _promise(bank: ReasoningBank, x_QD: npt.NDArray[np.float32]) -> Promise:
 
 def nearest_leaves(bank: ReasoningBank, x_QD: npt.NDArray[np.float32]) -> Choice:
     """(Q,) row of the leaf pattern of largest cosine to each query."""
-    leaves_PD = bank.data.arrays["centroids"][: bank.data.leaves]
-    unit_QD, unit_PD = (normalise_(torch.from_numpy(np.array(v, dtype=np.float32))) for v in (x_QD, leaves_PD))
-    label_Q, _ = nearest(unit_QD, unit_PD, torch.device("cpu"))
-    return label_Q.numpy()
+    unit_PD = normalise_(torch.tensor(bank.data.arrays["centroids"][: bank.data.leaves], dtype=torch.float32))
+    x = torch.from_numpy(np.asarray(x_QD, dtype=np.float32))
+    # times its query's norm, which ranks the leaves alike
+    nearest = [(x[tile] @ unit_PD.T).argmax(1) for tile in tiles(len(x), len(unit_PD), x.device)]
+    return torch.cat(nearest).numpy()
 
 
 def improvement_percent(evaluation: Evaluation) -> float | None:
