@@ -177,6 +177,18 @@ def cluster_tables(result: dict[str, Any]) -> str:
     return "\n".join(notes) + "\n\n" + render(head, rows)
 
 
+def growth_tables(result: dict[str, Any]) -> str:
+    """The suite growth: milliseconds of an iteration at every size, and the exponent that fits them."""
+    said = []
+    for one in result["series"]:
+        other = "clusters" if one["axis"] == "points" else "points"
+        head = (one["axis"], *(f"{size:,}" for size in one["sizes"]), "slope")
+        row = ("ms an iteration", *(f"{1e3 * s:,.0f}" for s in one["seconds"]), f"{one['slope']:.2f}")
+        title = f"{Path(one['data']).name}, {one['dim']} dims, {one['fixed']:,} {other}"
+        said.append(f"{title}\n\n{render(head, [row])}")
+    return "\n\n".join(said)
+
+
 def load_tables(result: dict[str, Any]) -> str:
     """The suite load: embeddings a second by format, beside memcpy, pyarrow and the list column; and memory."""
     settings = result["settings"]

@@ -58,7 +58,8 @@ def test_every_peer_of_the_settings_is_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"), [({"points": ["nothing.npy"]}, "nothing.npy"), ({"clusters": [2000]}, "1500")]
+    ("change", "says"),
+    [({"points": ["nothing.npy"]}, "nothing.npy"), ({"clusters": [2000]}, "1500"), ({"dim": 20}, "30 intrinsic")],
 )
 def test_what_cannot_be_measured_is_an_error(change: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=says):

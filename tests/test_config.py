@@ -210,6 +210,8 @@ OUT_OF_BOUNDS_OF_A_JOB: dict[str, dict[str, list[Any]]] = {
         "points": [[], [""]],
         "n": [0],
         "clusters": [[], [1]],
+        "growth_rows": [[], [1]],
+        "growth_clusters": [[], [1]],
         "iterations": [0],
         "peers": [["cuvs"], [""]],
         "sets": [[], [""]],

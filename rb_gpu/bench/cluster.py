@@ -49,6 +49,8 @@ def points(name: str, settings: dict[str, Any]) -> Matrix:
     """`emb`, `gauss` (of a third of the dims), or the rows of a .npy file. Raises ConfigError where it is none."""
     if name in ("emb", "gauss"):
         dim = settings["dim"] if name == "emb" else max(2, settings["dim"] // 3)
+        if name == "emb" and dim < INTRINSIC:
+            raise ConfigError(f"dim={dim} is below the {INTRINSIC} intrinsic dims of points=emb; raise it")
         return (emb if name == "emb" else gauss)(settings["n"], dim, settings["seed"])
     try:
         x = np.load(name, mmap_mode="r", allow_pickle=False)
@@ -101,7 +103,7 @@ def one_case(x: Matrix, name: str, k: int, suite: str, settings: dict[str, Any],
 
     def call(contestant: str, environment: dict[str, str], turn: int) -> npt.NDArray[np.float64]:
         given = {
-            "suite": suite, "name": contestant, "x": str(folder / "x.npy"), "k": k,
+            "suite": suite, "name": contestant, "x": str(folder / "x.npy"), "n": len(x), "k": k,
             "iterations": settings["iterations"],
             "seed": turn if suite == "seed" else settings["seed"], "out": str(folder / f"{contestant}.npy"),
         }  # fmt: skip

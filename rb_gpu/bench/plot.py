@@ -36,6 +36,21 @@ def plot_cases(result: dict[str, Any], path: Path) -> bool:
     return _picture(path, len(names), (5 * len(names), 4.5), draw)
 
 
+def plot_growth(result: dict[str, Any], path: Path) -> bool:
+    """Milliseconds of an iteration over points and over clusters, with the slopes; False without matplotlib."""
+
+    def draw(panels: Sequence[Any]) -> None:
+        for axes, along in zip(panels, ("points", "clusters"), strict=True):
+            for one in (series for series in result["series"] if series["axis"] == along):
+                label = f"{Path(one['data']).name}, {one['dim']} dims: slope {one['slope']:.2f}"
+                axes.plot(one["sizes"], [1e3 * s for s in one["seconds"]], marker="o", label=label)
+            axes.set(xscale="log", yscale="log", xlabel=along, ylabel="milliseconds of one iteration")
+            axes.grid(alpha=0.3)
+            axes.legend()
+
+    return _picture(path, 2, (11, 4.5), draw)
+
+
 def plot_load(result: dict[str, Any], path: Path) -> bool:
     """GB/s of every format beside memcpy; False where matplotlib is not installed."""
 

@@ -150,7 +150,7 @@ class SynthesizeConfig:
         check_count("seed", self.seed, 0)
 
 
-SUITES = ("lookup", "cluster", "seed", "load", "decisions", "all")
+SUITES = ("lookup", "cluster", "seed", "growth", "load", "decisions", "all")
 LOGS = ("full", "uniform", "skewed", "confounded")
 PEERS = ("faiss", "scikit-learn", "scikit-learn-intelex", "SuperKMeans", "plain torch", "sequential torch")
 
@@ -161,7 +161,8 @@ class BenchmarkConfig:
 
     patterns: sizes of the bank. distinct_queries: in all rounds together. batch: queries of a batch. threads: that ask
     at once. Of the suites cluster and seed: points are emb, gauss or .npy files, of at most n rows each, clusters
-    the numbers of them, iterations those of Lloyd, peers what is measured beside ours. Of the suite decisions: sets
+    the numbers of them, iterations those of Lloyd, peers what is measured beside ours. Of the suite growth: rows and
+    clusters that grow, the others staying. Of the suite decisions: sets
     are folders of full tables, cost_weights those of the utility, logs how queries were logged, sizes how many (0:
     all), and each round is another seed.
     """
@@ -178,6 +179,8 @@ class BenchmarkConfig:
     n: int = 200_000
     clusters: list[int] = field(default_factory=lambda: [256, 1024, 4096])
     iterations: int = 10
+    growth_rows: list[int] = field(default_factory=lambda: [100_000, 200_000, 500_000, 1_000_000, 2_000_000])
+    growth_clusters: list[int] = field(default_factory=lambda: [256, 1024, 4096, 16384])
     peers: list[str] = field(default_factory=lambda: list(PEERS))
     sets: list[str] = field(default_factory=lambda: ["sample"])
     cost_weights: list[float] = field(default_factory=lambda: [0.2])
@@ -196,8 +199,10 @@ class BenchmarkConfig:
         check("sizes", self.sizes, sizes_ok, "a list of integers >= 0", "give e.g. [1000,0]; 0 is all")
         weights_ok = len(self.cost_weights) > 0 and all(math.isfinite(w) and w >= 0 for w in self.cost_weights)
         check("cost_weights", self.cost_weights, weights_ok, "a list of finite numbers >= 0", "give e.g. [0,0.2]")
-        ok = len(self.clusters) > 0 and all(k >= 2 for k in self.clusters)
-        check("clusters", self.clusters, ok, "a list of integers >= 2", "give e.g. [256,1024]")
+        for key in ("clusters", "growth_rows", "growth_clusters"):
+            listed = getattr(self, key)
+            ok = len(listed) > 0 and all(k >= 2 for k in listed)
+            check(key, listed, ok, "a list of integers >= 2", "give e.g. [256,1024]")
         for key in ("n", "iterations"):
             check_count(key, getattr(self, key))
         enough = len(self.patterns) > 0 and all(count > 5 for count in self.patterns)

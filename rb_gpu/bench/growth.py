@@ -1,0 +1,74 @@
+"""The suite growth: how the time of one Lloyd iteration grows with the points and with the clusters.
+
+Suffixes: N points, K clusters.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rb_gpu.bench.cluster import points
+from rb_gpu.bench.runner import in_process, interleaved, machine
+
+# clusters while the points grow; the points stay at `n` while the clusters do
+CLUSTERS = 1024
+# iterations before those that are timed: what is done once, and the first labels, are in these
+BEFORE = 3
+
+
+def slope(sizes: list[int], seconds: list[float]) -> float:
+    """Exponent of the power of the size that fits the seconds best, by least squares of logarithms."""
+    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+
+
+def measure(settings: dict[str, Any]) -> dict[str, Any]:
+    """Median seconds of an iteration at every size of every data, in interleaved rounds. Raises ConfigError,
+    RuntimeError.
+    """
+    axes = {
+        "points": (CLUSTERS, settings["growth_rows"], [(n, CLUSTERS) for n in settings["growth_rows"]]),
+        "clusters": (
+            settings["n"],
+            settings["growth_clusters"],
+            [(settings["n"], k) for k in settings["growth_clusters"]],
+        ),
+    }
+    wanted = list(dict.fromkeys(size for _, _, cases in axes.values() for size in cases))
+    series = []
+    with tempfile.TemporaryDirectory(prefix="rb_gpu-benchmark-") as folder:
+        path = Path(folder) / "x.npy"
+        for name in settings["points"]:
+            x = points(name, settings | {"n": max(n for n, _ in wanted)})
+            dim, most = x.shape[1], len(x)
+            np.save(path, x)
+            del x
+            # of a file with fewer rows, the sizes that it has
+            calls = {f"{n} {k}": partial(_iteration, path, n, k, settings) for n, k in wanted if k <= n <= most}
+            samples = interleaved(calls, settings["rounds"], settings["seed"], warm=False)
+            for axis, (fixed, grown, cases) in axes.items():
+                found = [(size, f"{n} {k}") for size, (n, k) in zip(grown, cases, strict=True) if f"{n} {k}" in samples]
+                if len(found) > 1:
+                    sizes, seconds = [size for size, _ in found], [float(np.median(samples[key])) for _, key in found]
+                    series.append({"data": name, "dim": dim, "axis": axis, "fixed": fixed, "sizes": sizes,
+                                   "seconds": seconds, "slope": slope(sizes, seconds)})  # fmt: skip
+    return {"suite": "growth", "settings": settings, "machine": machine(), "series": series}
+
+
+def _iteration(path: Path, n: int, k: int, settings: dict[str, Any], turn: int) -> npt.NDArray[np.float64]:
+    """Seconds of one iteration (1,): the difference of a long and a short call, each in a process of its own."""
+    seconds = []
+    for iterations in (BEFORE, BEFORE + settings["iterations"]):
+        given = {
+            "suite": "cluster", "name": "ours", "x": str(path), "n": n, "k": k, "iterations": iterations, "seed": turn,
+            "out": str(path.with_name("centroids.npy")),
+        }  # fmt: skip
+        found = in_process("rb_gpu.bench.kmeans_peers", given, threads=os.cpu_count() or 1)
+        seconds.append(found["seconds"])
+    return np.array([(seconds[1] - seconds[0]) / settings["iterations"]])
