@@ -58,7 +58,7 @@ def points(name: str, settings: dict[str, Any]) -> Matrix:
         raise ConfigError(f"points={name} is neither emb, gauss nor a .npy file ({error}); name one of them") from error
     if x.ndim != 2:
         raise ConfigError(f"points={name} has shape {x.shape}; store an (N, D) matrix")
-    return np.ascontiguousarray(x[: settings["n"]], dtype=np.float32)
+    return np.array(x[: settings["n"]], dtype=np.float32)
 
 
 def sgemm_peak() -> float:
