@@ -66,6 +66,7 @@ def kmeans(
     code_budget: int | None = None,
     ranks: Ranks | None = None,
     checkpoint: Checkpoint | None = None,
+    warm: Array | None = None,
 ) -> KMeansResult:
     """Clusters the rows of x (N, D), NumPy or torch, into min(k, distinct rows) clusters.
 
@@ -75,8 +76,10 @@ def kmeans(
     or "cosine": rows are normalised and centroids kept on the unit sphere. weight: (N,) >= 0. memory_budget: bytes of x
     that may lie on a GPU; larger data stay on the host and travel in tiles. code_budget: bytes that codes of the points
     may take on the host (None: a quarter of what is free; 0: none). ranks: the processes that hold the other rows;
-    labels are then of the rows here. checkpoint: where to go on from, if the same call was cut off. x is only read, and
-    never copied if it is float32 and, for cosine, of norm 1.
+    labels are then of the rows here. checkpoint: where to go on from, if the same call was cut off. warm: up to k
+    centroids of an earlier clustering, the same on all ranks, with which the first of the n_init runs begins; k-means++
+    draws what they lack, and what is stale in them is repaired like bad luck. x is only read, and never copied if it is
+    float32 and, for cosine, of norm 1.
 
     The same seed gives the same bits on one kind of device, whatever the budgets, threads and ranks. Raises ValueError
     on a bad argument, ConfigError where the device is missing.
@@ -90,14 +93,16 @@ def kmeans(
     with _opened(points, weight, metric, device, memory_budget, code_budget, ranks) as opened:
         start = None if isinstance(init, str) else _checked_init(init, points, metric, opened.shard.device)
         count = k if start is None else len(start)
-        given = b"" if start is None else start.cpu().numpy().tobytes()
-        settings = {"k": count, "init": hashlib.sha256(given).hexdigest(), "max_iter": max_iter, "epsilon": epsilon,
-                    "n_init": n_init, "metric": metric, "seed": seed}  # fmt: skip
+        begun = None if warm is None else _checked_init(warm, points, metric, opened.shard.device)
+        if begun is not None and (start is not None or len(begun) > k):
+            raise ValueError(f"warm has {len(begun)} rows; give at most k={k} of them, and no init")
+        settings = {"k": count, "init": _digest(start), "warm": _digest(begun), "max_iter": max_iter,
+                    "epsilon": epsilon, "n_init": n_init, "metric": metric, "seed": seed}  # fmt: skip
         solver = Solver(
             opened.points, opened.shard, opened.peak_N, opened.crew, max_iter, epsilon * opened.typical,
             metric == "cosine", torch.Generator(device=opened.shard.device).manual_seed(seed), checkpoint, settings,
         )  # fmt: skip
-        run = solver.best(count, start, n_init if start is None else 1)
+        run = solver.best(count, start, n_init if start is None else 1, begun)
     if len(run.centroids_KD) < count:
         log.warning("k=%d exceeds the %d distinct points; that many clusters were made", count, len(run.centroids_KD))
     share = opened.points.work.share if isinstance(opened.points, Assignment) else 1.0
@@ -169,6 +174,10 @@ def _opened(
 def _as_given(x: Array, tensor: Tensor) -> Any:
     """The tensor as x came: on its device, or as NumPy."""
     return tensor.to(x.device) if isinstance(x, Tensor) else tensor.cpu().numpy()
+
+
+def _digest(centroids_KD: Tensor | None) -> str:
+    return hashlib.sha256(b"" if centroids_KD is None else centroids_KD.cpu().numpy().tobytes()).hexdigest()
 
 
 def nearest(x_ND: Tensor, centroids_KD: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -68,14 +68,17 @@ class Solver:
     _progress: Progress = field(default_factory=Progress)
     _fingerprint: str = ""
 
-    def best(self, k: int, start: Tensor | None, n_init: int) -> Run:
-        """The run of least inertia among n_init from drawn seeds, or the one from `start`; its assignment is held."""
+    def best(self, k: int, start: Tensor | None, n_init: int, warm: Tensor | None = None) -> Run:
+        """The run of least inertia among n_init from drawn seeds, or the one from `start`; its assignment is held.
+
+        warm: what the seeds of the first run begin with.
+        """
         resumed = self._resumed()
         if resumed is None:
             self.points.choose(self.shard.sample(k)[:k] if start is None else start)
         run = None
         while self._progress.attempt < n_init:
-            run = resumed or self._first_run(k, start)
+            run = resumed or self._first_run(k, start, warm if self._progress.attempt == 0 else None)
             resumed = None
             run = run if start is not None else self._repaired(run)
             best = self._progress.best
@@ -91,13 +94,13 @@ class Solver:
             self.checkpoint.clear()
         return best
 
-    def _first_run(self, k: int, start: Tensor | None) -> Run:
+    def _first_run(self, k: int, start: Tensor | None, warm: Tensor | None) -> Run:
         if start is not None:
             self.points.reset()
             self.points.assign(start)
             return self._lloyd(start, 0)
         started = time.perf_counter()
-        seeds_KD = seed_plus_plus(self.points, self.shard, k, self.generator)
+        seeds_KD = seed_plus_plus(self.points, self.shard, k, self.generator, warm)
         log.debug("%d seeds in %.2f s", len(seeds_KD), time.perf_counter() - started)
         return self._lloyd(seeds_KD, 0)
 
