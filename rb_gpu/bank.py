@@ -195,7 +195,7 @@ class ReasoningBank:
     @property
     def next_pattern_id(self) -> int:
         """The least id that no pattern has had."""
-        return int(self._state.data.arrays["pattern_id"].max()) + 1
+        return self._state.data.next_pattern_id
 
     def find_similar_patterns(self, query: npt.ArrayLike, k: int = 5) -> list[PatternMatch]:
         """The k leaf patterns nearest to query (D,), best first, with cosine. Raises ValueError on a bad query."""

@@ -154,6 +154,11 @@ class BankData:
         starts = [int(np.searchsorted(level, one)) for one in range(int(level.max()) + 2)]
         return [parent[start:stop] - stop for start, stop in pairwise(starts[:-1])]
 
+    @property
+    def next_pattern_id(self) -> int:
+        """The least id that no pattern has had, in this bank or in those that it descends from."""
+        return max(int(self.facts.get("next_pattern_id", 0)), int(self.arrays["pattern_id"].max()) + 1)
+
     def head(self) -> dict[str, Any]:
         """What the manifest says of the bank besides its arrays."""
         return {
@@ -216,6 +221,8 @@ def _check_settings(data: BankData) -> None:
         _require(_is_number(value, low, high), f"lookup.{name}={value!r} is not a number in its bounds")
     for name in ("likeliest", "auto_margin"):
         _require(isinstance(getattr(lookup, name), bool), f"lookup.{name} is not true or false")
+    next_id = data.facts.get("next_pattern_id", 0)
+    _require(isinstance(next_id, int) and _is_number(next_id, 0, 2**62), "next_pattern_id is no count")
     facts = {name: data.facts.get(name, {}) for name in ("counts", "evaluation", "index")}
     for name, value in facts.items():
         _require(isinstance(value, dict), f"{name} is no object")

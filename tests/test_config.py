@@ -168,6 +168,7 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "registry.path": [""],
     "registry.keep": [1],
     "registry.hmac_key_file": [""],
+    "train.parent": ["", "last", "20260101"],
     "device.kind": ["gpu", "cuda:0"],
     "device.memory_budget": [2**20 - 1],
     "device.scratch": ["no such folder"],

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn.checkpoint import Checkpoint
 from rb_gpu.learn.checks import is_auto
@@ -23,6 +24,7 @@ from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.evidence import row_weights
 from rb_gpu.learn.hierarchy import consolidate
 from rb_gpu.learn.kmeans import kmeans
+from rb_gpu.learn.lineage import warm_start
 from rb_gpu.learn.trajectories import Trajectories
 
 log = logging.getLogger(__name__)
@@ -37,12 +39,17 @@ def auto_k(queries: int, rows: int, configs: int) -> int:
 
 
 def cluster_queries(
-    trajectories: Trajectories, config: TrainConfig, checkpoint: Checkpoint | None, ranks: Ranks
+    trajectories: Trajectories,
+    config: TrainConfig,
+    checkpoint: Checkpoint | None,
+    ranks: Ranks,
+    parent: BankData | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, npt.NDArray[np.int64]]:
     """The points (Q, D) and weights (Q,) that were clustered, and the consolidated leaf of each query (Q,).
 
     Queries weigh what their rows do, decayed where judge.half_life is a number. Where it is auto the half-life is
-    chosen on the patterns, which are therefore clustered without decay.
+    chosen on the patterns, which are therefore clustered without decay. parent: where to start from; the first rank's
+    counts, and others need none.
     """
     x_QD = torch.from_numpy(trajectories.x_QD)
     if config.cluster.metric == "cosine" and not normed(x_QD):
@@ -50,7 +57,7 @@ def cluster_queries(
     half_life = None if is_auto(config.judge.half_life) else config.judge.half_life
     decay_N = row_weights(replace(trajectories, propensity=None), half_life).numpy()
     weight_Q = torch.from_numpy(np.bincount(trajectories.query_row, weights=decay_N)).float()
-    return x_QD, weight_Q, _cluster(x_QD, weight_Q, trajectories, config, checkpoint, ranks)
+    return x_QD, weight_Q, _cluster(x_QD, weight_Q, trajectories, config, checkpoint, ranks, parent)
 
 
 def _cluster(
@@ -60,6 +67,7 @@ def _cluster(
     config: TrainConfig,
     checkpoint: Checkpoint | None,
     ranks: Ranks,
+    parent: BankData | None,
 ) -> npt.NDArray[np.int64]:
     """The consolidated leaf of each query (Q,)."""
     cluster, queries = config.cluster, len(x_QD)
@@ -74,13 +82,14 @@ def _cluster(
             f"cluster.k={k} exceeds the {queries} queries to learn from in data.path={source}; "
             "lower cluster.k or set cluster.k=auto"
         )
+    k, warm = ranks.of_first(warm_start(parent, k, trajectories, config))
     share = ranks.share(queries)
     result = kmeans(
         x_QD[share], k, max_iter=cluster.max_iter, epsilon=cluster.epsilon, n_init=cluster.n_init,
         metric=cluster.metric, seed=config.seed, device=config.device.kind, weight=weight_Q[share],
         memory_budget=config.device.memory_budget,
         code_budget=0 if cluster.memory == "lean" else cluster.memory_budget, checkpoint=checkpoint,
-        ranks=ranks,
+        ranks=ranks, warm=warm,
     )  # fmt: skip
     found = len(result.centroids)
     if found < k and not is_auto(cluster.k):

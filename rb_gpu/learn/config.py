@@ -15,6 +15,7 @@ from rb_gpu.errors import ConfigError
 from rb_gpu.index_file import MAX_BREADTH
 from rb_gpu.learn.checks import check, check_choice, check_count, check_nonnegative, check_share, is_auto
 from rb_gpu.params import PARAMETERS, SearchParams
+from rb_gpu.registry import VERSION
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent.parent / "sample"
 
@@ -311,6 +312,17 @@ class RegistryConfig:
 
 
 @dataclass
+class RetrainConfig:
+    """What a training goes on from. parent: champion (what is served, where there is something), none, or a version."""
+
+    parent: str = "champion"
+
+    def __post_init__(self) -> None:
+        ok = self.parent in ("champion", "none") or VERSION.fullmatch(self.parent) is not None
+        check("train.parent", self.parent, ok, "champion, none or a version", "action=list of jobs.registry shows them")
+
+
+@dataclass
 class DeviceConfig:
     """kind: auto, cpu or cuda. memory_budget: bytes of embeddings that may lie in the device's memory, the rest is read
     in chunks. scratch: folder of the file that holds what exceeds the host's.
@@ -347,6 +359,7 @@ class TrainConfig:
     gate: GateConfig = field(default_factory=GateConfig)
     registry: RegistryConfig = field(default_factory=RegistryConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
+    train: RetrainConfig = field(default_factory=RetrainConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ from rb_gpu.learn.config import (
     PruneConfig,
     QualityConfig,
     RegistryConfig,
+    RetrainConfig,
     RouterConfig,
     TrainConfig,
 )
@@ -230,6 +231,7 @@ SECTIONS: dict[str, type] = {
     "gate": GateConfig,
     "registry": RegistryConfig,
     "device": DeviceConfig,
+    "train": RetrainConfig,
 }
 JOBS: dict[str, type] = {
     "train": TrainConfig,

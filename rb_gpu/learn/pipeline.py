@@ -41,6 +41,9 @@ from rb_gpu.learn.hierarchy import prune
 from rb_gpu.learn.index import build_index
 from rb_gpu.learn.kmeans import nearest
 from rb_gpu.learn.leaves import believed, foretold, gather_leaves
+from rb_gpu.learn.lineage import differences, inherit, parent_leaves
+from rb_gpu.learn.parent import find_parent, free_pattern_id
+from rb_gpu.learn.past import gather_past, tell, with_past, with_ratings
 from rb_gpu.learn.policy import Evaluation, best_single, improvement_percent, value_bank
 from rb_gpu.learn.report import render_report
 from rb_gpu.learn.room import Room
@@ -97,16 +100,25 @@ def learn(
     config: TrainConfig,
     checkpoint: Checkpoint | None = None,
     ranks: Ranks | None = None,
+    parent: BankData | None = None,
+    first_id: int = 0,
 ) -> LearnedBank:
     """The whole job without input or output: cluster, consolidate, sum, judge, build levels and index.
 
     A pure function: same trajectories, config and device, same bits. ranks: processes that call `cluster_queries` on
-    the same trajectories and share its work. Raises DataError, ConfigError.
+    the same trajectories and share its work. parent: a bank of the same metric, dim and embedder to go on from: its
+    centroids start the clustering, its patterns keep their ids, and what it knew of older rows is added (lineage.py,
+    past.py). first_id: the least id for a new pattern. Raises DataError, ConfigError.
     """
+    if parent is not None:
+        unlike = differences(parent, config.cluster.metric, trajectories.x_QD.shape[1], config.data.embedder)
+        if unlike:
+            raise ConfigError(f"parent: its {', its '.join(unlike)}; give a bank that is like these trajectories")
     watch = Stopwatch()
     device = resolve_device(config.device.kind)
     with watch.stage("cluster"):
-        x_QD, weight_Q, label_Q = cluster_queries(trajectories, config, checkpoint, ranks or Ranks())
+        x_QD, weight_Q, label_Q = cluster_queries(trajectories, config, checkpoint, ranks or Ranks(), parent)
+        before_Q = parent_leaves(parent, x_QD, device)
     with watch.stage("judge"):
         judging, half_life = config.judge, None
         if is_auto(judging.half_life):
@@ -124,6 +136,8 @@ def learn(
                 # what does not beat a poor default is not asked again whether it beats a better one
                 leaves = foretold(x_QD, leaves, trajectories, weight_N, objective, config, device, pays=False)
         default = trajectories.configs.default
+        past = gather_past(parent, before_Q, trajectories, leaves.evidence, judging.half_life)
+        leaves = with_past(leaves, past)
         beliefs = believed(leaves, objective, default, config)
         confidence_P = best_probability(beliefs.probability[:-1], default)
         kept_P = prune(leaves.evidence.rows.sum(1), confidence_P, 1, config.prune.min_confidence)
@@ -135,12 +149,16 @@ def learn(
                 )
             label_Q, pays = drop_labels(leaves.label_Q, kept_P), leaves.pays
             leaves = gather_leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
-            leaves = foretold(x_QD, leaves, trajectories, weight_N, objective, config, device, pays)
+            leaves = with_past(
+                foretold(x_QD, leaves, trajectories, weight_N, objective, config, device, pays), past
+            )
             beliefs = believed(leaves, objective, default, config)
         judging = replace(judging, min_probability=leaves.least_probability(judging))
         verdicts = judge(leaves.evidence, trajectories.configs, objective, beliefs, judging)
     with watch.stage("index"):
         data = assemble(trajectories, config, leaves, objective, beliefs, verdicts, 0.0)
+        data = with_ratings(data, past, leaves.label_Q)
+        data = inherit(data, leaves.label_Q, parent, before_Q, first_id, tell(past, leaves))
         floor = _floor(x_QD, data, device) if is_auto(config.lookup.floor) else float(config.lookup.floor)
         index = build_index(
             data.arrays["centroids"][: data.leaves], config.index, trajectories.x_QD, config.lookup.top_k
@@ -174,7 +192,7 @@ def learn(
         "%d patterns, %d verdicts, the default stands on %d (default: %s)",
         data.leaves, issued, data.leaves - issued, trajectories.configs.describe(default),
     )  # fmt: skip
-    data = replace(data, lookup=replace(data.lookup, floor=floor), facts=facts)
+    data = replace(data, lookup=replace(data.lookup, floor=floor), facts=data.facts | facts)
     return LearnedBank(data, index, router, leaves.label_Q, watch.seconds)
 
 
@@ -287,7 +305,9 @@ def _train(config: TrainConfig, quarantine: Path | None, ranks: Ranks) -> Publis
             log.info("%d rows, %d queries, %d configs, dim %d; newest %d queries held out", len(everything),
                      len(everything.query_id), len(everything.configs), everything.x_QD.shape[1],
                      len(held_out.query_id))  # fmt: skip
-        learned = learn(_normalised(training, config, room.ranks), config, _checkpoint(config), ranks)
+            parent = find_parent(registry, config, everything.x_QD.shape[1])
+        learned = learn(_normalised(training, config, room.ranks), config, _checkpoint(config), ranks, parent,
+                        free_pattern_id(registry))  # fmt: skip
         watch.seconds |= learned.seconds
         with watch.stage("evaluate"):
             bank = learned.bank()
@@ -307,7 +327,7 @@ def _train(config: TrainConfig, quarantine: Path | None, ranks: Ranks) -> Publis
             "evaluation": {**asdict(evaluation), "improvement_percent": improvement_percent(evaluation)},
             "gate": asdict(decision),
             "drift": asdict(drift),
-            "parent": registry.champion(),
+            "parent": None if parent is None else parent.facts["version"],
             "seconds": watch.seconds,
             "packages": package_versions(),
         }

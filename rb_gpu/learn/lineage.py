@@ -1,0 +1,258 @@
+"""How the patterns of a training descend from its parent's: where it starts, whose ids stay, what became of the rest.
+
+Suffixes: Q queries, P leaves, B patterns of one level before, N of one level now, E pairs of the two with queries in
+common, D dims.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+
+from rb_gpu.bank_data import BankData
+from rb_gpu.learn.config import TrainConfig
+from rb_gpu.learn.hierarchy import build_hierarchy, unit_rows
+from rb_gpu.learn.kmeans import nearest
+from rb_gpu.learn.trajectories import Trajectories
+
+log = logging.getLogger(__name__)
+
+Rows = npt.NDArray[np.int64]
+Matrix = npt.NDArray[np.float32]
+
+# of all queries of either pattern, those in both: with fewer in common the one does not go on as the other
+LEAST_SHARE = 0.25
+# of a pattern's queries: as many came from, or went to, one other
+MAJORITY = 0.5
+# a weight under that of any pair, so that to go unmatched is the last resort
+UNMATCHED = 1e-9
+# ids of each kind that a manifest lists; the counts are of all
+LISTED = 100
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What became of every pattern of all levels, by id; at most LISTED of each kind, while counts are of all.
+
+    parent: version. kept: ids that stayed. split: new ids, each most of whose queries the parent had in one pattern,
+    by that pattern. merged: ids that ended, most of whose queries are now in one pattern, by that. born, retired: the
+    new and the ended ones besides. evidence: whether what the parent knew was added, and if not, why.
+    """
+
+    parent: str | None
+    counts: dict[str, int]
+    kept: list[int]
+    split: dict[int, list[int]]
+    merged: dict[int, list[int]]
+    born: list[int]
+    retired: list[int]
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Of one level. before_N: the pattern before whose id goes on, -1 for none. origin_N: the one before that had most
+    of its queries, heir_B: the one now that has most of those of one before; -1 where there is no majority.
+    """
+
+    before_N: Rows
+    origin_N: Rows
+    heir_B: Rows
+
+
+@dataclass
+class _Fates:
+    kept: list[int] = field(default_factory=list)
+    split: dict[int, list[int]] = field(default_factory=dict)
+    merged: dict[int, list[int]] = field(default_factory=dict)
+    born: list[int] = field(default_factory=list)
+    retired: list[int] = field(default_factory=list)
+
+
+def differences(data: BankData, metric: str, dim: int, embedder: str) -> list[str]:
+    """In what a bank cannot be compared with another of this metric, dim and embedder; empty where it can."""
+    asked = {"metric": metric, "dim": dim, "embedder": embedder}
+    return [f"{name} is {getattr(data, name)}, not {new}" for name, new in asked.items() if getattr(data, name) != new]
+
+
+def warm_start(
+    parent: BankData | None, k: int, trajectories: Trajectories, config: TrainConfig
+) -> tuple[int, Matrix | None]:
+    """How many clusters to make, and the centroids to start from: the parent's leaves, of which those that Ward's
+    linkage merges first are one where they are over k.
+
+    Clusters that fell to merging or pruning are drawn anew, so that the bank can grow with its queries; but where the
+    very table of the parent comes again, which would only split other patterns in their stead.
+    """
+    if parent is None:
+        return k, None
+    facts, queries = parent.facts, len(trajectories.query_id)
+    leaves_PD = np.array(parent.arrays["centroids"][: parent.leaves])
+    known = (facts.get("data") or {}).get("fingerprint"), (facts.get("counts") or {}).get("queries")
+    before_k = ((facts.get("config") or {}).get("cluster") or {}).get("k")
+    if known == (trajectories.source.fingerprint, queries) and before_k == config.cluster.k:
+        k = min(k, len(leaves_PD))
+    if len(leaves_PD) > k:
+        support_P = np.maximum(parent.arrays["support"][: parent.leaves], 1).astype(np.float64)
+        group_P = build_hierarchy(leaves_PD, support_P, [k])[0]
+        sums_KD = np.zeros((k, leaves_PD.shape[1]))
+        np.add.at(sums_KD, group_P, support_P[:, None] * leaves_PD)
+        leaves_PD = (sums_KD / np.bincount(group_P, support_P)[:, None]).astype(np.float32)
+        # opposite directions cancel out
+        leaves_PD = leaves_PD[np.linalg.norm(leaves_PD, axis=1) > 0]
+    log.info("k-means starts from %d leaves of %s", len(leaves_PD), facts.get("version", "the parent"))
+    return k, leaves_PD
+
+
+def parent_leaves(parent: BankData | None, x_QD: torch.Tensor, device: torch.device) -> Rows:
+    """(Q,) the parent's leaf of each query, -1 where the parent would have known none: under its similarity floor.
+
+    x_QD: as they were clustered. With l2 there is no floor, since that is a cosine.
+    """
+    if parent is None:
+        return np.full(len(x_QD), -1)
+    leaves_PD = torch.from_numpy(np.array(parent.arrays["centroids"][: parent.leaves]))
+    label_Q, d2_Q = nearest(x_QD, leaves_PD, device)
+    if parent.metric == "cosine":
+        label_Q = torch.where(1.0 - d2_Q / 2.0 >= parent.lookup.floor, label_Q, -1)
+    return label_Q.numpy()
+
+
+def descend(before_Q: Rows, now_Q: Rows, before_BD: Matrix, now_ND: Matrix) -> Descent:
+    """Matches the patterns of one level, before and now, by their centroids and by the patterns (Q,) of the same
+    queries in both, negative for none.
+
+    The matching is that of largest total weight, the share of common members (Jaccard) plus the cosine, among pairs
+    with a share of LEAST_SHARE or more (the Hungarian problem, by LAPJVsp: Jonker & Volgenant 1987). No pattern has
+    more than 1 / LEAST_SHARE such partners, so that 65,536 patterns take a sparse matrix. What happened to the others
+    is told by majorities, as in MONIC (Spiliopoulou et al. 2006).
+    """
+    before, now = len(before_BD), len(now_ND)
+    size_B = np.bincount(before_Q[before_Q >= 0], minlength=before)
+    size_N = np.bincount(now_Q[now_Q >= 0], minlength=now)
+    both = (before_Q >= 0) & (now_Q >= 0)
+    code_E, common_E = np.unique(before_Q[both] * now + now_Q[both], return_counts=True)
+    b_E, n_E = code_E // now, code_E % now
+    share_E = common_E / (size_B[b_E] + size_N[n_E] - common_E)
+    close = share_E >= LEAST_SHARE
+    cosine = np.einsum("ed,ed->e", unit_rows(before_BD)[b_E[close]], unit_rows(now_ND)[n_E[close]])
+    before_N = np.full(now, -1)
+    if close.any():
+        rows, columns = b_E[close], n_E[close]
+        own = np.arange(before)
+        weight = csr_array(
+            (
+                np.concatenate([share_E[close] + np.maximum(cosine, 0.0), np.full(before, UNMATCHED)]),
+                (np.concatenate([rows, own]), np.concatenate([columns, now + own])),
+            ),
+            shape=(before, now + before),
+        )
+        matched_B, partner_B = min_weight_full_bipartite_matching(weight, maximize=True)
+        real = partner_B < now
+        before_N[partner_B[real]] = matched_B[real]
+    origin_N, heir_B = np.full(now, -1), np.full(before, -1)
+    order = np.argsort(common_E, kind="stable")  # the largest is written last
+    b_E, n_E, common_E = b_E[order], n_E[order], common_E[order]
+    most = common_E >= MAJORITY * size_N[n_E]
+    origin_N[n_E[most]] = b_E[most]
+    most = common_E >= MAJORITY * size_B[b_E]
+    heir_B[b_E[most]] = n_E[most]
+    return Descent(before_N, origin_N, heir_B)
+
+
+def inherit(
+    data: BankData, label_Q: Rows, parent: BankData | None, before_Q: Rows, first_id: int, evidence: str
+) -> BankData:
+    """The bank with its parent's ids and dates of birth where a pattern goes on, and new ids where none does.
+
+    label_Q, before_Q: leaf of each training query in the bank and in its parent, negative for none. first_id: the
+    least id that is free; ids that the parent or its forebears had are never given again. The facts `next_pattern_id`
+    and, where there is a parent, `lineage` are added.
+    """
+    patterns = len(data.arrays["pattern_id"])
+    if parent is None:
+        ids = first_id + np.arange(patterns)
+        return _with(data, {"pattern_id": ids}, {"next_pattern_id": first_id + patterns, "lineage": None})
+    first_id = max(first_id, parent.next_pattern_id)
+    ids, created = np.full(patterns, -1), data.arrays["created_at"].copy()
+    old_ids = parent.arrays["pattern_id"].astype(np.int64)
+    fates = _Fates()
+    now_Q, next_id = label_Q, first_id
+    for level in range(max(int(one.arrays["level"].max()) for one in (data, parent)) + 1):
+        was, here = (np.flatnonzero(one.arrays["level"] == level) for one in (parent, data))
+        found = descend(before_Q, now_Q, parent.arrays["centroids"][was], data.arrays["centroids"][here])
+        goes_on = found.before_N >= 0
+        ids[here[goes_on]] = old_ids[was[found.before_N[goes_on]]]
+        created[here[goes_on]] = parent.arrays["created_at"][was[found.before_N[goes_on]]]
+        ids[here[~goes_on]] = next_id + np.arange(np.count_nonzero(~goes_on))
+        next_id += np.count_nonzero(~goes_on)
+        _tell(fates, found, old_ids[was], ids[here])
+        before_Q, now_Q = _above(parent, level, before_Q), _above(data, level, now_Q)
+    lineage = Lineage(
+        parent=parent.facts.get("version"),
+        counts={
+            "kept": len(fates.kept),
+            "split": sum(map(len, fates.split.values())),
+            "merged": sum(map(len, fates.merged.values())),
+            "born": len(fates.born),
+            "retired": len(fates.retired),
+        },
+        kept=fates.kept[:LISTED],
+        split=_short(fates.split),
+        merged=_short(fates.merged),
+        born=fates.born[:LISTED],
+        retired=fates.retired[:LISTED],
+        evidence=evidence,
+    )
+    log.info("patterns of all levels beside %s: %s", lineage.parent or "the parent",
+             ", ".join(f"{count} {fate}" for fate, count in lineage.counts.items()))  # fmt: skip
+    return _with(
+        data, {"pattern_id": ids, "created_at": created}, {"next_pattern_id": int(next_id), "lineage": vars(lineage)}
+    )
+
+
+def _tell(fates: _Fates, found: Descent, old_ids: Rows, new_ids: Rows) -> None:
+    """Adds what became of the patterns of one level."""
+    goes_on = found.before_N >= 0
+    fates.kept += new_ids[goes_on].tolist()
+    for new in np.flatnonzero(~goes_on):
+        origin = found.origin_N[new]
+        siblings = fates.born if origin < 0 else fates.split.setdefault(int(old_ids[origin]), [])
+        siblings.append(int(new_ids[new]))
+    ended = np.ones(len(old_ids), dtype=bool)
+    ended[found.before_N[goes_on]] = False
+    for old in np.flatnonzero(ended):
+        heir = found.heir_B[old]
+        gone = fates.retired if heir < 0 else fates.merged.setdefault(int(new_ids[heir]), [])
+        gone.append(int(old_ids[old]))
+
+
+def _above(data: BankData, level: int, row_Q: Rows) -> Rows:
+    """(Q,) row within the level above of each query's pattern, given its row within this one; negative for none."""
+    parents = data.parents()
+    if level >= len(parents):
+        return np.full(len(row_Q), -1)
+    return np.where(row_Q >= 0, parents[level][np.maximum(row_Q, 0)], -1)
+
+
+def _short(groups: dict[int, list[int]]) -> dict[int, list[int]]:
+    out: dict[int, list[int]] = {}
+    room = LISTED
+    for one, others in groups.items():
+        if room <= 0:
+            break
+        out[one] = others[:room]
+        room -= len(out[one])
+    return out
+
+
+def _with(data: BankData, columns: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> BankData:
+    arrays = {name: column.astype(data.arrays[name].dtype) for name, column in columns.items()}
+    return replace(data, arrays=data.arrays | arrays, facts=data.facts | facts)

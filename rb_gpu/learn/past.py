@@ -1,0 +1,140 @@
+"""What the parent knew of rows that the table does not hold, decayed and added to what the table says.
+
+A row must count once. Evidence is a sum without dates, so it is added where every row behind it is older than every row
+of the table, and left out as a whole where their times overlap.
+Suffixes: Q queries, P leaves, B leaves of the parent, C configs.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rb_gpu.bank_data import BankData
+from rb_gpu.evidence import Evidence
+from rb_gpu.learn.assemble import Leaves
+from rb_gpu.learn.evidence import SECONDS_PER_DAY
+from rb_gpu.learn.trajectories import Trajectories
+from rb_gpu.learn.verdicts import grade
+
+log = logging.getLogger(__name__)
+
+Rows = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+# what a decay scales: sums of weights, and sums of their squares
+SUMS = ("w", "comoment", "latency_hist", "pair_w", "pair_comoment")
+SQUARES = ("w2", "pair_w2")
+
+
+@dataclass(frozen=True)
+class Past:
+    """The parent's leaves: evidence over the table's configs, None where it cannot be added, and ratings; before_Q: the
+    parent's leaf of each training query, negative for none. said: whether it is added, and if not, why.
+    """
+
+    evidence: Evidence | None
+    rating_count: Rows
+    rating_score: Floats
+    before_Q: Rows
+    said: str
+
+    def heirs(self, label_Q: Rows) -> Rows:
+        """(B,) the leaf that has most of the queries of each of the parent's, -1 where none has any."""
+        both = (self.before_Q >= 0) & (label_Q >= 0)
+        leaves = int(label_Q.max()) + 1
+        code, common = np.unique(self.before_Q[both] * leaves + label_Q[both], return_counts=True)
+        heir_B = np.full(len(self.rating_count), -1)
+        order = np.argsort(common, kind="stable")  # the largest is written last
+        heir_B[code[order] // leaves] = code[order] % leaves
+        return heir_B
+
+
+def gather_past(
+    parent: BankData | None, before_Q: Rows, trajectories: Trajectories, evidence: Evidence, half_life: float | None
+) -> Past | None:
+    """What may be added to a table whose evidence is given; None where the parent's rows may be in the table.
+
+    half_life: in days, of judge.half_life; the parent's own decay is to its newest row, this goes on from there.
+    """
+    if parent is None:
+        return None
+    newest = (parent.facts.get("data") or {}).get("newest_timestamp")
+    if not isinstance(newest, int) or newest >= int(trajectories.timestamp.min()):
+        return None
+    age_days = (int(trajectories.timestamp.max()) - newest) / SECONDS_PER_DAY
+    kept = 1.0 if half_life is None else 2.0 ** (-age_days / half_life)
+    old, default = parent.evidence, trajectories.configs.default
+    config_C = [trajectories.configs.id_of(params) for params in parent.configs]
+    said = f"added, decayed to {kept:.3g}"
+    folded = None
+    if old.paired != evidence.paired or parent.grade != grade(trajectories.propensity is not None, evidence.paired):
+        said = "not added: only one of the two tables has propensities, or all queries under the default"
+    elif old.paired and config_C[parent.default] != default:
+        said = "not added: its differences are to another default"
+    else:
+        folded = _on_configs(_decayed(old, kept), config_C, len(trajectories.configs))
+    count = np.rint(kept * parent.arrays["rating_count"][: parent.leaves]).astype(np.int64)
+    mean = parent.arrays["rating_score"] / np.maximum(parent.arrays["rating_count"], 1)
+    return Past(folded, count, count * mean[: parent.leaves], before_Q, said)
+
+
+def _decayed(evidence: Evidence, kept: float) -> Evidence:
+    scaled = {name: getattr(evidence, name) * kept for name in SUMS}
+    return replace(evidence, **scaled, **{name: getattr(evidence, name) * kept**2 for name in SQUARES})
+
+
+def _on_configs(evidence: Evidence, config_C: list[int | None], configs: int) -> Evidence:
+    """The same cells in the table's columns; configs that it does not have are left out."""
+    known = [old for old, new in enumerate(config_C) if new is not None]
+    target = [new for new in config_C if new is not None]
+
+    def placed(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        out = np.zeros((len(x), configs, *x.shape[2:]), dtype=x.dtype)
+        out[:, target] = x[:, known]
+        return out
+
+    return Evidence(**{f.name: placed(getattr(evidence, f.name)) for f in fields(evidence)})
+
+
+def with_past(leaves: Leaves, past: Past | None) -> Leaves:
+    """The leaves with the past's evidence added, each of the parent's to the one that has most of its queries.
+
+    Where there is a field nothing is added: it learns from rows, and what past rows were beyond it is not known.
+    """
+    if past is None or past.evidence is None or leaves.field is not None:
+        return leaves
+    count = len(leaves.mass_P)
+    group = np.concatenate([np.arange(count), past.heirs(leaves.label_Q)])
+    both = {
+        f.name: np.concatenate([getattr(leaves.evidence, f.name), getattr(past.evidence, f.name)])
+        for f in fields(Evidence)
+    }
+    return replace(leaves, evidence=Evidence(**both).regroup(group, count))
+
+
+def with_ratings(data: BankData, past: Past | None, label_Q: Rows) -> BankData:
+    """The bank with the past's votes added, on every level."""
+    if past is None:
+        return data
+    count, score = (data.arrays[name].copy() for name in ("rating_count", "rating_score"))
+    row_B = past.heirs(label_Q)
+    row_B, old_count, old_score = (column[row_B >= 0] for column in (row_B, past.rating_count, past.rating_score))
+    while len(row_B) and (row_B >= 0).all():
+        np.add.at(count, row_B, old_count)
+        np.add.at(score, row_B, old_score)
+        row_B = data.arrays["parent"][row_B]
+    return replace(data, arrays=data.arrays | {"rating_count": count, "rating_score": np.minimum(score, count)})
+
+
+def tell(past: Past | None, leaves: Leaves) -> str:
+    """Whether the parent's evidence was added, and if not, why."""
+    if past is None:
+        return "not added: rows of the table are as old as the parent's, and none may count twice"
+    if past.evidence is not None and leaves.field is not None:
+        return "not added: verdicts rest on a regression on rows; keep older rows in data.path"
+    return past.said
