@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_verdicts import table
 
-from rb_gpu.learn.config import GateConfig
+from rb_gpu.learn.drift import EmbeddingDrift
 from rb_gpu.learn.evidence import gather_evidence, row_weights
 from rb_gpu.learn.gate import decide
 from rb_gpu.learn.policy import SINGLE, best_single, evaluate, oracle
@@ -110,6 +110,6 @@ def test_utility_counts_latency_and_cost():
 def test_the_gate_promotes_only_what_is_better(effect, gate, refusal, promoted, says):
     table_ = table(seed=6, n=900, configs=2, effect=[0, effect], full=True)
     evaluation = evaluate(held_out_outcomes(table_, QUALITY), policies(table_, np.ones(450, int)), 200, 0)
-    decision = decide(evaluation, gate, refusal)
+    decision = decide(evaluation, gate, CALM, [refusal] if refusal else [])
     assert decision.promote is promoted
     assert says in decision.reason

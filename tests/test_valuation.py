@@ -11,7 +11,7 @@ from simulate_logs import CONFIGS, QUALITY, choices, world
 
 from jobs.tables import evaluation_tables
 from rb_gpu.bench.decisions import draw
-from rb_gpu.learn.config import GateConfig
+from rb_gpu.learn.drift import EmbeddingDrift
 from rb_gpu.learn.gate import decide
 from rb_gpu.learn.harm import measure_harm
 from rb_gpu.learn.policy import evaluate, oracle
@@ -81,7 +81,7 @@ def test_a_config_that_no_row_tried_leaves_its_policy_without_a_value():
     unknown = (bank.utility, bank.low, bank.quality, bank.cost, bank.latency_p50_us, bank.harm.negative)
     assert all(math.isnan(value) for value in (*unknown, result.bank_gains["default"].low))
     assert result.value("default").unknown is None and math.isfinite(result.value("default").utility)
-    decision = decide(result, GateConfig(min_rows=1), None)
+    decision = decide(result, GateConfig(min_rows=1), EmbeddingDrift(0.5, 1.0), [])
     assert (
         not decision.promote
         and "the bank has no held-out value: no held-out row tried ef_search=128" in decision.reason

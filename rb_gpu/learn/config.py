@@ -14,8 +14,8 @@ from typing import Any
 from rb_gpu.errors import ConfigError
 from rb_gpu.index_file import MAX_BREADTH
 from rb_gpu.learn.checks import check, check_choice, check_count, check_nonnegative, check_share, is_auto
+from rb_gpu.learn.version_config import GateConfig, RegistryConfig, RetrainConfig
 from rb_gpu.params import PARAMETERS, SearchParams
-from rb_gpu.registry import VERSION
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent.parent / "sample"
 
@@ -283,43 +283,6 @@ class EvalConfig:
     def baseline_names(self) -> tuple[str, ...]:
         """Those that were asked for."""
         return BASELINE_NAMES if self.baselines == "all" else tuple(self.baselines)
-
-
-@dataclass
-class GateConfig:
-    """A candidate is promoted where the 95 % lower bound of its gain over what is served now exceeds min_gain."""
-
-    min_gain: float = -0.005
-    min_rows: int = 100
-
-    def __post_init__(self) -> None:
-        check("gate.min_gain", self.min_gain, math.isfinite(self.min_gain), "a finite number", "use -0.005")
-        check_count("gate.min_rows", self.min_rows)
-
-
-@dataclass
-class RegistryConfig:
-    """Where artifacts live, how many versions stay, and the file of the key that signs them (null: none does)."""
-
-    path: str = "artifacts"
-    keep: int = 10
-    hmac_key_file: str | None = None
-
-    def __post_init__(self) -> None:
-        check("registry.path", repr(self.path), bool(self.path), "a folder", "set registry.path=artifacts")
-        check_count("registry.keep", self.keep, 2)
-        check("registry.hmac_key_file", repr(self.hmac_key_file), self.hmac_key_file != "", "a file", "use null")
-
-
-@dataclass
-class RetrainConfig:
-    """What a training goes on from. parent: champion (what is served, where there is something), none, or a version."""
-
-    parent: str = "champion"
-
-    def __post_init__(self) -> None:
-        ok = self.parent in ("champion", "none") or VERSION.fullmatch(self.parent) is not None
-        check("train.parent", self.parent, ok, "champion, none or a version", "action=list of jobs.registry shows them")
 
 
 @dataclass

@@ -2,59 +2,90 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from rb_gpu.artifact import load_artifact
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.errors import ArtifactError
-from rb_gpu.learn.config import GateConfig
+from rb_gpu.learn.drift import LEVEL, EmbeddingDrift
+from rb_gpu.learn.lineage import differences
 from rb_gpu.learn.policy import Evaluation
+from rb_gpu.learn.version_config import GateConfig
 from rb_gpu.registry import CHAMPION, Registry
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether the candidate is promoted, and why."""
+    """Whether the candidate is promoted, and why. refusals: every single reason against it, in the gate's order."""
 
     promote: bool
     reason: str
+    refusals: list[str] = field(default_factory=list)
 
 
-def decide(evaluation: Evaluation, config: GateConfig, refusal: str | None) -> Decision:
-    """Promotes where the 95 % lower bound of the candidate's gain over what is served exceeds gate.min_gain.
+def decide(evaluation: Evaluation, config: GateConfig, drift: EmbeddingDrift, refusals: list[str]) -> Decision:
+    """Promotes where the 95 % lower bound of the candidate's gain over what is served exceeds gate.min_gain, and all of
+    gate's other bounds are kept. What is not known (NaN) breaks no bound but that of the gain.
 
-    What is served is the champion, or the default where there is none. refusal: why the two cannot be compared.
+    What is served is the champion, or the default where there is none. refusals: why the two cannot be compared.
     """
-    if refusal is not None:
-        return Decision(False, f"{refusal}; train into another registry.path, or promote by hand")
+    said = [f"{refusal}; train into another registry.path, or promote by hand" for refusal in refusals]
+    served = CHAMPION if CHAMPION in evaluation.bank_gains else "default"
+    over = evaluation.bank_gains[served]
+    gain = f"held-out gain over the {served} {over.gain:+.4f}, 95 % lower bound {over.low:+.4f}, "
+    if not refusals:
+        said += _against_the_gain(evaluation, served, config, gain)
+    said += _broken_bounds(evaluation, served, config, drift)
+    reason = "; ".join(said) if said else f"{gain}above gate.min_gain={config.min_gain:g}"
+    return Decision(not said, reason, said)
+
+
+def _against_the_gain(evaluation: Evaluation, served: str, config: GateConfig, gain: str) -> Iterator[str]:
     bank = evaluation.value("bank")
     if bank.matched < config.min_rows:
-        return Decision(
-            False, f"only {bank.matched} held-out rows tried what the bank picks, gate.min_rows={config.min_rows}"
+        yield f"only {bank.matched} held-out rows tried what the bank picks, gate.min_rows={config.min_rows}"
+    unknown = [value for value in (bank, evaluation.value(served)) if value.unknown is not None]
+    for value in unknown:
+        yield f"the {value.name} has no held-out value: {value.unknown}, or promote by hand"
+    if not unknown and not evaluation.bank_gains[served].low > config.min_gain:
+        yield f"{gain}not above gate.min_gain={config.min_gain:g}"
+
+
+def _broken_bounds(evaluation: Evaluation, served: str, config: GateConfig, drift: EmbeddingDrift) -> Iterator[str]:
+    bank, before = evaluation.value("bank"), evaluation.value(served)
+    ratio = bank.latency_p95_us / before.latency_p95_us if before.latency_p95_us > 0 else math.nan
+    # the p95 of a few rows is the latency of the slowest
+    if min(bank.matched, before.matched) >= config.min_rows and ratio > config.max_p95_latency_ratio:
+        yield (
+            f"p95 latency {bank.latency_p95_us / 1e3:.4g} ms is {ratio:.3g} times that of the {served}, over "
+            f"gate.max_p95_latency_ratio={config.max_p95_latency_ratio:g}; raise judge.latency_weight or the bound"
         )
-    served = CHAMPION if CHAMPION in evaluation.bank_gains else "default"
-    for value in (bank, evaluation.value(served)):
-        if value.unknown is not None:
-            return Decision(False, f"the {value.name} has no held-out value: {value.unknown}, or promote by hand")
-    over = evaluation.bank_gains[served]
-    promote = over.low > config.min_gain
-    return Decision(
-        promote,
-        f"held-out gain over the {served} {over.gain:+.4f}, 95 % lower bound {over.low:+.4f}, "
-        f"{'above' if promote else 'not above'} gate.min_gain={config.min_gain:g}",
-    )
+    if bank.harm.sure > config.max_harm_rate:
+        yield (
+            f"of {bank.harm.patterns} patterns in which the bank acts, {100 * bank.harm.sure:.3g} % are surely harmed, "
+            f"over gate.max_harm_rate={config.max_harm_rate:g}; raise judge.min_probability, or log more queries"
+        )
+    if evaluation.coverage < config.min_coverage:
+        yield (
+            f"{100 * evaluation.coverage:.3g} % of the held-out queries are near a pattern, under "
+            f"gate.min_coverage={config.min_coverage:g}; log more of the new kind of query, or check the embedder"
+        )
+    if drift.auc > config.max_drift and drift.p_value <= LEVEL:
+        yield (
+            f"the newest queries are told from those learned from with AUC {drift.auc:.3g}, over "
+            f"gate.max_drift={config.max_drift:g}; check that one and the same embedder made both"
+        )
 
 
-def champion_beside(registry: Registry, bank: ReasoningBank) -> tuple[ReasoningBank | None, str | None]:
+def champion_beside(registry: Registry, bank: ReasoningBank) -> tuple[ReasoningBank | None, list[str]]:
     """The served bank where it can be compared with the new one, else why it cannot."""
     if registry.champion() is None:
-        return None, None
+        return None, []
     try:
         data, _ = load_artifact(registry.path / CHAMPION, registry.hmac_key)
     except ArtifactError as error:
-        return None, f"the champion cannot be compared with ({error})"
-    for name in ("metric", "dim", "embedder"):
-        old, new = getattr(data, name), getattr(bank.data, name)
-        if old != new:
-            return None, f"the champion's {name} is {old}, the candidate's is {new}"
-    return ReasoningBank(data), None
+        return None, [f"the champion cannot be compared with ({error})"]
+    unlike = differences(data, bank.data.metric, bank.data.dim, bank.data.embedder)
+    return (None if unlike else ReasoningBank(data)), [f"the champion's {one} as the candidate's" for one in unlike]

@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from rb_gpu.errors import ConfigError
 from rb_gpu.index_file import MAX_BREADTH
 from rb_gpu.learn.checks import is_auto
 from rb_gpu.learn.config import IndexConfig
+from rb_gpu.learn.distances import normalise_, normed
 from rb_gpu.learn.hierarchy import unit_rows
+from rb_gpu.learn.kmeans import nearest
 from rb_gpu.search import ExactSearch, FaissSearch
 
 log = logging.getLogger(__name__)
@@ -22,6 +25,15 @@ Matrix = npt.NDArray[np.float32]
 
 # queries on which the breadth of a search is tuned
 TUNING_QUERIES = 1000
+# share of training queries that lie farther from every pattern than the automatic floor
+FLOOR_QUANTILE = 0.001
+
+
+def similarity_floor(x_QD: torch.Tensor, leaves_PD: Matrix, device: torch.device) -> float:
+    """The cosine to its nearest leaf that all but FLOOR_QUANTILE of the training queries exceed."""
+    unit_QD = x_QD if normed(x_QD) else normalise_(x_QD.clone())
+    _, d2 = nearest(unit_QD, normalise_(torch.from_numpy(leaves_PD.copy())), device)
+    return float(np.quantile(1.0 - d2.numpy() / 2.0, FLOOR_QUANTILE))
 
 
 def build_index(leaves_PD: Matrix, config: IndexConfig, queries_BD: Matrix, top_k: int) -> bytes | None:

@@ -18,7 +18,6 @@ from rb_gpu.learn.config import (
     DataConfig,
     DeviceConfig,
     EvalConfig,
-    GateConfig,
     HierarchyConfig,
     IndexConfig,
     JudgeConfig,
@@ -26,11 +25,10 @@ from rb_gpu.learn.config import (
     ParamsConfig,
     PruneConfig,
     QualityConfig,
-    RegistryConfig,
-    RetrainConfig,
     RouterConfig,
     TrainConfig,
 )
+from rb_gpu.learn.version_config import GateConfig, RegistryConfig, RetrainConfig
 
 
 @dataclass

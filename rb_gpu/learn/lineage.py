@@ -7,7 +7,7 @@ common, D dims.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -191,8 +191,9 @@ def inherit(
         goes_on = found.before_N >= 0
         ids[here[goes_on]] = old_ids[was[found.before_N[goes_on]]]
         created[here[goes_on]] = parent.arrays["created_at"][was[found.before_N[goes_on]]]
-        ids[here[~goes_on]] = next_id + np.arange(np.count_nonzero(~goes_on))
-        next_id += np.count_nonzero(~goes_on)
+        new = int(np.count_nonzero(~goes_on))
+        ids[here[~goes_on]] = next_id + np.arange(new)
+        next_id += new
         _tell(fates, found, old_ids[was], ids[here])
         before_Q, now_Q = _above(parent, level, before_Q), _above(data, level, now_Q)
     lineage = Lineage(
@@ -214,7 +215,7 @@ def inherit(
     log.info("patterns of all levels beside %s: %s", lineage.parent or "the parent",
              ", ".join(f"{count} {fate}" for fate, count in lineage.counts.items()))  # fmt: skip
     return _with(
-        data, {"pattern_id": ids, "created_at": created}, {"next_pattern_id": int(next_id), "lineage": vars(lineage)}
+        data, {"pattern_id": ids, "created_at": created}, {"next_pattern_id": next_id, "lineage": asdict(lineage)}
     )
 
 

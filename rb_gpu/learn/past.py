@@ -123,10 +123,12 @@ def with_ratings(data: BankData, past: Past | None, label_Q: Rows) -> BankData:
         return data
     count, score = (data.arrays[name].copy() for name in ("rating_count", "rating_score"))
     row_B = past.heirs(label_Q)
-    row_B, old_count, old_score = (column[row_B >= 0] for column in (row_B, past.rating_count, past.rating_score))
-    while len(row_B) and (row_B >= 0).all():
-        np.add.at(count, row_B, old_count)
-        np.add.at(score, row_B, old_score)
+    known_B = row_B >= 0
+    row_B = row_B[known_B]
+    # leaves are all at one depth
+    while len(row_B) and row_B[0] >= 0:
+        np.add.at(count, row_B, past.rating_count[known_B])
+        np.add.at(score, row_B, past.rating_score[known_B])
         row_B = data.arrays["parent"][row_B]
     return replace(data, arrays=data.arrays | {"rating_count": count, "rating_score": np.minimum(score, count)})
 

@@ -32,14 +32,13 @@ from rb_gpu.learn.config import IndexConfig, RouterConfig, TrainConfig
 from rb_gpu.learn.decay import auto_half_life
 from rb_gpu.learn.default import settle_default
 from rb_gpu.learn.devices import resolve_device
-from rb_gpu.learn.distances import normalise_, normed
+from rb_gpu.learn.distances import normalise_
 from rb_gpu.learn.distributed import Ranks, launched
 from rb_gpu.learn.drift import measure_drift
 from rb_gpu.learn.evidence import row_weights
 from rb_gpu.learn.gate import Decision, champion_beside, decide
 from rb_gpu.learn.hierarchy import prune
-from rb_gpu.learn.index import build_index
-from rb_gpu.learn.kmeans import nearest
+from rb_gpu.learn.index import build_index, similarity_floor
 from rb_gpu.learn.leaves import believed, foretold, gather_leaves
 from rb_gpu.learn.lineage import differences, inherit, parent_leaves
 from rb_gpu.learn.parent import find_parent, free_pattern_id
@@ -60,9 +59,6 @@ log = logging.getLogger(__name__)
 
 # in the registry's folder: its lock keeps other jobs away from it
 CHECKPOINT_FILE = "kmeans.checkpoint"
-
-# share of training queries that lie farther from every pattern than the automatic floor
-FLOOR_QUANTILE = 0.001
 
 
 @dataclass(frozen=True)
@@ -149,9 +145,7 @@ def learn(
                 )
             label_Q, pays = drop_labels(leaves.label_Q, kept_P), leaves.pays
             leaves = gather_leaves(x_QD, weight_Q, label_Q, trajectories, weight_N, config, device)
-            leaves = with_past(
-                foretold(x_QD, leaves, trajectories, weight_N, objective, config, device, pays), past
-            )
+            leaves = with_past(foretold(x_QD, leaves, trajectories, weight_N, objective, config, device, pays), past)
             beliefs = believed(leaves, objective, default, config)
         judging = replace(judging, min_probability=leaves.least_probability(judging))
         verdicts = judge(leaves.evidence, trajectories.configs, objective, beliefs, judging)
@@ -159,10 +153,10 @@ def learn(
         data = assemble(trajectories, config, leaves, objective, beliefs, verdicts, 0.0)
         data = with_ratings(data, past, leaves.label_Q)
         data = inherit(data, leaves.label_Q, parent, before_Q, first_id, tell(past, leaves))
-        floor = _floor(x_QD, data, device) if is_auto(config.lookup.floor) else float(config.lookup.floor)
-        index = build_index(
-            data.arrays["centroids"][: data.leaves], config.index, trajectories.x_QD, config.lookup.top_k
-        )
+        leaves_PD = data.arrays["centroids"][: data.leaves]
+        auto_floor = is_auto(config.lookup.floor)
+        floor = similarity_floor(x_QD, leaves_PD, device) if auto_floor else float(config.lookup.floor)
+        index = build_index(leaves_PD, config.index, trajectories.x_QD, config.lookup.top_k)
     router = None
     if config.router.kind == "fastgrnn":
         with watch.stage("router"):
@@ -194,14 +188,6 @@ def learn(
     )  # fmt: skip
     data = replace(data, lookup=replace(data.lookup, floor=floor), facts=data.facts | facts)
     return LearnedBank(data, index, router, leaves.label_Q, watch.seconds)
-
-
-def _floor(x_QD: torch.Tensor, data: BankData, device: torch.device) -> float:
-    """The cosine to its nearest leaf that all but FLOOR_QUANTILE of the training queries exceed."""
-    leaves = normalise_(torch.from_numpy(data.arrays["centroids"][: data.leaves].copy()))
-    unit_QD = x_QD if normed(x_QD) else normalise_(x_QD.clone())
-    _, d2 = nearest(unit_QD, leaves, device)
-    return float(np.quantile(1.0 - d2.numpy() / 2.0, FLOOR_QUANTILE))
 
 
 def _router(
@@ -312,16 +298,16 @@ def _train(config: TrainConfig, quarantine: Path | None, ranks: Ranks) -> Publis
         with watch.stage("evaluate"):
             bank = learned.bank()
             held_out = replace(held_out, configs=replace(held_out.configs, default=bank.data.default))
-            champion, refusal = champion_beside(registry, bank)
+            champion, refusals = champion_beside(registry, bank)
             single = best_single(bank.data.evidence, bank.data.objective)
             others = choices_beside(config.eval.baseline_names, training, held_out.x_QD, bank.data.objective, config)
             evaluation = value_bank(bank, held_out, single, config.eval, config.seed, champion, others)
             for warning in evaluation.warnings:
                 log.warning("%s", warning)
-            decision = decide(evaluation, config.gate, refusal)
             drift = measure_drift(training, held_out, learned.label_Q, bank.data.objective, config.seed)
             for warning in drift.warnings:
                 log.warning("drift: %s", warning)
+            decision = decide(evaluation, config.gate, drift.embeddings, refusals)
         facts = {
             **learned.data.facts,
             "evaluation": {**asdict(evaluation), "improvement_percent": improvement_percent(evaluation)},

@@ -80,7 +80,8 @@ class Evaluation:
     bank_gains: how much more utility the policy "bank" has than each other one, with a paired 95 % interval: of a
     bootstrap over queries, and of the jackknife where the grade is dr. warnings: what is wrong with the propensities.
     tradeoffs: quality over cost, None without cost and for a bank that cannot be asked for another trade-off.
-    calibration: of the bank's confidence, None where too few patterns act.
+    calibration: of the bank's confidence, None where too few patterns act. coverage: share of the queries at or over
+    the bank's similarity floor, NaN where there is no bank.
     """
 
     grade: str
@@ -91,6 +92,7 @@ class Evaluation:
     warnings: list[str] = field(default_factory=list)
     tradeoffs: Tradeoffs | None = None
     calibration: Calibration | None = None
+    coverage: float = NAN
 
     def value(self, name: str) -> PolicyValue:
         """The row of one policy. Raises KeyError."""
@@ -242,7 +244,7 @@ def value_bank(
     hindsight = oracle(rows)
     if hindsight is not None:
         policies["oracle"] = hindsight
-    leaf_Q = nearest_leaves(bank, held_out.x_QD)
+    leaf_Q, cosine_Q = nearest_leaves(bank, held_out.x_QD)
     evaluation = evaluate(rows, policies, config.bootstrap, seed, leaf_Q)
     valuation = Valuation(rows, policies.values())
     refused = any(valuation.refusal(policies[name]) for name in ("bank", "default"))
@@ -250,7 +252,12 @@ def value_bank(
     if not refused and bank.data.method == "eb" and bank.data.objective.kind == "utility":
         picked = (policies["bank"], policies["default"], leaf_Q)
         calibration = measure_calibration(valuation, *picked, _promise(bank, held_out.x_QD), seed)
-    return replace(evaluation, tradeoffs=measure_tradeoffs(bank, held_out, valuation), calibration=calibration)
+    return replace(
+        evaluation,
+        coverage=float((cosine_Q >= bank.data.lookup.floor).mean()),
+        tradeoffs=measure_tradeoffs(bank, held_out, valuation),
+        calibration=calibration,
+    )
 
 
 def _promise(bank: ReasoningBank, x_QD: npt.NDArray[np.float32]) -> Promise:
@@ -259,13 +266,14 @@ def _promise(bank: ReasoningBank, x_QD: npt.NDArray[np.float32]) -> Promise:
     return Promise(confidence, gain, bank.data.arrays["margin"][said["config_id"]].astype(np.float64))
 
 
-def nearest_leaves(bank: ReasoningBank, x_QD: npt.NDArray[np.float32]) -> Choice:
-    """(Q,) row of the leaf pattern of largest cosine to each query."""
+def nearest_leaves(bank: ReasoningBank, x_QD: npt.NDArray[np.float32]) -> tuple[Choice, npt.NDArray[np.float32]]:
+    """(Q,) row of the leaf pattern of largest cosine to each query, and that cosine."""
     unit_PD = normalise_(torch.tensor(bank.data.arrays["centroids"][: bank.data.leaves], dtype=torch.float32))
     x = torch.from_numpy(np.asarray(x_QD, dtype=np.float32))
     # times its query's norm, which ranks the leaves alike
-    nearest = [(x[tile] @ unit_PD.T).argmax(1) for tile in tiles(len(x), len(unit_PD), x.device)]
-    return torch.cat(nearest).numpy()
+    best = [(x[tile] @ unit_PD.T).max(1) for tile in tiles(len(x), len(unit_PD), x.device)]
+    cosine_Q = torch.cat([one.values for one in best]) / x.norm(dim=1)
+    return torch.cat([one.indices for one in best]).numpy(), cosine_Q.numpy()
 
 
 def improvement_percent(evaluation: Evaluation) -> float | None:

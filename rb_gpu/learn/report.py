@@ -29,7 +29,7 @@ def render_report(bank: ReasoningBank, facts: dict[str, Any]) -> str:
     style, word = ("good", "Promoted") if gate["promote"] else ("bad", "Not promoted")
     gains = evaluation["bank_gains"]
     lines = [
-        f"<p><b class={style}>{word}</b>: {escape(gate['reason'])}.</p>",
+        *(f"<p><b class={style}>{word}</b>: {escape(reason)}.</p>" for reason in gate["refusals"] or [gate["reason"]]),
         *(f"<p>{_sentence(name, gain)}</p>" for name, gain in gains.items() if name != "oracle"),
         f"<p class=soft>{counts['patterns']} patterns from {counts['trajectories']:,} trajectories of "
         f"{counts['queries']:,} queries; {counts['verdicts']} have a better config than the default, on "
@@ -74,6 +74,7 @@ def render_report(bank: ReasoningBank, facts: dict[str, Any]) -> str:
         f"<h2>Held-out value</h2>{values}{_doubts(evaluation)}"
         f"{_tradeoffs(evaluation['tradeoffs'])}{_calibration(evaluation['calibration'])}"
         f"<h2>Has the traffic changed?</h2>{drift}<h2>Verdicts</h2>{verdicts}"
+        f"<h2>What became of the patterns</h2>{_lineage(facts['lineage'])}"
         f"<h2>Data</h2>{quality}<h2>Timings</h2>{timings}"
         "</main></html>\n"
     )
@@ -202,6 +203,30 @@ def _drift(drift: dict[str, Any]) -> str:
         f"Shares of the patterns: PSI {_number(shares['psi'], 3)}, {_number(shares['chance'], 3)} by chance alone, p "
         f"{_number(shares['p_value'], 3)}, {escape(shares['reading'])}. Embeddings: told apart with AUC "
         f"{_number(embeddings['auc'], 3)} (.5 is not at all), p {_number(embeddings['p_value'], 3)}.</p>{table}"
+    )
+
+
+def _lineage(lineage: dict[str, Any] | None) -> str:
+    """How many patterns of all levels stayed, split, merged, were born and ended since the parent, and which."""
+    if lineage is None:
+        return "<p>No parent: every pattern is new.</p>"
+
+    def pairs(groups: dict[str, list[int]], arrow: str) -> str:
+        return "; ".join(f"{one} {arrow} {', '.join(map(str, others))}" for one, others in groups.items())
+
+    shown = {
+        "kept": ", ".join(map(str, lineage["kept"])),
+        "split": pairs(lineage["split"], "→"),
+        "merged": pairs(lineage["merged"], "←"),
+        "born": ", ".join(map(str, lineage["born"])),
+        "retired": ", ".join(map(str, lineage["retired"])),
+    }
+    counts = lineage["counts"]
+    listed = "".join(f"<p class=soft>{fate}: {ids}</p>" for fate, ids in shown.items() if ids)
+    return (
+        f"<p>Beside {escape(str(lineage['parent'] or 'the parent'))}, patterns of all levels; ids are listed up to a "
+        f"hundred of a kind. Its evidence of older rows: {escape(lineage['evidence'])}.</p>"
+        f"{_table(tuple(counts), [tuple(f'{count:,}' for count in counts.values())])}{listed}"
     )
 
 
