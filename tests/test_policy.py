@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from test_verdicts import table
 from rb_gpu.learn.drift import EmbeddingDrift
 from rb_gpu.learn.evidence import gather_evidence, row_weights
 from rb_gpu.learn.gate import decide
-from rb_gpu.learn.policy import SINGLE, best_single, evaluate, oracle
+from rb_gpu.learn.harm import Harm
+from rb_gpu.learn.policy import SINGLE, Evaluation, best_single, evaluate, oracle
 from rb_gpu.learn.valuation import held_out_outcomes
+from rb_gpu.learn.version_config import GateConfig
 from rb_gpu.objective import Objective
 
 QUALITY = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
@@ -97,6 +100,9 @@ def test_utility_counts_latency_and_cost():
     assert value[0] == pytest.approx(0.8 - 0.1 * 2 - 0.2 * 0.5)
 
 
+CALM = EmbeddingDrift(0.5, 1.0)
+
+
 @pytest.mark.parametrize(
     ("effect", "gate", "refusal", "promoted", "says"),
     [
@@ -113,3 +119,37 @@ def test_the_gate_promotes_only_what_is_better(effect, gate, refusal, promoted, 
     decision = decide(evaluation, gate, CALM, [refusal] if refusal else [])
     assert decision.promote is promoted
     assert says in decision.reason
+
+
+def held_out(**bank: object) -> Evaluation:
+    """A bank that is surely better than the default, but for what is said of it."""
+    table_ = table(seed=6, n=900, configs=2, effect=[0, 0.1], full=True)
+    evaluation = evaluate(held_out_outcomes(table_, QUALITY), policies(table_, np.ones(450, int)), 200, 0)
+    changed = [replace(value, **bank) if value.name == "bank" else value for value in evaluation.values]
+    return replace(evaluation, values=changed, coverage=1.0)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "drift", "says"),
+    [
+        (held_out(latency_p95_us=1e12), CALM, "gate.max_p95_latency_ratio=5"),
+        (held_out(harm=Harm(10, 0.9, 0.3)), CALM, "gate.max_harm_rate=0.2"),
+        (replace(held_out(), coverage=0.4), CALM, "gate.min_coverage=0.5"),
+        (held_out(), EmbeddingDrift(0.97, 0.001), "gate.max_drift=0.95"),
+    ],
+)
+def test_every_bound_of_the_gate_refuses_by_itself(evaluation, drift, says):
+    decision = decide(evaluation, GateConfig(), drift, [])
+    assert not decision.promote and len(decision.refusals) == 1 and says in decision.refusals[0]
+
+
+def test_what_is_not_known_breaks_no_bound_and_all_broken_ones_are_named():
+    nan = float("nan")
+    unknown = replace(held_out(harm=Harm(0, nan, nan), latency_p95_us=nan), coverage=nan)
+    assert decide(unknown, GateConfig(), EmbeddingDrift(nan, nan), []).promote
+    by_chance = EmbeddingDrift(0.99, 0.2)
+    assert decide(held_out(), GateConfig(), by_chance, []).promote
+    worst = replace(held_out(latency_p95_us=1e12, harm=Harm(10, 0.9, 0.3)), coverage=0.0)
+    decision = decide(worst, GateConfig(min_gain=0.5), EmbeddingDrift(0.99, 0.0), [])
+    assert not decision.promote and len(decision.refusals) == 5
+    assert all(reason in decision.reason for reason in decision.refusals)

@@ -16,6 +16,7 @@ from rb_gpu.learn.gate import decide
 from rb_gpu.learn.harm import measure_harm
 from rb_gpu.learn.policy import evaluate, oracle
 from rb_gpu.learn.valuation import Outcomes, Valuation, held_out_outcomes
+from rb_gpu.learn.version_config import GateConfig
 
 PER_ROW = ("query_row", "config_id", "propensity", "utility", "quality", "latency_us", "cost")
 
