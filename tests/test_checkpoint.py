@@ -63,7 +63,7 @@ def test_it_goes_on_to_the_same_bits_from_every_save(x, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 4}, {"k": 41}, {"max_iter": 61}, {"weight": 2.0}, {"x": 1.0}, {"one": 1.0}]
+    "change", [{"seed": 4}, {"k": 41}, {"max_iter": 61}, {"weight": 2.0}, {"x": 1.0}, {"one": 1.0}, {"warm": 3}]
 )
 def test_a_checkpoint_of_other_data_or_settings_is_left(x, tmp_path, monkeypatch, caplog, change):
     path = tmp_path / "kmeans.checkpoint"
@@ -73,8 +73,9 @@ def test_a_checkpoint_of_other_data_or_settings_is_left(x, tmp_path, monkeypatch
     weight = np.full(len(x), change["weight"]) if "weight" in change else None
     points = x + np.float32(change.get("x", 0.0))
     points[1234, 5] += np.float32(change.get("one", 0.0))  # the least change of the data
-    fresh = kmeans(points, weight=weight, **other)
-    resumed = kmeans(points, weight=weight, checkpoint=Checkpoint(path, 3), **other)
+    warm = points[: change["warm"]] if "warm" in change else None
+    fresh = kmeans(points, weight=weight, warm=warm, **other)
+    resumed = kmeans(points, weight=weight, warm=warm, checkpoint=Checkpoint(path, 3), **other)
     assert "other data or settings" in caplog.text
     assert resumed.centroids.tobytes() == fresh.centroids.tobytes()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -94,7 +95,21 @@ def test_two_ranks_publish_the_bank_of_one_process(published, tmp_path, budget):
     command = [sys.executable, "-m", "jobs.train", *settings]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    ours, theirs = (load_file(path / "champion" / "bank.safetensors") for path in (published, tmp_path))
+    assert_same_bank(published, tmp_path)
+
+
+def test_two_ranks_go_on_from_a_champion_as_one_process_does(published, tmp_path):
+    ours, theirs = (shutil.copytree(published, tmp_path / name, symlinks=True) for name in ("ranks", "alone"))
+    alone = [sys.executable, "-m", "jobs.train", f"registry.path={theirs}", "device=cpu", "cluster.k=70"]
+    for job in (torchrun(ours, "cluster.k=70"), alone):
+        done = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "k-means starts from 70 leaves of 2" in done.stdout + done.stderr
+    assert_same_bank(ours, theirs)
+
+
+def assert_same_bank(*registries: Path) -> None:
+    ours, theirs = (load_file(path / "champion" / "bank.safetensors") for path in registries)
     assert {k: v.tobytes() for k, v in ours.items()} == {k: v.tobytes() for k, v in theirs.items()}
 
 

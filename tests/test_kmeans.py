@@ -299,3 +299,40 @@ def test_cuda_agrees_with_the_cpu():
     start = x[:: len(x) // 20][:20]
     on_gpu, on_cpu = kmeans(x, 20, init=start, device="cuda"), kmeans(x, 20, init=start, device="cpu")
     assert on_gpu.inertia == pytest.approx(on_cpu.inertia, rel=1e-4)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_a_warm_start_goes_on_where_the_last_clustering_ended(metric):
+    x, _ = blobs(20, 60, 8, 0.8)
+    whole = kmeans(x, 20, metric=metric, epsilon=0.0)
+    again = kmeans(x, 20, metric=metric, epsilon=0.0, seed=9, warm=whole.centroids)
+    assert again.n_iter == 1 and again.inertia <= whole.inertia * (1 + 1e-6)
+    assert np.array_equal(again.labels, whole.labels)  # and the order of the clusters with them
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_stale_start_finds_all_clusters(seed):
+    # of 60 clusters 20 are gone, 20 new, and 10 centroids lie twice
+    x, label = blobs(60, 40, 16, 0.5, seed)
+    old = np.stack([x[label == one].mean(0) for one in range(40)])
+    now, now_label = x[label >= 20], label[label >= 20]
+    start = np.concatenate([old, old[20:30] + 0.01])
+    result = kmeans(now, 40, seed=seed, warm=start[10:50])
+    assert adjusted_rand_score(now_label, result.labels) > 0.999
+    assert kmeans(now, 40, seed=seed, warm=start[30:33]).inertia == pytest.approx(result.inertia, rel=1e-4)
+
+
+def test_further_restarts_are_drawn_and_the_best_is_kept():
+    x, _ = blobs(30, 40, 8, 1.5)
+    stale = np.repeat(x[:1], 30, axis=0)
+    one, more = (kmeans(x, 30, seed=1, warm=stale, n_init=n).inertia for n in (1, 4))
+    assert more <= one
+
+
+@pytest.mark.parametrize("warm", [np.ones((6, 5), np.float32), np.ones((3, 4), np.float32), np.full((3, 5), np.nan)])
+def test_a_warm_start_of_another_shape_is_refused(warm):
+    x, _ = blobs(5, 20, 5, 1.0)
+    with pytest.raises(ValueError, match="warm has"):
+        kmeans(x, 5, warm=warm)
+    with pytest.raises(ValueError, match="warm has 5 rows; give at most k=5 of them, and no init"):
+        kmeans(x, 5, init=x[:5], warm=x[:5])

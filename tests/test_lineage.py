@@ -1,4 +1,4 @@
-"""Patterns keep their ids from one training to the next, and nothing is counted twice."""
+"""Which patterns go on as which: matching against brute force, and ids over several trainings."""
 
 from __future__ import annotations
 
@@ -7,210 +7,188 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
-from conftest import make_bank
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from rb_gpu.errors import ArtifactError, ConfigError
+from rb_gpu.bank_data import BankData, check_bank
+from rb_gpu.errors import ConfigError
 from rb_gpu.learn import learn
-from rb_gpu.learn.config import JudgeConfig, TrainConfig
-from rb_gpu.learn.kmeans import kmeans
-from rb_gpu.learn.lineage import LEAST_SHARE, descend, parent_leaves
-from rb_gpu.learn.parent import find_parent, free_pattern_id
-from rb_gpu.learn.past import gather_past
-from rb_gpu.learn.version_config import RetrainConfig
-from rb_gpu.publish import write_artifact
-from rb_gpu.registry import Registry
-
-DAY = 86_400
+from rb_gpu.learn.config import ClusterConfig, DataConfig, IndexConfig, PruneConfig, TrainConfig
+from rb_gpu.learn.lineage import LEAST_SHARE, LISTED, descend, parent_leaves, warm_start
+from rb_gpu.learn.trajectories import Trajectories
 
 
-@given(
-    pairs=st.lists(st.tuples(st.integers(-1, 3), st.integers(-1, 4)), min_size=1, max_size=60),
-    seed=st.integers(0, 99),
-)
-def test_patterns_are_matched_as_the_hungarian_method_does(pairs, seed):
-    before_Q, now_Q = np.array(pairs).T
+def dense_weights(before_Q: np.ndarray, now_Q: np.ndarray, before: np.ndarray, now: np.ndarray) -> np.ndarray:
+    """Jaccard plus cosine of every pair, 0 where fewer members are in common than LEAST_SHARE."""
+    out = np.zeros((len(before), len(now)))
+    for b in range(len(before)):
+        for n in range(len(now)):
+            was, here = set(np.flatnonzero(before_Q == b)), set(np.flatnonzero(now_Q == n))
+            share = len(was & here) / max(len(was | here), 1)
+            cosine = before[b] @ now[n] / np.linalg.norm(before[b]) / np.linalg.norm(now[n])
+            if share >= LEAST_SHARE:
+                out[b, n] = share + max(cosine, 0.0)
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 9), st.floats(0.0, 1.0))
+def test_the_matching_is_the_heaviest_one_and_the_order_of_patterns_is_nothing_to_it(seed, before, now, same):
     rng = np.random.default_rng(seed)
-    before_BD, now_ND = rng.normal(size=(4, 3)).astype(np.float32), rng.normal(size=(5, 3)).astype(np.float32)
+    before_Q, now_Q = rng.integers(-1, before, 60), rng.integers(-1, now, 60)
+    agree = rng.random(60) < same
+    now_Q[agree] = np.minimum(before_Q[agree], now - 1)
+    before_BD, now_ND = rng.normal(size=(before, 3)).astype("f4"), rng.normal(size=(now, 3)).astype("f4")
     found = descend(before_Q, now_Q, before_BD, now_ND)
-    weight = np.zeros((4, 5))
-    for b in range(4):
-        for n in range(5):
-            union = (before_Q == b) | (now_Q == n)
-            common = ((before_Q == b) & (now_Q == n)).sum()
-            if common and common / union.sum() >= LEAST_SHARE:
-                cosine = before_BD[b] @ now_ND[n] / np.linalg.norm(before_BD[b]) / np.linalg.norm(now_ND[n])
-                weight[b, n] = common / union.sum() + max(float(cosine), 0.0)
-    rows, columns = linear_sum_assignment(weight, maximize=True)
-    ours = sum(weight[b, n] for n, b in enumerate(found.before_N) if b >= 0)
-    assert ours == pytest.approx(weight[rows, columns].sum(), abs=1e-5)
-    assert all(weight[b, n] > 0 for n, b in enumerate(found.before_N) if b >= 0)
-    matched = found.before_N[found.before_N >= 0]
-    assert len(set(matched)) == len(matched)
-    for n in range(5):
-        shares = [((before_Q == b) & (now_Q == n)).sum() / max((now_Q == n).sum(), 1) for b in range(4)]
-        if found.origin_N[n] >= 0:
-            assert shares[found.origin_N[n]] == max(shares) >= 0.5
-        else:
-            assert max(shares) < 0.5
+    weight = dense_weights(before_Q, now_Q, before_BD, now_ND)
+    best = weight[linear_sum_assignment(weight, maximize=True)].sum()
+    matched = np.flatnonzero(found.before_N >= 0)
+    assert len(set(found.before_N[matched])) == len(matched)
+    assert (weight[found.before_N[matched], matched] > 0).all()
+    assert weight[found.before_N[matched], matched].sum() == pytest.approx(best, abs=1e-5)
+    for n in range(now):
+        mine = before_Q[now_Q == n]
+        counts = np.bincount(mine[mine >= 0], minlength=before)
+        assert (found.origin_N[n] >= 0) == (counts.max() > 0 and 2 * counts.max() >= len(mine))
+        assert found.origin_N[n] < 0 or counts[found.origin_N[n]] == counts.max()
+
+    order = rng.permutation(now)
+    place = np.argsort(order)
+    again = descend(before_Q, np.where(now_Q >= 0, place[now_Q], -1), before_BD, now_ND[order])
+    assert weight[:, order][again.before_N[again.before_N >= 0], np.flatnonzero(again.before_N >= 0)].sum() == (
+        pytest.approx(best, abs=1e-5)
+    )
 
 
-def ids(bank) -> list[int]:
-    return bank.data.arrays["pattern_id"].tolist()
+def test_many_patterns_are_matched_without_a_matrix_of_all_pairs():
+    count = 30_000
+    order = np.random.default_rng(0).permutation(count)
+    x = np.random.default_rng(1).normal(size=(count, 4)).astype("f4")
+    queries = np.repeat(np.arange(count), 3)
+    found = descend(queries, np.argsort(order)[queries], x, x[order])
+    assert np.array_equal(found.before_N, order)
 
 
-def test_the_same_table_again_keeps_every_id_and_does_not_grow_the_bank(learned):
-    first = learned.bank
-    again = learn(learned.trajectories, learned.config, parent=first.data)
-    third = learn(learned.trajectories, learned.config, parent=again.data)
-    assert sorted(ids(again)) == sorted(ids(first)) and ids(third) == ids(again)
-    assert again.data.next_pattern_id == first.data.next_pattern_id
-    lineage = again.data.facts["lineage"]
-    assert lineage["counts"] == {"kept": len(ids(first)), "split": 0, "merged": 0, "born": 0, "retired": 0}
-    rows = (bank.data.arrays["evidence_rows"].sum() for bank in (first, again))
-    assert len(set(rows)) == 1  # counted once
+def planted(learned: SimpleNamespace, kinds: list[int], later: int = 0) -> Trajectories:
+    """The queries of some planted kinds, logged so many seconds later."""
+    table: Trajectories = learned.trajectories
+    kind_Q = (table.x_QD @ learned.centres.T.astype("f4")).argmax(1)
+    part = table.select_queries(np.isin(kind_Q, kinds))
+    return replace(part, timestamp=part.timestamp + later, query_time=part.query_time + later,
+                   source=replace(part.source, fingerprint=f"{kinds} {later}"))  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def later(learned) -> SimpleNamespace:
-    """Another week: half of the old kinds of query are gone, and a new one has come."""
-    t = learned.trajectories
-    nearest = (t.x_QD @ learned.centres.T).argmax(1)
-    gone = np.isin(nearest, [0, 1])
-    rng = np.random.default_rng(3)
-    x = t.x_QD.copy()
-    new = nearest == 2
-    towards = np.linalg.qr(np.concatenate([learned.centres, rng.normal(size=(1, 16))]).T)[0][:, 8]
-    x[new] = towards + 0.08 * rng.normal(size=(new.sum(), 16)).astype(np.float32)
-    table = replace(t, x_QD=x, timestamp=t.timestamp + 7 * DAY, query_time=t.query_time + 7 * DAY)
-    table = table.select_queries(~gone)
-    # the fingerprint is of what was loaded
-    table = replace(table, source=replace(t.source, fingerprint="another"))
-    return SimpleNamespace(table=table, new=towards)
+def id_of(data: BankData, centre: np.ndarray) -> int:
+    cosine = data.arrays["centroids"][: data.leaves] @ centre
+    assert cosine.max() > 0.9
+    return int(data.arrays["pattern_id"][cosine.argmax()])
 
 
-def test_a_new_kind_of_query_gets_a_new_id_and_the_others_keep_theirs(learned, later):
-    bank = learn(later.table, learned.config, parent=learned.bank.data, first_id=500)
-    before, after = (one.data.arrays for one in (learned.bank, bank))
-    old_leaves = {int(i): c for i, c in zip(before["pattern_id"], before["centroids"], strict=True)}
-    kept = 0
-    for pattern_id, level, centroid in zip(after["pattern_id"], after["level"], after["centroids"], strict=True):
-        if int(pattern_id) in old_leaves:
-            kept += level == 0
-            # a pattern of patterns moves with those that come and go
-            assert level > 0 or old_leaves[int(pattern_id)] @ centroid > 0.9
-        else:
-            assert pattern_id >= 500  # never one that was free in the parent only
-    assert kept >= 5
-    found = bank.bank().find_similar_patterns(later.new, 1)[0]
-    assert found.pattern.id >= 500
-    lineage = bank.data.facts["lineage"]
-    assert found.pattern.id in lineage["born"]
-    assert lineage["counts"]["retired"] >= 1
-    assert bank.data.next_pattern_id == max(ids(bank)) + 1 > 500
-    third = learn(later.table, learned.config, parent=bank.data)
-    assert not set(lineage["retired"]) & set(ids(third))
+CONFIG = TrainConfig(index=IndexConfig(kind="off"))
 
 
-def judged(learned, half_life: float | None = None) -> TrainConfig:
-    return replace(learned.config, judge=JudgeConfig(method="welch", half_life=half_life))
+def config_of(k: int) -> TrainConfig:
+    return replace(CONFIG, cluster=ClusterConfig(k=k))
 
 
-@pytest.mark.parametrize("half_life", [None, 7.0])
-def test_what_the_parent_knew_of_older_rows_is_added_once(learned, later, half_life):
-    config = judged(learned, half_life)
-    parent, alone = learn(learned.trajectories, config).data, learn(later.table, config).data
-    bank = learn(later.table, config, parent=parent).data
-    kept = 1.0
-    if half_life is not None:
-        kept = 2.0 ** (-(later.table.timestamp.max() - learned.trajectories.timestamp.max()) / DAY / half_life)
-    # leaves of the parent that nobody asks any more have no heir
-    label_B = parent_leaves(parent, torch.from_numpy(later.table.x_QD), torch.device("cpu"))
-    living = np.unique(label_B[label_B >= 0])
-    expected = alone.evidence.w.sum() + kept * parent.evidence.w[living].sum()
-    assert bank.evidence.w.sum() == pytest.approx(expected, rel=1e-9)
-    assert "added, decayed to" in bank.facts["lineage"]["evidence"]
+def test_ids_stay_where_patterns_do_and_none_is_given_twice(learned):
+    first = learn(planted(learned, [0, 1, 2, 3, 4, 5, 6]), config_of(7)).data
+    assert first.facts["lineage"] is None and first.next_pattern_id == len(first.arrays["pattern_id"])
+    second = learn(planted(learned, [1, 2, 3, 4, 5, 6, 7], 10**5), config_of(7), parent=first).data
+    for kind in range(1, 7):
+        assert id_of(second, learned.centres[kind]) == id_of(first, learned.centres[kind])
+    gone, born = id_of(first, learned.centres[0]), id_of(second, learned.centres[7])
+    assert born >= first.next_pattern_id
+    fates = second.facts["lineage"]
+    assert gone in fates["retired"] and born in fates["born"]
+    assert set(fates["kept"]) >= {id_of(first, learned.centres[kind]) for kind in range(1, 7)}
+    leaf = list(second.arrays["pattern_id"]).index(born)
+    oldest, newest = second.arrays["created_at"].min(), second.arrays["created_at"][leaf]
+    assert oldest == first.arrays["created_at"][0] < newest == second.arrays["updated_at"].min()
+    check_bank(second)
+    # what comes back is another pattern: its id was retired long ago
+    third = learn(planted(learned, [0, 1, 2, 3, 4, 5, 6], 2 * 10**5), config_of(7), parent=second).data
+    assert id_of(third, learned.centres[0]) >= second.next_pattern_id
+    assert id_of(third, learned.centres[3]) == id_of(first, learned.centres[3])
+    # every pattern of before and now has one fate
+    for parent, child in ((first, second), (second, third)):
+        counts = child.facts["lineage"]["counts"]
+        assert counts["kept"] + counts["merged"] + counts["retired"] == len(parent.arrays["pattern_id"])
+        assert counts["kept"] + counts["split"] + counts["born"] == len(child.arrays["pattern_id"])
 
 
-def test_nothing_is_added_where_rows_may_be_in_both(learned):
-    t = learned.trajectories
-    overlapping = replace(t, timestamp=t.timestamp + 3999)
-    parent = learn(t, judged(learned)).data
-    leaf_Q = parent_leaves(parent, torch.from_numpy(t.x_QD), torch.device("cpu"))
-    assert gather_past(parent, leaf_Q, overlapping, parent.evidence, None) is None
-    bank = learn(overlapping, judged(learned), parent=parent).data
-    assert bank.evidence.rows.sum() == len(t)
-    assert bank.facts["lineage"]["evidence"].startswith("not added: rows of the table are as old")
+def test_a_pattern_that_splits_and_two_that_merge_are_told(learned):
+    table = planted(learned, list(range(8)))
+    whole = learn(table, config_of(8)).data
+    unmerged = ClusterConfig(k=16, merge_similarity=1.0)
+    apart = learn(table, replace(CONFIG, cluster=unmerged), parent=whole).data
+    fates = apart.facts["lineage"]
+    leaves = set(whole.arrays["pattern_id"][:8].tolist())
+    assert leaves <= set(fates["kept"]) and leaves & set(fates["split"])
+    joined = learn(table, config_of(8), parent=apart).data
+    fates = joined.facts["lineage"]
+    assert joined.leaves == 8 and sum(len(gone) for gone in fates["merged"].values()) >= 8
+    assert set(joined.arrays["pattern_id"][:8].tolist()) <= set(apart.arrays["pattern_id"].tolist())
 
 
-def test_a_bank_of_another_embedder_is_no_parent(learned):
-    with pytest.raises(ConfigError, match=r"parent: its embedder is .*, not "):
-        learn(learned.trajectories, learned.config, parent=replace(learned.bank.data, embedder="another"))
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+@pytest.mark.parametrize("k", ["auto", 40])
+def test_the_same_data_again_gives_the_same_ids_and_no_larger_bank(learned, metric, k):
+    # 40 clusters for 8 kinds: most of them are merged, and none of those may come back in another's place
+    config = replace(CONFIG, cluster=ClusterConfig(k=k, metric=metric), prune=PruneConfig(min_support=5))
+    bank = learn(learned.trajectories, config).data
+    for _ in range(2):
+        again = learn(learned.trajectories, config, parent=bank).data
+        assert again.arrays["pattern_id"].tolist() == bank.arrays["pattern_id"].tolist()
+        assert again.next_pattern_id == bank.next_pattern_id
+        counts = again.facts["lineage"]["counts"]
+        assert counts == dict.fromkeys(counts, 0) | {"kept": len(bank.arrays["pattern_id"])}
+        assert np.array_equal(again.arrays["evidence_rows"].sum(), bank.arrays["evidence_rows"].sum())
+        bank = again
 
 
-def test_k_means_goes_on_from_given_centroids_and_mends_what_is_stale():
-    rng = np.random.default_rng(0)
-    centres = 20 * rng.normal(size=(12, 8))
-    x = (centres[rng.integers(12, size=3000)] + rng.normal(size=(3000, 8))).astype(np.float32)
-    cold = kmeans(x, 12, seed=1, device="cpu")
-    for warm in (cold.centroids, cold.centroids[:5], np.repeat(cold.centroids[:1], 12, 0), 1e3 + cold.centroids):
-        found = kmeans(x, 12, seed=1, device="cpu", warm=warm)
-        assert found.inertia <= cold.inertia * 1.005
-    assert kmeans(x, 12, seed=1, device="cpu", warm=cold.centroids).n_iter <= 2
-    with pytest.raises(ValueError, match=r"warm has 12 rows; give at most k=11 of them, and no init"):
-        kmeans(x, 11, device="cpu", warm=cold.centroids)
+def test_new_ids_start_where_they_are_told_to_and_after_all_of_the_forebears(learned):
+    first = learn(planted(learned, list(range(8))), config_of(8), first_id=1000).data
+    assert first.arrays["pattern_id"].min() == 1000
+    apart = replace(CONFIG, cluster=ClusterConfig(k=9, merge_similarity=1.0))
+    forebears = replace(first, facts=first.facts | {"next_pattern_id": 3000})
+    for parent, first_id, least in ((first, 5000, 5000), (forebears, 0, 3000), (forebears, 9, 3000)):
+        ids = learn(planted(learned, [0, 1, 2]), apart, parent=parent, first_id=first_id).data.arrays["pattern_id"]
+        new = ids[ids >= first.next_pattern_id]
+        assert new.min() == least and len(new) >= 6
 
 
-def settings(parent: str, **changes: object) -> TrainConfig:
-    config = replace(TrainConfig(), train=RetrainConfig(parent))
-    return replace(config, data=replace(config.data, **{"embedder": make_bank().embedder} | changes))
+def test_a_long_lineage_is_listed_in_part(learned):
+    table = planted(learned, list(range(8)))
+    config = replace(CONFIG, cluster=ClusterConfig(k=150, merge_similarity=1.0))
+    first = learn(table, config).data
+    fates = learn(table, config, parent=first).data.facts["lineage"]
+    assert fates["counts"]["kept"] > len(fates["kept"]) == LISTED
 
 
-def test_the_parent_is_the_champion_a_version_or_none(registry: Registry, tmp_path):
-    dim = make_bank().dim
-    champion = registry.champion()
-    assert find_parent(registry, settings("none"), dim) is None
-    assert find_parent(Registry(tmp_path / "empty"), settings("champion"), dim) is None
-    found = find_parent(registry, settings("champion"), dim)
-    assert found is not None and found.facts["version"] == champion
-    other = next(version for version in registry.versions() if version != champion)
-    assert find_parent(registry, settings(other), dim).facts["version"] == other
+def test_more_leaves_than_clusters_are_joined_and_fewer_are_left_to_be_drawn(learned):
+    table = planted(learned, list(range(8)))
+    bank = learn(table, replace(CONFIG, cluster=ClusterConfig(k=16, merge_similarity=1.0))).data
+    assert warm_start(None, 7, table, CONFIG) == (7, None)
+    count, start = warm_start(bank, 8, table, CONFIG)
+    assert count == 8 and start.shape == (8, 16)
+    assert (np.linalg.norm(start, axis=1) > 0.9).all() and ((start @ learned.centres.T).max(0) > 0.95).all()
+    count, start = warm_start(bank, 30, table, CONFIG)
+    assert count == 30 and np.array_equal(start, bank.arrays["centroids"][:16])
 
 
-def test_a_champion_that_cannot_be_gone_on_from_is_a_warning_a_named_version_an_error(registry: Registry, caplog):
-    dim, champion = make_bank().dim, registry.champion()
-    assert find_parent(registry, settings("champion", embedder="new"), dim) is None
-    assert "cannot be gone on from: its embedder is" in caplog.text
-    with pytest.raises(ConfigError, match=rf"train\.parent={champion} cannot be gone on from: its embedder is"):
-        find_parent(registry, settings(champion, embedder="new"), dim)
-    (registry.path / champion / "bank.safetensors").chmod(0o600)
-    (registry.path / champion / "bank.safetensors").write_bytes(b"")
-    assert find_parent(registry, settings("champion"), dim) is None
-    with pytest.raises(ArtifactError):
-        find_parent(registry, settings(champion), dim)
-
-
-def test_ids_of_every_version_are_taken(tmp_path):
-    registry, data = Registry(tmp_path), make_bank()
-    assert free_pattern_id(registry) == 0
-    # before ids were kept, versions numbered theirs from 0
-    write_artifact(tmp_path / "20260101T000000-00000a", replace(data, facts={"counts": {"levels": [80, 30, 9]}}), {})
-    assert free_pattern_id(registry) == 119
-    write_artifact(tmp_path / "20260101T000001-00000b", replace(data, facts={"next_pattern_id": 900}), {})
-    write_artifact(tmp_path / "20260101T000002-00000c", replace(data, facts={"next_pattern_id": 300}), {})
-    assert free_pattern_id(registry) == 900
+def test_a_parent_of_another_embedder_is_refused(learned):
+    other = replace(CONFIG, data=DataConfig(embedder="other"))
+    with pytest.raises(ConfigError, match="its embedder is unknown, not other"):
+        learn(learned.trajectories, other, parent=learned.bank.data)
 
 
 def test_queries_far_from_every_pattern_were_in_none(learned):
     data = replace(learned.bank.data, lookup=replace(learned.bank.data.lookup, floor=0.5))
     far = -learned.centres.sum(0) / np.sqrt(8)
-    x = np.stack([learned.centres[0], far]).astype(np.float32)
-    leaf_Q = parent_leaves(data, torch.from_numpy(x), torch.device("cpu"))
+    x_QD = torch.from_numpy(np.stack([learned.centres[0], far]).astype(np.float32))
+    leaf_Q = parent_leaves(data, x_QD, torch.device("cpu"))
     assert leaf_Q[0] >= 0 and leaf_Q[1] == -1
-    assert parent_leaves(None, torch.from_numpy(x), torch.device("cpu")).tolist() == [-1, -1]
+    assert parent_leaves(None, x_QD, torch.device("cpu")).tolist() == [-1, -1]

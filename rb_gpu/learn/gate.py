@@ -62,7 +62,9 @@ def _broken_bounds(evaluation: Evaluation, served: str, config: GateConfig, drif
             f"p95 latency {bank.latency_p95_us / 1e3:.4g} ms is {ratio:.3g} times that of the {served}, over "
             f"gate.max_p95_latency_ratio={config.max_p95_latency_ratio:g}; raise judge.latency_weight or the bound"
         )
-    if bank.harm.sure > config.max_harm_rate:
+    # where what is served harms as much, to refuse would not spare anyone
+    spared = before.harm.sure if served == CHAMPION else 0.0
+    if bank.harm.sure > config.max_harm_rate and not bank.harm.sure <= spared:
         yield (
             f"of {bank.harm.patterns} patterns in which the bank acts, {100 * bank.harm.sure:.3g} % are surely harmed, "
             f"over gate.max_harm_rate={config.max_harm_rate:g}; raise judge.min_probability, or log more queries"

@@ -93,7 +93,7 @@ def kmeans(
     with _opened(points, weight, metric, device, memory_budget, code_budget, ranks) as opened:
         start = None if isinstance(init, str) else _checked_init(init, points, metric, opened.shard.device)
         count = k if start is None else len(start)
-        begun = None if warm is None else _checked_init(warm, points, metric, opened.shard.device)
+        begun = None if warm is None else _checked_init(warm, points, metric, opened.shard.device, "warm")
         if begun is not None and (start is not None or len(begun) > k):
             raise ValueError(f"warm has {len(begun)} rows; give at most k={k} of them, and no init")
         settings = {"k": count, "init": _digest(start), "warm": _digest(begun), "max_iter": max_iter,
@@ -230,8 +230,8 @@ def _checked_weight(weight: Array | None, n: int) -> Tensor:
     return weights
 
 
-def _checked_init(init: Array, points: Tensor, metric: str, device: torch.device) -> Tensor:
+def _checked_init(init: Array, points: Tensor, metric: str, device: torch.device, name: str = "init") -> Tensor:
     start = torch.as_tensor(init).detach().to(device, torch.float32)
     if start.ndim != 2 or start.shape[1] != points.shape[1] or len(start) == 0 or not bool(torch.isfinite(start).all()):
-        raise ValueError(f"init has shape {tuple(start.shape)}; give finite (K, {points.shape[1]}) centroids")
+        raise ValueError(f"{name} has shape {tuple(start.shape)}; give finite (K, {points.shape[1]}) centroids")
     return normalise_(start.clone()) if metric == "cosine" else start.contiguous()

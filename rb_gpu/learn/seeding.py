@@ -30,15 +30,10 @@ def seed_plus_plus(
     A block draws M candidates independently from w·D² as it stood before the block, and accepts each with probability
     D²_now / D²_before. That is rejection sampling from D²_now, so the seeds are distributed exactly as those of the
     sequential algorithm (Arthur & Vassilvitskii 2007). Fewer than k seeds come back where fewer distinct points have
-    weight. given_KD: at most k seeds to begin with in place of one that is drawn; those nearest to no point give way.
+    weight. given_KD: at most k seeds to begin with in place of one that is drawn.
     """
     points.reset()
-    if given_KD is None:
-        seeds_KD = shard.points(_draw(shard.weight_N.double(), 1, shard, generator))
-    else:
-        points.lower(given_KD, 0)
-        seeds_KD = given_KD[shard.ranks.total(torch.bincount(points.labels_N, minlength=len(given_KD))) > 0]
-        points.reset()
+    seeds_KD = shard.points(_draw(shard.weight_N.double(), 1, shard, generator)) if given_KD is None else given_KD
     points.lower(seeds_KD, 0)
     while len(seeds_KD) < k:
         drawn_M = _draw(points.d2_N.double() * shard.weight_N, min(len(seeds_KD), k - len(seeds_KD)), shard, generator)

@@ -14,9 +14,9 @@ class GateConfig:
     """A candidate is promoted where the 95 % lower bound of its gain over what is served now exceeds min_gain, and
 
     max_p95_latency_ratio: its p95 latency is at most so many times that of what is served; max_harm_rate: of the
-    patterns in which it acts, at most this share is surely harmed; min_coverage: at least this share of the held-out
-    queries is near a pattern; max_drift: they are told from training queries with at most this AUC (0.5: not at all,
-    1: always); min_rows: so many held-out rows tried what it picks.
+    patterns in which it acts, at most this share is surely harmed, or no more than under the champion; min_coverage: at
+    least this share of the held-out queries is near a pattern; max_drift: they are told from training queries with at
+    most this AUC (0.5: not at all, 1: always); min_rows: so many held-out rows tried what it picks.
     """
 
     min_gain: float = -0.005
