@@ -7,7 +7,6 @@ Suffixes: Q queries, P leaves, B leaves of the parent, C configs.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -20,8 +19,6 @@ from rb_gpu.learn.assemble import Leaves
 from rb_gpu.learn.evidence import SECONDS_PER_DAY
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.verdicts import grade
-
-log = logging.getLogger(__name__)
 
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -17,13 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from rb_gpu.errors import DataError
+from rb_gpu.learn.blocks import Matrix
 from rb_gpu.learn.devices import free_memory
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.kernels import permute_rows
 
 log = logging.getLogger(__name__)
-
-Matrix = npt.NDArray[np.float32]
 
 # share of the free memory that embeddings take where nothing else is said: as much again is left to the system's cache
 MEMORY_SHARE = 0.5

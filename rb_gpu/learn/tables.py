@@ -208,9 +208,8 @@ def _joined(
         bad.parts.extend(bad_parts)
         tier_names.extend(name for name in names if name not in tier_names)
         if "model_tier" in columns and names:
-            columns["model_tier"] = np.array([tier_names.index(name) for name in names], np.int32)[
-                columns["model_tier"]
-            ]
+            place = np.array([tier_names.index(name) for name in names], np.int32)
+            columns["model_tier"] = place[columns["model_tier"]]
     if len(parts) == 1:
         return (*parts[0][:3], tier_names)
     joined = {name: np.concatenate([columns[name] for columns, *_ in parts]) for name in mine}

@@ -210,7 +210,7 @@ def join(outcomes: Table, queries: Table | None, bad: BadRows, capacity: int | N
 def assemble(
     columns: Columns, tier_names: Sequence[str], params: ParamsConfig, source: Source, room: Room | None = None
 ) -> Trajectories:
-    """Quantises parameters to configs, orders tiers, finds the default. Columns as `_join` leaves them."""
+    """Quantises parameters to configs, orders tiers, finds the default. Columns as `join` leaves them."""
     n = len(columns["id"])
     given = {} if params.default == "auto" else dict(params.default)
     base = SearchParams(**given)
