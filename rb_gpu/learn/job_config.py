@@ -160,8 +160,8 @@ class BenchmarkConfig:
 
     patterns: sizes of the bank. distinct_queries: in all rounds together. batch: queries of a batch. threads: that ask
     at once. Of the suites cluster and seed: points are emb, gauss or .npy files, of at most n rows each, clusters
-    the numbers of them, iterations those of Lloyd, peers what is measured beside ours. Of the suite growth: rows and
-    clusters that grow, the others staying. Of the suite decisions: sets
+    the numbers of them, iterations those of Lloyd, peers what is measured beside ours. Of the suite growth: rows, at
+    1,024 clusters, and clusters, at n rows, that grow. Of the suite decisions: sets
     are folders of full tables, cost_weights those of the utility, logs how queries were logged, sizes how many (0:
     all), and each round is another seed.
     """
