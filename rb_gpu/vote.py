@@ -189,21 +189,9 @@ def vote(state: BankState, values_BD: Matrix, scale_B: Vector) -> Votes:
 
 def _vote_part(state: BankState, values_BD: Matrix, scale_B: Vector) -> Votes:
     settings, default, configs, field = state.settings, state.default, len(state.params), state.field
-    rows_BK, cosine_BK = state.search.nearest(values_BD, settings.top_k)
-    cosine_BK *= scale_B[:, None]
-    near_BK = (cosine_BK >= settings.floor) & (rows_BK >= 0)
-    # in float64, since a steep β times 0 must stay 0
-    below_BK = np.where(near_BK, cosine_BK - cosine_BK[:, :1], -1.0).astype(np.float64)
-    weight_BK = np.exp(settings.beta * below_BK) * near_BK
-    far = ~near_BK[:, 0]
-    rows_BK[far, 0], weight_BK[far, 0] = -1, 1.0
-    weight_BK = (weight_BK / weight_BK.sum(1, keepdims=True)).astype(np.float32)
-
+    rows_BK, weight_BK, far = _voters(state, values_BD, scale_B)
     cells_UE = state.cells_UE if field is None else field.cells_UE
-    shift_BE = None
-    if field is not None:
-        shift_BE = field.shift((values_BD @ field.landmarks_MD.T) * scale_B[:, None])
-        shift_BE[far] = 0.0
+    shift_BE = _shift(state, values_BD, scale_B, far)
 
     def mixed(start: int, stop: int) -> Matrix:
         """(B, stop - start) means of these blocks of columns, with what the field adds."""
@@ -234,6 +222,51 @@ def _vote_part(state: BankState, values_BD: Matrix, scale_B: Vector) -> Votes:
     confidence = np.where(acted, np.minimum(sure_B, 1), np.float32(0)).astype(np.float32)
     gain = np.where(acted, picked(2), np.float32(0))
     return rows_BK[:, 0], config, confidence, picked(3), gain
+
+
+def _voters(
+    state: BankState, values_BD: Matrix, scale_B: Vector
+) -> tuple[npt.NDArray[np.int64], Matrix, npt.NDArray[np.bool_]]:
+    """The leaves that vote and their shares, (B, K) each, and which queries are near none (B,): -1 votes for them."""
+    settings = state.settings
+    rows_BK, cosine_BK = state.search.nearest(values_BD, settings.top_k)
+    cosine_BK *= scale_B[:, None]
+    near_BK = (cosine_BK >= settings.floor) & (rows_BK >= 0)
+    # in float64, since a steep β times 0 must stay 0
+    below_BK = np.where(near_BK, cosine_BK - cosine_BK[:, :1], -1.0).astype(np.float64)
+    weight_BK = np.exp(settings.beta * below_BK) * near_BK
+    far = ~near_BK[:, 0]
+    rows_BK[far, 0], weight_BK[far, 0] = -1, 1.0
+    return rows_BK, (weight_BK / weight_BK.sum(1, keepdims=True)).astype(np.float32), far
+
+
+def _shift(
+    state: BankState, values_BD: Matrix, scale_B: Vector, far: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.float32] | None:
+    """What the field adds to the first blocks of cells, (B, 4·C); None without a field."""
+    if state.field is None:
+        return None
+    shift_BE = state.field.shift((values_BD @ state.field.landmarks_MD.T) * scale_B[:, None])
+    shift_BE[far] = 0.0
+    return shift_BE
+
+
+def expected_gains(state: BankState, queries: npt.ArrayLike) -> Matrix:
+    """What the bank expects each config to gain over the default on each query, (B, C), in the objective's unit.
+
+    queries: (B, D). What never ran anywhere near may be NaN. Raises ValueError.
+    """
+    values_BD, scale_B = queries_of(queries, state.dim, 2)
+    configs, parts = len(state.params), [np.zeros((0, len(state.params)), np.float32)]
+    block = slice(2 * configs, 3 * configs)
+    cells_UE = state.cells_UE if state.field is None else state.field.cells_UE
+    for i in range(0, len(values_BD), VOTE_ROWS):
+        values, scale = values_BD[i : i + VOTE_ROWS], scale_B[i : i + VOTE_ROWS]
+        rows_BK, weight_BK, far = _voters(state, values, scale)
+        gain_BC = _mixed(cells_UE[:, block], rows_BK, weight_BK)
+        shift_BE = _shift(state, values, scale, far)
+        parts.append(gain_BC if shift_BE is None else gain_BC + shift_BE[:, block])
+    return np.concatenate(parts)
 
 
 def _mixed(cells_UE: Matrix, rows_BK: npt.NDArray[np.int64], weight_BK: Matrix) -> Matrix:

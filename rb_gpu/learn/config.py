@@ -14,6 +14,7 @@ from typing import Any
 from rb_gpu.errors import ConfigError
 from rb_gpu.index_file import MAX_BREADTH
 from rb_gpu.learn.checks import check, check_choice, check_count, check_nonnegative, check_share, is_auto
+from rb_gpu.learn.router_config import RouterConfig as RouterConfig
 from rb_gpu.learn.version_config import GateConfig, RegistryConfig, RetrainConfig
 from rb_gpu.params import PARAMETERS, SearchParams
 
@@ -22,10 +23,13 @@ SAMPLE_FOLDER = Path(__file__).resolve().parent.parent / "sample"
 
 @dataclass
 class DataConfig:
-    """Where trajectories come from. path, queries: file, directory, glob, or a list of them."""
+    """Where trajectories come from. path, queries: file, directory, glob, or a list of them. features: names of numeric
+    columns of a query that the router sees beside its embedding.
+    """
 
     path: Any = None
     queries: Any = None
+    features: Any = field(default_factory=list)
     embedder: str = "unknown"
     max_bad_fraction: float = 0.01
     capacity: int | None = None
@@ -38,6 +42,11 @@ class DataConfig:
             listed = value if isinstance(value, (list, tuple)) else [value]
             ok = value is None or (len(listed) > 0 and all(isinstance(v, str) and v for v in listed))
             check(key, value, ok, "a path or a list of paths", f"give {key}=FILE, DIR, GLOB or [A,B]")
+        names = self.features
+        ok = isinstance(names, (list, tuple)) and all(isinstance(name, str) and name for name in names)
+        check(
+            "data.features", names, ok and len(set(names)) == len(names), "a list of distinct columns", "name each once"
+        )
 
 
 @dataclass
@@ -230,25 +239,6 @@ class LookupConfig:
         check_nonnegative("lookup.beta", self.beta)
         ok = is_auto(self.floor) or (not isinstance(self.floor, str) and -1 <= self.floor <= 1)
         check("lookup.floor", self.floor, ok, "auto or a cosine in [-1, 1]", "set lookup.floor=auto")
-
-
-@dataclass
-class RouterConfig:
-    """The FastGRNN router; kind off trains none."""
-
-    kind: str = "off"
-    hidden: int = 64
-    rank: int = 16
-    epochs: int = 30
-    batch_size: int = 1024
-    learning_rate: float = 3e-3
-    patience: int = 4
-
-    def __post_init__(self) -> None:
-        check_choice("router.kind", self.kind, ("off", "fastgrnn"))
-        for key in ("hidden", "rank", "epochs", "batch_size", "patience"):
-            check_count(f"router.{key}", getattr(self, key))
-        check("router.learning_rate", self.learning_rate, self.learning_rate > 0, "a number > 0", "use 3e-3")
 
 
 BASELINE_NAMES = (

@@ -62,7 +62,14 @@ CONTRACT: dict[str, Column] = {
     # the years 1 to 9999: milliseconds are outside
     "timestamp": Column(np.int64, -62_135_596_800, 253_402_300_799, unit=" in UTC seconds"),
     "propensity": Column(np.float32, 0, 1, open_below=True),
+    "session": Column(np.uint64, nullable=True),
 }
+FEATURE = Column(np.float32)
+
+
+def rule_of(name: str) -> Column:
+    """The rule of a column: the contract's, or that of a numeric feature."""
+    return CONTRACT.get(name, FEATURE)
 
 
 def embedding_dim(kind: pa.DataType, source: str) -> int | None:

@@ -40,6 +40,7 @@ from rb_gpu.learn.gate import Decision, champion_beside, decide
 from rb_gpu.learn.hierarchy import prune
 from rb_gpu.learn.index import build_index, similarity_floor
 from rb_gpu.learn.leaves import believed, foretold, gather_leaves
+from rb_gpu.learn.lessons import gather_lessons
 from rb_gpu.learn.lineage import differences, inherit, parent_leaves
 from rb_gpu.learn.parent import find_parent, free_pattern_id
 from rb_gpu.learn.past import gather_past, tell, with_past, with_ratings
@@ -48,7 +49,7 @@ from rb_gpu.learn.report import render_report
 from rb_gpu.learn.room import Room
 from rb_gpu.learn.router import train_router
 from rb_gpu.learn.trajectories import Trajectories, load, split_by_time
-from rb_gpu.learn.valuation import Choice, held_out_outcomes
+from rb_gpu.learn.valuation import Choice
 from rb_gpu.learn.verdicts import judge, resolve_objective
 from rb_gpu.objective import Objective
 from rb_gpu.publish import without_nan, write_artifact
@@ -160,7 +161,12 @@ def learn(
     router = None
     if config.router.kind == "fastgrnn":
         with watch.stage("router"):
-            router = _router(x_QD, trajectories, objective, weight_N, config, device)
+            lessons = gather_lessons(x_QD, trajectories, data, weight_N, config, device)
+            drawn = torch.Generator(device=device).manual_seed(config.seed)
+            taught = train_router(lessons, trajectories.configs, config.router, drawn, device)
+            router = FastGRNNRouter.from_bytes(taught.router.to_bytes(config.router.int8))
+            log.info("router: best of %d epochs is %d, validation loss %.4f", len(taught.valid_loss),
+                     taught.best_epoch, taught.valid_loss[taught.best_epoch])  # fmt: skip
     issued = int((~verdicts.stands).sum())
     facts = {
         "index": {"kind": config.index.kind},
@@ -188,30 +194,6 @@ def learn(
     )  # fmt: skip
     data = replace(data, lookup=replace(data.lookup, floor=floor), facts=data.facts | facts)
     return LearnedBank(data, index, router, leaves.label_Q, watch.seconds)
-
-
-def _router(
-    x_QD: torch.Tensor,
-    trajectories: Trajectories,
-    objective: Objective,
-    weight_N: torch.Tensor,
-    config: TrainConfig,
-    device: torch.device,
-) -> FastGRNNRouter:
-    rows = held_out_outcomes(trajectories, objective)
-    training = train_router(
-        x_QD[torch.from_numpy(trajectories.query_row)].to(device),
-        torch.from_numpy(trajectories.config_id).to(device),
-        torch.from_numpy(rows.utility).float().to(device),
-        weight_N.float().to(device),
-        trajectories.configs,
-        config.router,
-        torch.Generator(device=device).manual_seed(config.seed),
-        device,
-    )
-    log.info("router: best of %d epochs is %d, validation loss %.4f", len(training.valid_loss), training.best_epoch,
-             training.valid_loss[training.best_epoch])  # fmt: skip
-    return training.router
 
 
 def choices_beside(

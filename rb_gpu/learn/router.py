@@ -1,9 +1,9 @@
-"""Trains the FastGRNN router (Kusupati et al. 2018) on logged trajectories.
+"""Trains the FastGRNN router on what the bank believes of the logged queries, or on their outcomes alone.
 
-Rows are single queries, one step each from h = 0. U then has no part in any answer and gets no gradient, so U2 starts,
-and stays, at 0: a session of several steps is read as a gated average of its steps, not through random weights.
-
-Suffixes: N rows, B rows of a batch, D dims, H hidden units, C configs.
+The bank's beliefs say of every config what a log of one config per query cannot, and far less noisily (a teacher, as in
+Hinton et al. 2015, "Distilling the knowledge in a neural network"). Nothing but outcomes can teach what the bank never
+sees: numeric features, and earlier queries of a session.
+Suffixes: Q queries, N rows, B queries of a batch, T steps, I inputs, D dims, F numeric features, C configs.
 """
 
 from __future__ import annotations
@@ -11,164 +11,139 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from scipy.optimize import minimize
+from torch import Tensor
 from torch.nn import functional
 
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn.config import RouterConfig
+from rb_gpu.learn.router_net import RouterNet, Thresholding
 from rb_gpu.params import ConfigTable
-from rb_gpu.router import HEADS, NORM_EPSILON, FastGRNNRouter, RouterChoices
+from rb_gpu.router import FastGRNNRouter
 
 VALIDATION_SHARE = 0.1
-LEAST_ROWS = 20
-# a row's pull on the classification heads is exp(standardised utility), from 1/20 to 20 times the mean row's
-IMITATION_RANGE = 3.0
-VALIDATION_BATCH = 65_536
+LEAST_QUERIES = 20
+VALIDATION_BATCH = 8192
+# known outcomes on the last queries under which the confidence is left as it was learned
+LEAST_KNOWN = 50
+# a batch is this share of the queries, and within these bounds
+BATCH_SHARE, LEAST_BATCH, LARGEST_BATCH = 1 / 32, 128, 4096
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What a router learns from, all on one device; the last tenth of the queries validates.
+
+    x_XI: (X, I) float32 embeddings, and F numeric features after each. step_QT: (Q, T) int64 rows of x, oldest first,
+    the query's own last; -1 before a session's start. utility_QC, weight_QC: (Q, C) float32 mean outcome in the
+    objective's unit and its weight >= 0, decay over propensity, 0 where the config did not run. belief_QC: gain over
+    the default that the bank expects, or None.
+    """
+
+    x_XI: Tensor
+    step_QT: Tensor
+    utility_QC: Tensor
+    weight_QC: Tensor
+    belief_QC: Tensor | None
+    features: int = 0
 
 
 @dataclass(frozen=True)
 class RouterTraining:
-    """A trained router, its mean loss by epoch on both slices, and the epoch (from 0) whose weights it has."""
+    """A trained router, its utilities' mean loss by epoch on both slices, and the epoch (from 0) whose weights it has.
+    calibrated_on: outcomes of the last queries that its confidence was calibrated on; 0 where they were too few.
+    """
 
     router: FastGRNNRouter
     train_loss: list[float]
     valid_loss: list[float]
     best_epoch: int
+    calibrated_on: int
 
 
-class FastGRNNCell(nn.Module):
-    """One step of FastGRNN (Kusupati et al. 2018, equations 4 to 6) with low-rank W = W1·W2 and U = U1·U2."""
+@dataclass(frozen=True)
+class _Targets:
+    """What the utility head learns, with what weight, and which configs ran. Utility is level + offset + spread·value:
+    beliefs are learned around each config's mean, outcomes around the mean of all. beaten_QC, known_QC: whether the
+    config beat the default, and the weight of what is known of that, 1 on average over queries.
+    """
 
-    def __init__(self, dim: int, hidden: int, rank: int) -> None:
-        super().__init__()
-        self.w1 = nn.Parameter(torch.empty(dim, min(rank, dim)))
-        self.w2 = nn.Parameter(torch.empty(min(rank, dim), hidden))
-        self.u1 = nn.Parameter(torch.empty(hidden, min(rank, hidden)))
-        self.u2 = nn.Parameter(torch.empty(min(rank, hidden), hidden))
-        self.bias_gate = nn.Parameter(torch.ones(hidden))
-        self.bias_candidate = nn.Parameter(torch.zeros(hidden))
-        # the paper's start: ζ = 1 and ν = −4 let the candidate through and add little
-        self.zeta = nn.Parameter(torch.tensor(1.0))
-        self.nu = nn.Parameter(torch.tensor(-4.0))
+    value_QC: Tensor
+    weight_QC: Tensor
+    start_C: Tensor
+    offset_C: Tensor
+    spread: Tensor
+    level: Tensor
+    ran_C: Tensor
+    beaten_QC: Tensor
+    known_QC: Tensor
 
-    def forward(self, x_BD: Tensor, h_BH: Tensor) -> Tensor:
-        """The next hidden state (B, H) from the step's normalised input and the last state."""
-        mixed = (x_BD @ self.w1) @ self.w2 + (h_BH @ self.u1) @ self.u2
-        gate = torch.sigmoid(mixed + self.bias_gate)
-        candidate = torch.tanh(mixed + self.bias_candidate)
-        return gate * h_BH + (torch.sigmoid(self.zeta) * (1 - gate) + torch.sigmoid(self.nu)) * candidate
-
-
-class RouterNet(nn.Module):
-    """The cell over single queries and its heads."""
-
-    def __init__(self, dim: int, config: RouterConfig, configs: ConfigTable) -> None:
-        super().__init__()
-        self.cell = FastGRNNCell(dim, config.hidden, config.rank)
-        self.choices = RouterChoices.of(configs)
-        widths = {
-            "tier": len(self.choices.tiers),
-            "context": len(self.choices.context_tokens),
-            "ef": len(self.choices.ef_search),
-            "probes": len(self.choices.n_probes),
-            "temperature": 1,
-            "utility": len(configs),
-            "confidence": 1,
-        }
-        self.heads = nn.ModuleDict({name: nn.Linear(config.hidden, widths[name]) for name in HEADS})
-
-    def forward(self, x_BD: Tensor) -> dict[str, Tensor]:
-        """Raw outputs of every head, (B, width) each."""
-        normal_BD = functional.layer_norm(x_BD, x_BD.shape[1:], eps=NORM_EPSILON)
-        h_BH = self.cell.forward(normal_BD, x_BD.new_zeros(len(x_BD), self.cell.w2.shape[1]))
-        return {name: self.linear(name).forward(h_BH) for name in self.heads}
-
-    def linear(self, name: str) -> nn.Linear:
-        """One head."""
-        return cast(nn.Linear, self.heads[name])
-
-    def export(self) -> FastGRNNRouter:
-        """The light side's router with these weights."""
-        arrays = {name: value.detach().cpu().numpy() for name, value in self.cell.named_parameters()}
-        for name in self.heads:
-            head = self.linear(name)
-            arrays[f"{name}_weight"] = head.weight.detach().cpu().numpy()
-            arrays[f"{name}_bias"] = head.bias.detach().cpu().numpy()
-        return FastGRNNRouter(arrays, self.choices)
+    def utility(self, value_BC: Tensor) -> Tensor:
+        """(B, C) in the objective's unit; no number where a config never ran."""
+        utility_BC = value_BC * self.spread + self.offset_C + self.level
+        return utility_BC.masked_fill(~self.ran_C, -math.inf)
 
 
 def train_router(
-    x_ND: Tensor,
-    config_id_N: Tensor,
-    utility_N: Tensor,
-    weight_N: Tensor,
-    configs: ConfigTable,
-    config: RouterConfig,
-    generator: torch.Generator,
-    device: torch.device,
+    lessons: Lessons, configs: ConfigTable, config: RouterConfig, generator: torch.Generator, device: torch.device
 ) -> RouterTraining:
-    """Trains on logged rows, oldest first; the last tenth decides when to stop.
+    """Trains on all queries but the last tenth, which decides which epoch's weights are kept, and when to stop.
 
-    x_ND: (N, D) float32 query embeddings. config_id_N: (N,) int64 row of `configs` that ran. utility_N: (N,) float32
-    in the objective's unit. weight_N: (N,) float32 >= 0, decay over propensity. All on `device`, as is `generator`.
+    utility: squared error, of what the bank believes of each config where it does, else on the configs that ran,
+    weighted. tier, context, ef, probes: cross-entropy to those of the config that is best by the same target, each
+    query weighted by what is at stake, the best config's lead over the mean one; temperature likewise by squared error.
+    confidence: whether the router's own choice got more than the default on that query, or, where the default did not
+    run on it, than the default's rows elsewhere; then scaled and shifted (Platt 1999) on the last queries.
+    Losses add up; Adam; the learning rate falls by a cosine, in each phase of thresholding anew.
+    A config that never ran is predicted a standard deviation under the worst, so that it is never preferred.
 
-    utility: squared error on the config that ran, of utility standardised over the training rows. tier, context, ef,
-    probes: cross-entropy to what ran, each row weighted by weight·exp(standardised utility), so that what did well is
-    imitated; temperature likewise by squared error. confidence: the chance that the utility got beats the one
-    predicted of the default (of any row, where the default never ran), learned on rows that left the default; so it
-    speaks of the configs as the log chose them. Losses add up; Adam; the epoch of least validation loss is kept.
-    The utility head starts at each config's mean; a config that never ran is predicted a standard deviation under the
-    one of lowest mean, so that it is never preferred.
-
-    Same rows, generator state and device: same weights. Raises DataError where rows are too few, malformed or do not
-    fit each other, and ConfigError where the loss is no number.
+    Same lessons, generator state and device: same weights. Raises DataError where queries are too few, malformed or do
+    not fit each other, and ConfigError where the loss is no number.
     """
-    rows = len(x_ND)
-    train_rows = rows - max(1, int(VALIDATION_SHARE * rows))
-    _check_rows(x_ND, config_id_N, utility_N, weight_N, len(configs), train_rows)
-    weight_N = weight_N / weight_N[:train_rows].mean()
-    mean, spread = utility_N[:train_rows].mean(), utility_N[:train_rows].std().clamp(min=1e-6)
-    standard_N = (utility_N - mean) / spread
-    imitation_N = weight_N * standard_N.clamp(-IMITATION_RANGE, IMITATION_RANGE).exp()
-    net = RouterNet(x_ND.shape[1], config, configs).to(device)
-    _initialise(net, generator)
-    means_C = _means(config_id_N[:train_rows], standard_N[:train_rows], weight_N[:train_rows], len(configs))
+    queries = len(lessons.step_QT)
+    training = queries - max(1, int(VALIDATION_SHARE * queries))
+    _check_lessons(lessons, configs, training)
+    target = _targets(lessons, training, configs.default)
+    net = _net(lessons, configs, config, training).to(device)
+    net.initialise(generator, recurrent=bool((lessons.step_QT[:, :-1] >= 0).any()))
     with torch.no_grad():
-        net.linear("utility").bias.copy_(torch.from_numpy(np.nan_to_num(means_C)))
-    targets = _targets(net, config_id_N, configs, device)
-    targets |= {
-        "utility": standard_N,
-        "weight": weight_N,
-        "imitation": imitation_N / imitation_N[:train_rows].mean().clamp(min=1e-6),
-    }
-    default = None if np.isnan(means_C[configs.default]) else configs.default
+        net.linear("utility").bias.copy_(target.start_C)
+    values = _values_of(configs, device)
+    batch = min(max(int(BATCH_SHARE * queries), LEAST_BATCH), LARGEST_BATCH)
+    batch = batch if config.batch_size == "auto" else int(config.batch_size)
     optimiser = torch.optim.Adam(net.parameters(), lr=config.learning_rate)
-    valid = torch.arange(train_rows, rows, device=device)
+    thin = Thresholding(net.cell, config.sparsity, config.epochs)
+    steps = math.ceil(config.epochs / thin.phases) * math.ceil(training / batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimiser, steps)
     train_loss: list[float] = []
     valid_loss: list[float] = []
-    best, best_epoch = net.state_dict(), 0
+    best, best_epoch, least = net.state_dict(), 0, math.inf
 
     def loss_of(picked: Tensor) -> Tensor:
-        """Summed over the picked rows."""
-        return _loss(net.forward(x_ND[picked]), {name: column[picked] for name, column in targets.items()}, default)
+        """(2,) summed over the picked queries: of utilities, of the other heads."""
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            out = _outputs(net, lessons, picked)
+        out = {name: value.float() for name, value in out.items()}
+        return _loss(out, target, lessons, picked, values, configs.default)
 
     for epoch in range(config.epochs):
-        order = torch.randperm(train_rows, generator=generator, device=device)
+        order = torch.randperm(training, generator=generator, device=device)
         total = torch.zeros(2, device=device)
-        for picked in torch.split(order, config.batch_size):
+        for picked in torch.split(order, batch):
             loss = loss_of(picked)
             optimiser.zero_grad()
-            torch.autograd.backward(loss / len(picked))
+            torch.autograd.backward(loss.sum() / len(picked))
             optimiser.step()
-            total[0] += loss.detach() / train_rows
+            schedule.step()
+            thin.after_step(epoch)
+            total[0] += loss[0].detach() / training
         with torch.no_grad():
-            for picked in torch.split(valid, VALIDATION_BATCH):
-                total[1] += loss_of(picked) / len(valid)
+            for picked in torch.split(torch.arange(training, queries, device=device), VALIDATION_BATCH):
+                total[1] += loss_of(picked)[0] / (queries - training)
         # the epoch's only wait for the device
         losses = total.tolist()
         if not all(map(math.isfinite, losses)):
@@ -178,87 +153,162 @@ def train_router(
             )
         train_loss.append(losses[0])
         valid_loss.append(losses[1])
-        if losses[1] <= min(valid_loss):
-            best, best_epoch = copy.deepcopy(net.state_dict()), epoch
-        elif epoch - best_epoch >= config.patience:
+        if thin.settled(epoch) and losses[1] <= least:
+            best, best_epoch, least = copy.deepcopy(net.state_dict()), epoch, losses[1]
+        elif thin.settled(epoch) and epoch - best_epoch >= config.patience:
             break
     net.load_state_dict(best)
-    _finish_utility(net.linear("utility"), means_C, mean, spread)
-    return RouterTraining(net.export(), train_loss, valid_loss, best_epoch)
+    _finish_utility(net, target)
+    with torch.no_grad():
+        known = _calibrate(net, lessons, target, torch.arange(training, queries, device=device), configs.default)
+    return RouterTraining(net.export(), train_loss, valid_loss, best_epoch, known)
 
 
-def _check_rows(
-    x_ND: Tensor, config_id_N: Tensor, utility_N: Tensor, weight_N: Tensor, configs: int, train_rows: int
-) -> None:
-    rows = len(x_ND)
-    if rows < LEAST_ROWS:
-        raise DataError(f"{rows} rows are too few to train a router; give {LEAST_ROWS} or more, or set router=off")
-    shapes = [tuple(column.shape) for column in (x_ND, config_id_N, utility_N, weight_N)]
-    if x_ND.ndim != 2 or shapes[1:] != [(rows,)] * 3:
-        raise DataError(f"x, config_id, utility and weight have shapes {shapes}; give (N, D) and three times (N,)")
-    if not bool(((config_id_N >= 0) & (config_id_N < configs)).all()):
-        raise DataError(f"config_id holds values outside [0, {configs}); quantise rows and configs together")
-    if not bool(
-        (utility_N.isfinite() & weight_N.isfinite() & (weight_N >= 0)).all() & (weight_N[:train_rows] > 0).any()
-    ):
+def _outputs(net: RouterNet, lessons: Lessons, picked: Tensor) -> dict[str, Tensor]:
+    step_BT = lessons.step_QT[picked]
+    return net.forward(lessons.x_XI[step_BT.clamp(min=0)], step_BT >= 0)
+
+
+def _check_lessons(lessons: Lessons, configs: ConfigTable, training: int) -> None:
+    queries = len(lessons.step_QT)
+    if queries < LEAST_QUERIES:
+        raise DataError(
+            f"{queries} queries are too few to train a router; give {LEAST_QUERIES} or more, or set router=off"
+        )
+    tables = [lessons.utility_QC, lessons.weight_QC, *([] if lessons.belief_QC is None else [lessons.belief_QC])]
+    shapes = [tuple(table.shape) for table in tables]
+    if shapes != [(queries, len(configs))] * len(tables) or lessons.x_XI.shape[1] <= lessons.features:
+        raise DataError(f"utility, weight and belief have shapes {shapes}; give ({queries}, {len(configs)}) each")
+    finite = all(bool(table.isfinite().all()) for table in tables)
+    if not finite or not bool((lessons.weight_QC >= 0).all() & (lessons.weight_QC[:training] > 0).any()):
         raise DataError("utility or weight is not finite, or no weight is above 0; check cost, latency and propensity")
 
 
-def _initialise(net: RouterNet, generator: torch.Generator) -> None:
-    """Glorot's normal start of W1, W2 and U1, drawn from the job's own generator; U2 and the heads start at 0."""
-    cell = net.cell
-    with torch.no_grad():
-        for value in (cell.w1, cell.w2, cell.u1):
-            value.normal_(0.0, (2.0 / sum(value.shape)) ** 0.5, generator=generator)
-        cell.u2.zero_()
-        for value in net.heads.parameters():
-            value.zero_()
+def _net(lessons: Lessons, configs: ConfigTable, config: RouterConfig, training: int) -> RouterNet:
+    """Untrained; numeric features are standardised by those of the training queries."""
+    dim = lessons.x_XI.shape[1] - lessons.features
+    numbers_QF = lessons.x_XI[lessons.step_QT[:training, -1], dim:]
+    spread_F = numbers_QF.std(0, correction=0)
+    scale_F = torch.where(spread_F > 0, spread_F, torch.ones_like(spread_F))
+    return RouterNet(dim, config, configs, numbers_QF.mean(0), scale_F)
 
 
-def _means(config_id_N: Tensor, standard_N: Tensor, weight_N: Tensor, configs: int) -> npt.NDArray[np.float64]:
-    """The weighted mean utility of each config (C,), NaN where it never ran."""
-    # on the host: sums by atomics on a GPU differ from run to run
-    config_id, weight = config_id_N.cpu().numpy(), weight_N.cpu().numpy().astype(np.float64)
-    mass = np.bincount(config_id, weight, configs)
-    total = np.bincount(config_id, weight * standard_N.cpu().numpy(), configs)
-    return np.where(mass > 0, total / np.where(mass > 0, mass, 1.0), np.nan)
+def _targets(lessons: Lessons, training: int, default: int) -> _Targets:
+    weight_QC, utility_QC = lessons.weight_QC / lessons.weight_QC[:training].sum() * training, lessons.utility_QC
+    mass_C = weight_QC[:training].sum(0)
+    beating = {"ran_C": mass_C > 0, "beaten_QC": _beaten(lessons, training, default), "known_QC": weight_QC}
+    if lessons.belief_QC is not None:
+        belief_QC = lessons.belief_QC
+        mean_C = belief_QC[:training].mean(0)
+        spread = (belief_QC[:training] - mean_C).std().clamp(min=1e-6)
+        # the mean utility that gains over the default leave open
+        level = (weight_QC * (utility_QC - belief_QC))[:training].sum() / training
+        value_QC, even_QC = (belief_QC - mean_C) / spread, torch.full_like(belief_QC, 1.0 / belief_QC.shape[1])
+        return _Targets(value_QC, even_QC, torch.zeros_like(mean_C), mean_C, spread, level, **beating)
+    level = (weight_QC * utility_QC)[:training].sum() / training
+    spread = ((weight_QC * (utility_QC - level).square())[:training].sum() / training).sqrt().clamp(min=1e-6)
+    start_C = (weight_QC * (utility_QC - level))[:training].sum(0) / mass_C.clamp(min=1e-30) / spread
+    value_QC = torch.where(weight_QC > 0, (utility_QC - level) / spread, torch.zeros_like(utility_QC))
+    return _Targets(value_QC, weight_QC, start_C, torch.zeros_like(start_C), spread, level, **beating)
 
 
-def _finish_utility(head: nn.Linear, means_C: npt.NDArray[np.float64], mean: Tensor, spread: Tensor) -> None:
-    """Puts configs that never ran under the one of lowest mean for every query, and utilities in their own unit."""
-    never, lowest = torch.from_numpy(np.isnan(means_C)).to(head.bias.device), int(np.nanargmin(means_C))
-    with torch.no_grad():
-        head.weight[never] = head.weight[lowest].clone()
-        head.bias[never] = head.bias[lowest] - 1.0
-        head.weight *= spread
-        head.bias.copy_(head.bias * spread + mean)
-
-
-def _targets(net: RouterNet, config_id_N: Tensor, configs: ConfigTable, device: torch.device) -> dict[str, Tensor]:
-    """What each row tried, as each head's target (N,)."""
+def _values_of(configs: ConfigTable, device: torch.device) -> dict[str, Tensor]:
+    """What each config has, as each head's target (C,)."""
     columns = {
         "tier": configs.tier.astype(np.int64),
-        "context": np.searchsorted(net.choices.context_tokens, configs.context_tokens),
-        "ef": np.searchsorted(net.choices.ef_search, configs.ef_search),
-        "probes": np.searchsorted(net.choices.n_probes, configs.n_probes),
+        "context": np.unique(configs.context_tokens, return_inverse=True)[1],
+        "ef": np.unique(configs.ef_search, return_inverse=True)[1],
+        "probes": np.unique(configs.n_probes, return_inverse=True)[1],
         "temperature": configs.temperature,
-        "left_default": (np.arange(len(configs)) != configs.default).astype(np.float32),
     }
-    by_config = {name: torch.from_numpy(values).to(device)[config_id_N] for name, values in columns.items()}
-    return by_config | {"config": config_id_N}
+    return {name: torch.from_numpy(values).to(device) for name, values in columns.items()}
 
 
-def _loss(out: dict[str, Tensor], target: dict[str, Tensor], default: int | None) -> Tensor:
-    """The losses of all heads, added up over the rows; default: its config, None where it never ran."""
-    utility, weight, imitation = target["utility"], target["weight"], target["imitation"]
-    predicted = out["utility"].gather(1, target["config"][:, None])[:, 0]
-    loss = weight * (predicted - utility).square()
+def _loss(
+    out: dict[str, Tensor], target: _Targets, lessons: Lessons, picked: Tensor, values: dict[str, Tensor], default: int
+) -> Tensor:
+    """(2,) the losses of the utility head and of all others, added up over the picked queries."""
+    value_BC, weight_BC = target.value_QC[picked], target.weight_QC[picked]
+    loss = torch.zeros_like(value_BC[:, 0])
+    with torch.no_grad():
+        predicted_BC = target.utility(out["utility"])
+        known_BC = predicted_BC if lessons.belief_QC is None else target.utility(value_BC)
+        best_B = known_BC.argmax(1)
+        ran_BC = known_BC[:, target.ran_C]
+        stake_B = (ran_BC.max(1).values - ran_BC.mean(1)) / target.spread
+        chosen_B = predicted_BC.argmax(1)
+        beat_B, weight_B = _beat(chosen_B, target.beaten_QC[picked], target.known_QC[picked], default)
     for name in ("tier", "context", "ef", "probes"):
-        loss = loss + imitation * functional.cross_entropy(out[name], target[name], reduction="none")
-    loss = loss + imitation * (out["temperature"][:, 0] - target["temperature"]).square()
-    # standardised utilities have mean 0
-    baseline = torch.zeros_like(utility) if default is None else out["utility"][:, default].detach()
-    doubt = functional.binary_cross_entropy_with_logits(
-        out["confidence"][:, 0], (utility > baseline).float(), reduction="none"
-    )
-    return (loss + weight * target["left_default"] * doubt).sum()
+        loss = loss + stake_B * functional.cross_entropy(out[name], values[name][best_B], reduction="none")
+    loss = loss + stake_B * (out["temperature"][:, 0] - values["temperature"][best_B]).square()
+    doubt = functional.binary_cross_entropy_with_logits(out["confidence"][:, 0], beat_B, reduction="none")
+    utility = (weight_BC * (out["utility"] - value_BC).square()).sum()
+    return torch.stack([utility, (loss + weight_B * doubt).sum()])
+
+
+def _beaten(lessons: Lessons, training: int, default: int) -> Tensor:
+    """(Q, C) whether what each config got was more than the default on that query; where the default did not run on it,
+    the share of the default's rows in training that got less, as two independent rows would compare.
+    """
+    utility_QC, weight_QC = lessons.utility_QC, lessons.weight_QC
+    ran_Q = weight_QC[:, default] > 0
+    rows = utility_QC[:training, default][ran_Q[:training]].sort().values
+    if len(rows) == 0:
+        rows = utility_QC[:training][weight_QC[:training] > 0].sort().values
+    less_QC = torch.searchsorted(rows, utility_QC.contiguous()) / len(rows)
+    return torch.where(ran_Q[:, None], (utility_QC > utility_QC[:, default, None]).float(), less_QC)
+
+
+def _beat(chosen_B: Tensor, beaten_BC: Tensor, weight_BC: Tensor, default: int) -> tuple[Tensor, Tensor]:
+    """Whether the chosen config beat the default on each query (B,), and with what weight that is known; the default
+    does not beat itself.
+    """
+    beat_B, known_B = (table.gather(1, chosen_B[:, None])[:, 0] for table in (beaten_BC, weight_BC))
+    left_B = chosen_B != default
+    return torch.where(left_B, beat_B, torch.zeros_like(beat_B)), torch.where(left_B, known_B, 1.0)
+
+
+def _finish_utility(net: RouterNet, target: _Targets) -> None:
+    """Puts utilities in their own unit, and configs that never ran under the one of lowest mean for every query."""
+    head, ran_C = net.linear("utility"), target.ran_C
+    with torch.no_grad():
+        head.weight *= target.spread
+        head.bias.mul_(target.spread).add_(target.offset_C + target.level)
+        lowest = torch.where(ran_C, head.bias, torch.full_like(head.bias, math.inf)).argmin()
+        head.weight[~ran_C] = head.weight[lowest].clone()
+        head.bias[~ran_C] = head.bias[lowest] - target.spread
+
+
+def _calibrate(net: RouterNet, lessons: Lessons, target: _Targets, last: Tensor, default: int) -> int:
+    """Scales and shifts the confidence's logit to the outcomes of the last queries on which the router leaves the
+    default and its choice ran; returns their number, or 0 where they are too few or all alike.
+    """
+    parts = [_outputs(net, lessons, picked) for picked in torch.split(last, VALIDATION_BATCH)]
+    chosen_B = torch.cat([part["utility"].argmax(1) for part in parts])
+    logit_B = torch.cat([part["confidence"][:, 0] for part in parts])
+    beat_B, weight_B = _beat(chosen_B, target.beaten_QC[last], target.known_QC[last], default)
+    used = (weight_B > 0) & (chosen_B != default)
+    logit, beat, weight = (v[used].double().cpu().numpy() for v in (logit_B, beat_B, weight_B))
+    if len(beat) < LEAST_KNOWN or beat.min() == beat.max():
+        return 0
+    scale, shift = platt(logit, beat, weight)
+    head = net.linear("confidence")
+    head.weight.mul_(scale)
+    head.bias.mul_(scale).add_(shift)
+    return len(beat)
+
+
+def platt(
+    logit_B: npt.NDArray[np.float64], beat_B: npt.NDArray[np.float64], weight_B: npt.NDArray[np.float64]
+) -> tuple[float, float]:
+    """Scale >= 0 and shift of logits that make outcomes in [0, 1] most likely, drawn in as Platt (1999) does."""
+    positive, negative = float(weight_B @ beat_B), float(weight_B @ (1 - beat_B))
+    high, low = (positive + 1) / (positive + 2), 1 / (negative + 2)
+    target_B = low + (high - low) * beat_B
+
+    def loss(both: npt.NDArray[np.float64]) -> float:
+        z_B = both[0] * logit_B + both[1]
+        return float(weight_B @ (np.logaddexp(0.0, z_B) - target_B * z_B))
+
+    found = minimize(loss, np.array([1.0, 0.0]), method="L-BFGS-B", bounds=[(0.0, None), (None, None)])
+    return float(found.x[0]), float(found.x[1])

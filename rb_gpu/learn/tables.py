@@ -1,6 +1,6 @@
 """Reads trajectory tables into checked NumPy columns; bad rows are set aside by reason.
 
-Only the columns of design section 4 are read. Suffixes: N rows, D dims.
+Only the columns of design section 4 and the numeric features that were asked for are read. Suffixes: N rows, D dims.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from rb_gpu.errors import DataError
 from rb_gpu.learn.blocks import Copying, block_threads
 from rb_gpu.learn.cutoff import newest_rows
 from rb_gpu.learn.decode import (
-    CONTRACT,
     NULL_TIER,
     UNKNOWN_TIER,
     decode_embeddings,
@@ -30,6 +29,7 @@ from rb_gpu.learn.decode import (
     decode_times,
     embedding_dim,
     list_dim,
+    rule_of,
 )
 from rb_gpu.learn.quarantine import BadRows
 from rb_gpu.learn.room import Room, to_front
@@ -134,7 +134,7 @@ def check_sources(
         if x_ND is not None and column == "query_embedding":
             part.columns[column] = x_ND[before : before + size]
         else:
-            part.columns[column] = np.empty(size, np.int32 if column == "model_tier" else CONTRACT[column].dtype)
+            part.columns[column] = np.empty(size, np.int32 if column == "model_tier" else rule_of(column).dtype)
     for span in spans:
         _read_span(span, part, keep_N[span.at :], files.index(span.source.name), _batch_rows(dim), reading)
     columns, file_id, file_row, tier_names = _joined(part, reading, bad)
@@ -299,7 +299,7 @@ def _check_batch(
             refuse(out == NULL_TIER, "model_tier is null")
             refuse(out == UNKNOWN_TIER, f"unknown model_tier (params.tiers={tier_names})")
         else:
-            rule = CONTRACT[name]
+            rule = rule_of(name)
             array, missing = (
                 decode_times(column, where) if name == "timestamp" else decode_numbers(column, rule.dtype, where)
             )

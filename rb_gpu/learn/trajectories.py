@@ -18,6 +18,7 @@ import numpy.typing as npt
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn.blocks import block_threads, row_hashes
 from rb_gpu.learn.config import DataConfig, ParamsConfig
+from rb_gpu.learn.decode import CONTRACT
 from rb_gpu.learn.quarantine import BadRows
 from rb_gpu.learn.room import Room
 from rb_gpu.learn.tables import Columns, Reading, Table, distinct, read_table
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 OUTCOME_REQUIRED = ("id", "precision", "recall", "latency_us")
 QUERY_REQUIRED = ("query_embedding", "timestamp")
 OUTCOME_OPTIONAL = (*PARAMETERS, "cost", "rating", "propensity")
+QUERY_OPTIONAL = ("session",)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Trajectories:
     newest timestamp of the query's rows. config_id: (N,) int64 row of `configs`. precision, recall: (N,) float32.
     latency_us: (N,) int64. cost, propensity: (N,) float32, or None where not logged. rating: (N,) int8, 0 is none.
     timestamp: (N,) int64 UTC seconds. id: (N,) uint64. auto_default: whether the default of `configs` was not given.
+    session: (Q,) uint64, 0 is none, or None where not logged. feature_QF: float32 columns of data.features, or None.
     """
 
     x_QD: npt.NDArray[np.float32]
@@ -67,6 +70,8 @@ class Trajectories:
     configs: ConfigTable
     source: Source = field(default_factory=Source)
     auto_default: bool = False
+    session: npt.NDArray[np.uint64] | None = None
+    feature_QF: npt.NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.id)
@@ -90,6 +95,8 @@ class Trajectories:
             x_QD=_rows_of(self.x_QD, keep_Q),
             query_id=self.query_id[keep_Q],
             query_time=self.query_time[keep_Q],
+            session=None if self.session is None else self.session[keep_Q],
+            feature_QF=None if self.feature_QF is None else self.feature_QF[keep_Q],
             query_row=new_row[self.query_row[rows]],
             **taken,
         )
@@ -132,21 +139,25 @@ def load(
     room = room or Room()
     if data.path is None:
         raise ConfigError("data.path is not set; give data.path=FILE, DIR or GLOB, or leave data=sample")
+    features = tuple(data.features)
+    meant = sorted({"query_embedding", "model_tier", *CONTRACT} & set(features))
+    if meant:
+        raise ConfigError(f"data.features={list(features)}: {meant[0]} has a meaning of its own; leave it out")
     tiers = None if params.tiers == "auto" else list(params.tiers)
     bad = BadRows()
     queries = None
     if data.queries is None:
-        required = (*OUTCOME_REQUIRED, *QUERY_REQUIRED)
+        required = (*OUTCOME_REQUIRED, *QUERY_REQUIRED, *features)
         reading = Reading(tiers, data.capacity, room=room)
-        outcomes = read_table(data.path, required, (*OUTCOME_OPTIONAL, "query_id"), bad, reading)
+        outcomes = read_table(data.path, required, (*OUTCOME_OPTIONAL, "query_id", *QUERY_OPTIONAL), bad, reading)
     else:
-        per_query = ("query_id", *QUERY_REQUIRED)
+        per_query = ("query_id", *QUERY_REQUIRED, *features)
         reading = Reading(key="data.queries", unique="query_id", room=room)
-        queries = read_table(data.queries, per_query, (), bad, reading)
+        queries = read_table(data.queries, per_query, QUERY_OPTIONAL, bad, reading)
         reading = Reading(tiers, room=room)
         outcomes = read_table(data.path, (*OUTCOME_REQUIRED, "query_id"), OUTCOME_OPTIONAL, bad, reading)
     seen = outcomes.total_rows + (queries.total_rows if queries else 0)
-    columns = join(outcomes, queries, bad, data.capacity)
+    columns = join(outcomes, queries, bad, data.capacity, features)
     if len(bad):
         log.warning("set %d of %d rows aside: %s", len(bad), seen, bad.by_reason())
         if quarantine is not None and room.ranks.rank == 0:
@@ -157,24 +168,31 @@ def load(
         raise DataError(f"data.path={outcomes.source}: no row is left to learn from; check data.queries' query_id")
     files = (*outcomes.files, *(queries.files if queries else ()))
     source = Source(outcomes.source, files, seen, bad.by_reason())
-    _by_time(columns, room)
-    return assemble(columns, outcomes.tier_names, params, source, room)
+    _by_time(columns, room, features)
+    return assemble(columns, outcomes.tier_names, params, source, room, features)
 
 
-def _by_time(columns: Columns, room: Room) -> None:
+def _by_time(columns: Columns, room: Room, features: Sequence[str]) -> None:
     """Puts the queries in the order of time, so that those of any span of time are consecutive; ties stay in order."""
     order = np.argsort(columns["query_time"], kind="stable")
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     room.sort(columns["x_QD"], order)
     columns["query_row"] = place[columns["query_row"]]
-    columns["query_id"], columns["query_time"] = columns["query_id"][order], columns["query_time"][order]
+    for name in ("query_id", "query_time", *QUERY_OPTIONAL, *features):
+        if name in columns:
+            columns[name] = columns[name][order]
 
 
-def join(outcomes: Table, queries: Table | None, bad: BadRows, capacity: int | None) -> Columns:
-    """Rows with the row of their query: adds query_row (N,) and the query table's x_QD, query_id, query_time."""
+def join(
+    outcomes: Table, queries: Table | None, bad: BadRows, capacity: int | None, features: Sequence[str] = ()
+) -> Columns:
+    """Rows with the row of their query: adds query_row (N,) and the queries' x_QD, query_id, query_time, and session
+    and features where they are there. What a query's rows tell of it apart from its time, its first row tells.
+    """
     columns = outcomes.columns
     if queries is None:
+        told = {name: columns.pop(name) for name in (*QUERY_OPTIONAL, *features) if name in columns}
         group, x = columns.pop("query_id", columns["id"]), columns.pop("query_embedding")
         if group is columns["id"] or distinct(group):
             columns["x_QD"], columns["query_id"], columns["query_row"] = x, group, np.arange(len(group))
@@ -185,8 +203,10 @@ def join(outcomes: Table, queries: Table | None, bad: BadRows, capacity: int | N
             rank[order] = np.arange(len(order))
             columns["x_QD"] = outcomes.room.keep(x, first[order])
             columns["query_id"], columns["query_row"] = query_id[order], rank[row]
+            told = {name: values[first[order]] for name, values in told.items()}
     else:
         table = queries.columns
+        told = {name: table[name] for name in (*QUERY_OPTIONAL, *features) if name in table}
         query_id, first = np.unique(table["query_id"], return_index=True)
         slot = np.minimum(np.searchsorted(query_id, columns["query_id"]), len(query_id) - 1)
         known = query_id[slot] == columns["query_id"] if len(query_id) else np.zeros(len(slot), bool)
@@ -202,14 +222,17 @@ def join(outcomes: Table, queries: Table | None, bad: BadRows, capacity: int | N
         columns["x_QD"], columns["query_id"] = table["query_embedding"], table["query_id"]
         if len(used) < len(table["query_id"]):
             columns["x_QD"], columns["query_id"] = queries.room.keep(columns["x_QD"], used), columns["query_id"][used]
+            told = {name: values[used] for name, values in told.items()}
+    columns |= told
     columns["query_time"] = np.full(len(columns["query_id"]), np.iinfo(np.int64).min)
     np.maximum.at(columns["query_time"], columns["query_row"], columns["timestamp"])
     return columns
 
 
 def assemble(
-    columns: Columns, tier_names: Sequence[str], params: ParamsConfig, source: Source, room: Room | None = None
-) -> Trajectories:
+    columns: Columns, tier_names: Sequence[str], params: ParamsConfig, source: Source, room: Room | None = None,
+    features: Sequence[str] = (),
+) -> Trajectories:  # fmt: skip
     """Quantises parameters to configs, orders tiers, finds the default. Columns as `join` leaves them."""
     n = len(columns["id"])
     given = {} if params.default == "auto" else dict(params.default)
@@ -242,6 +265,8 @@ def assemble(
         id=columns["id"],
         configs=table,
         auto_default=not given,
+        session=columns.get("session"),
+        feature_QF=np.stack([columns[name] for name in features], axis=1) if features else None,
     )
     return replace(trajectories, source=replace(source, fingerprint=_fingerprint(trajectories, room or Room())))
 
