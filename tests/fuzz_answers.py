@@ -142,7 +142,6 @@ def check_views(bank: ReasoningBank) -> None:
 
 
 def ask_router(router: FastGRNNRouter) -> None:
-    dim = len(router.arrays["w1"])
-    decision = router.forward(np.linspace(-1, 1, dim))
+    decision = router.forward(np.linspace(-1, 1, router.inputs))
     require(0 <= decision.router_confidence <= 1, "router_confidence outside [0, 1]")
     require(0.0 <= decision.params.temperature <= 2.0, "a router's temperature")

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 from conftest import make_bank
-from safetensors.numpy import save
 
+from rb_gpu.params import ConfigTable, SearchParams
 from rb_gpu.publish import write_artifact
-from rb_gpu.router import ARRAYS as ROUTER_ARRAYS
-from rb_gpu.router import FORMAT_VERSION
+from rb_gpu.router_file import ARRAYS as ROUTER_ARRAYS
+from rb_gpu.router_file import write_router
 
 MANIFEST, BANK, INDEX, ROUTER = "manifest.json", "bank.safetensors", "index.faiss", "router.safetensors"
 INDEX_KINDS = ("flat", "hnsw", "ivf")
@@ -197,18 +197,19 @@ def _silence() -> Iterator[None]:
 
 
 def router_bytes(rng: np.random.Generator, dim: int) -> bytes:
-    """A router of random weights."""
-    sizes = {"D": dim, "H": 4, "R": 2, "S": 2, "V": 2, "X": 3, "E": 3, "N": 2, "C": 5, "1": 1}
+    """A router of random weights, as floats or bytes, whole or thinned."""
+    sizes = {"F": 2, "I": dim + 2, "H": 4, "R": 2, "S": 2, "V": 2, "X": 3, "E": 3, "N": 2, "C": 5, "1": 1}
     arrays = {
         name: np.asarray(rng.normal(size=[sizes[axis] for axis in axes]), np.float32)
         for name, axes in ROUTER_ARRAYS.items()
     }
-    metadata = {
-        "format_version": FORMAT_VERSION, "dim": dim, "hidden": 4, "rank": 2, "recurrent_rank": 2, "configs": 5,
-        "tiers": ["small", "large"], "context_tokens": [1024, 2048, 3072], "ef_search": [16, 32, 64],
-        "n_probes": [1, 2],
-    }  # fmt: skip
-    return bytes(save(arrays, {"router": json.dumps(metadata)}))
+    arrays["feature_scale"] = np.abs(arrays["feature_scale"]) + 1
+    if rng.integers(2):
+        arrays["w1"] *= rng.random(arrays["w1"].shape) < 0.1
+    tried = [(16, 1, "small", 1024), (32, 1, "large", 2048), (64, 2, "small", 3072), (64, 1, "large", 1024),
+             (16, 2, "large", 2048)]  # fmt: skip
+    configs = ConfigTable.from_params([SearchParams(*one, 0.5) for one in tried], ("small", "large"), 1)
+    return write_router(arrays, configs, bool(rng.integers(2)))
 
 
 def split(content: bytes) -> tuple[dict[str, Any], bytes]:

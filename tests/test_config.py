@@ -114,6 +114,7 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "data.queries": [[], 3],
     "data.max_bad_fraction": [-0.01, 1.01, math.nan],
     "data.capacity": [0, -1],
+    "data.features": ["turn", [""], ["turn", "turn"]],
     "params.tiers": [[], "small", ["a", "a"], [1], [""]],
     "params.default": ["small", [1]],
     "params.temperature_step": [0.0, -1.0, 2.01, math.nan],
@@ -154,10 +155,13 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "lookup.beta": [-1.0, math.nan, math.inf],
     "lookup.floor": [-1.01, 1.01, "none", math.nan],
     "router.kind": ["mlp"],
+    "router.target": ["oracle"],
+    "router.steps": [0, 65],
+    "router.sparsity": [-0.1, 1.0, math.nan],
     "router.hidden": [0],
     "router.rank": [0],
     "router.epochs": [0],
-    "router.batch_size": [0],
+    "router.batch_size": [0, "all", True],
     "router.learning_rate": [0.0, -1.0, math.nan],
     "router.patience": [0],
     "eval.holdout": [0.0, 1.0, math.nan],
@@ -226,7 +230,7 @@ OUT_OF_BOUNDS_OF_A_JOB: dict[str, dict[str, list[Any]]] = {
         "seed": [-1],
     },
 }
-FREE = {"data.embedder", "version", "artifact", "base", "queries", "out"}
+FREE = {"data.embedder", "router.int8", "version", "artifact", "base", "queries", "out"}
 
 
 def merged(schema: type, given: dict[str, Any]) -> Any:
@@ -300,6 +304,8 @@ def test_settings_between_which_there_is_a_conflict_fail():
     with pytest.raises(ConfigError, match=r"^hnsw_ef_search="):
         JOBS["collect"](base="b", queries="q", hnsw_ef_search=[], ivf_n_probes=[])
     assert SECTIONS["judge"](objective="bound", max_cost=1.0).max_cost == 1.0
+    with pytest.raises(ConfigError, match=r"^router\.epochs=2 .*three phases"):
+        SECTIONS["router"](sparsity=0.5, epochs=2)
 
 
 def test_bounds_themselves_are_allowed():

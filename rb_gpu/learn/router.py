@@ -188,9 +188,10 @@ def _net(lessons: Lessons, configs: ConfigTable, config: RouterConfig, training:
     """Untrained; numeric features are standardised by those of the training queries."""
     dim = lessons.x_XI.shape[1] - lessons.features
     numbers_QF = lessons.x_XI[lessons.step_QT[:training, -1], dim:]
-    spread_F = numbers_QF.std(0, correction=0)
+    mean_F = numbers_QF.mean(0)
+    spread_F = (numbers_QF - mean_F).square().mean(0).sqrt()
     scale_F = torch.where(spread_F > 0, spread_F, torch.ones_like(spread_F))
-    return RouterNet(dim, config, configs, numbers_QF.mean(0), scale_F)
+    return RouterNet(dim, config, configs, mean_F, scale_F)
 
 
 def _targets(lessons: Lessons, training: int, default: int) -> _Targets:
