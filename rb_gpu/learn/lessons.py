@@ -9,12 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ConfigError
 from rb_gpu.learn.config import TrainConfig
 from rb_gpu.learn.router import Lessons
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.valuation import held_out_outcomes
+from rb_gpu.router import FastGRNNRouter
 from rb_gpu.vote import BankState, expected_gains, queries_of, vote
 
 # more teach a net of this size nothing, and cost time; in cells of (query, config) and in embeddings
@@ -125,3 +127,23 @@ def _beliefs(bank: BankData, x_QD: npt.NDArray[np.float32]) -> npt.NDArray[np.fl
     spread = max(float(gain_QC.std()), 1e-3)
     gain_QC[:, ~chosen] = np.minimum(gain_QC[:, ~chosen], 0) - spread
     return gain_QC.astype(np.float32)
+
+
+def routed(
+    router: FastGRNNRouter, bank: ReasoningBank, table: Trajectories, steps: int
+) -> dict[str, npt.NDArray[np.int64]]:
+    """What the router alone and the router blended with the bank pick for each query of a table, as config ids (Q,);
+    -1 is a setting that was never tried, as a blend of two may be. A session's earlier queries are those of the table.
+    """
+    numbers_QF = np.zeros((len(table.query_id), 0), np.float32) if table.feature_QF is None else table.feature_QF
+    alone, blended = [], []
+    for steps_T in last_steps(table.session, table.query_time, steps):
+        seen = steps_T[steps_T >= 0]
+        x_TD = table.x_QD[seen]
+        decision = router.forward_with_reasoning(
+            np.concatenate([x_TD, numbers_QF[seen]], axis=1), bank, query_embedding=x_TD[-1]
+        )
+        alone.append(router.configs.id_of(decision.router_params))
+        blended.append(decision.config_id)
+    found = {"router": alone, "router and bank": blended}
+    return {name: np.array([-1 if one is None else one for one in ids]) for name, ids in found.items()}

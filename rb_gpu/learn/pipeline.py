@@ -40,7 +40,7 @@ from rb_gpu.learn.gate import Decision, champion_beside, decide
 from rb_gpu.learn.hierarchy import prune
 from rb_gpu.learn.index import build_index, similarity_floor
 from rb_gpu.learn.leaves import believed, foretold, gather_leaves
-from rb_gpu.learn.lessons import gather_lessons
+from rb_gpu.learn.lessons import gather_lessons, routed
 from rb_gpu.learn.lineage import differences, inherit, parent_leaves
 from rb_gpu.learn.parent import find_parent, free_pattern_id
 from rb_gpu.learn.past import gather_past, tell, with_past, with_ratings
@@ -158,13 +158,16 @@ def learn(
         auto_floor = is_auto(config.lookup.floor)
         floor = similarity_floor(x_QD, leaves_PD, device) if auto_floor else float(config.lookup.floor)
         index = build_index(leaves_PD, config.index, trajectories.x_QD, config.lookup.top_k)
-    router = None
+    router, routing = None, None
     if config.router.kind == "fastgrnn":
         with watch.stage("router"):
             lessons = gather_lessons(x_QD, trajectories, data, weight_N, config, device)
             drawn = torch.Generator(device=device).manual_seed(config.seed)
             taught = train_router(lessons, trajectories.configs, config.router, drawn, device)
             router = FastGRNNRouter.from_bytes(taught.router.to_bytes(config.router.int8))
+            routing = {
+                name: getattr(taught, name) for name in ("train_loss", "valid_loss", "best_epoch", "calibrated_on")
+            }
             log.info("router: best of %d epochs is %d, validation loss %.4f", len(taught.valid_loss),
                      taught.best_epoch, taught.valid_loss[taught.best_epoch])  # fmt: skip
     issued = int((~verdicts.stands).sum())
@@ -186,6 +189,7 @@ def learn(
         },
         "config": asdict(config),
         "half_life": None if half_life is None else asdict(half_life),
+        "router": routing,
         "device": str(device),
     }
     log.info(
@@ -283,6 +287,8 @@ def _train(config: TrainConfig, quarantine: Path | None, ranks: Ranks) -> Publis
             champion, refusals = champion_beside(registry, bank)
             single = best_single(bank.data.evidence, bank.data.objective)
             others = choices_beside(config.eval.baseline_names, training, held_out.x_QD, bank.data.objective, config)
+            if learned.router is not None:
+                others |= routed(learned.router, bank, held_out, config.router.steps)
             evaluation = value_bank(bank, held_out, single, config.eval, config.seed, champion, others)
             for warning in evaluation.warnings:
                 log.warning("%s", warning)
