@@ -8,6 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 import oracles
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_bank, queries_near
@@ -15,10 +18,21 @@ from safetensors.numpy import save as save_tensors
 
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.errors import ArtifactError, ConfigError, DataError
-from rb_gpu.learn.config import RouterConfig
+from rb_gpu.learn.config import (
+    ClusterConfig,
+    DataConfig,
+    GateConfig,
+    JudgeConfig,
+    ParamsConfig,
+    RegistryConfig,
+    RouterConfig,
+    TrainConfig,
+)
 from rb_gpu.learn.lessons import last_steps
+from rb_gpu.learn.pipeline import learn, train
 from rb_gpu.learn.router import Lessons, RouterTraining, platt, train_router
 from rb_gpu.learn.router_net import FACTORS, FastGRNNCell, RouterNet, Thresholding
+from rb_gpu.learn.trajectories import load, split_by_time
 from rb_gpu.params import ConfigTable, SearchParams
 from rb_gpu.router import FastGRNNRouter, RouterDecision, blend, blend_share, forward_with_reasoning
 from rb_gpu.router_file import MATRICES, write_router
@@ -393,7 +407,7 @@ def lessons_of(x, config, utility, weight=None, belief=None) -> Lessons:
     rows, weight = torch.arange(len(x)), torch.ones(len(x)) if weight is None else weight
     utility_QC, weight_QC = torch.zeros(2, len(x), len(CONFIGS))
     utility_QC[rows, config], weight_QC[rows, config] = utility, weight
-    return Lessons(x, rows[:, None], utility_QC, weight_QC, belief)
+    return Lessons(x, rows[:, None], utility_QC, weight_QC, belief, validating=len(x) // 10)
 
 
 def taught(lessons: Lessons, *, seed=0, settings=SETTINGS) -> RouterTraining:
@@ -475,7 +489,7 @@ def test_confidence_is_calibrated_on_paired_outcomes():
     utility[:, 1], weight[:, :2] = torch.where(wins, 1.0, -0.5), 1.0
     belief = torch.full((6000, 4), -1.0)
     belief[:, 0], belief[:, 1] = 0.0, 0.1  # always chosen
-    found = taught(Lessons(x, torch.arange(6000)[:, None], utility, weight, belief))
+    found = taught(Lessons(x, torch.arange(6000)[:, None], utility, weight, belief, validating=600))
     assert found.calibrated_on == 600
     confidence = np.array([found.router.forward(q.numpy()).router_confidence for q in x[:500]])
     assert confidence[group[:500].numpy() == 1].mean() == pytest.approx(0.7, abs=0.07)
@@ -596,6 +610,85 @@ def test_last_steps_are_those_of_the_session_in_time():
         [2, 4, 0], [-1, -1, 1], [-1, -1, 2], [-1, -1, 3], [-1, 2, 4], [-1, -1, 5], [-1, 3, 6]
     ]  # fmt: skip
     assert last_steps(None, time, 1)[:, 0].tolist() == list(range(7))
+
+
+def logged_in_sessions(path) -> None:
+    """3,000 rows: the config that is best is told by the column turn; sessions of three queries; D = 8."""
+    rng = np.random.default_rng(0)
+    n, turn = 3000, np.arange(3000) % 3
+    ef_search = rng.choice([16, 64, 256], n)
+    x = rng.normal(size=(n, 8)).astype(np.float32)
+    pq.write_table(pa.table({
+        "id": np.arange(n, dtype=np.uint64), "query_embedding": list(x), "ef_search": ef_search,
+        "precision": np.where(ef_search == np.array([16, 64, 256])[turn], 0.9, 0.1).astype(np.float32),
+        "recall": np.full(n, 0.5, np.float32), "latency_us": np.full(n, 100, np.uint64),
+        "timestamp": np.arange(n) // 2, "turn": turn, "propensity": np.full(n, 1 / 3, np.float32),
+        "session": np.where(np.arange(n) < 6, 0, np.arange(n) // 3).astype(np.uint64),
+    }), path)  # fmt: skip
+
+
+def test_the_job_teaches_sessions_and_features_from_the_log(tmp_path):
+    logged_in_sessions(tmp_path / "log.parquet")
+    for features, steps in ((["turn"], 1), ([], 2), ([], 1)):
+        config = TrainConfig(
+            data=DataConfig(path=str(tmp_path / "log.parquet"), features=features), gate=GateConfig(min_gain=-1.0),
+            router=RouterConfig(kind="fastgrnn", steps=steps, epochs=15), cluster=ClusterConfig(k=8),
+            judge=JudgeConfig(latency_weight=0.0), registry=RegistryConfig(path=str(tmp_path / "artifacts")),
+        )  # fmt: skip
+        published = train(config)
+        router = FastGRNNRouter.load(published.folder / "router.safetensors")
+        assert (router.dim, router.inputs) == (8, 8 + len(features))
+        assert len(published.manifest["router"]["valid_loss"]) >= published.manifest["router"]["best_epoch"] + 1
+        worth = {value.name: value.utility for value in published.evaluation.values}
+        assert {"router", "router and bank"} <= set(worth)
+        if features:  # nothing else tells the turn: the bank is at a loss
+            assert worth["router"] > worth["best single config"] + 0.1
+            assert router.forward(np.r_[np.ones(8), 1.0]).params.ef_search == 64
+
+
+def test_a_table_without_sessions_is_named(tmp_path):
+    logged_in_sessions(tmp_path / "log.parquet")
+    table = pq.read_table(tmp_path / "log.parquet").drop_columns("session")
+    pq.write_table(table, tmp_path / "log.parquet")
+    data = DataConfig(path=str(tmp_path / "log.parquet"))
+    trajectories = load(data, ParamsConfig())
+    settings = {"cluster": ClusterConfig(k=4), "router": RouterConfig(kind="fastgrnn", steps=3)}
+    with pytest.raises(ConfigError, match=r"router\.steps=3: the table has no column session"):
+        learn(trajectories, TrainConfig(**settings))
+    reference = {"judge": JudgeConfig(method="reference"), "router": RouterConfig(kind="fastgrnn", target="bank")}
+    with pytest.raises(ConfigError, match=r"router\.target=bank needs a bank judged by eb"):
+        learn(trajectories, TrainConfig(**(settings | reference)))
+
+
+def test_columns_of_a_query_follow_it(tmp_path):
+    """Rows in another order than time, two tables, a null session, and what capacity and bad rows leave."""
+    logged_in_sessions(tmp_path / "log.parquet")
+    whole = pq.read_table(tmp_path / "log.parquet")
+    order = np.random.default_rng(1).permutation(len(whole))
+    shuffled = whole.take(order)
+    session = pc.if_else(pc.equal(shuffled["session"], 0), None, shuffled["session"])
+    shuffled = shuffled.set_column(shuffled.schema.get_field_index("session"), "session", session)
+    bad = np.full(len(order), 0.5, np.float32)
+    bad[:3] = np.nan
+    shuffled = shuffled.set_column(shuffled.schema.get_field_index("recall"), "recall", pa.array(bad))
+    pq.write_table(shuffled, tmp_path / "one.parquet")
+    two = shuffled.append_column("query_id", shuffled["id"])
+    of_query = ["query_id", "query_embedding", "timestamp", "turn", "session"]
+    pq.write_table(two.select(of_query), tmp_path / "queries.parquet")
+    pq.write_table(two.drop_columns(of_query[1:]), tmp_path / "rows.parquet")
+    for paths in ({"path": "one"}, {"path": "rows", "queries": "queries"}):
+        data = DataConfig(**{k: str(tmp_path / f"{v}.parquet") for k, v in paths.items()}, features=["turn"],
+                          capacity=2000)  # fmt: skip
+        loaded = load(data, ParamsConfig())
+        assert 1990 < len(loaded.query_id) <= 2000
+        at = loaded.query_id.astype(np.int64)
+        np.testing.assert_array_equal(loaded.feature_QF[:, 0], at % 3)
+        np.testing.assert_array_equal(loaded.session, np.where(at < 6, 0, at // 3))
+        part, _ = split_by_time(loaded, 0.5)
+        np.testing.assert_array_equal(part.session, loaded.session[: len(part.session)])
+    for features, message in ((["turns"], "has no column turns"), (["recall"], "recall has a meaning of its own")):
+        with pytest.raises((DataError, ConfigError), match=message):
+            load(replace(data, features=features), ParamsConfig())
 
 
 def broken(**changed: torch.Tensor) -> Lessons:

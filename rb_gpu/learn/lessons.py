@@ -21,6 +21,9 @@ from rb_gpu.vote import BankState, expected_gains, queries_of, vote
 
 # more teach a net of this size nothing, and cost time; in cells of (query, config) and in embeddings
 MOST_CELLS, MOST_STEPS = 2**25, 2**17
+# the bank can be asked of any query, so that few logged ones do not make the router learn them by heart
+BETWEEN = 4
+VALIDATION_SHARE = 0.1
 
 
 def gather_lessons(
@@ -59,17 +62,38 @@ def gather_lessons(
     if trajectories.feature_QF is not None:
         x = torch.cat([x, torch.from_numpy(trajectories.feature_QF[used]).to(device)], dim=1)
     utility_QC, weight_QC = _outcomes(trajectories, bank, weight_N.cpu().numpy().astype(np.float64), order_Q)
-    belief = None
+    validating, belief = max(1, int(VALIDATION_SHARE * len(order_Q))), None
     if from_bank:
-        belief = _beliefs(bank, x_QD[torch.from_numpy(order_Q)].cpu().numpy())
+        asked_QD = x_QD[torch.from_numpy(order_Q)].cpu().numpy()
+        between = 0 if more else min(BETWEEN * len(order_Q), most - len(order_Q))
+        if between:
+            asked_QD = np.concatenate([_between(asked_QD[:-validating], between, rng), asked_QD])
+            x = torch.from_numpy(asked_QD).to(device)
+            place = np.arange(len(asked_QD))
+            start, step_QT = 0, place[:, None]
+            nothing_QC = np.zeros((between, configs), np.float32)
+            utility_QC, weight_QC = (np.concatenate([nothing_QC, table]) for table in (utility_QC, weight_QC))
+        belief = _beliefs(bank, asked_QD)
     return Lessons(
         x_XI=x,
         step_QT=torch.from_numpy(place.reshape(step_QT.shape) - start).to(device),
         utility_QC=torch.from_numpy(utility_QC).to(device),
         weight_QC=torch.from_numpy(weight_QC).to(device),
         belief_QC=None if belief is None else torch.from_numpy(belief).to(device),
+        validating=validating,
         features=0 if trajectories.feature_QF is None else trajectories.feature_QF.shape[1],
     )
+
+
+def _between(x_QD: npt.NDArray[np.float32], count: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
+    """(count, D) queries between two logged ones, at any share of the way (mixup, Zhang et al. 2018)."""
+    one, other = rng.integers(len(x_QD), size=(2, count))
+    share = rng.random((count, 1), dtype=np.float32)
+    x_BD: npt.NDArray[np.float32] = share * x_QD[one] + (1 - share) * x_QD[other]
+    # two opposite queries have nothing between them
+    nothing = ~x_BD.any(1)
+    x_BD[nothing] = x_QD[one[nothing]]
+    return x_BD
 
 
 def last_steps(

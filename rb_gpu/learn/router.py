@@ -25,7 +25,6 @@ from rb_gpu.learn.router_net import RouterNet, Thresholding
 from rb_gpu.params import ConfigTable
 from rb_gpu.router import FastGRNNRouter
 
-VALIDATION_SHARE = 0.1
 LEAST_QUERIES = 20
 VALIDATION_BATCH = 8192
 # known outcomes on the last queries under which the confidence is left as it was learned
@@ -36,7 +35,7 @@ BATCH_SHARE, LEAST_BATCH, LARGEST_BATCH = 1 / 32, 128, 4096
 
 @dataclass(frozen=True)
 class Lessons:
-    """What a router learns from, all on one device; the last tenth of the queries validates.
+    """What a router learns from, all on one device; the last `validating` queries validate.
 
     x_XI: (X, I) float32 embeddings, and F numeric features after each. step_QT: (Q, T) int64 rows of x, oldest first,
     the query's own last; -1 before a session's start. utility_QC, weight_QC: (Q, C) float32 mean outcome in the
@@ -49,6 +48,7 @@ class Lessons:
     utility_QC: Tensor
     weight_QC: Tensor
     belief_QC: Tensor | None
+    validating: int
     features: int = 0
 
 
@@ -91,7 +91,7 @@ class _Targets:
 def train_router(
     lessons: Lessons, configs: ConfigTable, config: RouterConfig, generator: torch.Generator, device: torch.device
 ) -> RouterTraining:
-    """Trains on all queries but the last tenth, which decides which epoch's weights are kept, and when to stop.
+    """Trains on all queries but those that validate: they decide which epoch's weights are kept, and when to stop.
 
     utility: squared error, of what the bank believes of each config where it does, else on the configs that ran,
     weighted. tier, context, ef, probes: cross-entropy to those of the config that is best by the same target, each
@@ -105,7 +105,7 @@ def train_router(
     not fit each other, and ConfigError where the loss is no number.
     """
     queries = len(lessons.step_QT)
-    training = queries - max(1, int(VALIDATION_SHARE * queries))
+    training = queries - lessons.validating
     _check_lessons(lessons, configs, training)
     target = _targets(lessons, training, configs.default)
     net = _net(lessons, configs, config, training).to(device)
