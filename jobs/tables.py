@@ -222,6 +222,24 @@ def decision_tables(result: dict[str, Any]) -> str:
     return "\n\n".join(out)
 
 
+def router_tables(result: dict[str, Any]) -> str:
+    """The suite router: gains over the best single config, and what each router weighs and takes."""
+    names = [name for name in result["cases"][0]["methods"] if name not in ("best single config", "default")]
+    rows = []
+    for case in result["cases"]:
+        setting = f"{case['set']}, {case['cost_weight']:g}, {case['log']}, {case['queries']:,}"
+        for name in names:
+            one = case["methods"][name]
+            rows.append((setting, name, f"{one['gain']:+.4f}", f"[{one['low']:+.4f}, {one['high']:+.4f}]"))
+            setting = ""
+    costs = [
+        (name, f"{one['bytes'] / 1000:.1f}", f"{one['pass_us']:.0f}", f"{one['train_s']:.1f}")
+        for name, one in result["routers"].items()
+    ]
+    gains = render(("set, cost weight, log, queries", "method", "gain", "95 %"), rows)
+    return f"{gains}\n\n{render(('router', 'kB', 'us a pass', 's of training'), costs)}"
+
+
 def _gain_table(cases: list[dict[str, Any]], seeds: str) -> str:
     rivals = [name for name in cases[0]["methods"] if name not in ("best single config", "oracle", "bank", "default")]
     head = ("set, cost weight, log", "queries", "bank [95 %]", "of headroom", *rivals, "default", "oracle")

@@ -103,7 +103,8 @@ class Setting:
     size: int
 
 
-def _settings(settings: dict[str, Any]) -> list[Setting]:
+def settings_of(settings: dict[str, Any]) -> list[Setting]:
+    """What a suite was asked to learn from: every set, cost weight, kind of log and size."""
     out = []
     for folder in settings["sets"]:
         for name, (training, _) in tables(folder).items():
@@ -139,7 +140,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     held-out queries, of the mean over seeds. Of searches also what a mean recall costs, and a floor of it.
     """
     seeds = range(settings["rounds"])
-    asked = _settings(settings)
+    asked = settings_of(settings)
     found = {
         name: (folder, name)
         for folder in settings["sets"]
@@ -152,7 +153,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         floors = {name: [pool.submit(recall_floor, *one, seed) for seed in seeds] for name, one in found.items()}
         cases = []
         for setting, futures in zip(asked, runs, strict=True):
-            cases.append(_case(setting, [future.result() for future in futures]))
+            cases.append(case_of(setting, [future.result() for future in futures]))
             log.info("%s", cases[-1])
         return {
             "suite": "decisions",
@@ -167,7 +168,8 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def _case(setting: Setting, runs: list[tuple[int, dict[str, Floats]]]) -> dict[str, Any]:
+def case_of(setting: Setting, runs: list[tuple[int, dict[str, Floats]]]) -> dict[str, Any]:
+    """One row of the table: of each method its gain over the best single config, with a 95 % interval."""
     names = list(runs[0][1])
     gain_MB = np.stack([np.mean([worth[name] - worth[SINGLE] for _, worth in runs], axis=0) for name in names])
     rng = np.random.default_rng(0)

@@ -149,7 +149,7 @@ class SynthesizeConfig:
         check_count("seed", self.seed, 0)
 
 
-SUITES = ("lookup", "cluster", "seed", "growth", "load", "decisions", "all")
+SUITES = ("lookup", "cluster", "seed", "growth", "load", "decisions", "router", "all")
 LOGS = ("full", "uniform", "skewed", "confounded")
 PEERS = ("faiss", "scikit-learn", "scikit-learn-intelex", "SuperKMeans", "plain torch", "sequential torch")
 
