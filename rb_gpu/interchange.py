@@ -21,7 +21,7 @@ from rb_gpu.field import FIELD_ARRAYS
 from rb_gpu.objective import Objective
 
 FORMAT = "rb_gpu.bank"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 AXIS_OF = {"patterns": "A", "verdicts": "P", "configs": "C"}
 PREFIX_OF = {"patterns": "", "verdicts": "verdict_", "configs": "config_"}
 # names that read better alone, and what the arrays call them
@@ -50,6 +50,8 @@ def write_export(data: BankData, path: Path) -> None:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         **data.head(),
+        # ids that ended are never given again, by whoever goes on from the import
+        "next_pattern_id": data.next_pattern_id,
         "evaluation": data.facts.get("evaluation"),
         "counts": data.facts.get("counts"),
     }
@@ -99,7 +101,8 @@ def read_export(path: Path) -> BankData:
             grade=str(document["grade"]),
             objective=Objective(**document["objective"]),
             lookup=LookupSettings(**document["lookup"]),
-            facts={key: document[key] for key in ("evaluation", "counts") if document.get(key) is not None},
+            facts={"next_pattern_id": document["next_pattern_id"]}
+            | {key: document[key] for key in ("evaluation", "counts") if document.get(key) is not None},
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ArtifactError(f"{path} is incomplete or damaged ({error!r}); export it again") from error

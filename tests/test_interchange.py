@@ -77,9 +77,18 @@ def test_the_same_bank_gives_the_same_bytes(data: BankData, exported: str, tmp_p
     assert (tmp_path / "two.json").read_text() == exported
 
 
+def test_a_retired_id_is_never_given_again_after_an_import(data: BankData, tmp_path: Path) -> None:
+    """The export left the next id out, so that an import went on from the largest id that was left."""
+    ReasoningBank(replace(data, facts={**data.facts, "next_pattern_id": 500})).export(tmp_path / "bank.json")
+    assert ReasoningBank.from_export(tmp_path / "bank.json").next_pattern_id == 500
+    document = json.loads((tmp_path / "bank.json").read_text())
+    for wrong in (-1, 1.5, "many", None):
+        refused(tmp_path / "bank.json", json.dumps(document | {"next_pattern_id": wrong}), "next_pattern_id")
+
+
 def test_it_reads_as_what_it_says(data: BankData, exported: str) -> None:
     document = json.loads(exported)
-    assert (document["format"], document["format_version"]) == ("rb_gpu.bank", 2)
+    assert (document["format"], document["format_version"]) == ("rb_gpu.bank", 3)
     assert len(document["patterns"]) == 16 and len(document["verdicts"]) == 12 and len(document["configs"]) == 5
     pattern = ReasoningBank(data).patterns[document["patterns"][3]["id"]]
     assert document["patterns"][3]["support_count"] == pattern.support_count
@@ -105,7 +114,7 @@ def refused(path: Path, content: str | bytes, reason: str) -> None:
         ReasoningBank.from_export(path)
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, None, "2"])
+@pytest.mark.parametrize("version", [0, 1, 2, 4, None, "3"])
 def test_other_versions_are_refused(exported: str, tmp_path: Path, version: Any) -> None:
     document = json.loads(exported) | {"format_version": version}
     refused(tmp_path / "x.json", json.dumps(document), "format_version")
