@@ -639,6 +639,7 @@ def test_the_job_teaches_sessions_and_features_from_the_log(tmp_path):
         router = FastGRNNRouter.load(published.folder / "router.safetensors")
         assert (router.dim, router.inputs) == (8, 8 + len(features))
         assert len(published.manifest["router"]["valid_loss"]) >= published.manifest["router"]["best_epoch"] + 1
+        assert "How the router learned" in (published.folder / "report.html").read_text()
         worth = {value.name: value.utility for value in published.evaluation.values}
         assert {"router", "router and bank"} <= set(worth)
         if features:  # nothing else tells the turn: the bank is at a loss

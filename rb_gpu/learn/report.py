@@ -75,7 +75,7 @@ def render_report(bank: ReasoningBank, facts: dict[str, Any]) -> str:
         f"{_tradeoffs(evaluation['tradeoffs'])}{_calibration(evaluation['calibration'])}"
         f"<h2>Has the traffic changed?</h2>{drift}<h2>Verdicts</h2>{verdicts}"
         f"<h2>What became of the patterns</h2>{_lineage(facts['lineage'])}"
-        f"<h2>Data</h2>{quality}<h2>Timings</h2>{timings}"
+        f"{_router(facts['router'])}<h2>Data</h2>{quality}<h2>Timings</h2>{timings}"
         "</main></html>\n"
     )
 
@@ -227,6 +227,32 @@ def _lineage(lineage: dict[str, Any] | None) -> str:
         f"<p>Beside {escape(str(lineage['parent'] or 'the parent'))}, patterns of all levels; ids are listed up to a "
         f"hundred of a kind. Its evidence of older rows: {escape(lineage['evidence'])}.</p>"
         f"{_table(tuple(counts), [tuple(f'{count:,}' for count in counts.values())])}{listed}"
+    )
+
+
+def _router(router: dict[str, Any] | None) -> str:
+    """The router's losses by epoch."""
+    if router is None:
+        return ""
+    highest = max(*router["train_loss"], *router["valid_loss"], 1e-300)
+
+    def line(losses: list[float], colour: str) -> str:
+        step = 520 / max(len(losses) - 1, 1)
+        corners = " ".join(f"{60 + step * i:.1f},{260 - 240 * loss / highest:.1f}" for i, loss in enumerate(losses))
+        return f"<polyline points='{corners}' fill=none stroke={colour} />"
+
+    best, last = router["best_epoch"], len(router["valid_loss"]) - 1
+    least = router["valid_loss"][best]
+    known = router["calibrated_on"]
+    calibrated = f"its confidence is calibrated on {known} outcomes" if known else "too few outcomes to calibrate on"
+    return (
+        "<h2>How the router learned</h2><svg viewBox='0 0 600 310' role=img aria-label='loss by epoch' font-size=12 "
+        f"fill=currentColor>{line(router['train_loss'], 'var(--soft)')}{line(router['valid_loss'], 'var(--good)')}"
+        f"<circle cx={60 + 520 * best / max(last, 1):.1f} cy={260 - 240 * least / highest:.1f} r=4 fill=var(--good) />"
+        f"<text x=54 y=26 text-anchor=end>{_number(highest, 3)}</text><text x=54 y=264 text-anchor=end>0</text>"
+        f"<text x=60 y=280>epoch 0</text><text x=580 y=280 text-anchor=end>{last}</text></svg>"
+        "<p class=soft>Mean squared error of utilities, in standard deviations. Grey: queries it learned from. Green: "
+        f"queries kept back; the weights are those of epoch {best} (loss {_number(least, 3)}); {calibrated}.</p>"
     )
 
 
