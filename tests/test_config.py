@@ -304,8 +304,6 @@ def test_settings_between_which_there_is_a_conflict_fail():
     with pytest.raises(ConfigError, match=r"^hnsw_ef_search="):
         JOBS["collect"](base="b", queries="q", hnsw_ef_search=[], ivf_n_probes=[])
     assert SECTIONS["judge"](objective="bound", max_cost=1.0).max_cost == 1.0
-    with pytest.raises(ConfigError, match=r"^router\.epochs=2 .*three phases"):
-        SECTIONS["router"](sparsity=0.5, epochs=2)
 
 
 def test_bounds_themselves_are_allowed():

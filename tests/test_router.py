@@ -214,7 +214,7 @@ def test_a_large_router_is_small_in_bytes():
     made = RouterNet(384, RouterConfig(), CONFIGS, torch.zeros(0), torch.zeros(0))
     made.initialise(torch.Generator().manual_seed(0), recurrent=True)
     whole = made.export()
-    thin = Thresholding(made.cell, 0.9, 3)
+    thin = Thresholding(made.cell, 0.9, 1)
     thin.after_step(1)
     assert len(made.export().to_bytes(int8=True)) < 8_000 < len(whole.to_bytes(int8=True)) < 200_000
 
@@ -572,7 +572,7 @@ def test_numeric_features_tell_what_the_embedding_does_not():
 
 def test_thresholding_keeps_the_largest_and_then_the_same():
     cell = net().cell
-    thin = Thresholding(cell, 0.75, 9)
+    thin = Thresholding(cell, 0.75, 3)
     before = {name: getattr(cell, name).clone() for name in FACTORS}
     thin.after_step(2)
     assert all(torch.equal(getattr(cell, name), before[name]) for name in FACTORS)
@@ -594,7 +594,7 @@ def test_thresholding_keeps_the_largest_and_then_the_same():
 
 
 def test_a_sparse_router_still_learns():
-    router = trained(*planted(3000, 0)[:3], settings=replace(SETTINGS, sparsity=0.7, epochs=18)).router
+    router = trained(*planted(3000, 0)[:3], settings=replace(SETTINGS, sparsity=0.7, epochs=6)).router
     for name in ("w1", "w2", "u1"):
         assert (router.arrays[name] != 0).mean() <= 0.31, name
     assert right_share(router) > 0.9

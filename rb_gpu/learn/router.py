@@ -117,7 +117,7 @@ def train_router(
     batch = batch if config.batch_size == "auto" else int(config.batch_size)
     optimiser = torch.optim.Adam(net.parameters(), lr=config.learning_rate)
     thin = Thresholding(net.cell, config.sparsity, config.epochs)
-    steps = math.ceil(config.epochs / thin.phases) * math.ceil(training / batch)
+    steps = config.epochs * math.ceil(training / batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimiser, steps)
     train_loss: list[float] = []
     valid_loss: list[float] = []
@@ -130,7 +130,7 @@ def train_router(
         out = {name: value.float() for name, value in out.items()}
         return _loss(out, target, lessons, picked, values, configs.default)
 
-    for epoch in range(config.epochs):
+    for epoch in range(thin.epochs):
         order = torch.randperm(training, generator=generator, device=device)
         total = torch.zeros(2, device=device)
         for picked in torch.split(order, batch):

@@ -37,5 +37,3 @@ class RouterConfig:
               "use auto")  # fmt: skip
         check("router.learning_rate", self.learning_rate, self.learning_rate > 0, "a number > 0", "use 3e-3")
         check("router.sparsity", self.sparsity, 0 <= self.sparsity < 1, "a share in [0, 1)", "use 0.9")
-        check("router.epochs", self.epochs, self.sparsity == 0 or self.epochs >= 3,
-              "at least 3 where router.sparsity > 0", "thresholding has three phases")  # fmt: skip

@@ -111,25 +111,26 @@ class RouterNet(nn.Module):
 
 
 class Thresholding:
-    """Iterative hard thresholding in the paper's three phases (section 3.2.2), a third of the epochs each.
+    """Iterative hard thresholding in the paper's three phases (section 3.2.2), of `phase_epochs` each.
 
     First all entries of the factors of W and U learn; then after every step only the largest 1 − sparsity of each
     factor stay, and which those are may change; at last the entries that stayed learn alone.
     """
 
-    def __init__(self, cell: FastGRNNCell, sparsity: float, epochs: int) -> None:
+    def __init__(self, cell: FastGRNNCell, sparsity: float, phase_epochs: int) -> None:
         self.factors = [cast(Tensor, getattr(cell, name)) for name in FACTORS] if sparsity > 0 else []
-        self.sparsity, self.epochs, self.phases = sparsity, epochs, 3 if sparsity > 0 else 1
+        self.sparsity, self.phase_epochs = sparsity, phase_epochs
+        self.epochs = 3 * phase_epochs if self.factors else phase_epochs
         self.kept: list[Tensor] = []
 
     def settled(self, epoch: int) -> bool:
         """Whether weights of this epoch have their last support, so that they may be the ones that are kept."""
-        return not self.factors or epoch >= 2 * self.epochs // 3
+        return not self.factors or epoch >= 2 * self.phase_epochs
 
     @torch.no_grad()
     def after_step(self, epoch: int) -> None:
         """Sets to 0 what does not stay."""
-        if not self.factors or epoch < self.epochs // 3:
+        if not self.factors or epoch < self.phase_epochs:
             return
         if not self.settled(epoch) or not self.kept:
             self.kept = [self._largest(factor) for factor in self.factors]
