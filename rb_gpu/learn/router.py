@@ -9,6 +9,7 @@ Suffixes: Q queries, N rows, B queries of a batch, T steps, I inputs, D dims, F 
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from dataclasses import dataclass
 
@@ -25,8 +26,11 @@ from rb_gpu.learn.router_net import RouterNet, Thresholding
 from rb_gpu.params import ConfigTable
 from rb_gpu.router import FastGRNNRouter
 
+log = logging.getLogger(__name__)
+
 LEAST_QUERIES = 20
 VALIDATION_BATCH = 8192
+PROGRESS_EPOCHS = 10
 # known outcomes on the last queries under which the confidence is left as it was learned
 LEAST_KNOWN = 50
 # a batch is this share of the queries, and within these bounds
@@ -153,6 +157,8 @@ def train_router(
             )
         train_loss.append(losses[0])
         valid_loss.append(losses[1])
+        if epoch % PROGRESS_EPOCHS == 0:
+            log.info("router: epoch %d of at most %d, loss %.4f, kept back %.4f", epoch, thin.epochs, *losses)
         if thin.settled(epoch) and losses[1] <= least:
             best, best_epoch, least = copy.deepcopy(net.state_dict()), epoch, losses[1]
         elif thin.settled(epoch) and epoch - best_epoch >= config.patience:
