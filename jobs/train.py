@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rb_gpu.learn.config import TrainConfig
-from rb_gpu.learn.pipeline import train
+from rb_gpu.learn.training import train
 
 from .common import EXIT_REFUSED, job, run_folder
 from .tables import evaluation_tables
