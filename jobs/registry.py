@@ -1,4 +1,8 @@
-"""What was published, what is served, and how to change it. `python -m jobs.registry action=promote version=VERSION`"""
+"""What was published, what is served, and how to change it.
+
+python -m jobs.registry action=list
+python -m jobs.registry action=promote version=20261128T030000-4c69fd
+"""
 
 from __future__ import annotations
 
@@ -60,7 +64,7 @@ def _listing(registry: Registry) -> str:
     return render(("version", "", "trajectories", "patterns", "verdicts", "gain over default"), rows)
 
 
-main = job("registry", run)
+main = job("registry", __doc__, run)
 
 if __name__ == "__main__":
     main()

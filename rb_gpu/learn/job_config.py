@@ -65,6 +65,13 @@ class RegistryJobConfig:
 
 
 @dataclass
+class SweepReportConfig:
+    """What `jobs.sweep_report` reads. folder: of a sweep, in which each run has one of its own."""
+
+    folder: str = "???"
+
+
+@dataclass
 class CollectConfig:
     """What `jobs.collect` reads. base: (M, D) .npy corpus. queries: .npy (Q, D) or Parquet with query_embedding.
 
@@ -238,6 +245,7 @@ JOBS: dict[str, type] = {
     "collect": CollectConfig,
     "synthesize": SynthesizeConfig,
     "benchmark": BenchmarkConfig,
+    "sweep_report": SweepReportConfig,
 }
 
 

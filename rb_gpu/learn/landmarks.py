@@ -22,6 +22,7 @@ from rb_gpu.learn.evidence import outcomes
 from rb_gpu.learn.field import Fit, Regressions, Rows, fit
 from rb_gpu.learn.floor import Unseen
 from rb_gpu.learn.kmeans import kmeans
+from rb_gpu.learn.progress import step
 from rb_gpu.learn.proof import pays as pays_unseen
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.objective import Objective
@@ -148,6 +149,7 @@ def foretell(
     reach = [torch.full((configs, len(OUTCOMES)), bound, dtype=torch.float64, device=device)
              for bound in (torch.inf, -torch.inf, torch.inf, -torch.inf)]  # fmt: skip
     for tile in tiles(queries, 4 * landmarks * len(SLOPES), device):
+        step("field", min(tile.stop, queries), queries, "queries")
         part = _features(unit_QD[tile], landmarks_MD, factors, device)
         slot = torch.where(label[tile] < 0, leaves, label[tile])
         mass_U.index_add_(0, slot, torch.ones_like(slot, dtype=torch.float64))
