@@ -211,4 +211,4 @@ def test_a_sweep_shows_failures_offers_the_best_and_is_told_again_from_its_folde
     assert f"action=promote version={registry.versions()[0]}" in done.stdout
     again = run("sweep_report", "folder=sweep")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.strip() in done.stdout
+    assert again.stdout.strip().rsplit("\n", 1)[0] in done.stdout

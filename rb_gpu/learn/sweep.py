@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from scipy import stats
 
@@ -78,7 +79,8 @@ def read_members(sweep: Path) -> list[Member]:
         try:
             kept = json.loads(path.read_text())
             known = {f.name for f in fields(Member)}
-            found.append(Member(**{k: NAN if v is None and k != "error" else v for k, v in kept.items() if k in known}))
+            facts: dict[str, Any] = {k: NAN if v is None and k != "error" else v for k, v in kept.items() if k in known}
+            found.append(Member(**facts))
         except (ValueError, TypeError, AttributeError) as error:
             log.warning("%s is not a run's result (%s); left out", path, error)
     if not found:
