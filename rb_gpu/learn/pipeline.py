@@ -45,6 +45,7 @@ from rb_gpu.learn.lineage import differences, inherit, parent_leaves
 from rb_gpu.learn.parent import find_parent, free_pattern_id
 from rb_gpu.learn.past import gather_past, tell, with_past, with_ratings
 from rb_gpu.learn.policy import Evaluation, best_single, improvement_percent, value_bank
+from rb_gpu.learn.projection import project
 from rb_gpu.learn.report import render_report
 from rb_gpu.learn.room import Room
 from rb_gpu.learn.router import train_router
@@ -306,12 +307,15 @@ def _train(config: TrainConfig, quarantine: Path | None, ranks: Ranks) -> Publis
             "packages": package_versions(),
         }
         data = replace(learned.data, facts=without_nan(facts))
-        files = {REPORT_FILE: render_report(bank, data.facts).encode()}
+        folder = registry.path / registry.new_version()
+        leaves, supports = (data.arrays[name][: data.leaves] for name in ("centroids", "support"))
+        device = resolve_device(config.device.kind)
+        projection = project(training.x_QD, learned.label_Q, leaves, supports, config.seed, device)
+        files = {REPORT_FILE: render_report(bank, data.facts, folder.name, projection).encode()}
         if learned.index is not None:
             files[INDEX_FILE] = learned.index
         if learned.router is not None:
             files[ROUTER_FILE] = learned.router.to_bytes()
-        folder = registry.path / registry.new_version()
         try:
             manifest = write_artifact(folder, data, files, registry.hmac_key)
         except OSError as error:
