@@ -84,7 +84,7 @@ class Frame:
             return MARGIN, MARGIN, WIDTH - MARGIN, self.height - MARGIN
         left = 14.0 + CHARACTER * max(len(text) for _, text in self.y.ticks)
         right = WIDTH - max(18.0, CHARACTER / 2 * len(self.x.ticks[-1][1]))
-        return left, 34.0, right, self.height - 48.0
+        return left, 34.0, right, self.height - 50.0
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Where a point of the two axes lies in the drawing."""
@@ -149,12 +149,12 @@ class Frame:
             out += Markup("<path class=grid d='M{:.1f} {:.1f}v5'/>").format(px, bottom)
             if px - half > reach:
                 out += Markup("<text class=tick x={:.1f} y={:.1f} text-anchor=middle>{}</text>").format(
-                    px, bottom + 20, text
+                    px, bottom + 23, text
                 )
                 reach = px + half + CHARACTER / 2
         out += Markup("<text class=axis x=2 y=15>{}</text>").format(self.y.label)
         out += Markup("<text class=axis x={:.1f} y={:.1f} text-anchor=end>{}</text>").format(
-            right, self.height - 6, self.x.label
+            right, self.height - 5, self.x.label
         )
         head = Markup("<svg class=chart role=img viewBox='0 0 {:g} {:g}'><title>{}</title><desc>{}</desc>").format(
             WIDTH, self.height, title, description
@@ -201,12 +201,19 @@ def stroke(style: str) -> Markup:
 def whisker(
     low: float | None, middle: float | None, high: float | None, ends: tuple[float, float], zero: float
 ) -> Markup:
-    """A value and its interval as dot and line for a table's cell, on a scale that all rows share. zero: where a rule
-    stands. The numbers stand beside it, so that a screen reader passes it over. Empty where one is unknown.
+    """A value and its interval as dot and line for a table's cell, on a scale that all rows share; an arrow where the
+    value lies beyond its ends. zero: where a rule stands. The numbers stand beside it, so that a screen reader passes
+    it over. Empty where one is unknown.
     """
     if low is None or middle is None or high is None:
         return Markup()
     place = Axis("", *ends, ticks=())
+    if not ends[0] <= middle <= ends[1]:
+        tip, back = (1, 9) if middle < ends[0] else (139, 131)
+        return Markup(
+            "<svg class=cell viewBox='0 0 140 18' aria-hidden=true><path class=zero d='M{:.1f} 0V18'/>"
+            "<path class=dot d='M{} 9L{} 4V14z'/></svg>"
+        ).format(6 + 128 * place.share(zero), tip, back)
     at = [6 + 128 * place.share(value) for value in (low, middle, high)]
     return Markup(
         "<svg class=cell viewBox='0 0 140 18' aria-hidden=true><path class=zero d='M{:.1f} 0V18'/>"

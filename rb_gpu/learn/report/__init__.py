@@ -60,7 +60,7 @@ def render_report(bank: ReasoningBank, facts: dict[str, Any], version: str, proj
         "device": facts["device"],
         "packages": ", ".join(f"{name} {installed}" for name, installed in facts["packages"].items()),
         "timings": run.timing_table(facts),
-        "settings": run.settings(facts["config"]),
+        "settings": run.settings_tables(facts["config"]),
     }
     context["sections"] = _sections(context)
     return environment.get_template("page.html").render(context)

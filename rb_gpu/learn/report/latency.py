@@ -13,7 +13,7 @@ import numpy as np
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.evidence import BINS_PER_OCTAVE, LATENCY_BINS, Floats
 from rb_gpu.learn.charts import Frame, linear_axis, log_axis, stroke
-from rb_gpu.learn.report.formats import count, latency, milliseconds, percent
+from rb_gpu.learn.report.formats import latency, milliseconds, percent
 from rb_gpu.learn.report.patterns import verdict_styles
 from rb_gpu.learn.report.pieces import Figure, Table
 
@@ -24,10 +24,9 @@ EDGES_US = np.exp2(np.arange(LATENCY_BINS + 1) / BINS_PER_OCTAVE)
 
 @dataclass(frozen=True)
 class Mixture:
-    """name of the patterns that are mixed. default_B, chosen_B: shares of their traffic by bin, each summing to 1."""
+    """name: which patterns are mixed. default_B, chosen_B: shares of their traffic by bin, each summing to 1."""
 
     name: str
-    patterns: int
     default_B: Floats
     chosen_B: Floats
 
@@ -43,10 +42,10 @@ def mixtures(bank: ReasoningBank) -> list[Mixture]:
     total_P, other_P = (one.sum(1) for one in pair)
     support_P = arrays["support"][:leaves].astype(np.float64)
     both_P = (total_P > 0) & (other_P > 0) & (support_P > 0)
-    groups = [("all patterns", both_P)]
+    groups = [(f"All {both_P.sum():,} patterns", both_P)]
     for config_id in list(verdict_styles(bank).patterns)[:CONFIGS]:
         acts_P = both_P & (chosen_P == config_id) & (arrays["verdict_stands"] == 0)
-        groups.append((bank.configs.describe(config_id), acts_P))
+        groups.append((f"{bank.configs.describe(config_id)}, where recommended ({acts_P.sum():,})", acts_P))
     found = []
     for name, in_P in groups:
         if in_P.any():
@@ -55,7 +54,7 @@ def mixtures(bank: ReasoningBank) -> list[Mixture]:
                 weight_P @ (hist_PB[in_P] / sum_P[in_P, None])
                 for hist_PB, sum_P in zip(pair, (total_P, other_P), strict=True)
             )
-            found.append(Mixture(name, int(in_P.sum()), default_B, chosen_B))
+            found.append(Mixture(name, default_B, chosen_B))
     return found
 
 
@@ -90,13 +89,12 @@ def _figure(one: Mixture, edges_us: list[float], bins: slice, top: float) -> Fig
         (name, *(milliseconds(quantile_us(share_B, level)) for level in QUANTILES))
         for name, share_B in (("default", one.default_B), ("as the verdicts say", one.chosen_B))
     ]
-    head = ("", *(f"p{100 * level:g} ms" for level in QUANTILES))
-    caption = f"{one.name}: {count(one.patterns)} pattern{'s' * (one.patterns != 1)}"
+    head = ("config", *(f"p{100 * level:g} ms" for level in QUANTILES))
     return Figure(
-        caption,
-        frame.render(f"Latency, {caption}", "Share of trajectories by latency under the default and as recommended."),
+        one.name,
+        frame.render(f"Latency. {one.name}", "Share of trajectories by latency under the default and as recommended."),
         ((stroke("theirs area"), "default"), (stroke("ours"), "as the verdicts say")),
-        table=Table(f"Quantiles of latency, {caption}", head, rows),
+        table=Table(f"Quantiles of latency. {one.name}", head, rows),
     )
 
 

@@ -15,12 +15,13 @@ from markupsafe import Markup
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.learn.charts import SHAPES, Axis, plain_frame, swatch, whisker
 from rb_gpu.learn.projection import Projection
-from rb_gpu.learn.report.formats import UNKNOWN, count, interval, number, percent, short, signed
+from rb_gpu.learn.report.formats import UNKNOWN, count, interval, milliseconds, number, percent, short, signed
 from rb_gpu.learn.report.pieces import Figure, Table
 
 # marks on the map, by support; more would hide each other
 MAP_PATTERNS = 600
 DEFAULT_STANDS = "default stands"
+P_VALUES = ("adjusted", "sequential")
 
 
 @dataclass(frozen=True)
@@ -136,19 +137,18 @@ def verdict_table(bank: ReasoningBank) -> Table:
             )  # fmt: skip
         elif posterior:
             gain, chance = (float(arrays[name][leaf, rival]) for name in ("gain", "probability"))
-            nearest = Markup("<span class=soft>nearest:</span> {}").format(names[rival])
+            nearest = Markup("<span class=soft>{}</span>").format(names[rival])
             cells = (nearest, signed(gain), "", UNKNOWN, number(chance, 3))
         else:
             cells = (UNKNOWN, UNKNOWN, "", UNKNOWN, UNKNOWN)
         rows.append((
             str(arrays["pattern_id"][leaf]), "default" if stands else "acts", *cells,
-            count(support_P[leaf]), percent(support_P[leaf] / support_P.sum(), 2),
-            *(short(float(arrays[f"verdict_p_{kind}"][leaf])) for kind in ("adjusted", "sequential")),
-            number(float(arrays["quality"][leaf]), 3), short(float(arrays["latency_us"][leaf]) / 1e3),
+            count(support_P[leaf]), *(short(float(arrays[f"verdict_p_{kind}"][leaf])) for kind in P_VALUES),
+            milliseconds(float(arrays["latency_us"][leaf])),
         ))  # fmt: skip
     head = (
-        "pattern", "verdict", "config", "gain (utility)", f"{signed(ends[0], 3)} to {signed(ends[1], 3)}; rule: 0",
-        "95 % interval", "P(better)", "trajectories", "share", "p adjusted", "p any night", "mean p·r", "mean ms",
+        "pattern", "verdict", "config", "gain (utility)", f"{signed(ends[0], 3)} to {signed(ends[1], 3)}, rule: 0",
+        "95 % interval", "P(better)", "trajectories", "p adjusted", "p any night", "mean ms",
     )  # fmt: skip
     return Table("Verdicts", head, rows, words=(1, 2), drawn=(4,), sortable=True)
 

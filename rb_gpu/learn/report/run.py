@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -137,18 +138,22 @@ def router_figure(router: Facts | None) -> Figure | None:
     )
 
 
-def settings(config: Facts) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """By group: key, value, and what the job's own default is where the value differs from it."""
-    usual = asdict(TrainConfig())
-    groups: dict[str, list[tuple[str, str, str]]] = {}
-    for name, value in config.items():
-        inner = value if isinstance(value, dict) else {"": value}
-        for key, one in inner.items():
-            before = usual.get(name, {}).get(key) if key else usual.get(name)
-            label = f"{name}.{key}" if key else name
-            differs = "" if one == before else _text(before)
-            groups.setdefault(name if key else "job", []).append((label, _text(one), differs))
-    return list(groups.items())
+def settings_tables(config: Facts) -> tuple[Table, Table]:
+    """What was set otherwise than the schema's default, and every setting."""
+    usual, now = (dict(_flat(one)) for one in (asdict(TrainConfig()), config))
+    changed = [(key, value, usual.get(key, UNKNOWN)) for key, value in now.items() if value != usual.get(key)]
+    return (
+        Table("Set otherwise than the default", ("setting", "value", "default"), changed, words=(1, 2)),
+        Table("All settings", ("setting", "value"), list(now.items()), words=(1,)),
+    )
+
+
+def _flat(config: Facts) -> Iterator[tuple[str, str]]:
+    for group, value in config.items():
+        if isinstance(value, dict):
+            yield from ((f"{group}.{key}", _text(one)) for key, one in value.items())
+        else:
+            yield group, _text(value)
 
 
 def _text(value: Any) -> str:

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.learn.charts import Frame, linear_axis, stroke, swatch, whisker
+from rb_gpu.learn.policy import SINGLE
 from rb_gpu.learn.report.formats import (
     UNKNOWN,
     change,
@@ -33,6 +34,8 @@ GRADES = {
     "associational": "associational: no propensities were logged, so that who chose what may mislead",
 }
 NORMAL_95 = 1.959964
+# whose intervals make the scale: what lies far off, as hindsight does, would make all these look alike
+COMPARED = ("default", SINGLE, "bank", CHAMPION)
 
 
 def served_before(evaluation: dict[str, Any]) -> str:
@@ -91,7 +94,7 @@ def answer(bank: ReasoningBank, facts: dict[str, Any]) -> dict[str, Any]:
         "others": [
             f"{_sure(other)} the {name}: {signed(other['gain'])} ({interval(other['low'], other['high'])})"
             for name, other in evaluation["bank_gains"].items()
-            if name in ("default", "best single config") and name != served and other["gain"] is not None
+            if name in ("default", SINGLE) and name != served and other["gain"] is not None
         ],
         "promote": gate["promote"],
         "reasons": gate["refusals"] or [gate["reason"]],
@@ -179,10 +182,8 @@ def checks(bank: ReasoningBank, facts: dict[str, Any]) -> list[Check]:
 def policy_tables(evaluation: dict[str, Any]) -> list[Table]:
     """Each policy's utility and the bank's gain over it, both drawn; then what it costs and whom it touches."""
     values, gains = evaluation["values"], evaluation["bank_gains"]
-    # hindsight lies so far off that what can be had would look all alike
-    drawn = [value for value in values if value["name"] != "oracle"]
-    ends = _ends([(value["low"], value["high"]) for value in drawn])
-    gain_ends = _ends([(0.0, 0.0), *((gain["low"], gain["high"]) for name, gain in gains.items() if name != "oracle")])
+    ends = _ends([(value["low"], value["high"]) for value in values if value["name"] in COMPARED])
+    gain_ends = _ends([(0.0, 0.0), *((gain["low"], gain["high"]) for name, gain in gains.items() if name in COMPARED)])
     default = next(value["utility"] for value in values if value["name"] == "default")
     worth: list[tuple[str, ...]] = []
     for value in values:
@@ -190,10 +191,10 @@ def policy_tables(evaluation: dict[str, Any]) -> list[Table]:
         worth.append((
             Markup("<b>{}</b>").format(value["name"]) if value["name"] == "bank" else value["name"],
             number(value["utility"]),
-            whisker(value["low"], value["utility"], value["high"], ends, default) if value in drawn else "",
+            whisker(value["low"], value["utility"], value["high"], ends, default),
             UNKNOWN if value["low"] is None else f"{number(value['low'])} to {number(value['high'])}",
             signed(gain["gain"]),
-            whisker(gain["low"], gain["gain"], gain["high"], gain_ends, 0.0) if value in drawn else "",
+            whisker(gain["low"], gain["gain"], gain["high"], gain_ends, 0.0),
             interval(gain["low"], gain["high"]),
         ))  # fmt: skip
     touched = [
@@ -232,10 +233,11 @@ def policy_tables(evaluation: dict[str, Any]) -> list[Table]:
 
 
 def _ends(intervals: list[tuple[float | None, float | None]]) -> tuple[float, float]:
-    """A scale that holds all intervals."""
+    """A scale that holds all intervals, and half as much again on both sides for what is near them."""
     known = [end for pair in intervals for end in pair if end is not None]
     low, high = min(known, default=0.0), max(known, default=1.0)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    room = (high - low) / 2 or 0.5
+    return low - room, high + room
 
 
 def doubts(evaluation: dict[str, Any]) -> list[str]:
