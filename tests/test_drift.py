@@ -254,7 +254,7 @@ def test_training_publishes_what_changed(sample, tmp_path, caplog, monkeypatch):
     assert [record.getMessage() for record in caplog.records if "drift: " in record.getMessage()] == [
         f"drift: {warning}" for warning in facts["warnings"]
     ]
-    assert all(warning.split(" (")[0].replace("'", "&#x27;") in report for warning in facts["warnings"])
+    assert all(warning.split(" (")[0][1:].replace("'", "&#39;") in report for warning in facts["warnings"])
 
 
 def ordered(rows: Trajectories) -> Trajectories:

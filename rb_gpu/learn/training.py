@@ -31,6 +31,7 @@ from rb_gpu.learn.parent import find_parent, free_pattern_id
 from rb_gpu.learn.pipeline import LearnedBank, choices_beside, learn, rows_read
 from rb_gpu.learn.policy import Evaluation, best_single, improvement_percent, value_bank
 from rb_gpu.learn.progress import Watch
+from rb_gpu.learn.projection import project
 from rb_gpu.learn.report import render_report
 from rb_gpu.learn.room import Room
 from rb_gpu.learn.stages import Stages, files_read
@@ -169,6 +170,11 @@ def _publish(candidate: Candidate, config: TrainConfig, registry: Registry, watc
         drift = measure_drift(candidate.training, candidate.held_out, learned.label_Q, objective, config.seed)
         for warning in drift.warnings:
             log.warning("drift: %s", warning)
+        arrays, leaves = learned.data.arrays, learned.data.leaves
+        projection = project(
+            candidate.training.x_QD, learned.label_Q, arrays["centroids"][:leaves], arrays["support"][:leaves],
+            config.seed, resolve_device(config.device.kind),
+        )  # fmt: skip
     facts = {
         **learned.data.facts,
         "evaluation": {**asdict(evaluation), "improvement_percent": improvement_percent(evaluation)},
@@ -180,12 +186,12 @@ def _publish(candidate: Candidate, config: TrainConfig, registry: Registry, watc
         "packages": package_versions(),
     }
     data = replace(learned.data, facts=without_nan(facts))
-    files = {REPORT_FILE: render_report(candidate.bank, data.facts).encode()}
+    folder = registry.path / registry.new_version()
+    files = {REPORT_FILE: render_report(candidate.bank, data.facts, folder.name, projection).encode()}
     if learned.index is not None:
         files[INDEX_FILE] = learned.index
     if learned.router is not None:
         files[ROUTER_FILE] = learned.router.to_bytes()
-    folder = registry.path / registry.new_version()
     try:
         manifest = write_artifact(folder, data, files, registry.hmac_key)
     except OSError as error:
