@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,10 @@ def job(name: str, task: Callable[[Any], int]) -> Callable[[], None]:
             code = task(to_object(composed))
         except RbGpuError as error:
             log.error("%s", error)
+            code = EXIT_ERROR
+        except BrokenPipeError:
+            # who reads the output has seen enough, as `head` does; what is still buffered goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = EXIT_ERROR
         if code:
             sys.exit(code)
