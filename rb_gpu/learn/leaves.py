@@ -40,7 +40,7 @@ def gather_leaves(
     evidence = gather_evidence(trajectories, labels, patterns, weight_N, device)
     means_PD = sums_PD / np.maximum(mass_P, 1e-300)[:, None]
     counts = level_counts(patterns, config.hierarchy.counts)
-    parents = build_hierarchy(means_PD, mass_P, counts)
+    parents = build_hierarchy(means_PD, mass_P, counts, device)
     return Leaves(label_Q, sums_PD, mass_P, evidence, parents)
 
 
