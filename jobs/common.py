@@ -57,6 +57,10 @@ def job(
         except RbGpuError as error:
             log.error("%s", error)
             code = EXIT_ERROR
+        except BrokenPipeError:
+            # who reads the output has seen enough, as `head` does; what is still buffered goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = EXIT_ERROR
         if code:
             sys.exit(code)
         return None

@@ -54,7 +54,7 @@ class LeafMaking:
             evidence = gather_evidence(trajectories, labels, patterns, self.weight_N, self.device)
             means_PD = sums_PD / np.maximum(mass_P, 1e-300)[:, None]
             counts = level_counts(patterns, self.config.hierarchy.counts)
-            return Leaves(label_Q, sums_PD, mass_P, evidence, build_hierarchy(means_PD, mass_P, counts))
+            return Leaves(label_Q, sums_PD, mass_P, evidence, build_hierarchy(means_PD, mass_P, counts, self.device))
 
         return self.stages.of("evidence", [self.read, digest(label_Q), trajectories.configs.default], make)
 
