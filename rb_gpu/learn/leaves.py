@@ -68,7 +68,8 @@ def foretold(
     labels = torch.from_numpy(leaves.label_Q).to(device)
     even_N = tempered(weight_N, trajectories)
     left = gather_evidence(trajectories, labels, len(leaves.mass_P), even_N, device, found.unseen_NO)
-    return replace(leaves, field=found.field(leaves.evidence, left), pays=found.pays, unseen=found.unseen)
+    return replace(leaves, field=found.field(leaves.evidence, left), foretold_NO=found.unseen_NO, pays=found.pays,
+                   unseen=found.unseen)  # fmt: skip
 
 
 def believed(leaves: Leaves, objective: Objective, default: int, config: TrainConfig) -> Beliefs:

@@ -49,6 +49,7 @@ from rb_gpu.learn.report import render_report
 from rb_gpu.learn.room import Room
 from rb_gpu.learn.router import train_router
 from rb_gpu.learn.trajectories import Trajectories, load, split_by_time
+from rb_gpu.learn.tuning import tune_lookup
 from rb_gpu.learn.valuation import Choice
 from rb_gpu.learn.verdicts import judge, resolve_objective
 from rb_gpu.objective import Objective
@@ -150,6 +151,7 @@ def learn(
             beliefs = believed(leaves, objective, default, config)
         judging = replace(judging, min_probability=leaves.least_probability(judging))
         verdicts = judge(leaves.evidence, trajectories.configs, objective, beliefs, judging)
+        tuned = tune_lookup(leaves, trajectories, weight_N, objective, config, judging, device)
     with watch.stage("index"):
         data = assemble(trajectories, config, leaves, objective, beliefs, verdicts, 0.0)
         data = with_ratings(data, past, leaves.label_Q)
@@ -157,7 +159,7 @@ def learn(
         leaves_PD = data.arrays["centroids"][: data.leaves]
         auto_floor = is_auto(config.lookup.floor)
         floor = similarity_floor(x_QD, leaves_PD, device) if auto_floor else float(config.lookup.floor)
-        index = build_index(leaves_PD, config.index, trajectories.x_QD, config.lookup.top_k)
+        index = build_index(leaves_PD, config.index, trajectories.x_QD, tuned.top_k)
     router, routing = None, None
     if config.router.kind == "fastgrnn":
         with watch.stage("router"):
@@ -188,6 +190,7 @@ def learn(
             "newest_timestamp": int(trajectories.timestamp.max()),
         },
         "config": asdict(config),
+        "lookup_tuning": asdict(tuned),
         "half_life": None if half_life is None else asdict(half_life),
         "router": routing,
         "device": str(device),
@@ -196,7 +199,8 @@ def learn(
         "%d patterns, %d verdicts, the default stands on %d (default: %s)",
         data.leaves, issued, data.leaves - issued, trajectories.configs.describe(default),
     )  # fmt: skip
-    data = replace(data, lookup=replace(data.lookup, floor=floor), facts=data.facts | facts)
+    lookup = replace(data.lookup, top_k=tuned.top_k, beta=tuned.beta, floor=floor)
+    data = replace(data, lookup=lookup, facts=data.facts | facts)
     return LearnedBank(data, index, router, leaves.label_Q, watch.seconds)
 
 
