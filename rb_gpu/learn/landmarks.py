@@ -77,20 +77,32 @@ class Foretold:
         )
 
     def field(self, evidence: Evidence, left: Evidence) -> Field:
-        """The field with the leaves' moments of what it left unexplained.
-
-        left: those moments under weights that a few rows do not decide; the sizes stay those of `evidence`. As such
-        weights lean, a config's mean over all leaves is taken off: the levels are right by importance already.
-        """
-        overall = left.regroup(np.zeros(len(left.rows), dtype=np.int64), 1).mean
-        scale = (evidence.w / np.maximum(left.w, 1e-300))[..., None, None]
-        pair_scale = (evidence.pair_w / np.maximum(left.pair_w, 1e-300))[..., None, None]
+        """The field with the leaves' moments of what it left unexplained, as `with_residuals` takes them."""
         low, high, gain_low, gain_high = self.bounds
-        return Field(
+        bare = Field(
             self.landmarks_MD, self.coef_FCO, self.base_CO, self.level_variance_CO, low, high, gain_low, gain_high,
-            self.mean_UCO, self.gain_variance_UCO, self.quality_variance_UC, left.mean - overall,
-            left.comoment * scale, left.pair_mean, left.pair_comoment * pair_scale,
+            self.mean_UCO, self.gain_variance_UCO, self.quality_variance_UC,
+            left.mean, left.comoment, left.pair_mean, left.pair_comoment,
         )  # fmt: skip
+        return with_residuals(bare, evidence, left)
+
+
+def with_residuals(field: Field, evidence: Evidence, left: Evidence) -> Field:
+    """The field with these moments of what it left unexplained.
+
+    left: the moments under weights that a few rows do not decide; the sizes stay those of `evidence`. As such weights
+    lean, a config's mean over all leaves is taken off: the levels are right by importance already.
+    """
+    overall = left.regroup(np.zeros(len(left.rows), dtype=np.int64), 1).mean
+    scale = (evidence.w / np.maximum(left.w, 1e-300))[..., None, None]
+    pair_scale = (evidence.pair_w / np.maximum(left.pair_w, 1e-300))[..., None, None]
+    return replace(
+        field,
+        residual_mean=left.mean - overall,
+        residual_comoment=left.comoment * scale,
+        residual_pair_mean=left.pair_mean,
+        residual_pair_comoment=left.pair_comoment * pair_scale,
+    )
 
 
 def foretell(

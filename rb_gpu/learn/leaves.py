@@ -94,7 +94,7 @@ class LeafMaking:
                 "no choice of configs is sure to pay on unseen queries: the default stands everywhere (%s)",
                 trajectories.configs.describe(default),
             )
-        return replace(leaves, field=field, pays=pays, unseen=found.unseen)
+        return replace(leaves, field=field, foretold_NO=found.unseen_NO, pays=pays, unseen=found.unseen)
 
 
 def believed(leaves: Leaves, objective: Objective, default: int, config: TrainConfig) -> Beliefs:

@@ -38,6 +38,7 @@ from rb_gpu.learn.progress import Watch
 from rb_gpu.learn.router import train_router
 from rb_gpu.learn.stages import Stages, digest
 from rb_gpu.learn.trajectories import Trajectories
+from rb_gpu.learn.tuning import tune_lookup
 from rb_gpu.learn.valuation import Choice
 from rb_gpu.learn.verdicts import judge, resolve_objective
 from rb_gpu.objective import Objective
@@ -130,6 +131,7 @@ def learn(
             beliefs = believed(leaves, objective, default, config)
         judging = replace(judging, min_probability=leaves.least_probability(judging))
         verdicts = judge(leaves.evidence, trajectories.configs, objective, beliefs, judging)
+        tuned = tune_lookup(leaves, trajectories, weight_N, objective, config, judging, device)
     with watch.stage("index"):
         data = assemble(trajectories, config, leaves, objective, beliefs, verdicts, 0.0)
         data = with_ratings(data, past, leaves.label_Q)
@@ -137,8 +139,8 @@ def learn(
         leaves_PD = data.arrays["centroids"][: data.leaves]
         index, floor = stages.of(
             "index",
-            [rows, digest(leaves_PD), asdict(config.index), asdict(config.lookup)],
-            lambda: _searched(x_QD, leaves_PD, trajectories, config, device),
+            [rows, digest(leaves_PD), asdict(config.index), config.lookup.floor, tuned.top_k],
+            lambda: _searched(x_QD, leaves_PD, trajectories, config, tuned.top_k, device),
         )
     router, routing = None, None
     if config.router.kind == "fastgrnn":
@@ -170,6 +172,7 @@ def learn(
             "newest_timestamp": int(trajectories.timestamp.max()),
         },
         "config": asdict(config),
+        "lookup_tuning": asdict(tuned),
         "half_life": None if decay is None else asdict(decay),
         "router": routing,
         "device": str(device),
@@ -178,18 +181,19 @@ def learn(
         "%d patterns, %d verdicts, the default stands on %d (default: %s)",
         data.leaves, issued, data.leaves - issued, trajectories.configs.describe(default),
     )  # fmt: skip
-    data = replace(data, lookup=replace(data.lookup, floor=floor), facts=data.facts | facts)
+    lookup = replace(data.lookup, top_k=tuned.top_k, beta=tuned.beta, floor=floor)
+    data = replace(data, lookup=lookup, facts=data.facts | facts)
     return LearnedBank(data, index, router, leaves.label_Q, watch.seconds)
 
 
 def _searched(
-    x_QD: torch.Tensor, leaves_PD: npt.NDArray[np.float32], trajectories: Trajectories, config: TrainConfig,
+    x_QD: torch.Tensor, leaves_PD: npt.NDArray[np.float32], trajectories: Trajectories, config: TrainConfig, top_k: int,
     device: torch.device,
 ) -> tuple[bytes | None, float]:  # fmt: skip
     """The index of the leaves, None where there is none, and the lookup's similarity floor."""
     asked = config.lookup.floor
     floor = similarity_floor(x_QD, leaves_PD, device) if is_auto(asked) else float(asked)
-    return build_index(leaves_PD, config.index, trajectories.x_QD, config.lookup.top_k), floor
+    return build_index(leaves_PD, config.index, trajectories.x_QD, top_k), floor
 
 
 def rows_read(trajectories: Trajectories, config: TrainConfig) -> list[Any]:
