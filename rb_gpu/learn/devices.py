@@ -38,8 +38,13 @@ def resolve_device(kind: str) -> torch.device:
 
 def tiles(n: int, width: int, device: torch.device) -> Iterator[slice]:
     """Slices of rows whose (rows, width) float32 numbers fit one tile of the device."""
-    rows = max(256, TILE_SCORES[device.type] // max(width, 1))
+    rows = tile_rows(width, device)
     return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
+
+
+def tile_rows(width: int, device: torch.device) -> int:
+    """How many rows of `width` float32 numbers fit one tile of the device."""
+    return max(256, TILE_SCORES[device.type] // max(width, 1))
 
 
 def free_memory() -> int:

@@ -74,7 +74,7 @@ def kmeans(
     array to start from (then n_init is 1 and nothing is repaired). epsilon: stop where the centroids' shifts, as a root
     mean square over the points, are at most this, in units of the data's median distance to its middle. metric: "l2",
     or "cosine": rows are normalised and centroids kept on the unit sphere. weight: (N,) >= 0. memory_budget: bytes of x
-    that may lie on a GPU; larger data stay on the host and travel in tiles. code_budget: bytes that codes of the points
+    that may lie on a GPU; larger data stay on the host and travel in chunks. code_budget: bytes that codes of the points
     may take on the host (None: a quarter of what is free; 0: none). ranks: the processes that hold the other rows;
     labels are then of the rows here. checkpoint: where to go on from, if the same call was cut off. warm: up to k
     centroids of an earlier clustering, the same on all ranks, with which the first of the n_init runs begins; k-means++
@@ -150,7 +150,7 @@ def _opened(
         crew = stack.enter_context(workers()) if where.type == "cpu" else None
         if crew is None and (memory_budget is None or points.numel() * 4 <= memory_budget):
             points = points.to(where)
-        peak_N, norm_N = peaks(points, crew, where)
+        peak_N, norm_N = peaks(points, crew, where, memory_budget)
         if not bool(torch.isfinite(peak_N).all()):
             raise ValueError("x holds NaN or infinity; drop those rows first")
         if metric == "cosine":
@@ -159,14 +159,14 @@ def _opened(
                 raise ValueError(f"x has {zeros} rows of norm 0; cosine needs a direction, drop them")
             if float((norm_N - 1).abs().max()) > NORMED:
                 points = normalise_(points.clone())
-                peak_N, norm_N = peaks(points, crew, where)
+                peak_N, norm_N = peaks(points, crew, where, memory_budget)
         if not bool(torch.isfinite(norm_N).all()):
             raise ValueError(f"x reaches {float(peak_N.max()):.3g}, whose square overflows float32; scale x down")
-        shard = Shard(points, weights, ranks or Ranks())
+        shard = Shard(points, weights, ranks or Ranks(), memory_budget)
         middle_D, typical = _middle(shard)
         budget = int(CODE_SHARE * free_memory()) if code_budget is None else code_budget
         if crew is None:
-            yield _Opened(DeviceAssignment(points, middle_D), shard, peak_N, crew, typical)
+            yield _Opened(DeviceAssignment(points, middle_D, memory_budget), shard, peak_N, crew, typical)
         else:
             yield _Opened(Assignment(points, middle_D, crew, budget), shard, peak_N, crew, typical)
 
