@@ -1,7 +1,9 @@
 """The nearest centroid of every point by plain products in torch: for a GPU, which wants regular work.
 
 The twin of `assign.Assignment`. Points may lie on the host while the rest is on the device: they then come in chunks
-(streaming.py), so that data larger than the card still fit. Suffixes: N points, K centroids, D dims, T points of one tile.
+(streaming.py), so that data larger than the card still fit.
+
+Suffixes: N points, K centroids, D dims, T points of one tile.
 """
 
 from __future__ import annotations

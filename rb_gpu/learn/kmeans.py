@@ -74,7 +74,7 @@ def kmeans(
     array to start from (then n_init is 1 and nothing is repaired). epsilon: stop where the centroids' shifts, as a root
     mean square over the points, are at most this, in units of the data's median distance to its middle. metric: "l2",
     or "cosine": rows are normalised and centroids kept on the unit sphere. weight: (N,) >= 0. memory_budget: bytes of x
-    that may lie on a GPU; larger data stay on the host and travel in chunks. code_budget: bytes that codes of the points
+    that may lie on a GPU; larger data stay on the host and come in chunks. code_budget: bytes that codes of the points
     may take on the host (None: a quarter of what is free; 0: none). ranks: the processes that hold the other rows;
     labels are then of the rows here. checkpoint: where to go on from, if the same call was cut off. warm: up to k
     centroids of an earlier clustering, the same on all ranks, with which the first of the n_init runs begins; k-means++
