@@ -229,6 +229,10 @@ OUT_OF_BOUNDS_OF_A_JOB: dict[str, dict[str, list[Any]]] = {
         "cost_weights": [[], [-0.1], [math.nan]],
         "logs": [[], ["greedy"]],
         "sizes": [[], [-1]],
+        "gpu_rows": [[], [1]],
+        "gpu_clusters": [[], [1]],
+        "gpu_dim": [1],
+        "gpu_budget_s": [0],
         "seed": [-1],
     },
 }

@@ -75,9 +75,7 @@ class Shard:
         return self.ranks.joined(self.x_ND[-self.first % step :: step]).to(self.device)
 
 
-def peaks(
-    x_ND: Tensor, crew: Workers | None, device: torch.device, budget: int | None = None
-) -> tuple[Tensor, Tensor]:
+def peaks(x_ND: Tensor, crew: Workers | None, device: torch.device, budget: int | None = None) -> tuple[Tensor, Tensor]:
     """The largest |coordinate| and the norm of each row (N,) float32, on the device; NaN or infinity show in them."""
     peak_N, norm_N = torch.empty(len(x_ND), device=device), torch.empty(len(x_ND), device=device)
     if crew is None:

@@ -64,8 +64,9 @@ class CudaStreams:
     """A stream of copies of its own beside the current stream, in which the caller computes."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.copies = device, torch.cuda.Stream(device)
-        self.computations = torch.cuda.current_stream(device)
+        self.device = device
+        self.copies: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.computations: Any = torch.cuda.current_stream(device)
 
     def pinned(self, rows: int, dim: int) -> Tensor:
         """See Streams.pinned. Torch keeps such memory for the next call, and does not give it out under a copy."""
@@ -80,23 +81,23 @@ class CudaStreams:
         with torch.cuda.stream(self.copies):
             into.copy_(source, non_blocking=True)
 
-    def copied(self) -> torch.cuda.Event:
+    def copied(self) -> Any:
         """See Streams.copied."""
         return self.copies.record_event()
 
-    def computed(self) -> torch.cuda.Event:
+    def computed(self) -> Any:
         """See Streams.computed."""
         return self.computations.record_event()
 
-    def copies_wait(self, event: torch.cuda.Event) -> None:
+    def copies_wait(self, event: Any) -> None:
         """See Streams.copies_wait."""
         self.copies.wait_event(event)
 
-    def computations_wait(self, event: torch.cuda.Event) -> None:
+    def computations_wait(self, event: Any) -> None:
         """See Streams.computations_wait."""
         self.computations.wait_event(event)
 
-    def host_waits(self, event: torch.cuda.Event) -> None:
+    def host_waits(self, event: Any) -> None:
         """See Streams.host_waits."""
         event.synchronize()
 
