@@ -129,6 +129,8 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "cluster.memory": ["none"],
     "cluster.memory_budget": [-1],
     "cluster.checkpoint_every": [-1],
+    "cluster.engine": ["numba"],
+    "cluster.precision": ["fp8"],
     "judge.method": ["bayes"],
     "judge.objective": ["quality", "bound"],  # bound without a bound
     "judge.latency_weight": [-0.1, math.nan, math.inf],
@@ -227,6 +229,10 @@ OUT_OF_BOUNDS_OF_A_JOB: dict[str, dict[str, list[Any]]] = {
         "cost_weights": [[], [-0.1], [math.nan]],
         "logs": [[], ["greedy"]],
         "sizes": [[], [-1]],
+        "gpu_rows": [[], [1]],
+        "gpu_clusters": [[], [1]],
+        "gpu_dim": [1],
+        "gpu_budget_s": [0],
         "seed": [-1],
     },
 }

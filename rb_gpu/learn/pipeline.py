@@ -89,13 +89,13 @@ def learn(
     rows = rows_read(trajectories, config)
     with watch.stage("cluster"):
         version = None if parent is None else parent.facts["version"]
-        half_life = config.judge.half_life
+        half_life, engine = config.judge.half_life, config.cluster.engine
         x_QD, weight_Q, label_Q = stages.of(
             "cluster",
             [rows, version, half_life, config.prune.min_support, config.seed, asdict(config.cluster)],
             lambda: cluster_queries(trajectories, config, checkpoint, ranks or Ranks(), parent),
         )
-        before_Q = stages.of("parent", [rows, version], lambda: parent_leaves(parent, x_QD, device))
+        before_Q = stages.of("parent", [rows, version], lambda: parent_leaves(parent, x_QD, device, engine))
     with watch.stage("judge"):
         judging, decay = config.judge, None
         if is_auto(judging.half_life):
@@ -192,7 +192,7 @@ def _searched(
 ) -> tuple[bytes | None, float]:  # fmt: skip
     """The index of the leaves, None where there is none, and the lookup's similarity floor."""
     asked = config.lookup.floor
-    floor = similarity_floor(x_QD, leaves_PD, device) if is_auto(asked) else float(asked)
+    floor = similarity_floor(x_QD, leaves_PD, device, config.cluster.engine) if is_auto(asked) else float(asked)
     return build_index(leaves_PD, config.index, trajectories.x_QD, top_k), floor
 
 
