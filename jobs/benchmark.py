@@ -13,13 +13,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rb_gpu.bench import cluster, decisions, growth, load, lookup, roofline, routers
+from rb_gpu.bench import cluster, decisions, growth, load, lookup, roofline, routers, sweeps
 from rb_gpu.bench.plot import plot_cases, plot_decisions, plot_growth, plot_load, plot_lookup
 from rb_gpu.learn.job_config import BenchmarkConfig
 
 from .common import job, run_folder
 from .device_tables import roofline_tables
-from .tables import cluster_tables, decision_tables, growth_tables, load_tables, lookup_tables, router_tables
+from .tables import (
+    cluster_tables,
+    decision_tables,
+    growth_tables,
+    load_tables,
+    lookup_tables,
+    router_tables,
+    sweep_tables,
+)
 
 Suite = tuple[
     Callable[[dict[str, Any]], dict[str, Any]], Callable[[dict[str, Any]], str], Callable[[dict[str, Any], Path], bool]
@@ -39,6 +47,7 @@ SUITES: dict[str, Suite] = {
     "load": (load.measure, load_tables, plot_load),
     "decisions": (decisions.measure, decision_tables, plot_decisions),
     "router": (routers.measure, router_tables, plot_decisions),
+    "sweep": (sweeps.measure, sweep_tables, no_picture),
     "roofline": (roofline.measure, roofline_tables, no_picture),
 }
 

@@ -15,10 +15,10 @@ import torch
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.learn.config import ClusterConfig, DataConfig, JudgeConfig, RegistryConfig, RouterConfig, TrainConfig
 from rb_gpu.learn.job_config import SynthesizeConfig
-from rb_gpu.learn.pipeline import train
 from rb_gpu.learn.projection import project
 from rb_gpu.learn.report import render_report
 from rb_gpu.learn.synthesize import synthesize
+from rb_gpu.learn.training import train
 from rb_gpu.learn.version_config import GateConfig
 
 

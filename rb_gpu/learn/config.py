@@ -305,7 +305,7 @@ class DeviceConfig:
 
 @dataclass
 class TrainConfig:
-    """Everything that `jobs.train` reads."""
+    """Everything that `jobs.train` reads. dry_run: says what the job would do, and writes nothing."""
 
     data: DataConfig = field(default_factory=DataConfig)
     params: ParamsConfig = field(default_factory=ParamsConfig)
@@ -323,6 +323,7 @@ class TrainConfig:
     device: DeviceConfig = field(default_factory=DeviceConfig)
     train: RetrainConfig = field(default_factory=RetrainConfig)
     seed: int = 0
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         check_count("seed", self.seed, 0)

@@ -158,7 +158,7 @@ class SynthesizeConfig:
         check_count("seed", self.seed, 0)
 
 
-SUITES = ("lookup", "cluster", "seed", "growth", "load", "decisions", "router", "roofline", "gpu", "all")
+SUITES = ("lookup", "cluster", "seed", "growth", "load", "decisions", "router", "sweep", "roofline", "gpu", "all")
 LOGS = ("full", "uniform", "skewed", "confounded")
 PEERS = ("faiss", "scikit-learn", "scikit-learn-intelex", "SuperKMeans", "plain torch", "sequential torch")
 

@@ -165,6 +165,9 @@ def _candidate(
 
 def _publish(candidate: Candidate, config: TrainConfig, registry: Registry, watch: Watch, promote: bool) -> Published:
     learned, evaluation, decision = candidate.learned, candidate.evaluation, candidate.decision
+    if decision.promote and not promote:
+        said = "a candidate that a person may promote; the gate has nothing against it"
+        decision = Decision(False, said, [said])
     with watch.stage("report"):
         objective = candidate.bank.data.objective
         drift = measure_drift(candidate.training, candidate.held_out, learned.label_Q, objective, config.seed)
@@ -198,7 +201,7 @@ def _publish(candidate: Candidate, config: TrainConfig, registry: Registry, watc
         raise ArtifactError(
             f"registry.path={registry.path} cannot be written ({error.strerror}); free space or choose another"
         ) from error
-    if promote and decision.promote:
+    if decision.promote:
         registry.promote(folder.name, decision.reason)
     registry.retain()
     return Published(folder, manifest, evaluation, decision)
