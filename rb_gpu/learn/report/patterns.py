@@ -73,7 +73,8 @@ def map_figure(bank: ReasoningBank, projection: Projection) -> Figure:
         across, up = projection.queries_S2[inside].T.tolist()
         frame.specks(across, up, style)
     shown = np.argsort(-support_P, kind="stable")[:MAP_PATTERNS]
-    radius_P = np.clip(11.0 * np.sqrt(support_P / support_P.max()), 3.0, 11.0)
+    largest = 11.0 * min(1.0, max(0.4, np.sqrt(80 / len(shown))))
+    radius_P = np.clip(largest * np.sqrt(support_P / support_P.max()), 3.0, largest)
     for leaf in shown:
         style, shape = look_P[leaf]
         title = f"pattern {arrays['pattern_id'][leaf]}: {_told(bank, int(leaf))}, {count(support_P[leaf])} trajectories"
