@@ -1,4 +1,8 @@
-"""Speed and memory beside peers, in one run. `python -m jobs.benchmark suite=NAME`, one of conf/benchmark.yaml's"""
+"""Speed and memory beside peers, in one run.
+
+python -m jobs.benchmark suite=lookup
+python -m jobs.benchmark suite=cluster points=[emb,gauss] clusters=[256,1024]
+"""
 
 from __future__ import annotations
 
@@ -44,7 +48,7 @@ def run(config: BenchmarkConfig) -> int:
     return 0
 
 
-main = job("benchmark", run)
+main = job("benchmark", __doc__, run)
 
 if __name__ == "__main__":
     main()

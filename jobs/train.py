@@ -1,11 +1,16 @@
-"""Trajectories in, artifact out. `python -m jobs.train data=files data.path='logs/*.parquet' judge.cost_weight=0.1`"""
+"""Trajectories in, artifact out: loads, clusters, judges, values on the newest queries, publishes and promotes.
+
+python -m jobs.train data=files data.path='logs/*.parquet' judge.cost_weight=0.1
+python -m jobs.train -m cluster.k=64,256,1024 judge.method=eb,welch
+"""
 
 from __future__ import annotations
 
 from rb_gpu.learn.config import TrainConfig
-from rb_gpu.learn.pipeline import train
+from rb_gpu.learn.training import train
 
 from .common import EXIT_REFUSED, job, run_folder
+from .sweeping import Sweep
 from .tables import evaluation_tables
 
 
@@ -24,7 +29,8 @@ def run(config: TrainConfig) -> int:
     return 0 if published.decision.promote else EXIT_REFUSED
 
 
-main = job("train", run)
+sweep = Sweep()
+main = job("train", __doc__, run, sweep.member, sweep.finish)
 
 if __name__ == "__main__":
     main()

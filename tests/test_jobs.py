@@ -27,8 +27,8 @@ from rb_gpu.learn.config import (
     TrainConfig,
 )
 from rb_gpu.learn.job_config import SynthesizeConfig
-from rb_gpu.learn.pipeline import train
 from rb_gpu.learn.synthesize import synthesize
+from rb_gpu.learn.training import train
 from rb_gpu.learn.trajectories import load
 
 ROOT = Path(__file__).resolve().parent.parent

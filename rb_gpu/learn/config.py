@@ -228,15 +228,19 @@ class IndexConfig:
 
 @dataclass
 class LookupConfig:
-    """How a query's answer is put together from its nearest patterns. floor: least cosine, auto from the data."""
+    """How a query's answer is put together from its nearest patterns. top_k, beta: auto by cross-validated value.
+    floor: least cosine, auto from the data.
+    """
 
-    top_k: int = 5
-    beta: float = 16.0
+    top_k: int | str = "auto"
+    beta: float | str = "auto"
     floor: float | str = "auto"
 
     def __post_init__(self) -> None:
-        check_count("lookup.top_k", self.top_k)
-        check_nonnegative("lookup.beta", self.beta)
+        k_ok = is_auto(self.top_k) or (isinstance(self.top_k, int) and self.top_k >= 1)
+        check("lookup.top_k", self.top_k, k_ok, "auto or an integer >= 1", "set lookup.top_k=auto")
+        beta_ok = is_auto(self.beta) or (not isinstance(self.beta, str) and 0 <= self.beta < math.inf)
+        check("lookup.beta", self.beta, beta_ok, "auto or a finite number >= 0", "set lookup.beta=auto")
         ok = is_auto(self.floor) or (not isinstance(self.floor, str) and -1 <= self.floor <= 1)
         check("lookup.floor", self.floor, ok, "auto or a cosine in [-1, 1]", "set lookup.floor=auto")
 

@@ -18,6 +18,7 @@ from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.blocks import block_threads, row_hashes
 from rb_gpu.learn.checkpoint import Checkpoint, fingerprint
 from rb_gpu.learn.distances import approach, normalise_
+from rb_gpu.learn.progress import step
 from rb_gpu.learn.repair import exchange
 from rb_gpu.learn.seeding import seed_plus_plus
 from rb_gpu.learn.shard import Shard
@@ -124,6 +125,7 @@ class Solver:
                 self.points.choose(centroids_KD)
             self.points.assign(centroids_KD)
             changed = int((self.points.labels_N != sums.labels_N).any())
+            step("Lloyd", n_iter, self.max_iter, "updates")
             if shift <= self.least_shift or self.shard.ranks.largest(changed) == 0:
                 break
             if self.checkpoint is not None and n_iter % self.checkpoint.every == 0:

@@ -31,6 +31,7 @@ from rb_gpu.learn.decode import (
     list_dim,
     rule_of,
 )
+from rb_gpu.learn.progress import step
 from rb_gpu.learn.quarantine import BadRows
 from rb_gpu.learn.room import Room, to_front
 from rb_gpu.learn.sources import BATCH_ROWS, Source, Span, ahead, guarded, list_paths, open_source, share_out
@@ -194,6 +195,7 @@ def _read_span(
             ours = slice(part.filled, part.filled + n)
             part.file_id[ours], part.file_row[ours] = file_id, rows[good]
             part.filled += n
+            step(reading.key, part.filled, len(part.file_row), "rows")
 
 
 def _joined(
