@@ -187,7 +187,8 @@ def _publish(candidate: Candidate, config: TrainConfig, registry: Registry, watc
     }
     data = replace(learned.data, facts=without_nan(facts))
     folder = registry.path / registry.new_version()
-    files = {REPORT_FILE: render_report(candidate.bank, data.facts, folder.name, projection).encode()}
+    promoted = promote and decision.promote
+    files = {REPORT_FILE: render_report(candidate.bank, data.facts, folder.name, promoted, projection).encode()}
     if learned.index is not None:
         files[INDEX_FILE] = learned.index
     if learned.router is not None:
@@ -198,7 +199,7 @@ def _publish(candidate: Candidate, config: TrainConfig, registry: Registry, watc
         raise ArtifactError(
             f"registry.path={registry.path} cannot be written ({error.strerror}); free space or choose another"
         ) from error
-    if promote and decision.promote:
+    if promoted:
         registry.promote(folder.name, decision.reason)
     registry.retain()
     return Published(folder, manifest, evaluation, decision)

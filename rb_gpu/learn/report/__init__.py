@@ -19,8 +19,12 @@ from rb_gpu.learn.report import latency, patterns, run, worth
 from rb_gpu.learn.report.formats import count, date, sentence
 
 
-def render_report(bank: ReasoningBank, facts: dict[str, Any], version: str, projection: Projection) -> str:
-    """The page. facts: the manifest's, with evaluation, gate and drift; version: of the artifact it will lie in."""
+def render_report(
+    bank: ReasoningBank, facts: dict[str, Any], version: str, promoted: bool, projection: Projection
+) -> str:
+    """The page. facts: the manifest's, with evaluation, gate and drift. version: of the artifact it will lie in.
+    promoted: whether it is served from now on; one that the gate lets pass may wait for a person.
+    """
     environment = Environment(
         loader=PackageLoader("rb_gpu.learn", "report"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -39,6 +43,8 @@ def render_report(bank: ReasoningBank, facts: dict[str, Any], version: str, proj
         "promote": f"python -m jobs.registry action=promote version={version} {registry}",
         "rollback": f"python -m jobs.registry action=rollback {registry}",
         "answer": worth.answer(bank, facts),
+        "promoted": promoted,
+        "passes": facts["gate"]["promote"],
         "doubts": worth.doubts(evaluation),
         "policy_tables": worth.policy_tables(evaluation),
         "tradeoffs": worth.tradeoff_figure(bank, evaluation["tradeoffs"]),
@@ -47,6 +53,7 @@ def render_report(bank: ReasoningBank, facts: dict[str, Any], version: str, proj
         "map": patterns.map_figure(bank, projection),
         "verdicts": patterns.verdict_table(bank),
         "tree": patterns.tree(bank),
+        "left_out": patterns.left_out(bank),
         "latency": latency.latency_figures(bank),
         "drift": drift,
         "newest_queries": count(drift["newest_queries"]),
@@ -61,6 +68,7 @@ def render_report(bank: ReasoningBank, facts: dict[str, Any], version: str, proj
         "packages": ", ".join(f"{name} {installed}" for name, installed in facts["packages"].items()),
         "timings": run.timing_table(facts),
         "settings": run.settings_tables(facts["config"]),
+        "found": run.found_table(bank, facts),
     }
     context["sections"] = _sections(context)
     return environment.get_template("page.html").render(context)

@@ -96,7 +96,6 @@ def answer(bank: ReasoningBank, facts: dict[str, Any]) -> dict[str, Any]:
             for name, other in evaluation["bank_gains"].items()
             if name in ("default", SINGLE) and name != served and other["gain"] is not None
         ],
-        "promote": gate["promote"],
         "reasons": gate["refusals"] or [gate["reason"]],
         "min_gain": facts["config"]["gate"]["min_gain"],
         "checks": checks(bank, facts),
