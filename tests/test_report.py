@@ -120,6 +120,10 @@ def test_the_first_screen_answers_against_what_is_served(pages, gain, word):
     facts = pages.facts()
     facts["evaluation"]["bank_gains"]["default"] = dict(zip(("gain", "low", "high"), gain, strict=True))
     assert answer(pages.bank, facts)["better"] == word
+    before = facts["evaluation"]["values"][2] | {"acted": 0.0}
+    assert before["name"] == "bank"
+    facts["evaluation"]["values"][2] = before
+    assert answer(pages.bank, facts)["better"] == ("Unknown" if gain[0] is None else "No change")
     facts["evaluation"]["bank_gains"]["champion"] = {"gain": 0.1, "low": 0.05, "high": 0.2}
     facts["evaluation"]["values"].append(facts["evaluation"]["values"][0] | {"name": "champion"})
     said = answer(pages.bank, facts)

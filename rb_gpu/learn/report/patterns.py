@@ -24,6 +24,8 @@ MAP_PATTERNS = 600
 LISTED_PATTERNS = 5000
 DEFAULT_STANDS = "default stands"
 P_VALUES = ("adjusted", "sequential")
+# what a verdict's probability is of, by what is maximised
+PROBABILITY = {"utility": "P(better)", "bound": "P(better, in bounds)", "floor": "P(reaches target)"}
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def verdict_table(bank: ReasoningBank) -> Table:
         ))  # fmt: skip
     head = (
         "pattern", "verdict", "config", "gain (utility)", f"{signed(ends[0], 3)} to {signed(ends[1], 3)}, rule: 0",
-        "95 % interval", "P(better)", "trajectories", "p adjusted", "p any night", "mean ms",
+        "95 % interval", PROBABILITY[bank.data.objective.kind], "trajectories", "p adjusted", "p any night", "mean ms",
     )  # fmt: skip
     return Table("Verdicts", head, rows, words=(1, 2), drawn=(4,), sortable=True)
 
