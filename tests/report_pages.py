@@ -21,6 +21,8 @@ from rb_gpu.learn.synthesize import synthesize
 from rb_gpu.learn.training import train
 from rb_gpu.learn.version_config import GateConfig
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Pages:
@@ -68,10 +70,12 @@ def make_pages(folder: Path) -> Pages:
     )
 
 
-def page_of(bank: ReasoningBank, facts: dict[str, Any], version: str = "20260101T000000-000000") -> str:
+def page_of(
+    bank: ReasoningBank, facts: dict[str, Any], version: str = "20260101T000000-000000", promoted: bool = True
+) -> str:
     """The report of any bank, with queries at random around its leaves."""
     rng = np.random.default_rng(0)
     centroids, support = (bank.data.arrays[name][: bank.data.leaves] for name in ("centroids", "support"))
     label = rng.integers(bank.data.leaves, size=500)
     x = (centroids[label] + 0.1 * rng.normal(size=(500, bank.dim))).astype(np.float32)
-    return render_report(bank, facts, version, project(x, label, centroids, support, 0, torch.device("cpu")))
+    return render_report(bank, facts, version, promoted, project(x, label, centroids, support, 0, CPU))

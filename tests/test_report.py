@@ -17,6 +17,7 @@ from rb_gpu.learn.projection import project
 from rb_gpu.learn.report.formats import change, latency, percent, sentence, short
 from rb_gpu.learn.report.latency import mixtures, quantile_us
 from rb_gpu.learn.report.patterns import MAP_PATTERNS, tree, verdict_table
+from rb_gpu.learn.report.run import found_table
 from rb_gpu.learn.report.worth import answer, wilson
 
 torch = pytest.importorskip("torch")
@@ -119,6 +120,10 @@ def test_the_first_screen_answers_against_what_is_served(pages, gain, word):
     facts = pages.facts()
     facts["evaluation"]["bank_gains"]["default"] = dict(zip(("gain", "low", "high"), gain, strict=True))
     assert answer(pages.bank, facts)["better"] == word
+    before = facts["evaluation"]["values"][2] | {"acted": 0.0}
+    assert before["name"] == "bank"
+    facts["evaluation"]["values"][2] = before
+    assert answer(pages.bank, facts)["better"] == ("Unknown" if gain[0] is None else "No change")
     facts["evaluation"]["bank_gains"]["champion"] = {"gain": 0.1, "low": 0.05, "high": 0.2}
     facts["evaluation"]["values"].append(facts["evaluation"]["values"][0] | {"name": "champion"})
     said = answer(pages.bank, facts)
@@ -154,11 +159,36 @@ def test_four_thousand_patterns_stay_small_and_the_rest_is_named(pages):
     assert page.count("<tr>") > 4096
 
 
+def test_beyond_what_can_be_listed_the_page_says_what_it_leaves_out(pages, monkeypatch):
+    monkeypatch.setattr("rb_gpu.learn.report.patterns.LISTED_PATTERNS", 20)
+    bank = ReasoningBank(make_bank(leaves=30, seed=4))
+    page = page_of(bank, pages.facts())
+    assert "Of 30 patterns the table lists 20" in page
+    rows, (root,) = verdict_table(bank).rows, tree(bank)
+    acting = sum(not one.default_stands for one in bank.verdicts.values())
+    assert [row[1] for row in rows] == (["acts"] * acting + ["default"] * 20)[:20]
+    assert root.leaves == 30 and root.acting == acting and not any(middle.children for middle in root.children)
+
+
+def test_what_the_gate_passes_but_nobody_promoted_waits(pages):
+    page = page_of(pages.bank, pages.facts(), "v1", promoted=False)
+    assert "waits for you" in page and "action=promote version=v1" in page and "It was promoted" not in page
+    assert "It was promoted" in pages.promoted.read_text() and "action=promote" not in pages.promoted.read_text()
+    assert "not promoted" in pages.refused.read_text()
+
+
+def test_settings_that_were_left_to_the_job_are_told(pages):
+    found = dict(found_table(pages.bank, pages.facts()).rows)
+    assert found["lookup.floor"] == f"cosine {pages.bank.data.lookup.floor:.3f}"
+    assert found["params.default"] == pages.bank.configs.describe(pages.bank.data.default)
+    assert "cluster.k" not in found  # which was given
+
+
 def test_memory_stands_beside_the_time_where_it_was_measured(pages):
     facts = pages.facts()
-    assert "peak memory MiB" not in page_of(pages.bank, facts | {"memory_mb": None})
+    assert "peak memory so far, MiB" not in page_of(pages.bank, facts | {"memory_mb": None})
     page = page_of(pages.bank, facts | {"memory_mb": {"load": 512.4, "judge": 1234.0}})
-    assert "peak memory MiB" in page and "<td>1,234</td>" in page
+    assert "peak memory so far, MiB" in page and "<td>1,234</td>" in page
 
 
 def test_a_log_without_cost_or_propensities_has_a_report_that_claims_less(pages):

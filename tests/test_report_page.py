@@ -141,7 +141,8 @@ def test_on_paper_everything_is_unfolded_and_inside(show, every_page, name):
     assert page.evaluate("[...document.querySelectorAll('body *')].filter((one) => "
                          "one.getBoundingClientRect().right > innerWidth + 1).map((one) => one.outerHTML.slice(0, 80))"
                          ) == []  # fmt: skip
-    assert not page.locator("nav").is_visible() and not page.locator(".filter").is_visible()
+    assert not page.locator("nav").is_visible() and not page.locator(".filter input").is_visible()
+    assert page.locator(".filter output").is_visible()  # how many of the verdicts are on this paper
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.evaluate("document.querySelectorAll('details:not(.node):not([open])').length") > 0
     assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")

@@ -165,9 +165,6 @@ def _candidate(
 
 def _publish(candidate: Candidate, config: TrainConfig, registry: Registry, watch: Watch, promote: bool) -> Published:
     learned, evaluation, decision = candidate.learned, candidate.evaluation, candidate.decision
-    if decision.promote and not promote:
-        said = "a candidate that a person may promote; the gate has nothing against it"
-        decision = Decision(False, said, [said])
     with watch.stage("report"):
         objective = candidate.bank.data.objective
         drift = measure_drift(candidate.training, candidate.held_out, learned.label_Q, objective, config.seed)
@@ -190,7 +187,8 @@ def _publish(candidate: Candidate, config: TrainConfig, registry: Registry, watc
     }
     data = replace(learned.data, facts=without_nan(facts))
     folder = registry.path / registry.new_version()
-    files = {REPORT_FILE: render_report(candidate.bank, data.facts, folder.name, projection).encode()}
+    promoted = promote and decision.promote
+    files = {REPORT_FILE: render_report(candidate.bank, data.facts, folder.name, promoted, projection).encode()}
     if learned.index is not None:
         files[INDEX_FILE] = learned.index
     if learned.router is not None:
@@ -201,7 +199,7 @@ def _publish(candidate: Candidate, config: TrainConfig, registry: Registry, watc
         raise ArtifactError(
             f"registry.path={registry.path} cannot be written ({error.strerror}); free space or choose another"
         ) from error
-    if decision.promote:
+    if promoted:
         registry.promote(folder.name, decision.reason)
     registry.retain()
     return Published(folder, manifest, evaluation, decision)

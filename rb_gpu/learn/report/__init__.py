@@ -16,8 +16,12 @@ from rb_gpu.learn.report.formats import count, date
 from rb_gpu.learn.report.page import script_digest, templates
 
 
-def render_report(bank: ReasoningBank, facts: dict[str, Any], version: str, projection: Projection) -> str:
-    """The page. facts: the manifest's, with evaluation, gate and drift; version: of the artifact it will lie in."""
+def render_report(
+    bank: ReasoningBank, facts: dict[str, Any], version: str, promoted: bool, projection: Projection
+) -> str:
+    """The page. facts: the manifest's, with evaluation, gate and drift. version: of the artifact it will lie in.
+    promoted: whether it is served from now on; one that the gate lets pass may wait for a person.
+    """
     environment = templates()
     registry = shlex.quote(f"registry.path={facts['config']['registry']['path']}")
     evaluation, counts, data, drift = (facts[name] for name in ("evaluation", "counts", "data", "drift"))
@@ -31,6 +35,8 @@ def render_report(bank: ReasoningBank, facts: dict[str, Any], version: str, proj
         "promote": f"python -m jobs.registry action=promote version={version} {registry}",
         "rollback": f"python -m jobs.registry action=rollback {registry}",
         "answer": worth.answer(bank, facts),
+        "promoted": promoted,
+        "passes": facts["gate"]["promote"],
         "doubts": worth.doubts(evaluation),
         "policy_tables": worth.policy_tables(evaluation),
         "tradeoffs": worth.tradeoff_figure(bank, evaluation["tradeoffs"]),
@@ -39,6 +45,7 @@ def render_report(bank: ReasoningBank, facts: dict[str, Any], version: str, proj
         "map": patterns.map_figure(bank, projection),
         "verdicts": patterns.verdict_table(bank),
         "tree": patterns.tree(bank),
+        "left_out": patterns.left_out(bank),
         "latency": latency.latency_figures(bank),
         "drift": drift,
         "newest_queries": count(drift["newest_queries"]),
@@ -53,6 +60,7 @@ def render_report(bank: ReasoningBank, facts: dict[str, Any], version: str, proj
         "packages": ", ".join(f"{name} {installed}" for name, installed in facts["packages"].items()),
         "timings": run.timing_table(facts),
         "settings": run.settings_tables(facts["config"]),
+        "found": run.found_table(bank, facts),
     }
     context["sections"] = _sections(context)
     return environment.get_template("page.html").render(context)

@@ -1,6 +1,7 @@
 "use strict";
 // Tables sort by their heads, and the verdict table is filtered and paged. Without this script all rows are shown.
 
+const COLLATOR = new Intl.Collator("en", { numeric: true });
 const LAST = Number.NEGATIVE_INFINITY;
 
 function key(row, column, words) {
@@ -13,7 +14,7 @@ function key(row, column, words) {
 function sorted(rows, column, words, sign) {
   const keyed = rows.map((row) => [key(row, column, words), row]);
   const compare = words
-    ? (a, b) => sign * a[0].localeCompare(b[0], "en", { numeric: true })
+    ? (a, b) => sign * COLLATOR.compare(a[0], b[0])
     : (a, b) => (a[0] === LAST || b[0] === LAST ? (b[0] === LAST) * -1 + (a[0] === LAST) : sign * (a[0] - b[0]));
   return keyed.sort(compare).map((pair) => pair[1]);
 }

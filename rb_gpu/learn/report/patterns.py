@@ -20,8 +20,12 @@ from rb_gpu.learn.report.pieces import Figure, Table
 
 # marks on the map, by support; more would hide each other
 MAP_PATTERNS = 600
+# rows of the table, and leaves of the tree: 4,096 are shown whole, and a page of 5 MB still opens at once
+LISTED_PATTERNS = 5000
 DEFAULT_STANDS = "default stands"
 P_VALUES = ("adjusted", "sequential")
+# what a verdict's probability is of, by what is maximised
+PROBABILITY = {"utility": "P(better)", "bound": "P(better, in bounds)", "floor": "P(reaches target)"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ def map_figure(bank: ReasoningBank, projection: Projection) -> Figure:
     every = np.concatenate([projection.centroids_P2, projection.queries_S2])
     low, high = every.min(0), every.max(0)
     # one scale for both axes: distances would else not compare
-    width, height = 1.06 * np.maximum(high - low, 0.3 * max(float((high - low).max()), 1e-9))
+    longest = max(float((high - low).max()), 1e-9)
+    width, height = 1.06 * longest, 1.06 * max(float(high[1] - low[1]), 0.3 * longest)
     x, y = (
         Axis("", float(middle - reach / 2), float(middle + reach / 2), ticks=())
         for middle, reach in zip((low + high) / 2, (width, height), strict=True)
@@ -73,7 +78,8 @@ def map_figure(bank: ReasoningBank, projection: Projection) -> Figure:
         across, up = projection.queries_S2[inside].T.tolist()
         frame.specks(across, up, style)
     shown = np.argsort(-support_P, kind="stable")[:MAP_PATTERNS]
-    radius_P = np.clip(11.0 * np.sqrt(support_P / support_P.max()), 3.0, 11.0)
+    largest = 11.0 * min(1.0, max(0.4, np.sqrt(80 / len(shown))))
+    radius_P = np.clip(largest * np.sqrt(support_P / support_P.max()), 3.0, largest)
     for leaf in shown:
         style, shape = look_P[leaf]
         title = f"pattern {arrays['pattern_id'][leaf]}: {_told(bank, int(leaf))}, {count(support_P[leaf])} trajectories"
@@ -125,7 +131,7 @@ def verdict_table(bank: ReasoningBank) -> Table:
     ends = (min(0.0, *low_P[drawn_P], 0.0), max(0.0, *high_P[drawn_P], 1e-9))
     names = [bank.configs.describe(config_id) for config_id in range(len(bank.configs))]
     rows: list[tuple[str, ...]] = []
-    for leaf in np.lexsort((-support_P, stands_P)):
+    for leaf in np.lexsort((-support_P, stands_P))[:LISTED_PATTERNS]:
         stands, rival = bool(stands_P[leaf]), int(rival_P[leaf])
         cells: tuple[str, ...]
         if not stands:
@@ -148,7 +154,7 @@ def verdict_table(bank: ReasoningBank) -> Table:
         ))  # fmt: skip
     head = (
         "pattern", "verdict", "config", "gain (utility)", f"{signed(ends[0], 3)} to {signed(ends[1], 3)}, rule: 0",
-        "95 % interval", "P(better)", "trajectories", "p adjusted", "p any night", "mean ms",
+        "95 % interval", PROBABILITY[bank.data.objective.kind], "trajectories", "p adjusted", "p any night", "mean ms",
     )  # fmt: skip
     return Table("Verdicts", head, rows, words=(1, 2), drawn=(4,), sortable=True)
 
@@ -170,7 +176,7 @@ class Node:
 
 
 def tree(bank: ReasoningBank) -> list[Node]:
-    """The patterns of the top level with all below them, each level by support."""
+    """The patterns of the top level with all below them, each level by support; over LISTED_PATTERNS without leaves."""
     arrays, leaves = bank.data.arrays, bank.data.leaves
     styles = verdict_styles(bank)
     total = max(int(arrays["support"][:leaves].sum()), 1)
@@ -186,9 +192,21 @@ def tree(bank: ReasoningBank) -> list[Node]:
         else:
             style, told = "", ""
             counted, acting = (sum(getattr(node, name) for node in children) for name in ("leaves", "acting"))
+        if row >= leaves > LISTED_PATTERNS and all(child.leaves == 1 and child.told for child in children):
+            children = []
         node = Node(pattern_id, count(support), support / total, told, counted, acting, style, children)
         below.setdefault(parent, []).append(node)
     return sorted(below[-1], key=lambda node: -node.share)
+
+
+def left_out(bank: ReasoningBank) -> str:
+    """What the table and the tree do not show; empty where they show all."""
+    if bank.data.leaves <= LISTED_PATTERNS:
+        return ""
+    return (
+        f"Of {count(bank.data.leaves)} patterns the table lists {count(LISTED_PATTERNS)}, those that act first, then "
+        "those with most trajectories; the tree ends above the leaves. The bank holds all: bank.verdicts."
+    )
 
 
 def pattern_counts(facts: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from rb_gpu.bank import ReasoningBank
 from rb_gpu.learn.charts import Frame, bar, linear_axis, stroke, swatch
 from rb_gpu.learn.config import TrainConfig
 from rb_gpu.learn.drift import LEVEL
@@ -85,7 +86,7 @@ def timing_table(facts: Facts) -> Table:
         rows.append(cells)
     head: tuple[str, ...] = ("stage", "seconds", "time", "share of time")
     if memory:
-        head += ("peak memory MiB", "memory")
+        head += ("peak memory so far, MiB", "memory")
     return Table("Time and memory by stage", head, rows, drawn=(2, 5))
 
 
@@ -146,6 +147,33 @@ def settings_tables(config: Facts) -> tuple[Table, Table]:
         Table("Set otherwise than the default", ("setting", "value", "default"), changed, words=(1, 2)),
         Table("All settings", ("setting", "value"), list(now.items()), words=(1,)),
     )
+
+
+def found_table(bank: ReasoningBank, facts: Facts) -> Table:
+    """What the settings that were left to the job came to."""
+    config, lookup, objective = facts["config"], bank.data.lookup, bank.data.objective
+    margins = bank.data.arrays["margin"]
+    half_life = facts["half_life"]
+    found = {
+        "params.tiers": ", ".join(bank.data.tiers),
+        "params.default": bank.configs.describe(bank.data.default),
+        "cluster.k": f"{count(bank.data.leaves)} patterns",
+        "judge.margin": f"{short(float(margins.min()))} to {short(float(margins.max()))}, by config",
+        "judge.min_probability": number(lookup.min_probability, 3),
+        "judge.half_life": "" if half_life is None else _days(half_life["half_life_days"]),
+        "lookup.top_k": count(lookup.top_k),
+        "lookup.beta": short(lookup.beta),
+        "lookup.floor": f"cosine {number(lookup.floor, 3)}",
+    }
+    asked = dict(_flat(config))
+    rows = [(key, value) for key, value in found.items() if asked.get(key) == "auto" and value]
+    rows.append(("references of latency and cost", f"{short(objective.latency_ref_us, 4)} µs and "
+                 f"{short(objective.cost_ref, 4)}"))  # fmt: skip
+    return Table("Worked out by the job", ("setting", "value"), rows, words=(1,))
+
+
+def _days(half_life: float | None) -> str:
+    return "no decay" if half_life is None else f"{short(half_life)} days"
 
 
 def _flat(config: Facts) -> Iterator[tuple[str, str]]:

@@ -72,6 +72,8 @@ def answer(bank: ReasoningBank, facts: dict[str, Any]) -> dict[str, Any]:
     low, high = gain["low"], gain["high"]
     if low is None or high is None:
         state, word, headline = "none", "Unknown", "Nobody can say yet whether this bank is better"
+    elif served == "default" and not after["acted"]:
+        state, word, headline = "none", "No change", "The default stands for every held-out query"
     elif low > 0:
         state, word, headline = "good", "Yes", f"Better than the {served}"
     elif high < 0:
@@ -84,8 +86,8 @@ def answer(bank: ReasoningBank, facts: dict[str, Any]) -> dict[str, Any]:
         "better": word,
         "headline": headline,
         "served": served,
-        "gain": signed(gain["gain"]),
-        "interval": interval(low, high),
+        "gain": "Unknown" if gain["gain"] is None else f"{signed(gain['gain'])} utility",
+        "interval": "Unknown" if low is None else interval(low, high),
         "whisker": whisker(low, gain["gain"], high, ends, 0.0) if ends[1] > ends[0] else Markup(),
         "amounts": _amounts(before, after),
         "unknown": after["unknown"] or before["unknown"],
@@ -96,7 +98,6 @@ def answer(bank: ReasoningBank, facts: dict[str, Any]) -> dict[str, Any]:
             for name, other in evaluation["bank_gains"].items()
             if name in ("default", SINGLE) and name != served and other["gain"] is not None
         ],
-        "promote": gate["promote"],
         "reasons": gate["refusals"] or [gate["reason"]],
         "min_gain": facts["config"]["gate"]["min_gain"],
         "checks": checks(bank, facts),
