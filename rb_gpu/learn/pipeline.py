@@ -38,7 +38,7 @@ from rb_gpu.learn.drift import measure_drift
 from rb_gpu.learn.evidence import row_weights
 from rb_gpu.learn.gate import Decision, champion_beside, decide
 from rb_gpu.learn.hierarchy import prune
-from rb_gpu.learn.index import build_index, similarity_floor
+from rb_gpu.learn.index import build_index, open_faiss, similarity_floor
 from rb_gpu.learn.leaves import believed, foretold, gather_leaves
 from rb_gpu.learn.lessons import gather_lessons, routed
 from rb_gpu.learn.lineage import differences, inherit, parent_leaves
@@ -113,6 +113,7 @@ def learn(
             raise ConfigError(f"parent: its {', its '.join(unlike)}; give a bank that is like these trajectories")
     watch = Stopwatch()
     device = resolve_device(config.device.kind)
+    open_faiss(config.index, device)
     with watch.stage("cluster"):
         x_QD, weight_Q, label_Q = cluster_queries(trajectories, config, checkpoint, ranks or Ranks(), parent)
         before_Q = parent_leaves(parent, x_QD, device)
@@ -157,7 +158,7 @@ def learn(
         leaves_PD = data.arrays["centroids"][: data.leaves]
         auto_floor = is_auto(config.lookup.floor)
         floor = similarity_floor(x_QD, leaves_PD, device) if auto_floor else float(config.lookup.floor)
-        index = build_index(leaves_PD, config.index, trajectories.x_QD, config.lookup.top_k)
+        index = build_index(leaves_PD, config.index, trajectories.x_QD, config.lookup.top_k, device)
     router, routing = None, None
     if config.router.kind == "fastgrnn":
         with watch.stage("router"):
