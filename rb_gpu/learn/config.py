@@ -207,9 +207,10 @@ class PruneConfig:
 
 @dataclass
 class IndexConfig:
-    """The Faiss pattern index. nprobe, ef_search, m, ef_construction are Faiss's own; nlist auto is sqrt(patterns).
+    """The Faiss pattern index; ivf is trained on GPUs where the job runs on one, and cagra needs one.
 
-    nprobe and ef_search auto are the least that find `recall` of the nearest patterns of the training queries.
+    nprobe, ef_search, m, ef_construction are Faiss's own; nlist auto is sqrt(patterns). nprobe and ef_search
+    auto are the least that find `recall` of the nearest patterns of the training queries.
     """
 
     kind: str = "hnsw"
@@ -221,7 +222,7 @@ class IndexConfig:
     recall: float = 0.995
 
     def __post_init__(self) -> None:
-        check_choice("index.kind", self.kind, ("off", "flat", "ivf", "hnsw"))
+        check_choice("index.kind", self.kind, ("off", "flat", "ivf", "hnsw", "cagra"))
         for key in ("nlist", "nprobe", "ef_search"):
             value = getattr(self, key)
             ok = is_auto(value) or (isinstance(value, int) and 1 <= value <= MAX_BREADTH)

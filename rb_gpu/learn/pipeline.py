@@ -29,7 +29,7 @@ from rb_gpu.learn.devices import resolve_device
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.evidence import row_weights
 from rb_gpu.learn.hierarchy import prune
-from rb_gpu.learn.index import build_index, similarity_floor
+from rb_gpu.learn.index import build_index, open_faiss, similarity_floor
 from rb_gpu.learn.leaves import LeafMaking, believed
 from rb_gpu.learn.lessons import gather_lessons
 from rb_gpu.learn.lineage import differences, inherit, parent_leaves
@@ -86,6 +86,7 @@ def learn(
             raise ConfigError(f"parent: its {', its '.join(unlike)}; give a bank that is like these trajectories")
     stages, watch = stages or Stages(), watch or Watch()
     device = resolve_device(config.device.kind)
+    open_faiss(config.index, device)
     rows = rows_read(trajectories, config)
     with watch.stage("cluster"):
         version = None if parent is None else parent.facts["version"]
@@ -193,7 +194,7 @@ def _searched(
     """The index of the leaves, None where there is none, and the lookup's similarity floor."""
     asked = config.lookup.floor
     floor = similarity_floor(x_QD, leaves_PD, device, config.cluster.engine) if is_auto(asked) else float(asked)
-    return build_index(leaves_PD, config.index, trajectories.x_QD, top_k), floor
+    return build_index(leaves_PD, config.index, trajectories.x_QD, top_k, device), floor
 
 
 def rows_read(trajectories: Trajectories, config: TrainConfig) -> list[Any]:
