@@ -39,6 +39,7 @@ from rb_gpu.learn.evidence import row_weights
 from rb_gpu.learn.gate import Decision, champion_beside, decide
 from rb_gpu.learn.hierarchy import prune
 from rb_gpu.learn.index import build_index, similarity_floor
+from rb_gpu.learn.lake import pinned
 from rb_gpu.learn.leaves import believed, foretold, gather_leaves
 from rb_gpu.learn.lessons import gather_lessons, routed
 from rb_gpu.learn.lineage import differences, inherit, parent_leaves
@@ -236,6 +237,7 @@ def train(config: TrainConfig, quarantine: Path | None = None) -> Published | No
     Under torchrun every rank clusters its share of the queries, and the first does the rest; the others return None.
     """
     with launched(resolve_device(config.device.kind)) as ranks:
+        config = replace(config, data=pinned(config.data, ranks))
         if ranks.rank == 0:
             return _train(config, quarantine, ranks)
         room = _room(config, ranks)
