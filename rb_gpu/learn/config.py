@@ -14,39 +14,12 @@ from typing import Any
 from rb_gpu.errors import ConfigError
 from rb_gpu.index_file import MAX_BREADTH
 from rb_gpu.learn.checks import check, check_choice, check_count, check_nonnegative, check_share, is_auto
+from rb_gpu.learn.data_config import DataConfig as DataConfig
 from rb_gpu.learn.router_config import RouterConfig as RouterConfig
 from rb_gpu.learn.version_config import GateConfig, RegistryConfig, RetrainConfig
 from rb_gpu.params import PARAMETERS, SearchParams
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent.parent / "sample"
-
-
-@dataclass
-class DataConfig:
-    """Where trajectories come from. path, queries: file, directory, glob, or a list of them. features: names of numeric
-    columns of a query that the router sees beside its embedding.
-    """
-
-    path: Any = None
-    queries: Any = None
-    features: Any = field(default_factory=list)
-    embedder: str = "unknown"
-    max_bad_fraction: float = 0.01
-    capacity: int | None = None
-
-    def __post_init__(self) -> None:
-        check_share("data.max_bad_fraction", self.max_bad_fraction)
-        if self.capacity is not None:
-            check_count("data.capacity", self.capacity)
-        for key, value in (("data.path", self.path), ("data.queries", self.queries)):
-            listed = value if isinstance(value, (list, tuple)) else [value]
-            ok = value is None or (len(listed) > 0 and all(isinstance(v, str) and v for v in listed))
-            check(key, value, ok, "a path or a list of paths", f"give {key}=FILE, DIR, GLOB or [A,B]")
-        names = self.features
-        ok = isinstance(names, (list, tuple)) and all(isinstance(name, str) and name for name in names)
-        check(
-            "data.features", names, ok and len(set(names)) == len(names), "a list of distinct columns", "name each once"
-        )
 
 
 @dataclass

@@ -15,6 +15,8 @@ from rb_gpu.learn.checks import is_auto
 from rb_gpu.learn.clustering import auto_k
 from rb_gpu.learn.config import TrainConfig
 from rb_gpu.learn.devices import free_memory, resolve_device
+from rb_gpu.learn.distributed import Ranks
+from rb_gpu.learn.lake import pinned
 from rb_gpu.learn.parent import find_parent
 from rb_gpu.learn.pipeline import learn
 from rb_gpu.learn.progress import Watch
@@ -67,7 +69,7 @@ def rehearse(config: TrainConfig) -> Rehearsal:
     room = Room(config.device.memory_budget if device.type == "cpu" else None, config.device.scratch)
     free = free_memory()
     with watch.stage("load"):
-        everything = load(config.data, config.params, room=room)
+        everything = load(pinned(config.data, Ranks()), config.params, room=room)
     training, held_out = split_by_time(everything, config.eval.holdout)
     parent = find_parent(registry, config, training.x_QD.shape[1])
     rows, queries, configs = len(training), len(training.query_id), len(training.configs)
