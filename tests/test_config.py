@@ -129,6 +129,8 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "cluster.memory": ["none"],
     "cluster.memory_budget": [-1],
     "cluster.checkpoint_every": [-1],
+    "cluster.engine": ["numba"],
+    "cluster.precision": ["fp8"],
     "judge.method": ["bayes"],
     "judge.objective": ["quality", "bound"],  # bound without a bound
     "judge.latency_weight": [-0.1, math.nan, math.inf],

@@ -1,7 +1,9 @@
-"""The nearest centroid of every point by plain products in torch: for a GPU, which wants regular work.
+"""The nearest centroid of every point on a GPU, which wants regular work: by Triton or by plain products in torch.
 
-The twin of `assign.Assignment`. Points may lie on the host while the rest is on the device: they then come in chunks
-(streaming.py), so that data larger than the card still fit.
+The twin of `assign.Assignment`. engine=triton gives the exact labels (triton_assign.py). engine=torch may take a
+centroid c for the nearer one b where half their squared distances to x differ by at most (2D + 8)·2^-24·(||x||² +
+max(||b||², ||c||²)) about the middle, which is what float32 products err. Points may lie on the host while the rest is
+on the device: they then come in chunks (streaming.py), so that data larger than the card still fit.
 
 Suffixes: N points, K centroids, D dims, T points of one tile.
 """
@@ -19,11 +21,20 @@ class DeviceAssignment:
     """labels (N,) int64 and d2 (N,) float32 on the device: each point's nearest centroid so far, -1 before the first.
 
     x_ND: (N, D) float32 on the host or the device, only read. middle_D: a point amid the data, on the device.
-    budget: bytes of points that may lie on the device where they come from the host.
+    budget: bytes of points that may lie on the device where they come from the host. engine: triton or torch.
+    precision: of Triton's coarse products.
     """
 
-    def __init__(self, x_ND: Tensor, middle_D: Tensor, budget: int | None = None) -> None:
+    def __init__(
+        self,
+        x_ND: Tensor,
+        middle_D: Tensor,
+        budget: int | None = None,
+        engine: str = "torch",
+        precision: str = "tf32",
+    ) -> None:
         self.x_ND, self.middle_D, self.budget = x_ND, middle_D, budget
+        self.engine, self.precision = engine, precision
         self.device = middle_D.device
         self.labels_N = torch.full((len(x_ND),), -1, dtype=torch.int64, device=self.device)
         self.d2_N = torch.full((len(x_ND),), torch.inf, device=self.device)
@@ -35,8 +46,14 @@ class DeviceAssignment:
 
     def lower(self, centroids_KD: Tensor, first: int) -> None:
         """Lowers labels and distances by the centroids (K, D) float32 from row `first` on; the earlier are known."""
-        new_MD = centroids_KD[first:]
-        lower_distances(self.x_ND, self.middle_D, self.d2_N, self.labels_N, new_MD, first, self.budget)
+        held = (self.x_ND, self.middle_D, self.d2_N, self.labels_N)
+        if self.engine == "triton":
+            # only CUDA builds of torch bring triton
+            from rb_gpu.learn.triton_assign import lower_exactly
+
+            lower_exactly(*held, centroids_KD, first, self.precision, self.budget)
+        else:
+            lower_distances(*held, centroids_KD[first:], first, self.budget)
 
     def assign(self, centroids_KD: Tensor) -> None:
         """The nearest of these centroids (K, D) float32."""

@@ -95,7 +95,8 @@ class QualityConfig:
 class ClusterConfig:
     """k-means. epsilon: the shift of the centroids (rms over the points) at which Lloyd stops, in units of the data's
     median distance. memory: lean keeps no codes of the points beside them. memory_budget: bytes that such codes may
-    take (None: a quarter of what is free). checkpoint_every: updates between two checkpoints; 0 keeps none.
+    take (None: a quarter of what is free). checkpoint_every: updates between two checkpoints; 0 keeps none. engine: of
+    the assignment on CUDA; precision: of its coarse products in triton, which change its time and never a label.
     """
 
     k: int | str = "auto"
@@ -107,6 +108,8 @@ class ClusterConfig:
     memory: str = "auto"
     memory_budget: int | None = None
     checkpoint_every: int = 10
+    engine: str = "auto"
+    precision: str = "tf32"
 
     def __post_init__(self) -> None:
         k_ok = is_auto(self.k) or (isinstance(self.k, int) and self.k >= 1)
@@ -120,6 +123,8 @@ class ClusterConfig:
         if self.memory_budget is not None:
             check_count("cluster.memory_budget", self.memory_budget, 0)
         check_count("cluster.checkpoint_every", self.checkpoint_every, 0)
+        check_choice("cluster.engine", self.engine, ("auto", "triton", "torch"))
+        check_choice("cluster.precision", self.precision, ("tf32", "bf16", "ieee"))
 
 
 @dataclass

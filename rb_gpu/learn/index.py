@@ -31,10 +31,10 @@ TUNING_QUERIES = 1000
 FLOOR_QUANTILE = 0.001
 
 
-def similarity_floor(x_QD: torch.Tensor, leaves_PD: Matrix, device: torch.device) -> float:
+def similarity_floor(x_QD: torch.Tensor, leaves_PD: Matrix, device: torch.device, engine: str = "auto") -> float:
     """The cosine to its nearest leaf that all but FLOOR_QUANTILE of the training queries exceed."""
     unit_QD = x_QD if normed(x_QD) else normalise_(x_QD.clone())
-    _, d2 = nearest(unit_QD, normalise_(torch.from_numpy(leaves_PD.copy())), device)
+    _, d2 = nearest(unit_QD, normalise_(torch.from_numpy(leaves_PD.copy())), device, engine)
     return float(np.quantile(1.0 - d2.numpy() / 2.0, FLOOR_QUANTILE))
 
 

@@ -116,7 +116,7 @@ def learn(
     open_faiss(config.index, device)
     with watch.stage("cluster"):
         x_QD, weight_Q, label_Q = cluster_queries(trajectories, config, checkpoint, ranks or Ranks(), parent)
-        before_Q = parent_leaves(parent, x_QD, device)
+        before_Q = parent_leaves(parent, x_QD, device, config.cluster.engine)
     with watch.stage("judge"):
         judging, half_life = config.judge, None
         if is_auto(judging.half_life):
@@ -157,7 +157,11 @@ def learn(
         data = inherit(data, leaves.label_Q, parent, before_Q, first_id, tell(past, leaves))
         leaves_PD = data.arrays["centroids"][: data.leaves]
         auto_floor = is_auto(config.lookup.floor)
-        floor = similarity_floor(x_QD, leaves_PD, device) if auto_floor else float(config.lookup.floor)
+        floor = (
+            similarity_floor(x_QD, leaves_PD, device, config.cluster.engine)
+            if auto_floor
+            else float(config.lookup.floor)
+        )
         index = build_index(leaves_PD, config.index, trajectories.x_QD, config.lookup.top_k, device)
     router, routing = None, None
     if config.router.kind == "fastgrnn":
