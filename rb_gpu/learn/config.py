@@ -16,6 +16,7 @@ from rb_gpu.index_file import MAX_BREADTH
 from rb_gpu.learn.checks import check, check_choice, check_count, check_nonnegative, check_share, is_auto
 from rb_gpu.learn.data_config import DataConfig as DataConfig
 from rb_gpu.learn.router_config import RouterConfig as RouterConfig
+from rb_gpu.learn.track import TrackConfig
 from rb_gpu.learn.version_config import GateConfig, RegistryConfig, RetrainConfig
 from rb_gpu.params import PARAMETERS, SearchParams
 
@@ -296,6 +297,7 @@ class TrainConfig:
     registry: RegistryConfig = field(default_factory=RegistryConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
     train: RetrainConfig = field(default_factory=RetrainConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
     seed: int = 0
     dry_run: bool = False
 
