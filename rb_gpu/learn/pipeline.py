@@ -31,7 +31,7 @@ from rb_gpu.learn.clustering import cluster_queries, drop_labels
 from rb_gpu.learn.config import IndexConfig, RouterConfig, TrainConfig
 from rb_gpu.learn.decay import auto_half_life
 from rb_gpu.learn.default import settle_default
-from rb_gpu.learn.devices import resolve_device
+from rb_gpu.learn.devices import full_precision, reproducible, resolve_device
 from rb_gpu.learn.distances import normalise_
 from rb_gpu.learn.distributed import Ranks, launched
 from rb_gpu.learn.drift import measure_drift
@@ -111,10 +111,22 @@ def learn(
         unlike = differences(parent, config.cluster.metric, trajectories.x_QD.shape[1], config.data.embedder)
         if unlike:
             raise ConfigError(f"parent: its {', its '.join(unlike)}; give a bank that is like these trajectories")
+    with full_precision(), reproducible(config.device.deterministic):
+        return _learn(trajectories, config, checkpoint, ranks or Ranks(), parent, first_id)
+
+
+def _learn(
+    trajectories: Trajectories,
+    config: TrainConfig,
+    checkpoint: Checkpoint | None,
+    ranks: Ranks,
+    parent: BankData | None,
+    first_id: int,
+) -> LearnedBank:
     watch = Stopwatch()
     device = resolve_device(config.device.kind)
     with watch.stage("cluster"):
-        x_QD, weight_Q, label_Q = cluster_queries(trajectories, config, checkpoint, ranks or Ranks(), parent)
+        x_QD, weight_Q, label_Q = cluster_queries(trajectories, config, checkpoint, ranks, parent)
         before_Q = parent_leaves(parent, x_QD, device, config.cluster.engine)
     with watch.stage("judge"):
         judging, half_life = config.judge, None
@@ -239,7 +251,7 @@ def train(config: TrainConfig, quarantine: Path | None = None) -> Published | No
 
     Under torchrun every rank clusters its share of the queries, and the first does the rest; the others return None.
     """
-    with launched(resolve_device(config.device.kind)) as ranks:
+    with launched(resolve_device(config.device.kind)) as ranks, reproducible(config.device.deterministic):
         if ranks.rank == 0:
             return _train(config, quarantine, ranks)
         room = _room(config, ranks)
