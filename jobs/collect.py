@@ -1,4 +1,8 @@
-"""Makes real trajectories: searches a corpus under a grid of configs. `python -m jobs.collect base=.. queries=..`"""
+"""Makes real trajectories: searches a corpus under a grid of configs.
+
+python -m jobs.collect base=base.npy queries=queries.npy out=collected
+python -m jobs.collect base=base.npy queries=queries.parquet hnsw_ef_search=[16,32,64] ivf_n_probes=[]
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ def run(config: CollectConfig) -> int:
     return 0
 
 
-main = job("collect", run)
+main = job("collect", __doc__, run)
 
 if __name__ == "__main__":
     main()

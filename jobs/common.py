@@ -1,42 +1,92 @@
-"""What every job does alike: schemas into Hydra's store, one-line errors, exit codes."""
+"""What every job does alike: schemas into Hydra's store, a folder of its own, one-line errors, exit codes."""
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from rb_gpu.errors import RbGpuError
+from rb_gpu.errors import ConfigError, RbGpuError
 from rb_gpu.learn.job_config import register_schemas, to_object
+
+from .display import shown
+from .manual import check_keys, is_dry, page
 
 log = logging.getLogger("rb_gpu")
 
 EXIT_ERROR = 1
 EXIT_REFUSED = 3
+QUIET, HELP = "--quiet", {"--help", "-h"}
 
 
-def job(name: str, task: Callable[[Any], int]) -> Callable[[], None]:
-    """The entry point of the job whose settings are conf/NAME.yaml. The task takes them and returns an exit code.
+def job(
+    name: str,
+    doc: str | None,
+    task: Callable[[Any], int],
+    member: Callable[[Any], float] | None = None,
+    finish: Callable[[], int] | None = None,
+) -> Callable[[], None]:
+    """The entry point of the job whose settings are conf/NAME.yaml. The task takes them and returns an exit code. doc:
+    the docstring of its module, with which its manual page begins.
 
-    An error that a user can mend is one line on the log and exit code 1; anything else is a traceback.
+    An error that a user can mend is one line on the log and exit code 1; anything else is a traceback. member, finish:
+    of a job that sweeps (--multirun), what each run does, whose number a sweeper maximises, and what follows the last.
     """
     register_schemas()
+    quiet = False
 
-    @hydra.main(version_base="1.3", config_path="../conf", config_name=name)
-    def main(composed: DictConfig) -> None:
+    def run(composed: DictConfig) -> float | None:
         # Faiss tells at every import which of its builds the processor cannot run
         logging.getLogger("faiss.loader").setLevel(logging.WARNING)
         try:
-            code = task(to_object(composed))
+            with claimed(run_folder()), shown(run_folder(), quiet):
+                settings = to_object(composed)
+                if HydraConfig.get().mode == RunMode.MULTIRUN and member is not None:
+                    return member(settings)
+                code = task(settings)
         except RbGpuError as error:
             log.error("%s", error)
             code = EXIT_ERROR
+        except BrokenPipeError:
+            # who reads the output has seen enough, as `head` does; what is still buffered goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = EXIT_ERROR
+        if code:
+            sys.exit(code)
+        return None
+
+    composing = hydra.main(version_base="1.3", config_path="../conf", config_name=name)(run)
+
+    def main() -> None:
+        nonlocal quiet
+        # Hydra knows no flags but its own
+        quiet = QUIET in sys.argv
+        sys.argv = [argument for argument in sys.argv if argument != QUIET]
+        if HELP & set(sys.argv[1:]):
+            print(page(name, doc or ""))
+            return
+        try:
+            check_keys(name, sys.argv[1:])
+        except ConfigError as error:
+            sys.exit(f"{error}")
+        with ExitStack() as stack:
+            if is_dry(sys.argv[1:]):
+                # Hydra would keep settings and a log of the run
+                nowhere = stack.enter_context(tempfile.TemporaryDirectory(prefix="rb_gpu-dry-"))
+                sys.argv += [f"hydra.run.dir={nowhere}"]
+            composing()
+        code = 0 if finish is None else finish()
         if code:
             sys.exit(code)
 
@@ -46,3 +96,17 @@ def job(name: str, task: Callable[[Any], int]) -> Callable[[], None]:
 def run_folder() -> Path:
     """The folder of this run, in which Hydra keeps its settings and log."""
     return Path(HydraConfig.get().runtime.output_dir)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Holds a run's folder for one job. Raises ConfigError where another one writes into it now."""
+    # ranks of torchrun may share a folder
+    with (folder / f".lock{os.environ.get('RANK', '')}").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"hydra.run.dir={folder} is in use by another job; leave it out, or name another folder"
+            ) from None
+        yield

@@ -1,4 +1,8 @@
-"""What an artifact is worth on a table that it did not see. `python -m jobs.evaluate data.path=newer.parquet`"""
+"""What an artifact is worth on a table that it did not see.
+
+python -m jobs.evaluate data.path=newer.parquet
+python -m jobs.evaluate data.path=newer.parquet eval.baselines=all training.path=older.parquet
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ def run(config: EvaluateConfig) -> int:
     return 0
 
 
-main = job("evaluate", run)
+main = job("evaluate", __doc__, run)
 
 if __name__ == "__main__":
     main()

@@ -1,16 +1,21 @@
-"""What was published, what is served, and how to change it. `python -m jobs.registry action=promote version=VERSION`"""
+"""What was published, what is served, and how to change it.
+
+python -m jobs.registry action=list
+python -m jobs.registry action=promote version=20261128T030000-4c69fd
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 
-from rb_gpu.artifact import read_manifest, verify_artifact
+from rb_gpu.artifact import load_artifact, read_manifest, verify_artifact
+from rb_gpu.errors import RegistryError
 from rb_gpu.learn.job_config import RegistryJobConfig
 from rb_gpu.registry import CHAMPION, Registry
 
 from .common import job
-from .tables import number, render
+from .versions import difference, listing, statistics, tree
 
 
 def run(config: RegistryJobConfig) -> int:
@@ -18,10 +23,15 @@ def run(config: RegistryJobConfig) -> int:
     registry = Registry.open(**asdict(config.registry))
     version = config.version or CHAMPION
     if config.action == "list":
-        print(_listing(registry))
+        print(listing(registry))
     elif config.action == "inspect":
         manifest = read_manifest(registry.folder(version), registry.hmac_key)
-        print(json.dumps({key: value for key, value in manifest.items() if key != "config"}, indent=1))
+        shown = {key: value for key, value in manifest.items() if key != "config"}
+        print(json.dumps({"statistics": statistics(manifest)} | shown, indent=1))
+    elif config.action == "tree":
+        print(tree(load_artifact(registry.folder(version), registry.hmac_key)[0]))
+    elif config.action == "diff":
+        print(_difference(registry, version, config.other))
     elif config.action == "verify":
         folder = registry.folder(version)
         print(f"{folder.name}: {len(verify_artifact(folder, registry.hmac_key)['files'])} files are whole")
@@ -35,32 +45,16 @@ def run(config: RegistryJobConfig) -> int:
     return 0
 
 
-def _listing(registry: Registry) -> str:
-    champion = registry.champion()
-    rows = []
-    for version, manifest in registry.manifests():
-        mark = "serving" if version == champion else ""
-        if manifest is None:
-            rows.append((version, mark, "damaged", "", "", ""))
-            continue
-        gain = (manifest.get("evaluation") or {}).get("bank_gains", {}).get("default") or {}
-        counts = manifest.get("counts", {})
-        rows.append(
-            (
-                version,
-                mark,
-                f"{counts.get('trajectories', 0):,}",
-                str(counts.get("patterns", "")),
-                str(counts.get("verdicts", "")),
-                number(float("nan") if gain.get("gain") is None else gain["gain"], "+.4f"),
-            )
-        )
-    if not rows:
-        return f"{registry.path} holds no version; run jobs.train"
-    return render(("version", "", "trajectories", "patterns", "verdicts", "gain over default"), rows)
+def _difference(registry: Registry, version: str, other: str | None) -> str:
+    """`other` is the version's parent where it is left out."""
+    after, manifest = load_artifact(registry.folder(version), registry.hmac_key)
+    named = other or manifest.get("parent")
+    if named is None:
+        raise RegistryError(f"version={version} has no parent to be told apart from; add other=VERSION")
+    return difference(load_artifact(registry.folder(named), registry.hmac_key)[0], after)
 
 
-main = job("registry", run)
+main = job("registry", __doc__, run)
 
 if __name__ == "__main__":
     main()

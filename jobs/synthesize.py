@@ -1,4 +1,8 @@
-"""Plants trajectories whose truth is known, at any scale. `python -m jobs.synthesize n=1000000 out=FOLDER`"""
+"""Plants trajectories whose truth is known, at any scale.
+
+python -m jobs.synthesize n=1000000 dim=384 out=synthetic
+python -m jobs.synthesize effect=0 out=null_world
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ def run(config: SynthesizeConfig) -> int:
     return 0
 
 
-main = job("synthesize", run)
+main = job("synthesize", __doc__, run)
 
 if __name__ == "__main__":
     main()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rb_gpu.bank_data import BankData, squared_norms
+from rb_gpu.bank_data import BankData, LookupSettings, squared_norms
 from rb_gpu.evidence import OUTCOMES
 from rb_gpu.field_cells import FieldCells
 from rb_gpu.params import ConfigTable, SearchParams, round_half_up, snap
@@ -188,10 +188,18 @@ def vote(state: BankState, values_BD: Matrix, scale_B: Vector) -> Votes:
 
 
 def _vote_part(state: BankState, values_BD: Matrix, scale_B: Vector) -> Votes:
-    settings, default, configs, field = state.settings, state.default, len(state.params), state.field
     rows_BK, weight_BK, far = _voters(state, values_BD, scale_B)
+    return decide(state, rows_BK, weight_BK, shift(state, values_BD, scale_B, far))
+
+
+def decide(
+    state: BankState, rows_BK: npt.NDArray[np.int64], weight_BK: Matrix, shift_BE: npt.NDArray[np.float32] | None
+) -> Votes:
+    """The vote of leaves with these shares, as `weigh` gives both, and what the field adds (B, 4·C), None without one:
+    as `vote` returns it.
+    """
+    settings, default, configs, field = state.settings, state.default, len(state.params), state.field
     cells_UE = state.cells_UE if field is None else field.cells_UE
-    shift_BE = _shift(state, values_BD, scale_B, far)
 
     def mixed(start: int, stop: int) -> Matrix:
         """(B, stop - start) means of these blocks of columns, with what the field adds."""
@@ -227,10 +235,18 @@ def _vote_part(state: BankState, values_BD: Matrix, scale_B: Vector) -> Votes:
 def _voters(
     state: BankState, values_BD: Matrix, scale_B: Vector
 ) -> tuple[npt.NDArray[np.int64], Matrix, npt.NDArray[np.bool_]]:
-    """The leaves that vote and their shares, (B, K) each, and which queries are near none (B,): -1 votes for them."""
-    settings = state.settings
-    rows_BK, cosine_BK = state.search.nearest(values_BD, settings.top_k)
+    rows_BK, cosine_BK = state.search.nearest(values_BD, state.settings.top_k)
     cosine_BK *= scale_B[:, None]
+    return weigh(rows_BK, cosine_BK, state.settings)
+
+
+def weigh(
+    rows_BK: npt.NDArray[np.int64], cosine_BK: Matrix, settings: LookupSettings
+) -> tuple[npt.NDArray[np.int64], Matrix, npt.NDArray[np.bool_]]:
+    """The leaves that vote and their shares, (B, K) each, and which queries are near none (B,): -1 votes for them.
+
+    rows_BK, cosine_BK: the nearest leaves, best first, -1 where there is none. Changes rows_BK.
+    """
     near_BK = (cosine_BK >= settings.floor) & (rows_BK >= 0)
     # in float64, since a steep β times 0 must stay 0
     below_BK = np.where(near_BK, cosine_BK - cosine_BK[:, :1], -1.0).astype(np.float64)
@@ -240,7 +256,7 @@ def _voters(
     return rows_BK, (weight_BK / weight_BK.sum(1, keepdims=True)).astype(np.float32), far
 
 
-def _shift(
+def shift(
     state: BankState, values_BD: Matrix, scale_B: Vector, far: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.float32] | None:
     """What the field adds to the first blocks of cells, (B, 4·C); None without a field."""
@@ -264,7 +280,7 @@ def expected_gains(state: BankState, queries: npt.ArrayLike) -> Matrix:
         values, scale = values_BD[i : i + VOTE_ROWS], scale_B[i : i + VOTE_ROWS]
         rows_BK, weight_BK, far = _voters(state, values, scale)
         gain_BC = _mixed(cells_UE[:, block], rows_BK, weight_BK)
-        shift_BE = _shift(state, values, scale, far)
+        shift_BE = shift(state, values, scale, far)
         parts.append(gain_BC if shift_BE is None else gain_BC + shift_BE[:, block])
     return np.concatenate(parts)
 

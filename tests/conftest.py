@@ -203,3 +203,12 @@ def learned() -> SimpleNamespace:
     bank = learn(trajectories, config)
     planted = np.array([trajectories.configs.id_of(settings[b]) for b in best])
     return SimpleNamespace(bank=bank, trajectories=trajectories, config=config, centres=centres, best=planted)
+
+
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Reports of two real trainings."""
+    pytest.importorskip("torch")
+    from report_pages import make_pages
+
+    return make_pages(tmp_path_factory.mktemp("pages"))

@@ -23,7 +23,7 @@ import torch
 
 from rb_gpu import ReasoningBank
 from rb_gpu.learn.config import DataConfig, EvalConfig, IndexConfig, JudgeConfig, ParamsConfig, TrainConfig
-from rb_gpu.learn.pipeline import train
+from rb_gpu.learn.training import train
 from rb_gpu.learn.version_config import RegistryConfig
 
 DIM, CENTRES, NEW_CENTRES = 32, 24, 8

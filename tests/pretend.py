@@ -180,6 +180,8 @@ def pretended() -> Iterator[Operations]:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+        for name in ("max_memory_allocated", "reset_peak_memory_stats", "utilization"):
+            patch.setattr(torch.cuda, name, lambda: 0)
         patch.setattr(torch, "Generator", Drawing)
         # modules then hold the tensors that they were moved to
         patch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)

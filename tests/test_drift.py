@@ -25,7 +25,7 @@ from rb_gpu.learn.drift import (
     psi,
 )
 from rb_gpu.learn.kmeans import kmeans
-from rb_gpu.learn.pipeline import train
+from rb_gpu.learn.training import train
 from rb_gpu.learn.trajectories import Trajectories, load
 from rb_gpu.objective import Objective
 
@@ -243,7 +243,7 @@ def test_a_drop_of_quality_is_warned_of(sample):
 
 
 def test_training_publishes_what_changed(sample, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("rb_gpu.learn.pipeline.load", lambda *_: ordered(sample))
+    monkeypatch.setattr("rb_gpu.learn.training.load", lambda *_: ordered(sample))
     config = TrainConfig(index=IndexConfig(kind="off"), registry=RegistryConfig(path=str(tmp_path / "artifacts")))
     with caplog.at_level(logging.WARNING):
         published = train(config)
@@ -254,7 +254,7 @@ def test_training_publishes_what_changed(sample, tmp_path, caplog, monkeypatch):
     assert [record.getMessage() for record in caplog.records if "drift: " in record.getMessage()] == [
         f"drift: {warning}" for warning in facts["warnings"]
     ]
-    assert all(warning.split(" (")[0].replace("'", "&#x27;") in report for warning in facts["warnings"])
+    assert all(warning.split(" (")[0][1:].replace("'", "&#39;") in report for warning in facts["warnings"])
 
 
 def ordered(rows: Trajectories) -> Trajectories:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.cluster.hierarchy import linkage
+from scipy.cluster.hierarchy import fcluster, linkage
 from sklearn.metrics import adjusted_rand_score
 
-from rb_gpu.learn.hierarchy import build_hierarchy, consolidate, cut, level_counts, prune, ward
+from rb_gpu.learn.hierarchy import build_hierarchy, consolidate, cut, level_counts, prune
+from rb_gpu.learn.linkage import Merges, Ward, join_nearest
 
 CPU = torch.device("cpu")
 
@@ -41,6 +44,31 @@ def test_a_threshold_of_one_merges_nothing():
 
 
 @settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(20, 400), st.floats(0.05, 1.0))
+def test_without_a_matrix_it_is_scipys_complete_linkage(seed, n, spread):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(4, 6))[rng.integers(4, size=n)] + spread * rng.normal(size=(n, 6))
+    x = x.astype(np.float32)
+    tree = linkage(x.astype(np.float64), "complete", metric="cosine")
+    expected = fcluster(tree, np.nextafter(1.0 - 0.9, 0.0), criterion="distance")
+    assert adjusted_rand_score(expected, consolidate(x, 0.9, CPU)) == pytest.approx(1.0)
+    with patch("rb_gpu.learn.hierarchy.WHOLE", 0), patch("rb_gpu.learn.devices.TILE_SCORES", {"cpu": 256}):
+        assert adjusted_rand_score(expected, consolidate(x, 0.9, CPU)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("whole", [0, 3000])
+def test_equal_leaves_merge_into_one(whole):
+    x = np.repeat(np.eye(3, dtype=np.float32), [5, 1, 4], axis=0)
+    with patch("rb_gpu.learn.hierarchy.WHOLE", whole):
+        label = consolidate(x, 0.95, CPU)
+    assert label.tolist() == [0] * 5 + [1] + [2] * 4
+
+
+def ward(x: np.ndarray, weight: np.ndarray) -> Merges:
+    return join_nearest(Ward(x, weight, CPU), len(x))
+
+
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(3, 25))
 def test_levels_are_wards_with_weights(seed, n):
     rng = np.random.default_rng(seed)
@@ -51,17 +79,49 @@ def test_levels_are_wards_with_weights(seed, n):
         assert adjusted_rand_score(expected, cut(merges, n, count)) == pytest.approx(1.0)
 
 
-def test_with_equal_weights_it_is_scipys_ward():
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(3, 60), st.integers(1, 30))
+def test_a_weight_is_so_many_equal_points_to_scipys_ward(seed, n, most):
+    rng = np.random.default_rng(seed)
+    x, weight = rng.normal(size=(n, 5)), rng.integers(1, most + 1, n)
+    tree = linkage(np.repeat(x, weight, axis=0), "ward")
+    merges = ward(x, weight.astype(np.float64))
+    np.testing.assert_allclose(np.sqrt(2 * merges.height), np.sort(tree[:, 2])[weight.sum() - n :], rtol=1e-8)
+    owner = np.repeat(np.arange(n), weight)
+    for count in {1, 2, max(1, n // 3), n - 1}:
+        theirs = fcluster(tree, count, criterion="maxclust")
+        assert adjusted_rand_score(theirs, cut(merges, n, count)[owner]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("shape", ["chain", "hubs", "equal"])
+def test_shapes_in_which_few_pairs_join_at_once_end_too(shape):
+    n, rng = 200, np.random.default_rng(0)
+    x, weight = rng.normal(size=(n, 3)), np.ones(n)
+    if shape == "chain":
+        x = np.stack([1.1 ** np.arange(n), np.zeros(n), np.zeros(n)], axis=1)
+    elif shape == "hubs":  # the lightest is the nearest of all
+        weight = 2.0 ** -np.arange(n)
+    else:
+        x = np.ones((n, 3))
+    merges = ward(x, weight)
+    assert len(merges.height) == n - 1 and len(np.unique(cut(merges, n, 7))) == 7
+    if shape == "chain":
+        assert np.bincount(cut(merges, n, 2)).min() < n // 2
+        expected = oracles.ward(x[:40].tolist(), weight[:40].tolist(), 5)
+        assert adjusted_rand_score(expected, cut(ward(x[:40], weight[:40]), 40, 5)) == pytest.approx(1.0)
+
+
+def test_points_far_from_the_origin_keep_their_distances():
     x = np.random.default_rng(0).normal(size=(60, 5))
-    heights = np.sqrt(2 * ward(x, np.ones(60)).height)
-    np.testing.assert_allclose(heights, np.sort(linkage(x, "ward")[:, 2]), rtol=1e-8)
+    far = np.sort(np.sqrt(2 * ward(x + 1e7, np.ones(60)).height))
+    np.testing.assert_allclose(far, np.sort(linkage(x, "ward")[:, 2]), rtol=1e-6)
 
 
 def test_every_node_has_a_parent_one_level_above_and_levels_nest():
     x = np.random.default_rng(1).normal(size=(50, 6)).astype(np.float32)
     counts = level_counts(50, "auto")
     assert counts == sorted(counts, reverse=True)
-    parents = build_hierarchy(x, np.ones(50), counts)
+    parents = build_hierarchy(x, np.ones(50), counts, CPU)
     assert [len(p) for p in parents] == [50, *counts[:-1]]
     for parent, count in zip(parents, counts, strict=True):
         assert set(parent) == set(range(count))
@@ -70,7 +130,7 @@ def test_every_node_has_a_parent_one_level_above_and_levels_nest():
 @pytest.mark.parametrize("leaves", [1, 2, 3])
 def test_few_leaves_have_levels_too(leaves):
     x = np.random.default_rng(0).normal(size=(leaves, 3)).astype(np.float32)
-    parents = build_hierarchy(x, np.ones(leaves), level_counts(leaves, "auto"))
+    parents = build_hierarchy(x, np.ones(leaves), level_counts(leaves, "auto"), CPU)
     assert len(parents) == 3
     assert level_counts(leaves, [32, 8, 2]) == [leaves, leaves, min(leaves, 2)]
 

@@ -29,9 +29,10 @@ from rb_gpu.learn.config import (
     TrainConfig,
 )
 from rb_gpu.learn.lessons import last_steps
-from rb_gpu.learn.pipeline import learn, train
+from rb_gpu.learn.pipeline import learn
 from rb_gpu.learn.router import Lessons, RouterTraining, platt, train_router
 from rb_gpu.learn.router_net import FACTORS, FastGRNNCell, RouterNet, Thresholding
+from rb_gpu.learn.training import train
 from rb_gpu.learn.trajectories import load, split_by_time
 from rb_gpu.params import ConfigTable, SearchParams
 from rb_gpu.router import FastGRNNRouter, RouterDecision, blend, blend_share, forward_with_reasoning

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from rb_gpu.bank_data import ARRAYS, BankData, LookupSettings
 from rb_gpu.evidence import Evidence
@@ -30,14 +31,17 @@ Floats = npt.NDArray[np.float64]
 MAJORITY = 0.5
 # of beating the default: choices that were shown to pay as a whole take the likelier side, others must be sure each
 PROVEN, UNPROVEN = 0.5, 0.8
+# nearest patterns that vote and the slope of their weights, where they are not tuned
+USUAL_TOP_K, USUAL_BETA = 5, 16.0
 
 
 @dataclass(frozen=True)
 class Leaves:
     """The leaves: label_Q (Q,) of each training query, -1 where it was pruned; sums_PD and mass_P, the weighted sum of
     each leaf's embeddings and its weight, from which the centroids of every level come; evidence; parents per level;
-    what foretells a query beyond its leaf, where there is such a thing, whether its choices were shown to pay, and for
-    a floor what it says of queries that it has not seen.
+    what foretells a query beyond its leaf, where there is such a thing, what it says of each row without having seen
+    its query (N, O), whether its choices were shown to pay, and for a floor what it says of queries that it has not
+    seen.
     """
 
     label_Q: Rows
@@ -46,6 +50,7 @@ class Leaves:
     evidence: Evidence
     parents: list[Rows]
     field: Field | None = None
+    foretold_NO: Tensor | None = None
     pays: bool = False
     unseen: Unseen | None = None
 
@@ -65,7 +70,7 @@ def assemble(
     verdicts: VerdictColumns,
     floor: float,
 ) -> BankData:
-    """The bank's arrays and settings; its facts are left to the caller."""
+    """The bank's arrays and settings; its facts are left to the caller. Where top_k or beta is auto: the usual one."""
     configs = trajectories.configs
     score, probability, gain = verdict_matrices(verdicts, beliefs, configs, config.judge.method)
     confidence_P = best_probability(probability[:-1], configs.default)
@@ -101,8 +106,8 @@ def assemble(
         grade=grade(trajectories.propensity is not None, leaves.evidence.paired),
         objective=objective,
         lookup=LookupSettings(
-            top_k=config.lookup.top_k,
-            beta=config.lookup.beta,
+            top_k=USUAL_TOP_K if is_auto(config.lookup.top_k) else int(config.lookup.top_k),
+            beta=USUAL_BETA if is_auto(config.lookup.beta) else float(config.lookup.beta),
             floor=floor,
             min_probability=leaves.least_probability(config.judge) if eb else MAJORITY,
             likeliest=eb and objective.kind == "floor",

@@ -14,39 +14,12 @@ from typing import Any
 from rb_gpu.errors import ConfigError
 from rb_gpu.index_file import MAX_BREADTH
 from rb_gpu.learn.checks import check, check_choice, check_count, check_nonnegative, check_share, is_auto
+from rb_gpu.learn.data_config import DataConfig as DataConfig
 from rb_gpu.learn.router_config import RouterConfig as RouterConfig
 from rb_gpu.learn.version_config import GateConfig, RegistryConfig, RetrainConfig
 from rb_gpu.params import PARAMETERS, SearchParams
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent.parent / "sample"
-
-
-@dataclass
-class DataConfig:
-    """Where trajectories come from. path, queries: file, directory, glob, or a list of them. features: names of numeric
-    columns of a query that the router sees beside its embedding.
-    """
-
-    path: Any = None
-    queries: Any = None
-    features: Any = field(default_factory=list)
-    embedder: str = "unknown"
-    max_bad_fraction: float = 0.01
-    capacity: int | None = None
-
-    def __post_init__(self) -> None:
-        check_share("data.max_bad_fraction", self.max_bad_fraction)
-        if self.capacity is not None:
-            check_count("data.capacity", self.capacity)
-        for key, value in (("data.path", self.path), ("data.queries", self.queries)):
-            listed = value if isinstance(value, (list, tuple)) else [value]
-            ok = value is None or (len(listed) > 0 and all(isinstance(v, str) and v for v in listed))
-            check(key, value, ok, "a path or a list of paths", f"give {key}=FILE, DIR, GLOB or [A,B]")
-        names = self.features
-        ok = isinstance(names, (list, tuple)) and all(isinstance(name, str) and name for name in names)
-        check(
-            "data.features", names, ok and len(set(names)) == len(names), "a list of distinct columns", "name each once"
-        )
 
 
 @dataclass
@@ -207,9 +180,10 @@ class PruneConfig:
 
 @dataclass
 class IndexConfig:
-    """The Faiss pattern index. nprobe, ef_search, m, ef_construction are Faiss's own; nlist auto is sqrt(patterns).
+    """The Faiss pattern index; ivf is trained on GPUs where the job runs on one, and cagra needs one.
 
-    nprobe and ef_search auto are the least that find `recall` of the nearest patterns of the training queries.
+    nprobe, ef_search, m, ef_construction are Faiss's own; nlist auto is sqrt(patterns). nprobe and ef_search
+    auto are the least that find `recall` of the nearest patterns of the training queries.
     """
 
     kind: str = "hnsw"
@@ -221,7 +195,7 @@ class IndexConfig:
     recall: float = 0.995
 
     def __post_init__(self) -> None:
-        check_choice("index.kind", self.kind, ("off", "flat", "ivf", "hnsw"))
+        check_choice("index.kind", self.kind, ("off", "flat", "ivf", "hnsw", "cagra"))
         for key in ("nlist", "nprobe", "ef_search"):
             value = getattr(self, key)
             ok = is_auto(value) or (isinstance(value, int) and 1 <= value <= MAX_BREADTH)
@@ -233,15 +207,19 @@ class IndexConfig:
 
 @dataclass
 class LookupConfig:
-    """How a query's answer is put together from its nearest patterns. floor: least cosine, auto from the data."""
+    """How a query's answer is put together from its nearest patterns. top_k, beta: auto by cross-validated value.
+    floor: least cosine, auto from the data.
+    """
 
-    top_k: int = 5
-    beta: float = 16.0
+    top_k: int | str = "auto"
+    beta: float | str = "auto"
     floor: float | str = "auto"
 
     def __post_init__(self) -> None:
-        check_count("lookup.top_k", self.top_k)
-        check_nonnegative("lookup.beta", self.beta)
+        k_ok = is_auto(self.top_k) or (isinstance(self.top_k, int) and self.top_k >= 1)
+        check("lookup.top_k", self.top_k, k_ok, "auto or an integer >= 1", "set lookup.top_k=auto")
+        beta_ok = is_auto(self.beta) or (not isinstance(self.beta, str) and 0 <= self.beta < math.inf)
+        check("lookup.beta", self.beta, beta_ok, "auto or a finite number >= 0", "set lookup.beta=auto")
         ok = is_auto(self.floor) or (not isinstance(self.floor, str) and -1 <= self.floor <= 1)
         check("lookup.floor", self.floor, ok, "auto or a cosine in [-1, 1]", "set lookup.floor=auto")
 
@@ -303,7 +281,7 @@ class DeviceConfig:
 
 @dataclass
 class TrainConfig:
-    """Everything that `jobs.train` reads."""
+    """Everything that `jobs.train` reads. dry_run: says what the job would do, and writes nothing."""
 
     data: DataConfig = field(default_factory=DataConfig)
     params: ParamsConfig = field(default_factory=ParamsConfig)
@@ -321,6 +299,7 @@ class TrainConfig:
     device: DeviceConfig = field(default_factory=DeviceConfig)
     train: RetrainConfig = field(default_factory=RetrainConfig)
     seed: int = 0
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         check_count("seed", self.seed, 0)

@@ -92,13 +92,12 @@ def measure_drift(
 
     Both tables name the same configs. Time and memory are linear in the queries.
     """
-    rng = np.random.default_rng(seed)
-    some_old, some_new = _sample(len(training.query_id), rng), _sample(len(newest.query_id), rng)
+    rng, some_old, some_new = _sampled(training, newest, seed)
     old, new = training.select_queries(some_old), newest.select_queries(some_new)
+    embeddings = compare_embeddings(old.x_QD, new.x_QD, rng)
     leaf_old, leaf_new = leaves_of(training.x_QD, label_Q, np.flatnonzero(some_old), new.x_QD)
     patterns = int(label_Q.max()) + 1
     shares = compare_shares(np.bincount(leaf_old, minlength=patterns), np.bincount(leaf_new, minlength=patterns), rng)
-    embeddings = compare_embeddings(old.x_QD, new.x_QD, rng)
     names = [training.configs.describe(config) for config in range(len(training.configs))]
     outcomes = compare_outcomes(_utilities(old, objective, leaf_old), _utilities(new, objective, leaf_new), names)
     return Drift(
@@ -109,6 +108,20 @@ def measure_drift(
         outcomes=outcomes,
         warnings=_warnings(shares, embeddings, outcomes),
     )
+
+
+def measure_embeddings(training: Trajectories, newest: Trajectories, seed: int) -> EmbeddingDrift:
+    """What `measure_drift` says of the embeddings alone: it does not depend on patterns or on the objective."""
+    rng, some_old, some_new = _sampled(training, newest, seed)
+    return compare_embeddings(training.x_QD[some_old], newest.x_QD[some_new], rng)
+
+
+def _sampled(
+    training: Trajectories, newest: Trajectories, seed: int
+) -> tuple[np.random.Generator, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """The queries of each side that are compared, and the generator as it stands after they were drawn."""
+    rng = np.random.default_rng(seed)
+    return rng, _sample(len(training.query_id), rng), _sample(len(newest.query_id), rng)
 
 
 def _sample(queries: int, rng: np.random.Generator) -> npt.NDArray[np.bool_]:

@@ -1,11 +1,10 @@
 """Consolidation, the levels above the leaves, and pruning.
 
-Suffixes: P leaves, D dims, M merged leaves.
+Suffixes: P leaves, D dims, T leaves of a tile.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -17,9 +16,16 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import squareform
 
 from rb_gpu.learn.devices import tiles
+from rb_gpu.learn.linkage import Complete, Merges, Ward, join_nearest
 
 Rows = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float32]
+
+# more than rounding can take from or add to a cosine in float32, at up to 4,096 dims
+FLOAT32_SLACK = 1e-4
+# leaves of a part whose distances are held at once: 72 MB
+WHOLE = 3000
 
 
 def unit_rows(x_PD: Matrix) -> Matrix:
@@ -32,36 +38,49 @@ def consolidate(centroids_PD: Matrix, threshold: float, device: torch.device) ->
     """The merged leaf of each leaf (P,), numbered by first member: complete linkage on cosine, cut at `threshold`.
 
     Every pair inside a merged leaf has cosine > threshold, so that no chain forms. Complete linkage never joins two
-    leaves that no chain of close pairs connects, so each connected part is linked by itself and no P x P matrix is held
-    unless all leaves hang together. A threshold of 1 merges none.
+    leaves that no chain of close pairs connects, so each connected part is linked by itself, and no P x P matrix is
+    held even where all leaves hang together. A threshold of 1 merges none.
     """
+    label_P = np.arange(len(centroids_PD))
     if threshold >= 1:
-        return np.arange(len(centroids_PD))
-    unit = torch.from_numpy(unit_rows(centroids_PD)).to(device)
-    firsts, seconds = [], []
-    for tile in tiles(len(unit), len(unit), device):
-        close = torch.nonzero(unit[tile] @ unit.T > threshold)
-        close[:, 0] += tile.start
-        pairs = close[close[:, 0] < close[:, 1]].cpu().numpy()
-        firsts.append(pairs[:, 0])
-        seconds.append(pairs[:, 1])
-    first, second = np.concatenate(firsts), np.concatenate(seconds)
-    n = len(centroids_PD)
-    graph = coo_array((np.ones(len(first)), (first, second)), shape=(n, n))
-    _, part = connected_components(graph, directed=False)
-    label = np.full(n, -1, dtype=np.int64)
-    order = np.argsort(part, kind="stable")
-    for members in np.split(order, np.flatnonzero(np.diff(part[order])) + 1):
-        label[members] = members[0]
-        if len(members) > 2:
-            inside = unit[torch.from_numpy(members).to(device)].double().cpu().numpy()
-            distance = np.clip(1.0 - inside @ inside.T, 0.0, 2.0)
-            np.fill_diagonal(distance, 0.0)
-            tree = linkage(squareform(distance, checks=False), method="complete")
-            cut = fcluster(tree, np.nextafter(1.0 - threshold, 0.0), criterion="distance")
-            for group in np.unique(cut):
-                label[members[cut == group]] = members[cut == group].min()
-    return np.unique(label, return_inverse=True)[1].astype(np.int64)
+        return label_P
+    part_P = _parts(torch.from_numpy(unit_rows(centroids_PD)).to(device), threshold)
+    order = np.argsort(part_P, kind="stable")
+    for members in np.split(order, np.flatnonzero(np.diff(part_P[order])) + 1):
+        if len(members) > 1:
+            unit = centroids_PD[members].astype(np.float64)
+            unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+            label_P[members] = members[_linked(unit, threshold, device)]
+    return np.unique(label_P, return_inverse=True)[1].astype(np.int64)
+
+
+def _parts(unit_PD: torch.Tensor, threshold: float) -> Rows:
+    """(P,) the part of each leaf: pairs with a cosine over the threshold, or just under it, are in one."""
+    leaves = len(unit_PD)
+    part_P = np.arange(leaves)
+    for tile in tiles(leaves, leaves, unit_PD.device):
+        first, second = torch.nonzero(unit_PD[tile] @ unit_PD.T > threshold - FLOAT32_SLACK).T.cpu().numpy()
+        first, second = part_P[first + tile.start], part_P[second]
+        apart = first != second
+        if apart.any():
+            joins = coo_array((np.ones(apart.sum()), (first[apart], second[apart])), shape=(leaves, leaves))
+            part_P = connected_components(joins, directed=False)[1][part_P]
+    return part_P
+
+
+def _linked(unit_PD: Floats, threshold: float, device: torch.device) -> Rows:
+    """(P,) the first member of each leaf's cluster, of leaves of norm 1 that may all hang together."""
+    if len(unit_PD) > WHOLE:
+        clusters = Complete(torch.from_numpy(unit_PD).to(device), threshold)
+        join_nearest(clusters, len(unit_PD))
+        return clusters.label_P
+    distance = np.clip(1.0 - unit_PD @ unit_PD.T, 0.0, 2.0)
+    np.fill_diagonal(distance, 0.0)
+    tree = linkage(squareform(distance, checks=False), method="complete")
+    _, first, group_P = np.unique(
+        fcluster(tree, np.nextafter(1.0 - threshold, 0.0), criterion="distance"), return_index=True, return_inverse=True
+    )
+    return first[group_P]
 
 
 def level_counts(leaves: int, counts: object) -> list[int]:
@@ -74,63 +93,22 @@ def level_counts(leaves: int, counts: object) -> list[int]:
     return out
 
 
-def build_hierarchy(centroids_PD: Matrix, support_P: npt.NDArray[np.float64], counts: list[int]) -> list[Rows]:
+def build_hierarchy(
+    centroids_PD: Matrix, support_P: npt.NDArray[np.float64], counts: list[int], device: torch.device
+) -> list[Rows]:
     """For each level from the leaves up, the row of each node's parent one level above; the last has counts[-1] nodes.
 
-    Ward's linkage (Ward 1963) with leaves weighted by support, cut at the given non-increasing counts.
+    Ward's linkage with leaves weighted by support, cut at the given non-increasing counts.
     """
-    labels = [np.arange(len(centroids_PD))]
-    merges = ward(centroids_PD.astype(np.float64), support_P.astype(np.float64))
-    labels += [cut(merges, len(centroids_PD), count) for count in counts]
+    leaves = len(centroids_PD)
+    ward = Ward(centroids_PD.astype(np.float64), support_P.astype(np.float64), device)
+    merges = join_nearest(ward, leaves)
+    labels = [np.arange(leaves), *(cut(merges, leaves, count) for count in counts)]
     parents = []
     for below, above in pairwise(labels):
         _, first = np.unique(below, return_index=True)
         parents.append(above[first])
     return parents
-
-
-@dataclass(frozen=True)
-class Merges:
-    """A dendrogram: at step i the clusters of leaves left[i] and right[i] join at height[i] (inertia gained)."""
-
-    left: Rows
-    right: Rows
-    height: npt.NDArray[np.float64]
-
-
-def ward(x_PD: npt.NDArray[np.float64], weight_P: npt.NDArray[np.float64]) -> Merges:
-    """Weighted Ward linkage by nearest-neighbour chains (Murtagh 1983): O(P²·D) time, O(P·D) memory.
-
-    Joining a and b costs w_a·w_b / (w_a + w_b)·||c_a − c_b||². Ward's cost is reducible, so that the chain's merges,
-    sorted by height, are those of the greedy algorithm.
-    """
-    n = len(x_PD)
-    centre, weight = x_PD.copy(), np.maximum(weight_P.copy(), np.finfo(np.float64).tiny)
-    norm2 = np.einsum("pd,pd->p", centre, centre)
-    alive = np.ones(n, dtype=bool)
-    left, right = np.empty(max(n - 1, 0), np.int64), np.empty(max(n - 1, 0), np.int64)
-    height = np.empty(max(n - 1, 0))
-    chain: list[int] = []
-    for step in range(n - 1):
-        if not chain:
-            chain.append(int(alive.argmax()))
-        while True:
-            top = chain[-1]
-            d2 = np.maximum(norm2 + norm2[top] - 2.0 * (centre @ centre[top]), 0.0)
-            cost = np.where(alive, weight * weight[top] / (weight + weight[top]) * d2, np.inf)
-            cost[top] = np.inf
-            near = int(cost.argmin())
-            if len(chain) > 1 and cost[chain[-2]] <= cost[near]:
-                near = chain[-2]
-                break
-            chain.append(near)
-        a, b = sorted((chain.pop(), chain.pop()))
-        left[step], right[step], height[step] = a, b, cost[near]
-        total = weight[a] + weight[b]
-        centre[a] = (weight[a] * centre[a] + weight[b] * centre[b]) / total
-        weight[a], norm2[a], alive[b] = total, centre[a] @ centre[a], False
-    order = np.argsort(height, kind="stable")
-    return Merges(left[order], right[order], height[order])
 
 
 def cut(merges: Merges, leaves: int, count: int) -> Rows:

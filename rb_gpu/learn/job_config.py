@@ -52,16 +52,25 @@ class EvaluateConfig:
 
 @dataclass
 class RegistryJobConfig:
-    """What `jobs.registry` reads."""
+    """What `jobs.registry` reads. other: of action=diff, what the version is told apart from, its parent by itself."""
 
     action: str = "list"
     version: str | None = None
+    other: str | None = None
     registry: RegistryConfig = field(default_factory=RegistryConfig)
 
     def __post_init__(self) -> None:
-        check_choice("action", self.action, ("list", "inspect", "promote", "rollback", "verify"))
+        check_choice("action", self.action, ("list", "inspect", "tree", "diff", "promote", "rollback", "verify"))
         needs = self.action == "promote" and self.version is None
         check("version", self.version, not needs, "given", "add version=VERSION; action=list shows them")
+        check("other", self.other, self.other is None or self.action == "diff", "for action=diff", "leave it out")
+
+
+@dataclass
+class SweepReportConfig:
+    """What `jobs.sweep_report` reads. folder: of a sweep, in which each run has one of its own."""
+
+    folder: str = "???"
 
 
 @dataclass
@@ -149,7 +158,7 @@ class SynthesizeConfig:
         check_count("seed", self.seed, 0)
 
 
-SUITES = ("lookup", "cluster", "seed", "growth", "load", "decisions", "router", "roofline", "gpu", "all")
+SUITES = ("lookup", "cluster", "seed", "growth", "load", "decisions", "router", "sweep", "roofline", "gpu", "all")
 LOGS = ("full", "uniform", "skewed", "confounded")
 PEERS = ("faiss", "scikit-learn", "scikit-learn-intelex", "SuperKMeans", "plain torch", "sequential torch")
 
@@ -243,6 +252,7 @@ JOBS: dict[str, type] = {
     "collect": CollectConfig,
     "synthesize": SynthesizeConfig,
     "benchmark": BenchmarkConfig,
+    "sweep_report": SweepReportConfig,
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from rb_gpu.learn.evidence import outcomes
 from rb_gpu.learn.field import Fit, Regressions, Rows, fit
 from rb_gpu.learn.floor import Unseen
 from rb_gpu.learn.kmeans import kmeans
+from rb_gpu.learn.progress import step
 from rb_gpu.learn.proof import pays as pays_unseen
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.objective import Objective
@@ -38,12 +39,23 @@ NUGGET = 1e-3
 
 
 @dataclass(frozen=True)
+class Trial:
+    """What tells whether choices pay: the fits by outcome without the regressions behind them, their rows, and the
+    rows' outcomes (N, O).
+    """
+
+    fits: dict[int, Fit]
+    rows: Rows
+    y_NO: Tensor
+
+
+@dataclass(frozen=True)
 class Foretold:
     """What `foretell` found; fields that rb_gpu.field.Field has mean the same here.
 
-    pays: whether its choices for unseen queries beat the default (rb_gpu.learn.proof). unseen_NO: (N, O) float64, what
-    the field says of each row without having seen its query; 0 for outcomes that it does not foretell.
-    unseen: of a floor, what it says of the quality of queries.
+    unseen_NO: (N, O) float64, what the field says of each row without having seen its query; 0 for outcomes that it
+    does not foretell. unseen: of a floor, what it says of the quality of queries. trial: what a test of its choices
+    reads.
     """
 
     landmarks_MD: npt.NDArray[np.float32]
@@ -54,25 +66,43 @@ class Foretold:
     mean_UCO: npt.NDArray[np.float64]
     gain_variance_UCO: npt.NDArray[np.float64]
     quality_variance_UC: npt.NDArray[np.float64]
-    pays: bool
     unseen_NO: Tensor
     unseen: Unseen | None
+    trial: Trial
+
+    def pays(self, objective: Objective, default: int, seed: int) -> bool:
+        """Whether its choices for unseen queries beat the default (rb_gpu.learn.proof); a floor is not tested."""
+        return objective.kind != "utility" or pays_unseen(
+            self.trial.fits, self.trial.rows, self.trial.y_NO, objective, default, seed
+        )
 
     def field(self, evidence: Evidence, left: Evidence) -> Field:
-        """The field with the leaves' moments of what it left unexplained.
-
-        left: those moments under weights that a few rows do not decide; the sizes stay those of `evidence`. As such
-        weights lean, a config's mean over all leaves is taken off: the levels are right by importance already.
-        """
-        overall = left.regroup(np.zeros(len(left.rows), dtype=np.int64), 1).mean
-        scale = (evidence.w / np.maximum(left.w, 1e-300))[..., None, None]
-        pair_scale = (evidence.pair_w / np.maximum(left.pair_w, 1e-300))[..., None, None]
+        """The field with the leaves' moments of what it left unexplained, as `with_residuals` takes them."""
         low, high, gain_low, gain_high = self.bounds
-        return Field(
+        bare = Field(
             self.landmarks_MD, self.coef_FCO, self.base_CO, self.level_variance_CO, low, high, gain_low, gain_high,
-            self.mean_UCO, self.gain_variance_UCO, self.quality_variance_UC, left.mean - overall,
-            left.comoment * scale, left.pair_mean, left.pair_comoment * pair_scale,
+            self.mean_UCO, self.gain_variance_UCO, self.quality_variance_UC,
+            left.mean, left.comoment, left.pair_mean, left.pair_comoment,
         )  # fmt: skip
+        return with_residuals(bare, evidence, left)
+
+
+def with_residuals(field: Field, evidence: Evidence, left: Evidence) -> Field:
+    """The field with these moments of what it left unexplained.
+
+    left: the moments under weights that a few rows do not decide; the sizes stay those of `evidence`. As such weights
+    lean, a config's mean over all leaves is taken off: the levels are right by importance already.
+    """
+    overall = left.regroup(np.zeros(len(left.rows), dtype=np.int64), 1).mean
+    scale = (evidence.w / np.maximum(left.w, 1e-300))[..., None, None]
+    pair_scale = (evidence.pair_w / np.maximum(left.pair_w, 1e-300))[..., None, None]
+    return replace(
+        field,
+        residual_mean=left.mean - overall,
+        residual_comoment=left.comoment * scale,
+        residual_pair_mean=left.pair_mean,
+        residual_pair_comoment=left.pair_comoment * pair_scale,
+    )
 
 
 def foretell(
@@ -83,12 +113,11 @@ def foretell(
     objective: Objective,
     seed: int,
     device: torch.device,
-    pays: bool | None,
 ) -> Foretold | None:
     """Fits the outcomes that the objective weighs. None where there are too few queries for landmarks.
 
-    weight_N: (N,) of evidence, decay over propensity. label_Q: (Q,) leaf of each query, negative ones are left out.
-    pays: what the test found of these rows before; None to run it.
+    weight_N: (N,) of evidence, decay over propensity. label_Q: (Q,) leaf of each query, negative ones are left out. Of
+    the objective only its kind and its quality are read.
     """
     queries, configs = len(unit_QD), len(trajectories.configs)
     generator = torch.Generator().manual_seed(seed)
@@ -109,13 +138,6 @@ def foretell(
     regressions = Regressions(features, rows)
     fits = {OUTCOMES.index(name): fit(regressions, y_NO[in_fit_N, OUTCOMES.index(name)]) for name in names}
     default = trajectories.configs.default
-    if pays is None:
-        pays = objective.kind != "utility" or pays_unseen(fits, rows, y_NO[in_fit_N], objective, default, seed)
-    if not pays:
-        log.warning(
-            "no choice of configs is sure to pay on unseen queries: the default stands everywhere (%s)",
-            trajectories.configs.describe(default),
-        )
     unseen = None
     if objective.kind == "floor":
         quality_QC = fits[OUTCOMES.index(objective.quality)].unseen_QC.cpu().numpy()
@@ -139,6 +161,7 @@ def foretell(
     reach = [torch.full((configs, len(OUTCOMES)), bound, dtype=torch.float64, device=device)
              for bound in (torch.inf, -torch.inf, torch.inf, -torch.inf)]  # fmt: skip
     for tile in tiles(queries, 4 * landmarks * len(SLOPES), device):
+        step("field", min(tile.stop, queries), queries, "queries")
         part = _features(unit_QD[tile], landmarks_MD, factors, device)
         slot = torch.where(label[tile] < 0, leaves, label[tile])
         mass_U.index_add_(0, slot, torch.ones_like(slot, dtype=torch.float64))
@@ -176,9 +199,9 @@ def foretell(
         mean_UCO.cpu().numpy(),
         gain_variance_UCO.cpu().numpy(),
         quality_variance_UC.cpu().numpy(),
-        pays,
         unseen_NO,
         unseen,
+        Trial({o: replace(one, coefs=[], ridges={}) for o, one in fits.items()}, rows, y_NO[in_fit_N]),
     )
 
 

@@ -5,12 +5,15 @@ Suffixes: Q queries, N rows, P leaves, D dims.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from rb_gpu.field import Field
 from rb_gpu.learn.assemble import Leaves
 from rb_gpu.learn.config import TrainConfig
 from rb_gpu.learn.devices import one_thread
@@ -18,57 +21,80 @@ from rb_gpu.learn.distances import label_sums, normalise_, normed
 from rb_gpu.learn.evidence import gather_evidence
 from rb_gpu.learn.floor import spend
 from rb_gpu.learn.hierarchy import build_hierarchy, level_counts
-from rb_gpu.learn.landmarks import foretell, tempered
+from rb_gpu.learn.landmarks import Foretold, foretell, tempered
+from rb_gpu.learn.stages import Stages, digest
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.objective import Objective
 from rb_gpu.posterior import Beliefs, believe
 
-
-def gather_leaves(
-    x_QD: torch.Tensor,
-    weight_Q: torch.Tensor,
-    label_Q: npt.NDArray[np.int64],
-    trajectories: Trajectories,
-    weight_N: torch.Tensor,
-    config: TrainConfig,
-    device: torch.device,
-) -> Leaves:
-    """Leaves by the labels (Q,) of their queries: sums, evidence and the levels above."""
-    labels, patterns = torch.from_numpy(label_Q).to(device), int(label_Q.max()) + 1
-    sums, mass = label_sums(x_QD, weight_Q.to(device), labels, patterns)
-    sums_PD, mass_P = sums.cpu().numpy(), mass.cpu().numpy()
-    evidence = gather_evidence(trajectories, labels, patterns, weight_N, device)
-    means_PD = sums_PD / np.maximum(mass_P, 1e-300)[:, None]
-    counts = level_counts(patterns, config.hierarchy.counts)
-    parents = build_hierarchy(means_PD, mass_P, counts)
-    return Leaves(label_Q, sums_PD, mass_P, evidence, parents)
+log = logging.getLogger(__name__)
 
 
-def foretold(
-    x_QD: torch.Tensor,
-    leaves: Leaves,
-    trajectories: Trajectories,
-    weight_N: torch.Tensor,
-    objective: Objective,
-    config: TrainConfig,
-    device: torch.device,
-    pays: bool | None = None,
-) -> Leaves:
-    """The leaves with the field, where it says more than they do; only eb, for a utility or a floor, can use one.
-
-    pays: whether its choices were shown to pay by a test that these rows have had already; None to test.
+@dataclass(frozen=True)
+class LeafMaking:
+    """What leaves are made from besides their labels: the queries (Q, D) and their weights (Q,), the rows' weights (N,)
+    float64; where fields are kept, and what tells them apart: a digest of the rows and of how they were weighted.
     """
-    if config.judge.method != "eb" or objective.kind == "bound":
-        return leaves
-    unit_QD = x_QD if normed(x_QD) else normalise_(x_QD.clone())
-    with one_thread():
-        found = foretell(unit_QD, leaves.label_Q, trajectories, weight_N, objective, config.seed, device, pays)
-    if found is None:
-        return leaves
-    labels = torch.from_numpy(leaves.label_Q).to(device)
-    even_N = tempered(weight_N, trajectories)
-    left = gather_evidence(trajectories, labels, len(leaves.mass_P), even_N, device, found.unseen_NO)
-    return replace(leaves, field=found.field(leaves.evidence, left), pays=found.pays, unseen=found.unseen)
+
+    x_QD: torch.Tensor
+    weight_Q: torch.Tensor
+    weight_N: torch.Tensor
+    config: TrainConfig
+    device: torch.device
+    stages: Stages
+    read: Any
+
+    def gathered(self, label_Q: npt.NDArray[np.int64], trajectories: Trajectories) -> Leaves:
+        """Leaves by the labels (Q,) of their queries: sums, evidence and the levels above."""
+
+        def make() -> Leaves:
+            labels, patterns = torch.from_numpy(label_Q).to(self.device), int(label_Q.max()) + 1
+            sums, mass = label_sums(self.x_QD, self.weight_Q.to(self.device), labels, patterns)
+            sums_PD, mass_P = sums.cpu().numpy(), mass.cpu().numpy()
+            evidence = gather_evidence(trajectories, labels, patterns, self.weight_N, self.device)
+            means_PD = sums_PD / np.maximum(mass_P, 1e-300)[:, None]
+            counts = level_counts(patterns, self.config.hierarchy.counts)
+            return Leaves(label_Q, sums_PD, mass_P, evidence, build_hierarchy(means_PD, mass_P, counts, self.device))
+
+        return self.stages.of("evidence", [self.read, digest(label_Q), trajectories.configs.default], make)
+
+    def foretold(
+        self, leaves: Leaves, trajectories: Trajectories, objective: Objective, pays: bool | None = None
+    ) -> Leaves:
+        """The leaves with the field, where it says more than they do; only eb, for a utility or a floor, can use one.
+
+        pays: whether its choices were shown to pay by a test that these rows have had already; None to test.
+        """
+        seed, default = self.config.seed, trajectories.configs.default
+        if self.config.judge.method != "eb" or objective.kind == "bound":
+            return leaves
+        unit_QD = self.x_QD if normed(self.x_QD) else normalise_(self.x_QD.clone())
+
+        def fit() -> tuple[Foretold, Field] | None:
+            found = foretell(unit_QD, leaves.label_Q, trajectories, self.weight_N, objective, seed, self.device)
+            if found is None:
+                return None
+            labels = torch.from_numpy(leaves.label_Q).to(self.device)
+            even_N = tempered(self.weight_N, trajectories)
+            left = gather_evidence(
+                trajectories, labels, len(leaves.mass_P), even_N, self.device, found.unseen_NO
+            )  # fmt: skip
+            return found, found.field(leaves.evidence, left)
+
+        read = [self.read, digest(leaves.label_Q), default, objective.kind, objective.quality, seed]
+        with one_thread():
+            told = self.stages.of("field", read, fit)
+            if told is None:
+                return leaves
+            found, field = told
+            if pays is None:
+                pays = found.pays(objective, default, seed)
+        if not pays:
+            log.warning(
+                "no choice of configs is sure to pay on unseen queries: the default stands everywhere (%s)",
+                trajectories.configs.describe(default),
+            )
+        return replace(leaves, field=field, foretold_NO=found.unseen_NO, pays=pays, unseen=found.unseen)
 
 
 def believed(leaves: Leaves, objective: Objective, default: int, config: TrainConfig) -> Beliefs:

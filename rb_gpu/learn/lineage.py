@@ -18,6 +18,7 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 from rb_gpu.bank_data import BankData
 from rb_gpu.learn.config import TrainConfig
+from rb_gpu.learn.devices import resolve_device
 from rb_gpu.learn.hierarchy import build_hierarchy, unit_rows
 from rb_gpu.learn.kmeans import nearest
 from rb_gpu.learn.trajectories import Trajectories
@@ -101,7 +102,7 @@ def warm_start(
         k = min(k, len(leaves_PD))
     if len(leaves_PD) > k:
         support_P = np.maximum(parent.arrays["support"][: parent.leaves], 1).astype(np.float64)
-        group_P = build_hierarchy(leaves_PD, support_P, [k])[0]
+        group_P = build_hierarchy(leaves_PD, support_P, [k], resolve_device(config.device.kind))[0]
         sums_KD = np.zeros((k, leaves_PD.shape[1]))
         np.add.at(sums_KD, group_P, support_P[:, None] * leaves_PD)
         leaves_PD = (sums_KD / np.bincount(group_P, support_P)[:, None]).astype(np.float32)

@@ -18,6 +18,7 @@ from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.blocks import block_threads, row_hashes
 from rb_gpu.learn.checkpoint import Checkpoint, fingerprint
 from rb_gpu.learn.distances import approach, normalise_
+from rb_gpu.learn.progress import step
 from rb_gpu.learn.repair import exchange
 from rb_gpu.learn.seeding import seed_plus_plus
 from rb_gpu.learn.shard import Shard
@@ -129,6 +130,7 @@ class Solver:
             # all that the host must know, at once: each time it asks, a GPU runs dry
             told = torch.stack([squared_shift, changes.any().double(), empties_K.sum().double()]).tolist()
             shift, changed, empty = told[0] ** 0.5, told[1], int(told[2])
+            step("Lloyd", n_iter, self.max_iter, "updates")
             if shift <= self.least_shift or self.shard.ranks.largest(changed) == 0:
                 break
             if self.checkpoint is not None and n_iter % self.checkpoint.every == 0:

@@ -225,11 +225,12 @@ def _weighted_quantiles(values: Floats, weight: Floats, levels: tuple[float, ...
 
 def value_bank(
     bank: ReasoningBank, held_out: Trajectories, single: int, config: EvalConfig, seed: int,
-    champion: ReasoningBank | None = None, others: dict[str, Choice] | None = None,
+    champion: ReasoningBank | None = None, others: dict[str, Choice] | None = None, brief: bool = False,
 ) -> Evaluation:  # fmt: skip
     """The policy table of a bank, and of the champion and other choices where given, on held-out trajectories.
 
     Each bank's configs are looked up among the table's; one that the table lacks is -1, and such a policy has no value.
+    brief: without trade-offs and calibration.
     """
     rows = held_out_outcomes(held_out, bank.data.objective)
     queries = len(held_out.query_id)
@@ -246,18 +247,16 @@ def value_bank(
         policies["oracle"] = hindsight
     leaf_Q, cosine_Q = nearest_leaves(bank, held_out.x_QD)
     evaluation = evaluate(rows, policies, config.bootstrap, seed, leaf_Q)
+    evaluation = replace(evaluation, coverage=float((cosine_Q >= bank.data.lookup.floor).mean()))
+    if brief:
+        return evaluation
     valuation = Valuation(rows, policies.values())
     refused = any(valuation.refusal(policies[name]) for name in ("bank", "default"))
     calibration = None
     if not refused and bank.data.method == "eb" and bank.data.objective.kind == "utility":
         picked = (policies["bank"], policies["default"], leaf_Q)
         calibration = measure_calibration(valuation, *picked, _promise(bank, held_out.x_QD), seed)
-    return replace(
-        evaluation,
-        coverage=float((cosine_Q >= bank.data.lookup.floor).mean()),
-        tradeoffs=measure_tradeoffs(bank, held_out, valuation),
-        calibration=calibration,
-    )
+    return replace(evaluation, tradeoffs=measure_tradeoffs(bank, held_out, valuation), calibration=calibration)
 
 
 def _promise(bank: ReasoningBank, x_QD: npt.NDArray[np.float32]) -> Promise:

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn.config import RouterConfig
+from rb_gpu.learn.progress import step
 from rb_gpu.learn.router_net import RouterNet, Thresholding
 from rb_gpu.params import ConfigTable
 from rb_gpu.router import FastGRNNRouter
@@ -157,6 +158,7 @@ def train_router(
             )
         train_loss.append(losses[0])
         valid_loss.append(losses[1])
+        step("router", epoch + 1, thin.epochs, "epochs")
         if epoch % PROGRESS_EPOCHS == 0:
             log.info("router: epoch %d of at most %d, loss %.4f, kept back %.4f", epoch, thin.epochs, *losses)
         if thin.settled(epoch) and losses[1] <= least:

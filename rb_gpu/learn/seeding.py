@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
+from rb_gpu.learn.progress import step
 from rb_gpu.learn.shard import Shard
 
 # largest integer weight of one point in the D^2 draw: sums of 2^22 of them stay exact in int64
@@ -45,6 +46,7 @@ def seed_plus_plus(
         first = len(seeds_KD)
         seeds_KD = torch.cat([seeds_KD, candidates_MD[accepted]])
         points.lower(seeds_KD, first)
+        step("k-means++", len(seeds_KD), k, "seeds")
     return seeds_KD
 
 

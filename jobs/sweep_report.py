@@ -1,0 +1,59 @@
+"""The table of a sweep, from the folders of its runs.
+
+python -m jobs.sweep_report folder=outputs/train-sweep/2026-11-28_03-00-00_000000
+python -m jobs.sweep_report folder=night1
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rb_gpu.learn.job_config import SweepReportConfig
+from rb_gpu.learn.report.sweep import render_sweep
+from rb_gpu.learn.sweep import Member, read_members, told_apart, verdict
+
+from .common import job
+from .tables import number, render
+
+TABLE_FILE, PAGE_FILE = "sweep.txt", "sweep.html"
+
+
+def run(config: SweepReportConfig) -> int:
+    """Prints the table and keeps it in the folder."""
+    folder = Path(config.folder)
+    print(show(folder, read_members(folder)))
+    return 0
+
+
+def show(folder: Path, members: Sequence[Member]) -> str:
+    """The table, and which run is best, with where it and a page that draws it were written."""
+    failed = [f"run {one.folder} failed: {one.error}" for one in members if one.error is not None]
+    said = "\n\n".join([_table(members), *failed, verdict(members)])
+    (folder / TABLE_FILE).write_text(f"{said}\n")
+    (folder / PAGE_FILE).write_text(render_sweep(folder.resolve().name, members))
+    return f"{said}\n\n{folder / TABLE_FILE} and {PAGE_FILE}"
+
+
+def _table(members: Sequence[Member]) -> str:
+    head = ("run, settings", "gain [95 %]", "utility", "patterns", "verdicts", "gate", "seconds", "peak MiB")
+    settings = told_apart(members)
+    rows = []
+    for one in sorted(members, key=lambda one: -one.gain if math.isfinite(one.gain) else math.inf):
+        name = f"{one.folder:>3}  {settings[one.folder]}"
+        if one.error is not None:
+            rows.append((name, "failed", *[""] * (len(head) - 2)))
+            continue
+        gain = f"{one.gain:+.4f} [{one.gain_low:+.4f}, {one.gain_high:+.4f}]" if math.isfinite(one.gain) else "unknown"
+        gate = "promotes" if one.promote else "refuses"
+        rows.append((name, gain, number(one.utility, ".4f"), f"{one.patterns:,}", f"{one.verdicts:,}",
+                     gate, f"{one.seconds:.2f}", f"{one.memory_mb:,.0f}"))  # fmt: skip
+    served = next((one.served for one in members if one.error is None), "default")
+    return f"gain of utility over the {served} on held-out queries\n\n{render(head, rows)}"
+
+
+main = job("sweep_report", __doc__, run)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""A sweep: members of one process share stages, none is published, and the best is offered at the end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+
+from rb_gpu.errors import ConfigError, RbGpuError
+from rb_gpu.learn.config import TrainConfig
+from rb_gpu.learn.progress import Watch
+from rb_gpu.learn.stages import Stages
+from rb_gpu.learn.sweep import Member, best_of, member_of, read_members, write_member
+from rb_gpu.learn.training import measure, train
+
+from .common import EXIT_ERROR, EXIT_REFUSED, run_folder
+from .sweep_report import show
+
+log = logging.getLogger("rb_gpu")
+
+
+class Sweep:
+    """The members that ran in this process."""
+
+    def __init__(self) -> None:
+        self.stages = Stages(sharing=True)
+        self.configs: dict[str, TrainConfig] = {}
+        self.folder: Path | None = None
+
+    def member(self, config: TrainConfig) -> float:
+        """Runs one member and keeps its result. Returns its utility, which a sweeper maximises; NaN where it failed:
+        the others go on.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("a sweep runs in one process; under torchrun start one job for each setting, without -m")
+        folder, settings = run_folder(), list(HydraConfig.get().overrides.task)
+        self.folder, self.configs[folder.name] = folder.parent, config
+        watch, start = Watch(), time.perf_counter()
+        try:
+            found = measure(config, folder / "quarantine.parquet", self.stages, watch)
+            member = member_of(found, folder.name, settings, watch, time.perf_counter() - start)
+        except RbGpuError as error:
+            log.error("%s", error)
+            member = Member(folder.name, settings, error=str(error))
+        except Exception as error:  # a defect must not take the other members with it; its traceback is in their log
+            log.exception("run %s failed", folder.name)
+            member = Member(folder.name, settings, error=f"{type(error).__name__}: {error}")
+        write_member(folder.parent, member)
+        return member.utility
+
+    def finish(self) -> int:
+        """Shows all members and publishes the best as a candidate, which a person may promote."""
+        if self.folder is None:
+            return 0
+        members = read_members(self.folder)
+        print(f"\n{show(self.folder, members)}")
+        best = best_of(members)
+        if best is None:
+            return 0 if any(one.error is None for one in members) else EXIT_ERROR
+        if not best.promote:
+            print(f"not offered: {best.reason}")
+            return EXIT_REFUSED
+        published = train(self.configs[best.folder], stages=self.stages, promote=False)
+        if published is not None:
+            print(f"candidate: {published.folder}\n"
+                  f"serve it: python -m jobs.registry action=promote version={published.folder.name}")  # fmt: skip
+        return 0

@@ -1,0 +1,77 @@
+"""The self-contained report.html of an artifact: what the bank is worth, how sure that is, and its verdicts.
+
+The page needs no network: style and script are in it, and its own security policy lets nothing else run. Everything
+that comes from data is escaped where it enters a template.
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from rb_gpu.bank import ReasoningBank
+from rb_gpu.learn.projection import Projection
+from rb_gpu.learn.report import latency, patterns, run, worth
+from rb_gpu.learn.report.formats import count, date
+from rb_gpu.learn.report.page import script_digest, templates
+
+
+def render_report(
+    bank: ReasoningBank, facts: dict[str, Any], version: str, promoted: bool, projection: Projection
+) -> str:
+    """The page. facts: the manifest's, with evaluation, gate and drift. version: of the artifact it will lie in.
+    promoted: whether it is served from now on; one that the gate lets pass may wait for a person.
+    """
+    environment = templates()
+    registry = shlex.quote(f"registry.path={facts['config']['registry']['path']}")
+    evaluation, counts, data, drift = (facts[name] for name in ("evaluation", "counts", "data", "drift"))
+    context = {
+        "script_digest": script_digest(environment),
+        "version": version,
+        "counted": f"{count(counts['trajectories'])} trajectories",
+        "oldest": date(data["oldest_timestamp"]),
+        "newest": date(data["newest_timestamp"]),
+        "held_out": count(evaluation["queries"]),
+        "promote": f"python -m jobs.registry action=promote version={version} {registry}",
+        "rollback": f"python -m jobs.registry action=rollback {registry}",
+        "answer": worth.answer(bank, facts),
+        "promoted": promoted,
+        "passes": facts["gate"]["promote"],
+        "doubts": worth.doubts(evaluation),
+        "policy_tables": worth.policy_tables(evaluation),
+        "tradeoffs": worth.tradeoff_figure(bank, evaluation["tradeoffs"]),
+        "reliability": worth.reliability_figure(evaluation["calibration"]),
+        "pattern_counts": patterns.pattern_counts(facts),
+        "map": patterns.map_figure(bank, projection),
+        "verdicts": patterns.verdict_table(bank),
+        "tree": patterns.tree(bank),
+        "left_out": patterns.left_out(bank),
+        "latency": latency.latency_figures(bank),
+        "drift": drift,
+        "newest_queries": count(drift["newest_queries"]),
+        "training_queries": count(drift["training_queries"]),
+        "drift_tables": run.drift_tables(drift),
+        "data_tables": run.data_tables(data),
+        "no_bad_rows": not data["bad_rows"],
+        "lineage": facts["lineage"],
+        "lineage_table": None if facts["lineage"] is None else run.lineage_table(facts["lineage"]),
+        "router": run.router_figure(facts["router"]),
+        "device": facts["device"],
+        "packages": ", ".join(f"{name} {installed}" for name, installed in facts["packages"].items()),
+        "timings": run.timing_table(facts),
+        "settings": run.settings_tables(facts["config"]),
+        "found": run.found_table(bank, facts),
+    }
+    context["sections"] = _sections(context)
+    return environment.get_template("page.html").render(context)
+
+
+def _sections(context: dict[str, Any]) -> list[tuple[str, str]]:
+    """Id and name of each section that the page has."""
+    named = {
+        "policies": "Policies", "tradeoffs": "Quality over cost", "calibration": "Confidence", "map": "Map",
+        "verdicts": "Verdicts", "tree": "Hierarchy", "latency": "Latency", "drift": "Drift", "data": "Data",
+        "lineage": "Lineage", "router": "Router", "run": "Time and memory", "settings": "Settings",
+    }  # fmt: skip
+    missing = {"tradeoffs": context["tradeoffs"], "calibration": context["reliability"], "router": context["router"]}
+    return [(key, name) for key, name in named.items() if missing.get(key, True) is not None]

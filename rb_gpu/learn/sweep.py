@@ -1,0 +1,133 @@
+"""What the members of a sweep came to: one small file in each run's folder, and their comparison."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from rb_gpu.errors import DataError
+from rb_gpu.learn.progress import Watch
+from rb_gpu.learn.training import Candidate
+from rb_gpu.publish import without_nan
+
+log = logging.getLogger(__name__)
+
+RESULT_FILE = "result.json"
+NAN = float("nan")
+Z_95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a sweep. folder: its name in the sweep's. error: why it has no value, None where it has one.
+
+    utility: of the bank on held-out queries, low and high its 95 % interval; gain, gain_low, gain_high: over what is
+    served, which is `served` (champion or default). objective: what utility means. promote, reason: what the gate would
+    do. seconds: wall; memory_mb: peak of the process by the end of the run, MiB.
+    """
+
+    folder: str
+    overrides: list[str]
+    error: str | None = None
+    objective: str = ""
+    served: str = ""
+    utility: float = NAN
+    low: float = NAN
+    high: float = NAN
+    gain: float = NAN
+    gain_low: float = NAN
+    gain_high: float = NAN
+    patterns: int = 0
+    verdicts: int = 0
+    promote: bool = False
+    reason: str = ""
+    seconds: float = NAN
+    memory_mb: float = NAN
+
+
+def member_of(candidate: Candidate, folder: str, overrides: list[str], watch: Watch, seconds: float) -> Member:
+    """A run that ended well."""
+    evaluation, counts = candidate.evaluation, candidate.learned.data.facts["counts"]
+    bank, objective = evaluation.value("bank"), candidate.bank.data.objective
+    served = "champion" if "champion" in evaluation.bank_gains else "default"
+    gain = evaluation.bank_gains[served]
+    # references come from sums whose last digits depend on the clustering
+    meant = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(objective).items()}
+    return Member(
+        folder, overrides, None, json.dumps(meant, sort_keys=True), served, bank.utility, bank.low,
+        bank.high, gain.gain, gain.low, gain.high, counts["patterns"], counts["verdicts"], candidate.decision.promote,
+        candidate.decision.reason, round(seconds, 3), max(watch.memory_mb.values(), default=NAN),
+    )  # fmt: skip
+
+
+def write_member(sweep: Path, member: Member) -> None:
+    """Keeps it in its run's folder."""
+    (sweep / member.folder / RESULT_FILE).write_text(json.dumps(without_nan(asdict(member)), indent=1) + "\n")
+
+
+def read_members(sweep: Path) -> list[Member]:
+    """Every run of the sweep that left a result, in the order of their numbers. Raises DataError without any."""
+    found = []
+    for path in sweep.glob(f"*/{RESULT_FILE}"):
+        try:
+            kept = json.loads(path.read_text())
+            known = {f.name for f in fields(Member)}
+            facts: dict[str, Any] = {k: NAN if v is None and k != "error" else v for k, v in kept.items() if k in known}
+            found.append(Member(**facts))
+        except (ValueError, TypeError, AttributeError) as error:
+            log.warning("%s is not a run's result (%s); left out", path, error)
+    if not found:
+        raise DataError(f"folder={sweep} holds no {RESULT_FILE} of a run; give the folder that a sweep (-m) wrote")
+    return sorted(found, key=lambda one: (len(one.folder), one.folder))
+
+
+def told_apart(members: Sequence[Member]) -> dict[str, str]:
+    """Of each run, by its folder, the settings that not all runs have."""
+    common = set.intersection(*(set(one.overrides) for one in members))
+    return {one.folder: " ".join(s for s in one.overrides if s not in common) or "(as configured)" for one in members}
+
+
+def best_of(members: Sequence[Member]) -> Member | None:
+    """The run of highest gain; None where none has a value, or where their utilities are in different units."""
+    valued = [one for one in members if one.error is None and math.isfinite(one.gain)]
+    if not valued or len({(one.objective, one.served) for one in valued}) > 1:
+        return None
+    return max(valued, key=lambda one: one.gain)
+
+
+def chosen_among(best: Member, members: Sequence[Member]) -> Member:
+    """The best with a wider interval: it was chosen because its gain on these very queries came out highest.
+
+    Bonferroni's: 95 % for all runs at once, from the standard error that the interval of one run implies.
+    """
+    runs = sum(one.error is None for one in members)
+    half = stats.norm.isf(0.025 / runs) / Z_95
+    return replace(
+        best,
+        gain_low=best.gain + half * (best.gain_low - best.gain),
+        gain_high=best.gain + half * (best.gain_high - best.gain),
+    )
+
+
+def verdict(members: Sequence[Member]) -> str:
+    """Which run is best and how sure that is, or why that cannot be said."""
+    valued, best = [one for one in members if one.error is None], best_of(members)
+    if not valued:
+        return "every run failed; the log in each one's folder says why"
+    if best is None:
+        return (
+            "no run is the best: what they call utility differs (judge.cost_weight, judge.objective, ...), or none has "
+            "a value; compare quality and cost instead"
+        )
+    wide = chosen_among(best, members)
+    return (
+        f"best: run {best.folder} ({told_apart(members)[best.folder]}), gain {best.gain:+.4f}; as the highest of "
+        f"{len(valued)} runs its 95 % interval is [{wide.gain_low:+.4f}, {wide.gain_high:+.4f}]"
+    )

@@ -1,0 +1,137 @@
+"""lookup.top_k=auto and lookup.beta=auto: how many patterns vote, and how steeply the nearest count for more.
+
+Suffixes: Q queries, N rows, B queries of one fold that are valued, K nearest leaves, G settings tried.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rb_gpu.bank_data import BankData
+from rb_gpu.learn.assemble import USUAL_BETA, USUAL_TOP_K, Leaves, assemble
+from rb_gpu.learn.checks import is_auto
+from rb_gpu.learn.config import JudgeConfig, TrainConfig
+from rb_gpu.learn.estimators import Estimate, snips
+from rb_gpu.learn.evidence import gather_evidence
+from rb_gpu.learn.landmarks import tempered, with_residuals
+from rb_gpu.learn.leaves import believed
+from rb_gpu.learn.outcome_model import folds
+from rb_gpu.learn.trajectories import Trajectories
+from rb_gpu.learn.valuation import Choice, held_out_outcomes
+from rb_gpu.learn.verdicts import judge
+from rb_gpu.objective import Objective
+from rb_gpu.vote import BankState, decide, queries_of, shift, weigh
+
+log = logging.getLogger(__name__)
+
+TOP_KS = (1, 3, 5, 10, 20)
+BETAS = (0.0, 8.0, 16.0, 32.0, 64.0)
+# queries that are valued: more cost time and decide nothing that these leave open
+MAX_QUERIES = 8192
+# standard errors by which a setting must beat the usual one: at one, the best of so many would do so by chance
+ERRORS = 2.0
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was found: top_k and beta, with their gain in mean utility over the usual ones on queries whose evidence was
+    left out, and its standard error; both 0 where the usual ones stand. settings: how many were tried.
+    """
+
+    top_k: int
+    beta: float
+    gain: float
+    error: float
+    settings: int
+
+
+def tune_lookup(
+    leaves: Leaves, trajectories: Trajectories, weight_N: torch.Tensor, objective: Objective, config: TrainConfig,
+    judging: JudgeConfig, device: torch.device,
+) -> Tuned:  # fmt: skip
+    """The setting that is worth most by cross-validation: the evidence of the other folds answers a fold's queries.
+
+    The usual one stands unless another beats it by ERRORS standard errors of the paired difference, so that noise does
+    not choose; and wherever a setting cannot change an answer, or what is maximised is no utility. Clusters and field
+    are those of all queries: the field says the same under every setting.
+    """
+    asked = config.lookup
+    ks = sorted({USUAL_TOP_K, *TOP_KS}) if is_auto(asked.top_k) else [int(asked.top_k)]
+    betas = BETAS if is_auto(asked.beta) else (float(asked.beta),)
+    usual = (USUAL_TOP_K if is_auto(asked.top_k) else ks[0], USUAL_BETA if is_auto(asked.beta) else betas[0])
+    # of one pattern every slope is the same
+    tried = [usual] + [(k, b) for k in ks for b in (betas if k > 1 else betas[:1]) if (k, b) != usual]
+    stands = Tuned(*usual, 0.0, 0.0, len(tried))
+    silent = leaves.field is not None and not leaves.pays
+    if objective.kind != "utility" or len(leaves.mass_P) == 1 or silent or len(tried) == 1:
+        return stands
+    fold_Q, known_Q = folds(trajectories.query_id), leaves.label_Q >= 0
+    valued_Q = np.zeros(len(fold_Q), dtype=bool)
+    valued_Q[np.flatnonzero(known_Q)[:: -(-int(known_Q.sum()) // MAX_QUERIES)]] = True
+    choice_GQ = np.zeros((len(tried), len(fold_Q)), dtype=np.int64)
+    for fold in np.unique(fold_Q[valued_Q]):
+        part = _without(leaves, fold_Q == fold, trajectories, weight_N, device)
+        beliefs = believed(part, objective, trajectories.configs.default, config)
+        verdicts = judge(part.evidence, trajectories.configs, objective, beliefs, judging)
+        data = assemble(trajectories, config, part, objective, beliefs, verdicts, -1.0)
+        mine_Q = valued_Q & (fold_Q == fold)
+        choice_GQ[:, mine_Q] = _choices(data, trajectories.x_QD[mine_Q], tried)
+    if (choice_GQ == choice_GQ[0]).all():
+        return stands
+    return _best(choice_GQ[:, valued_Q], trajectories.select_queries(valued_Q), objective, tried)
+
+
+def _without(
+    leaves: Leaves, left_out_Q: npt.NDArray[np.bool_], trajectories: Trajectories, weight_N: torch.Tensor,
+    device: torch.device,
+) -> Leaves:  # fmt: skip
+    """The leaves without the evidence of some queries."""
+    label_Q, patterns = torch.from_numpy(np.where(left_out_Q, -1, leaves.label_Q)), len(leaves.mass_P)
+    evidence, field = gather_evidence(trajectories, label_Q, patterns, weight_N, device), leaves.field
+    if field is not None:
+        even_N = tempered(weight_N, trajectories)
+        left = gather_evidence(trajectories, label_Q, patterns, even_N, device, leaves.foretold_NO)
+        field = with_residuals(field, evidence, left)
+    return replace(leaves, evidence=evidence, field=field)
+
+
+def _choices(data: BankData, x_BD: npt.NDArray[np.float32], tried: list[tuple[int, float]]) -> Choice:
+    """(G, B) what a bank answers under every setting."""
+    state = BankState(data, None, "exact")
+    values_BD, scale_B = queries_of(x_BD, state.dim, 2)
+    rows_BK, cosine_BK = state.search.nearest(values_BD, max(k for k, _ in tried))
+    cosine_BK = cosine_BK * scale_B[:, None]
+    shift_BE = shift(state, values_BD, scale_B, np.zeros(len(x_BD), dtype=bool))
+    out_GB = np.empty((len(tried), len(x_BD)), dtype=np.int64)
+    for g, (top_k, beta) in enumerate(tried):
+        settings = replace(data.lookup, top_k=top_k, beta=beta)
+        near_BK, weight_BK, _ = weigh(rows_BK[:, :top_k].copy(), cosine_BK[:, :top_k], settings)
+        _, out_GB[g], *_ = decide(state, near_BK, weight_BK, shift_BE)
+    return out_GB
+
+
+def _best(choice_GQ: Choice, table: Trajectories, objective: Objective, tried: list[tuple[int, float]]) -> Tuned:
+    """The best setting by self-normalised inverse propensity scoring, which is exact on a full table, or the first
+    where none surely beats it.
+    """
+    rows = held_out_outcomes(table, objective)
+
+    def value(choice_Q: Choice) -> Estimate:
+        return snips(rows.utility, rows.config_id, choice_Q[rows.query_row], 1.0 / rows.weight)
+
+    usual, best = value(choice_GQ[0]), Tuned(*tried[0], 0.0, 0.0, len(tried))
+    for setting, choice_Q in zip(tried[1:], choice_GQ[1:], strict=True):
+        difference = value(choice_Q).over(usual)
+        error = float(np.linalg.norm(rows.by_query(difference.influence_N))) / len(rows.query_row)
+        if difference.value > max(ERRORS * error, best.gain):
+            best = Tuned(*setting, difference.value, error, len(tried))
+    log.info(
+        "lookup: top_k=%d, beta=%g; of %d settings it is worth %+.4f (standard error %.4f) over the usual one",
+        best.top_k, best.beta, len(tried), best.gain, best.error,
+    )  # fmt: skip
+    return best

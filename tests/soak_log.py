@@ -1,0 +1,146 @@
+"""The trajectory log under many writers that are killed: is every acknowledged record there, once, and how long does
+record() keep its caller?
+
+    python tests/soak_log.py                                  4 processes x 4 threads x 50,000 records
+    python tests/soak_log.py --records 2000 --kill-every 1    a short one
+
+Every thread records as fast as it can and votes for the records of the next process. After each CHUNK it flushes and
+writes down that these are acknowledged; a process that was killed goes on behind them, and so sends again what it did
+not know to be kept. Exits with 1 where a record or a vote is missing, doubled or another's, or the 99th percentile of
+record() is over --p99-us (0: not looked at).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from rb_gpu.params import SearchParams
+from rb_gpu.trajectory_file import read_batches
+from rb_gpu.trajectory_log import TrajectoryLog
+from rb_gpu.types import QueryTrajectory, UserFeedback
+
+CHUNK, DIM = 1000, 128
+# latencies of record() in ns, as they are appended to a file
+NS = np.dtype("int64")
+
+
+def rating_of(trajectory_id: int) -> int:
+    """The vote that is given for an id, from 1 to 5."""
+    return 1 + trajectory_id % 5
+
+
+def work(log: TrajectoryLog, folder: Path, options: argparse.Namespace, process: int, thread: int) -> None:
+    """Records one thread's share, from the first chunk that is not acknowledged."""
+    first = (process * options.threads + thread) * options.records
+    voted = ((process + 1) % options.processes * options.threads + thread) * options.records
+    acknowledged = folder / f"acknowledged-{process}-{thread}"
+    done = acknowledged.stat().st_size * CHUNK if acknowledged.exists() else 0
+    embedding = np.linspace(-1, 1, DIM, dtype=np.float32)
+    while done < options.records:
+        taken = []
+        for i in range(done, min(done + CHUNK, options.records)):
+            one = QueryTrajectory(first + i, embedding, SearchParams(), 0.5, 0.25, 1000, 1_700_000_000)
+            while True:
+                start = time.perf_counter_ns()
+                kept = log.record(one)
+                taken.append(time.perf_counter_ns() - start)
+                if kept:
+                    break
+                time.sleep(0.01)  # the queue is full: the caller is told, and tries again
+            while not log.record_feedback(voted + i, UserFeedback(rating_of(voted + i))):
+                time.sleep(0.01)
+        if log.flush(60):
+            for name, content in ((f"ns-{process}", np.array(taken, NS).tobytes()), (acknowledged.name, b".")):
+                with (folder / name).open("ab", buffering=0) as file:
+                    file.write(content)
+            done += CHUNK
+
+
+def worker(folder: Path, options: argparse.Namespace, process: int) -> None:
+    """One process: all its threads on one log."""
+    log = TrajectoryLog(folder / "log.sqlite", dim=DIM)
+    threads = [
+        threading.Thread(target=work, args=(log, folder, options, process, thread)) for thread in range(options.threads)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    log.close(60)
+
+
+def drive(folder: Path, options: argparse.Namespace) -> int:
+    """Starts the processes, kills one of them every now and then and starts it again; how often it killed."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--folder", str(folder), "--worker"]
+    running = {process: subprocess.Popen([*command, str(process)]) for process in range(options.processes)}
+    rng, kills, next_kill = random.Random(0), 0, time.monotonic() + options.kill_every
+    while running:
+        time.sleep(0.02)
+        for process, one in list(running.items()):
+            if one.poll() is not None:
+                if one.returncode == 0:
+                    del running[process]
+                elif one.returncode == -signal.SIGKILL:
+                    running[process] = subprocess.Popen([*command, str(process)])
+                else:
+                    raise RuntimeError(f"process {process} ended with {one.returncode}")
+        if running and time.monotonic() > next_kill:
+            running[rng.choice(sorted(running))].kill()
+            kills, next_kill = kills + 1, time.monotonic() + options.kill_every * rng.uniform(0.5, 1.5)
+    return kills
+
+
+def main() -> int:
+    """Runs it all and prints what came."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--records", type=int, default=50_000, help="of each thread, a multiple of 1,000")
+    parser.add_argument("--kill-every", type=float, default=5.0, help="seconds")
+    parser.add_argument("--p99-us", type=float, default=50.0)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker is not None:
+        worker(options.folder, options, options.worker)
+        return 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        started = time.monotonic()
+        kills = drive(folder, options)
+        seconds = time.monotonic() - started
+        asked = options.processes * options.threads * options.records
+        logged: Counter[int] = Counter()
+        unrated = 0
+        for batch in read_batches(folder / "log.sqlite"):
+            logged.update(batch["id"].tolist())
+            unrated += sum(
+                rating != rating_of(one) for one, rating in zip(batch["id"].tolist(), batch["rating"], strict=True)
+            )
+        taken_us = np.concatenate([np.fromfile(path, NS) for path in folder.glob("ns-*")]) / 1000
+    wrong = sum(logged[one] != 1 for one in range(asked)) + len(logged) - asked
+    p50, p99, p999 = np.percentile(taken_us, [50, 99, 99.9])
+    print(
+        f"{asked:,} records and as many votes of {options.processes} processes x {options.threads} threads in "
+        f"{seconds:.0f} s on {os.cpu_count()} cores, {kills} kills: {wrong} records not there once, {unrated} without "
+        f"their vote\nrecord(): p50 {p50:.1f} us, p99 {p99:.1f} us, p99.9 {p999:.0f} us, of {len(taken_us):,}"
+    )
+    return int(wrong or unrated or bool(options.p99_us and p99 > options.p99_us))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""What the report says, without a browser: its numbers, its words, its escaping and its size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from conftest import make_bank
+from report_pages import page_of
+from scipy.stats import binomtest
+
+from rb_gpu.bank import ReasoningBank
+from rb_gpu.learn.charts import linear_axis, log_axis
+from rb_gpu.learn.projection import project
+from rb_gpu.learn.report.formats import change, latency, percent, sentence, short
+from rb_gpu.learn.report.latency import mixtures, quantile_us
+from rb_gpu.learn.report.patterns import MAP_PATTERNS, tree, verdict_table
+from rb_gpu.learn.report.run import found_table
+from rb_gpu.learn.report.worth import answer, wilson
+
+torch = pytest.importorskip("torch")
+
+
+class Elements(HTMLParser):
+    """Names of all elements, and texts of those that a test asks for."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.append(tag)
+
+
+def test_the_axes_are_the_principal_components_of_the_weighted_centroids():
+    rng = np.random.default_rng(0)
+    centroids = (rng.normal(size=(40, 24)) * np.linspace(3, 0.5, 24)).astype(np.float32)
+    support = rng.integers(1, 100, 40)
+    label = rng.integers(-1, 40, 3000)
+    x = (centroids[label] + 0.1 * rng.normal(size=(3000, 24))).astype(np.float32)
+    found = project(x, label, centroids, support, 0, torch.device("cpu"))
+    weight = support / support.sum()
+    centred = centroids - weight @ centroids
+    axes = np.linalg.svd(np.sqrt(weight)[:, None] * centred, full_matrices=False)[2][:2].T
+    axes *= np.sign(axes[np.abs(axes).argmax(0), [0, 1]])
+    assert np.allclose(found.centroids_P2, centred @ axes, atol=0.05)  # queries lie at 0.1 around them
+    assert (found.leaf_S >= 0).all() and len(found.queries_S2) == len(found.leaf_S) == 2000
+    assert np.abs(found.queries_S2 - found.centroids_P2[found.leaf_S]).mean() < 0.15
+
+
+def test_centroids_that_are_directions_lie_among_their_queries():
+    """Unit centroids stood outside the cloud of their queries, whose mean is shorter."""
+    rng = np.random.default_rng(1)
+    centroids = rng.normal(size=(8, 48))
+    centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
+    label = rng.integers(0, 8, 4000)
+    x = centroids[label] + rng.normal(size=(4000, 48)) * 0.25
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    support = np.bincount(label)
+    found = project(x.astype("f4"), label, centroids.astype("f4"), support, 0, torch.device("cpu"))
+    means = np.stack([found.queries_S2[found.leaf_S == leaf].mean(0) for leaf in range(8)])
+    assert np.abs(means - found.centroids_P2).max() < 0.1 < np.abs(found.centroids_P2).max()
+
+
+def test_intervals_and_quantiles_agree_with_those_of_others():
+    for seen, n in ((0, 5), (3, 5), (17, 40), (40, 40)):
+        known = binomtest(seen, n).proportion_ci(method="wilson")
+        assert wilson(seen / n, n) == pytest.approx((known.low, known.high), abs=1e-6)
+    data = make_bank(seed=3)
+    hist = data.arrays["evidence_latency_hist"]
+    hist[...] = np.random.default_rng(0).random(hist.shape) * (np.arange(64) > 10)
+    for level in (0.5, 0.95):
+        assert quantile_us(hist[2, 1], level) == pytest.approx(data.evidence.latency_quantile(level)[2, 1])
+
+
+def test_latency_compares_the_same_traffic():
+    """A pattern with many rows under one config must not weigh more on that config's curve than on the default's."""
+    data = make_bank(leaves=2, configs=2, seed=0)
+    arrays = data.arrays
+    arrays["verdict_config"][:], arrays["verdict_stands"][:] = 0, 0
+    arrays["support"][:2] = [30, 10]
+    hist = arrays["evidence_latency_hist"]
+    hist[:] = 0
+    hist[0, data.default, 20], hist[1, data.default, 24] = 5.0, 500.0
+    hist[0, 0, 18], hist[1, 0, 22] = 7.0, 1.0
+    every, acting = mixtures(ReasoningBank(data))
+    assert every.default_B[[20, 24]].tolist() == [0.75, 0.25] and every.chosen_B[[18, 22]].tolist() == [0.75, 0.25]
+    assert acting.name.endswith("where recommended (2)") and acting.chosen_B.tolist() == every.chosen_B.tolist()
+
+
+def test_verdict_rows_and_the_tree_say_what_the_bank_says():
+    data = make_bank(leaves=30, seed=4)
+    bank = ReasoningBank(data)
+    rows = {int(row[0]): row for row in verdict_table(bank).rows}
+    assert set(rows) == set(bank.verdicts)
+    for pattern_id, verdict in bank.verdicts.items():
+        assert rows[pattern_id][1] == ("default" if verdict.default_stands else "acts")
+        if not verdict.default_stands:
+            assert rows[pattern_id][2] == bank.configs.describe(verdict.config_id)
+    (root,) = tree(bank)
+    assert root.leaves == 30 and root.acting == sum(not one.default_stands for one in bank.verdicts.values())
+    below = [leaf for middle in root.children for leaf in middle.children]
+    assert {leaf.pattern_id for leaf in below} == set(bank.verdicts)
+    assert sum(leaf.share for leaf in below) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("gain", "word"),
+    [
+        ((0.02, 0.01, 0.03), "Yes"),
+        ((-0.02, -0.03, -0.01), "No"),
+        ((0.01, -0.01, 0.03), "Cannot tell"),
+        ((None, None, None), "Unknown"),
+    ],
+)
+def test_the_first_screen_answers_against_what_is_served(pages, gain, word):
+    facts = pages.facts()
+    facts["evaluation"]["bank_gains"]["default"] = dict(zip(("gain", "low", "high"), gain, strict=True))
+    assert answer(pages.bank, facts)["better"] == word
+    before = facts["evaluation"]["values"][2] | {"acted": 0.0}
+    assert before["name"] == "bank"
+    facts["evaluation"]["values"][2] = before
+    assert answer(pages.bank, facts)["better"] == ("Unknown" if gain[0] is None else "No change")
+    facts["evaluation"]["bank_gains"]["champion"] = {"gain": 0.1, "low": 0.05, "high": 0.2}
+    facts["evaluation"]["values"].append(facts["evaluation"]["values"][0] | {"name": "champion"})
+    said = answer(pages.bank, facts)
+    assert (said["better"], said["headline"]) == ("Yes", "Better than the champion")
+
+
+def test_no_string_of_the_data_becomes_markup(pages):
+    evil = "<img src=x onerror=alert(1)>'\"&"
+    data = make_bank()
+    bank = ReasoningBank(replace(data, tiers=(evil, "large"), grade=evil))
+    facts = pages.facts()
+    facts["data"] |= {"path": evil, "files": [evil], "bad_rows": {evil: 3}}
+    facts["config"]["data"] |= {"path": evil}
+    facts["config"]["registry"]["path"] = evil
+    facts["gate"] |= {"promote": False, "refusals": [evil], "reason": evil}
+    facts["evaluation"]["values"][0]["unknown"] = evil
+    facts["evaluation"]["tradeoffs"]["configs"][0]["name"] = evil
+    facts["drift"]["warnings"], facts["drift"]["outcomes"][0]["config"] = [evil], evil
+    facts["seconds"][evil] = 1.0
+    facts["lineage"] = {"parent": evil, "evidence": evil, "counts": dict.fromkeys(
+        ("kept", "split", "merged", "born", "retired"), 1), "kept": [1], "split": {evil: [2]}, "merged": {},
+        "born": [], "retired": []}  # fmt: skip
+    page = page_of(bank, facts, version=evil)
+    elements = Elements(page).names
+    assert "img" not in elements and elements.count("script") == 1
+    assert page.count("&lt;img src=x") > 10 and "<img" not in page
+
+
+def test_four_thousand_patterns_stay_small_and_the_rest_is_named(pages):
+    page = page_of(ReasoningBank(make_bank(leaves=4096, configs=8)), pages.facts())
+    assert len(page.encode()) < 5e6
+    assert f"The {MAP_PATTERNS} largest of 4,096 patterns are drawn." in page
+    assert page.count("<tr>") > 4096
+
+
+def test_beyond_what_can_be_listed_the_page_says_what_it_leaves_out(pages, monkeypatch):
+    monkeypatch.setattr("rb_gpu.learn.report.patterns.LISTED_PATTERNS", 20)
+    bank = ReasoningBank(make_bank(leaves=30, seed=4))
+    page = page_of(bank, pages.facts())
+    assert "Of 30 patterns the table lists 20" in page
+    rows, (root,) = verdict_table(bank).rows, tree(bank)
+    acting = sum(not one.default_stands for one in bank.verdicts.values())
+    assert [row[1] for row in rows] == (["acts"] * acting + ["default"] * 20)[:20]
+    assert root.leaves == 30 and root.acting == acting and not any(middle.children for middle in root.children)
+
+
+def test_what_the_gate_passes_but_nobody_promoted_waits(pages):
+    page = page_of(pages.bank, pages.facts(), "v1", promoted=False)
+    assert "waits for you" in page and "action=promote version=v1" in page and "It was promoted" not in page
+    assert "It was promoted" in pages.promoted.read_text() and "action=promote" not in pages.promoted.read_text()
+    assert "not promoted" in pages.refused.read_text()
+
+
+def test_settings_that_were_left_to_the_job_are_told(pages):
+    found = dict(found_table(pages.bank, pages.facts()).rows)
+    assert found["lookup.floor"] == f"cosine {pages.bank.data.lookup.floor:.3f}"
+    assert found["params.default"] == pages.bank.configs.describe(pages.bank.data.default)
+    assert "cluster.k" not in found  # which was given
+
+
+def test_memory_stands_beside_the_time_where_it_was_measured(pages):
+    facts = pages.facts()
+    assert "peak memory so far, MiB" not in page_of(pages.bank, facts | {"memory_mb": None})
+    page = page_of(pages.bank, facts | {"memory_mb": {"load": 512.4, "judge": 1234.0}})
+    assert "peak memory so far, MiB" in page and "<td>1,234</td>" in page
+
+
+def test_a_log_without_cost_or_propensities_has_a_report_that_claims_less(pages):
+    page = pages.plain.read_text()
+    assert 'id="tradeoffs"' not in page and 'id="calibration"' not in page and 'id="router"' not in page
+    assert "associational: no propensities were logged" in page and "p95 latency ≤ 1,000,000 µs" in page
+    assert "<span class=soft>ef_search" not in page  # Welch's tests have no posterior that would name a runner-up
+
+
+def test_ticks_hold_the_values_and_numbers_read_well():
+    for values in ([0.0, 1.0], [0.8335, 0.8433], [508.2, 16492.0], [-0.055, 0.013], [3.0, 3.0], [1e-9, 2e-9]):
+        axis = linear_axis("", values)
+        assert axis.low <= min(values) and axis.high >= max(values) and 2 <= len(axis.ticks) <= 7
+        assert len({text for _, text in axis.ticks}) == len(axis.ticks)
+    assert [text for _, text in log_axis("", 200.0, 5000.0, latency).ticks] == ["300 µs", "1 ms", "3 ms"]
+    assert (short(0.00004321), short(1234567.0, 4), short(0.0), short(None)) == ("4.32e-05", "1,234,567", "0", "–")
+    assert (change(2.0, 2.5), change(2.0, 8.0), change(0.0, 1.0)) == ("+25.0 %", "×4", "–")
+    assert (percent(0.1234), percent(float("nan")), sentence("only 3 rows")) == ("12.3 %", "–", "Only 3 rows.")

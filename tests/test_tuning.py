@@ -1,0 +1,79 @@
+"""lookup.top_k=auto and lookup.beta=auto: planted worlds get the setting that is best in them, noise gets the usual."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rb_gpu.learn import learn
+from rb_gpu.learn.assemble import USUAL_BETA, USUAL_TOP_K
+from rb_gpu.learn.config import ClusterConfig, JudgeConfig, LookupConfig, ParamsConfig, TrainConfig
+from rb_gpu.learn.trajectories import Source, Trajectories, assemble
+
+DIM, CONFIGS = 8, 2
+
+
+def table(quality_QC: np.ndarray, x_QD: np.ndarray, logged: bool, rng: np.random.Generator) -> Trajectories:
+    """A full table of binary outcomes, or a log of one config per query with propensities."""
+    queries, configs = quality_QC.shape
+    query = np.arange(queries) if logged else np.repeat(np.arange(queries), configs)
+    config = rng.integers(configs, size=queries) if logged else np.tile(np.arange(configs), queries)
+    found = (rng.random(len(query)) < quality_QC[query, config]).astype(np.float32)
+    columns = {
+        "id": np.arange(len(query), dtype=np.uint64), "query_id": np.arange(queries, dtype=np.uint64),
+        "x_QD": x_QD.astype(np.float32), "query_row": query, "query_time": np.arange(queries), "timestamp": query,
+        "ef_search": (config + 1).astype(np.uint32), "precision": found, "recall": found,
+        "latency_us": np.full(len(query), 1000),
+    }  # fmt: skip
+    if logged:
+        columns["propensity"] = np.full(len(query), 1.0 / configs, np.float32)
+    return assemble(columns, [], ParamsConfig(default={"ef_search": 1}), Source())
+
+
+def settings(trajectories: Trajectories, k: int, **lookup: object) -> tuple[int, float, dict]:
+    """top_k, beta and what the manifest says of them. By welch, which no field helps: only the patterns vote."""
+    config = TrainConfig(
+        judge=JudgeConfig(method="welch", latency_weight=0.0, cost_weight=0.0),
+        cluster=ClusterConfig(k=k, merge_similarity=1.0),
+        lookup=LookupConfig(**lookup),
+    )
+    config.index.kind = "off"
+    data = learn(trajectories, config).data
+    return data.lookup.top_k, data.lookup.beta, data.facts["lookup_tuning"]
+
+
+def corners(queries: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Queries around 12 centres that are alike, and the centre of each."""
+    centre = 1.0 + 0.3 * rng.normal(size=(12, DIM))
+    label = rng.integers(12, size=queries)
+    return centre[label] + 0.03 * rng.normal(size=(queries, DIM)), label
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_where_neighbours_mislead_the_nearest_pattern_decides(logged: bool) -> None:
+    rng = np.random.default_rng(0)
+    x_QD, label = corners(4000, rng)
+    gain = np.where(label % 3 == 0, 0.3, -0.3)  # one centre in three, and its neighbours say the opposite
+    quality_QC = np.stack([np.full(4000, 0.5), 0.5 + gain], axis=1)
+    top_k, beta, told = settings(table(quality_QC, x_QD, logged, rng), 12)
+    assert top_k == 1 or beta > USUAL_BETA
+    assert told["gain"] > 2 * told["error"] > 0
+
+
+def test_what_was_asked_for_is_not_tuned() -> None:
+    rng = np.random.default_rng(0)
+    x_QD, label = corners(4000, rng)
+    quality_QC = np.stack([np.full(4000, 0.5), np.where(label % 3 == 0, 0.8, 0.2)], axis=1)
+    assert settings(table(quality_QC, x_QD, False, rng), 12, top_k=7, beta=3.0)[:2] == (7, 3.0)
+    top_k, _, told = settings(table(quality_QC, x_QD, False, rng), 12, top_k=7)
+    assert top_k == 7 and told["settings"] == 5
+
+
+def test_noise_chooses_nothing() -> None:
+    usual = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        x_QD, _ = corners(600, rng)
+        top_k, beta, _ = settings(table(np.full((600, CONFIGS), 0.5), x_QD, False, rng), 12)
+        usual += (top_k, beta) == (USUAL_TOP_K, USUAL_BETA)
+    assert usual >= 18
