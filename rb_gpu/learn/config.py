@@ -262,12 +262,14 @@ class EvalConfig:
 @dataclass
 class DeviceConfig:
     """kind: auto, cpu or cuda. memory_budget: bytes of embeddings that may lie in the device's memory, the rest is read
-    in chunks. scratch: folder of the file that holds what exceeds the host's.
+    in chunks. scratch: folder of the file that holds what exceeds the host's. deterministic: sums on a GPU add up in
+    one order, so that the same job on the same GPU gives the same bits; on the CPU it does anyway.
     """
 
     kind: str = "auto"
     memory_budget: int | None = None
     scratch: str | None = None
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         check_choice("device.kind", self.kind, ("auto", "cpu", "cuda"))

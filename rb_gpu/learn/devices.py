@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -87,6 +88,25 @@ def full_precision() -> Iterator[None]:
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+@contextmanager
+def reproducible(wanted: bool) -> Iterator[None]:
+    """Meanwhile, where it is wanted, every sum on a GPU adds up in one order: what runs again gives the same bits.
+
+    Torch raises RuntimeError at what it cannot do so. cuBLAS keeps to it from its first product on, with a workspace of
+    fixed size.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def tiles(n: int, width: int, device: torch.device) -> Iterator[slice]:

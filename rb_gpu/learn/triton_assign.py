@@ -194,6 +194,7 @@ def launch(kernel: Any, grid: Any, *arguments: Any, **meta: Any) -> None:
         if kernel is nearest_kernel:
             [shape, *_] = shapes_within(kernel.configs, meta["WIDTH"], meta["PRECISION"], 2**40, LEAST_CAPABILITY)
             kernel, meta = kernel.fn, {**meta, **shape.kwargs}
+        meta.pop("enable_fp_fusion", None)
         # it would multiply the bits of bf16 numbers; as float32 their products are the same
         arguments = tuple(a.float() if getattr(a, "dtype", None) == torch.bfloat16 else a for a in arguments)
     kernel[grid](*arguments, **meta)

@@ -203,3 +203,27 @@ def settle_kernel(
         d2 = _squared_distance(x_ptr, centroid_ptr, row, label, alive, D, SUM_BLOCK, tl.float32)
         tl.store(labels_ptr + row, label, mask=alive)
         tl.store(d2_ptr + row, d2, mask=alive)
+
+
+@triton.jit
+def piece_kernel(
+    x_ptr, weight_ptr, order_ptr, start_ptr, stop_ptr, sum_ptr, D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Σ round(x·weight) int64 over the rows order[start:stop] of one piece."""
+    piece = tl.program_id(0).to(tl.int64)
+    dim = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    start = tl.load(start_ptr + piece)
+    stop = tl.load(stop_ptr + piece)
+    total = tl.zeros([BLOCK_N, BLOCK_D], tl.int64)
+    for at in range(start, stop, BLOCK_N):
+        place = at + tl.arange(0, BLOCK_N)
+        alive = place < stop
+        row = tl.load(order_ptr + place, mask=alive, other=0)
+        x = tl.load(x_ptr + row[:, None] * D + dim[None, :], mask=alive[:, None] & (dim < D)[None, :], other=0.0)
+        units = x.to(tl.float64) * tl.load(weight_ptr + row, mask=alive, other=0.0)[:, None]
+        # to the nearest integer, of two the even one; from 2^52 on there are only integers
+        size = tl.abs(units)
+        size = tl.where(size < 4503599627370496.0, (size + 4503599627370496.0) - 4503599627370496.0, size)
+        total += tl.where(units < 0, -size, size).to(tl.int64)
+    tl.store(sum_ptr + piece * D + dim, tl.sum(total, axis=0), mask=dim < D)
