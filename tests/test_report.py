@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -88,7 +89,7 @@ def test_latency_compares_the_same_traffic():
     hist[0, 0, 18], hist[1, 0, 22] = 7.0, 1.0
     every, acting = mixtures(ReasoningBank(data))
     assert every.default_B[[20, 24]].tolist() == [0.75, 0.25] and every.chosen_B[[18, 22]].tolist() == [0.75, 0.25]
-    assert acting.name.endswith("where recommended (2)") and acting.chosen_B.tolist() == every.chosen_B.tolist()
+    assert acting.name.endswith("(2 patterns)") and acting.chosen_B.tolist() == every.chosen_B.tolist()
 
 
 def test_verdict_rows_and_the_tree_say_what_the_bank_says():
@@ -175,6 +176,13 @@ def test_what_the_gate_passes_but_nobody_promoted_waits(pages):
     assert "waits for you" in page and "action=promote version=v1" in page and "It was promoted" not in page
     assert "It was promoted" in pages.promoted.read_text() and "action=promote" not in pages.promoted.read_text()
     assert "not promoted" in pages.refused.read_text()
+
+
+def test_every_link_leads_somewhere(pages):
+    for path in (pages.promoted, pages.refused, pages.plain):
+        page = path.read_text()
+        targets = set(re.findall(r'href="#([^"]*)"', page))
+        assert len(targets) > 8 and targets <= set(re.findall(r' id="([^"]*)"', page))
 
 
 def test_settings_that_were_left_to_the_job_are_told(pages):

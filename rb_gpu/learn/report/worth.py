@@ -155,7 +155,7 @@ def checks(bank: ReasoningBank, facts: dict[str, Any]) -> list[Check]:
             "too few patterns act to tell"
             if calibration is None
             else f"off by {number(calibration['ece'], 3)}, chance gives up to {number(calibration['chance'], 3)}",
-            "calibration",
+            "policies" if calibration is None else "calibration",
         ),
         Check(
             "none" if harm is None else "bad" if harm > gate["max_harm_rate"] else "good",
