@@ -15,11 +15,12 @@ from scipy.stats import binomtest
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.learn.charts import linear_axis, log_axis
 from rb_gpu.learn.projection import project
+from rb_gpu.learn.report.answer import answer
+from rb_gpu.learn.report.curves import wilson
 from rb_gpu.learn.report.formats import change, latency, percent, sentence, short
 from rb_gpu.learn.report.latency import mixtures, quantile_us
 from rb_gpu.learn.report.patterns import MAP_PATTERNS, tree, verdict_table
 from rb_gpu.learn.report.run import found_table
-from rb_gpu.learn.report.worth import answer, wilson
 
 torch = pytest.importorskip("torch")
 
@@ -120,15 +121,15 @@ def test_verdict_rows_and_the_tree_say_what_the_bank_says():
 def test_the_first_screen_answers_against_what_is_served(pages, gain, word):
     facts = pages.facts()
     facts["evaluation"]["bank_gains"]["default"] = dict(zip(("gain", "low", "high"), gain, strict=True))
-    assert answer(pages.bank, facts)["better"] == word
+    assert answer(pages.bank, facts).better == word
     before = facts["evaluation"]["values"][2] | {"acted": 0.0}
     assert before["name"] == "bank"
     facts["evaluation"]["values"][2] = before
-    assert answer(pages.bank, facts)["better"] == ("Unknown" if gain[0] is None else "No change")
+    assert answer(pages.bank, facts).better == ("Unknown" if gain[0] is None else "No change")
     facts["evaluation"]["bank_gains"]["champion"] = {"gain": 0.1, "low": 0.05, "high": 0.2}
     facts["evaluation"]["values"].append(facts["evaluation"]["values"][0] | {"name": "champion"})
     said = answer(pages.bank, facts)
-    assert (said["better"], said["headline"]) == ("Yes", "Better than the champion")
+    assert (said.better, said.headline) == ("Yes", "Better than the champion")
 
 
 def test_no_string_of_the_data_becomes_markup(pages):
