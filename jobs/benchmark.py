@@ -13,16 +13,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rb_gpu.bench import cluster, decisions, growth, load, lookup, routers
+from rb_gpu.bench import cluster, decisions, gpu, growth, load, lookup, roofline, routers, sweeps
 from rb_gpu.bench.plot import plot_cases, plot_decisions, plot_growth, plot_load, plot_lookup
 from rb_gpu.learn.job_config import BenchmarkConfig
 
-from .common import job, run_folder
-from .tables import cluster_tables, decision_tables, growth_tables, load_tables, lookup_tables, router_tables
+from .common import EXIT_ERROR, job, run_folder
+from .device_tables import gpu_tables, roofline_tables
+from .tables import (
+    cluster_tables,
+    decision_tables,
+    growth_tables,
+    load_tables,
+    lookup_tables,
+    router_tables,
+    sweep_tables,
+)
 
 Suite = tuple[
     Callable[[dict[str, Any]], dict[str, Any]], Callable[[dict[str, Any]], str], Callable[[dict[str, Any], Path], bool]
 ]
+
+
+def no_picture(_result: dict[str, Any], _path: Path) -> bool:
+    """The table says it all."""
+    return False
+
+
 SUITES: dict[str, Suite] = {
     "lookup": (lookup.measure, lookup_tables, plot_lookup),
     "cluster": (partial(cluster.measure, "cluster"), cluster_tables, plot_cases),
@@ -31,13 +47,16 @@ SUITES: dict[str, Suite] = {
     "load": (load.measure, load_tables, plot_load),
     "decisions": (decisions.measure, decision_tables, plot_decisions),
     "router": (routers.measure, router_tables, plot_decisions),
+    "sweep": (sweeps.measure, sweep_tables, no_picture),
+    "roofline": (roofline.measure, roofline_tables, no_picture),
+    "gpu": (gpu.measure, gpu_tables, no_picture),
 }
 
 
 def run(config: BenchmarkConfig) -> int:
-    """Measures, prints the tables, and keeps them as JSON and as pictures."""
-    folder = run_folder()
-    for name in SUITES if config.suite == "all" else [config.suite]:
+    """Measures, prints the tables, and keeps them as JSON and as pictures; 1 where a GPU's labels are wrong."""
+    folder, right = run_folder(), True
+    for name in [name for name in SUITES if name != "gpu"] if config.suite == "all" else [config.suite]:
         measure, tables, plot = SUITES[name]
         result = measure(asdict(config))
         path = folder / f"benchmark_{name}.json"
@@ -45,7 +64,8 @@ def run(config: BenchmarkConfig) -> int:
         print(tables(result))
         drawn = plot(result, path.with_suffix(".png"))
         print(f"\n{path}" + (f" and {path.with_suffix('.png').name}" if drawn else ""))
-    return 0
+        right &= all(one["worst_over_bound"] <= 1 for one in result.get("labels", ()))
+    return 0 if right else EXIT_ERROR
 
 
 main = job("benchmark", __doc__, run)

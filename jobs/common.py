@@ -6,8 +6,9 @@ import fcntl
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rb_gpu.errors import ConfigError, RbGpuError
 from rb_gpu.learn.job_config import register_schemas, to_object
 
 from .display import shown
-from .manual import check_keys, page
+from .manual import check_keys, is_dry, page
 
 log = logging.getLogger("rb_gpu")
 
@@ -79,7 +80,12 @@ def job(
             check_keys(name, sys.argv[1:])
         except ConfigError as error:
             sys.exit(f"{error}")
-        composing()
+        with ExitStack() as stack:
+            if is_dry(sys.argv[1:]):
+                # Hydra would keep settings and a log of the run
+                nowhere = stack.enter_context(tempfile.TemporaryDirectory(prefix="rb_gpu-dry-"))
+                sys.argv += [f"hydra.run.dir={nowhere}"]
+            composing()
         code = 0 if finish is None else finish()
         if code:
             sys.exit(code)

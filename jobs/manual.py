@@ -112,6 +112,12 @@ def check_keys(name: str, arguments: Sequence[str]) -> None:
         raise ConfigError(f"{argument}: {key} is not a setting of jobs.{name}; {meant}")
 
 
+def is_dry(arguments: Sequence[str]) -> bool:
+    """Whether dry_run=true is among them."""
+    given = [one for one in arguments if one.startswith("dry_run=")]
+    return any(OverridesParser.create().parse_override(one).value() is True for one in given)
+
+
 def _sections(known: set[str]) -> set[str]:
     return {key.rsplit(".", 1)[0] for key in known if "." in key}
 

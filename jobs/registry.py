@@ -15,7 +15,7 @@ from rb_gpu.learn.job_config import RegistryJobConfig
 from rb_gpu.registry import CHAMPION, Registry
 
 from .common import job
-from .versions import difference, listing, tree
+from .versions import difference, listing, statistics, tree
 
 
 def run(config: RegistryJobConfig) -> int:
@@ -26,7 +26,8 @@ def run(config: RegistryJobConfig) -> int:
         print(listing(registry))
     elif config.action == "inspect":
         manifest = read_manifest(registry.folder(version), registry.hmac_key)
-        print(json.dumps({key: value for key, value in manifest.items() if key != "config"}, indent=1))
+        shown = {key: value for key, value in manifest.items() if key != "config"}
+        print(json.dumps({"statistics": statistics(manifest)} | shown, indent=1))
     elif config.action == "tree":
         print(tree(load_artifact(registry.folder(version), registry.hmac_key)[0]))
     elif config.action == "diff":

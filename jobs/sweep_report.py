@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rb_gpu.learn.job_config import SweepReportConfig
-from rb_gpu.learn.sweep import Member, best_of, chosen_among, read_members, told_apart
+from rb_gpu.learn.report.sweep import render_sweep
+from rb_gpu.learn.sweep import Member, read_members, told_apart, verdict
 
 from .common import job
 from .tables import number, render
 
-TABLE_FILE = "sweep.txt"
+TABLE_FILE, PAGE_FILE = "sweep.txt", "sweep.html"
 
 
 def run(config: SweepReportConfig) -> int:
@@ -27,11 +28,12 @@ def run(config: SweepReportConfig) -> int:
 
 
 def show(folder: Path, members: Sequence[Member]) -> str:
-    """The table, and which run is best, with where they were written."""
+    """The table, and which run is best, with where it and a page that draws it were written."""
     failed = [f"run {one.folder} failed: {one.error}" for one in members if one.error is not None]
-    said = "\n\n".join([_table(members), *failed, _best(members)])
+    said = "\n\n".join([_table(members), *failed, verdict(members)])
     (folder / TABLE_FILE).write_text(f"{said}\n")
-    return f"{said}\n{folder / TABLE_FILE}"
+    (folder / PAGE_FILE).write_text(render_sweep(folder.resolve().name, members))
+    return f"{said}\n\n{folder / TABLE_FILE} and {PAGE_FILE}"
 
 
 def _table(members: Sequence[Member]) -> str:
@@ -49,23 +51,6 @@ def _table(members: Sequence[Member]) -> str:
                      gate, f"{one.seconds:.2f}", f"{one.memory_mb:,.0f}"))  # fmt: skip
     served = next((one.served for one in members if one.error is None), "default")
     return f"gain of utility over the {served} on held-out queries\n\n{render(head, rows)}"
-
-
-def _best(members: Sequence[Member]) -> str:
-    valued, best = [one for one in members if one.error is None], best_of(members)
-    if not valued:
-        return "every run failed; the log in each one's folder says why"
-    if best is None:
-        return (
-            "no run is the best: what they call utility differs (judge.cost_weight, judge.objective, ...), or none has "
-            "a value; compare quality and cost in their reports instead"
-        )
-    wide = chosen_among(best, members)
-    settings = told_apart(members)[best.folder]
-    return (
-        f"best: run {best.folder} ({settings}), gain {best.gain:+.4f}; as the highest of {len(valued)} runs its 95 % "
-        f"interval is [{wide.gain_low:+.4f}, {wide.gain_high:+.4f}]"
-    )
 
 
 main = job("sweep_report", __doc__, run)

@@ -240,6 +240,18 @@ def router_tables(result: dict[str, Any]) -> str:
     return f"{gains}\n\n{render(('router', 'kB', 'us a pass', 's of training'), costs)}"
 
 
+def sweep_tables(result: dict[str, Any]) -> str:
+    """The suite sweep: seconds of one job, and of sweeps with how many times as long they take."""
+    rows = []
+    for case in result["cases"]:
+        for name, taken in case["seconds"].items():
+            ratio = number(case["ratio"].get(name, math.nan), ".2f")
+            rows.append((f"{case['data']}: {name}", f"{taken:.1f}", ratio))
+    head = ("data: what ran", "seconds", "over one job")
+    rounds = result["settings"]["rounds"]
+    return f"whole processes, medians of {rounds} interleaved rounds\n\n{render(head, rows)}"
+
+
 def _gain_table(cases: list[dict[str, Any]], seeds: str) -> str:
     rivals = [name for name in cases[0]["methods"] if name not in ("best single config", "oracle", "bank", "default")]
     head = ("set, cost weight, log", "queries", "bank [95 %]", "of headroom", *rivals, "default", "oracle")

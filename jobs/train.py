@@ -1,21 +1,27 @@
 """Trajectories in, artifact out: loads, clusters, judges, values on the newest queries, publishes and promotes.
 
 python -m jobs.train data=files data.path='logs/*.parquet' judge.cost_weight=0.1
+python -m jobs.train data=files data.path='logs/*.parquet' dry_run=true
 python -m jobs.train -m cluster.k=64,256,1024 judge.method=eb,welch
 """
 
 from __future__ import annotations
 
 from rb_gpu.learn.config import TrainConfig
+from rb_gpu.learn.rehearsal import rehearse
 from rb_gpu.learn.training import train
 
 from .common import EXIT_REFUSED, job, run_folder
+from .rehearsal import told
 from .sweeping import Sweep
 from .tables import evaluation_tables
 
 
 def run(config: TrainConfig) -> int:
     """Trains and prints what the bank is worth; 3 where the gate refused to serve it."""
+    if config.dry_run:
+        print(told(rehearse(config), config))
+        return 0
     published = train(config, run_folder() / "quarantine.parquet")
     if published is None:  # a rank that only shared the work
         return 0

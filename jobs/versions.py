@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +43,19 @@ def listing(registry: Registry) -> str:
     if not rows:
         return f"{registry.path} holds no version; run jobs.train"
     return render(("version", "", "trajectories", "patterns", "verdicts", "gain over default"), rows)
+
+
+def statistics(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The statistics of a bank (reference section 8) as far as held-out queries tell them; a service counts its own."""
+    counts, evaluation = manifest.get("counts") or {}, manifest.get("evaluation") or {}
+    bank = next((value for value in evaluation.get("values", []) if value["name"] == "bank"), {})
+    return {
+        "total_trajectories": counts.get("trajectories"),
+        "total_patterns": sum(counts.get("levels", [])),
+        "total_verdicts": counts.get("verdicts"),
+        "pattern_hit_rate": bank.get("acted"),
+        "avg_improvement_percent": evaluation.get("improvement_percent"),
+    }
 
 
 def difference(before: BankData, after: BankData) -> str:

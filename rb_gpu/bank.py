@@ -234,7 +234,7 @@ class ReasoningBank:
             if on_error == "raise":
                 raise
             found = fallback(state, f"the default stands: {error}")
-        self._counts.add(1, found.source.pattern_id is not None, found.confidence)
+        self._counts.add(1, found.source.pattern_id is not None, found.confidence, found.expected_gain)
         return found
 
     def optimized_params_batch(
@@ -247,7 +247,7 @@ class ReasoningBank:
         rows, config, confidence, quality, gain = vote(state, *queries_of(queries, state.dim, 2))
         acted = (rows >= 0) & (config != state.configs.default)
         pattern_id = np.where(acted, state.data.arrays["pattern_id"][np.maximum(rows, 0)].astype(np.int64), -1)
-        self._counts.add(len(rows), int(acted.sum()), float(confidence.sum()))
+        self._counts.add(len(rows), int(acted.sum()), float(confidence.sum()), float(gain.sum()))
         columns = state.configs
         return {
             "config_id": config,
@@ -309,7 +309,7 @@ class ReasoningBank:
         """Counters of this process and figures of the artifact (reference section 8)."""
         arrays, facts = self._state.data.arrays, self._state.data.facts
         improvement = facts.get("evaluation", {}).get("improvement_percent")
-        lookups, hits, confidence = self._counts.totals()
+        lookups, hits, confidence, gain = self._counts.totals()
         with self._lock:
             trajectories, feedback = self._trajectories, self._feedback
         return ReasoningBankStats(
@@ -321,6 +321,7 @@ class ReasoningBank:
             pattern_hit_rate=hits / lookups if lookups else 0.0,
             avg_recommendation_confidence=confidence / lookups if lookups else 0.0,
             avg_improvement_percent=float("nan") if improvement is None else float(improvement),
+            avg_expected_gain=gain / lookups if lookups else 0.0,
         )
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """The bytes of an index.faiss, checked before Faiss reads them: it believes what it reads, up to files elsewhere.
 
-The layouts are those of faiss/impl/index_write.cpp for the three kinds that a job writes: IndexFlatIP, IndexIVFFlat
-over one, IndexHNSWSQ. Anything else is refused.
+The layouts are those of faiss/impl/index_write.cpp for the four kinds that a job writes: IndexFlatIP, IndexIVFFlat
+over one, IndexHNSWSQ, IndexHNSWCagra. Anything else is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy.typing as npt
 MAX_BREADTH = 2**16
 MAX_LEVELS = 64
 BITS_8 = 0
+FLOAT32 = 0
 
 
 def check_index(content: Any, leaves: int, dim: int) -> None:
@@ -29,7 +30,11 @@ def check_index(content: Any, leaves: int, dim: int) -> None:
     elif kind == "IwFl":
         _inverted_file(reader, leaves, dim)
     elif kind == "IHNs":
-        _graph(reader, leaves, dim)
+        _header(reader, leaves, dim)
+        _graph(reader, leaves)
+        _bytes(reader, leaves, dim)
+    elif kind == "IHc2":
+        _cagra(reader, leaves, dim)
     else:
         raise ValueError(f"it begins with {kind!r}, which no job writes")
     if reader.at != len(content):
@@ -118,8 +123,19 @@ def _inverted_file(reader: _Reader, leaves: int, dim: int) -> None:
     require(seen.all(), "its lists do not hold every leaf")
 
 
-def _graph(reader: _Reader, leaves: int, dim: int) -> None:
+def _cagra(reader: _Reader, leaves: int, dim: int) -> None:
+    """A graph from a GPU, over whole vectors. One without upper levels would begin every search at random."""
     _header(reader, leaves, dim)
+    fixed_degree, base_only = reader.take("B"), reader.take("B")
+    entries, numbers = reader.take("i"), reader.take("i")
+    ok = fixed_degree <= 1 and base_only == 0 and entries >= 1 and numbers == FLOAT32
+    require(ok, "it has no upper levels, or its vectors are not float32")
+    _graph(reader, leaves)
+    require(reader.code() == "IxFI", "its vectors are not float32")
+    _flat(reader, leaves, dim)
+
+
+def _graph(reader: _Reader, leaves: int) -> None:
     probability, links = reader.vector("<f8"), reader.vector("<i4").astype(np.int64)
     levels, offsets = reader.vector("<i4").astype(np.int64), reader.vector("<u8")
     neighbours = reader.vector("<i4")
@@ -139,6 +155,9 @@ def _graph(reader: _Reader, leaves: int, dim: int) -> None:
     )
     _check_upper_levels(neighbours, levels, links, ends)
     require(1 <= breadth <= MAX_BREADTH and breadth_built >= 1 and beam >= 1, "its breadth is out of bounds")
+
+
+def _bytes(reader: _Reader, leaves: int, dim: int) -> None:
     require(reader.code() == "IxSQ", "its vectors are not in 8 bits")
     _header(reader, leaves, dim)
     kind, _, _ = reader.take("i"), reader.take("i"), reader.take("f")

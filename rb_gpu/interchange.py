@@ -2,7 +2,8 @@
 
 Layout: `patterns`, `verdicts` and `configs` are lists of objects with the fields of `rb_gpu.types`; `cells` holds the
 (pattern, config) arrays by name as nested lists; a NaN is null, and an endless number the string "inf" or "-inf".
-Python writes the shortest decimal that reads back as the same float, so that nothing is lost.
+Python writes the shortest decimal that reads back as the same float, so that nothing is lost. The whole layout is
+published as a JSON schema, `export.schema.json` beside this module.
 """
 
 from __future__ import annotations

@@ -170,6 +170,8 @@ class ReasoningBankStats:
     """Counters of this process and figures of the artifact (reference section 8).
 
     avg_improvement_percent comes from held-out data: the bank's gain in quality over the default; NaN if not measured.
+    avg_expected_gain is of this process's answers: what they are expected to gain over the default, in the objective's
+    unit; a setting that was never tried counts 0.
     """
 
     total_trajectories: int = 0
@@ -180,3 +182,4 @@ class ReasoningBankStats:
     pattern_hit_rate: float = 0.0
     avg_recommendation_confidence: float = 0.0
     avg_improvement_percent: float = field(default=float("nan"))
+    avg_expected_gain: float = 0.0

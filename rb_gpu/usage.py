@@ -15,23 +15,25 @@ class Counts:
         self._threads: list[list[float]] = []
         self._own = _Own(self._threads)
 
-    def add(self, lookups: int, hits: int, confidence: float) -> None:
-        """Counts answers: how many, how many of them by a pattern, and the sum of their confidence."""
+    def add(self, lookups: int, hits: int, confidence: float, gain: float) -> None:
+        """Counts answers: how many, how many of them by a pattern, the sums of their confidence and expected gain."""
         mine = self._own.counts
         mine[0] += lookups
         mine[1] += hits
         mine[2] += confidence
+        if gain == gain:  # a setting that was never tried has none
+            mine[3] += gain
 
-    def totals(self) -> tuple[int, int, float]:
+    def totals(self) -> tuple[int, int, float, float]:
         """What all threads added so far, ended ones too."""
-        lookups, hits, confidence = (sum(counts[i] for counts in list(self._threads)) for i in range(3))
-        return int(lookups), int(hits), float(confidence)
+        lookups, hits, confidence, gain = (sum(counts[i] for counts in list(self._threads)) for i in range(4))
+        return int(lookups), int(hits), float(confidence), float(gain)
 
 
 class _Own(threading.local):
     # runs once in every thread that counts
     def __init__(self, threads: list[list[float]]) -> None:
-        self.counts: list[float] = [0, 0, 0.0]
+        self.counts: list[float] = [0, 0, 0.0, 0.0]
         threads.append(self.counts)
 
 

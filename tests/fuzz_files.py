@@ -24,7 +24,7 @@ from rb_gpu.router_file import ARRAYS as ROUTER_ARRAYS
 from rb_gpu.router_file import write_router
 
 MANIFEST, BANK, INDEX, ROUTER = "manifest.json", "bank.safetensors", "index.faiss", "router.safetensors"
-INDEX_KINDS = ("flat", "hnsw", "ivf")
+INDEX_KINDS = ("flat", "hnsw", "ivf", "cagra")
 
 # Folder entries that are no plain file; TARGET of a link is resolved inside the mutant's folder
 LINKS = {
@@ -134,7 +134,7 @@ def bases(folder: Path, seed: int = 0) -> list[Mutant]:
     """Artifacts of 12 to 40 leaves: one without an index, one with a router, and one of each kind of index."""
     made = []
     for i, kind in enumerate(("off", "router", *INDEX_KINDS)):
-        leaves, dim = (12, 24, 40, 28, 16)[i], (8, 16, 8, 8, 16)[i]
+        leaves, dim = (12, 24, 40, 28, 16, 32)[i], (8, 16, 8, 8, 16, 8)[i]
         data = make_bank(leaves, 5, dim, seed=seed + i)
         extra = {"report.html": b"<p>"}
         if kind in INDEX_KINDS:
@@ -151,9 +151,16 @@ def bases(folder: Path, seed: int = 0) -> list[Mutant]:
 
 
 def index_of(kind: str, leaves: np.ndarray) -> bytes:
+    import faiss
+
     from rb_gpu.learn.config import IndexConfig
     from rb_gpu.learn.index import build_index
 
+    if kind == "cagra":
+        # a job builds it on a GPU; what it writes is what the CPU can build as well
+        index = faiss.IndexHNSWCagra(leaves.shape[1], 4, faiss.METRIC_INNER_PRODUCT)
+        index.add(leaves)
+        return bytes(faiss.serialize_index(index).tobytes())
     config = IndexConfig(kind=kind, m=4, ef_construction=16, ef_search=8, nlist=4, nprobe=2)
     # an index is tuned on queries where build_index takes them
     tuning = [leaves, 3] if "top_k" in inspect.signature(build_index).parameters else []

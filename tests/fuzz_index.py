@@ -12,6 +12,7 @@ FOURCC = [
     "IxFI", "IxF2", "IxFl", "IwFl", "IwFL", "IHNf", "IHNp", "IHNs", "IHN2", "IxMp", "IxM2", "IxPT", "IxRF", "IxPq",
     "IwPQ", "IwQR", "IwSq", "IxSQ", "IxHe", "IxHE", "IxLS", "IxAQ", "IxRQ", "ilar", "ilod", "il00", "ilbs", "INNf",
     "INSf", "INSG", "Ixrl", "IxLa", "I2Hy", "IxFr", "full", "sprs", "null", "PreT", "IwIQ", "IwPf", "IPfs", "Imnn",
+    "IHc2", "IHNc",
 ]  # fmt: skip
 FLOAT_BITS = [0x7F800000, 0xFF800000, 0x7FC00000, 0x7F7FFFFF, 1, 0x80000000]
 
@@ -41,8 +42,17 @@ class _Reader:
         for name, width in sizes.items():
             self.take(width, prefix + name)
 
+    def cagra(self) -> None:
+        self.head()
+        for name, width in {"fixed degree": 1, "base only": 1, "entries": 4, "numeric type": 4}.items():
+            self.take(width, name)
+        self.graph()
+
     def hnsw(self) -> None:
         self.head()
+        self.graph()
+
+    def graph(self) -> None:
         for name, width in {"probas": 8, "cumulated": 4, "levels": 4, "offsets": 8, "neighbors": 4}.items():
             self.vector(width, name)
         for name in ("entry_point", "max_level", "ef_construction", "ef_search", "upper_beam"):
@@ -77,7 +87,7 @@ class _Reader:
 def fields_of(content: bytes) -> dict[str, list[tuple[int, int]]]:
     """(offset, width) of every field by name; of a damaged index as far as it can be read."""
     reader = _Reader(content)
-    readers = {b"IHNs": reader.hnsw, b"IwFl": reader.ivf}
+    readers = {b"IHNs": reader.hnsw, b"IHc2": reader.cagra, b"IwFl": reader.ivf}
     with contextlib.suppress(EOFError):
         readers.get(content[:4], reader.flat)()
     return reader.fields

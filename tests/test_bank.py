@@ -516,6 +516,11 @@ def test_stats_count_what_happened(bank: ReasoningBank) -> None:
     assert stats.total_trajectories == start.total_trajectories + 1
     assert stats.pattern_hit_rate == pytest.approx(hits / 40)
     assert stats.avg_recommendation_confidence == pytest.approx(confidence / 40)
+    gain = sum(a.expected_gain for a in answers) + float(batch["expected_gain"].sum())
+    assert gain > 0 and stats.avg_expected_gain == pytest.approx(gain / 40)
+    # what was never tried is expected to gain nothing that is known
+    bank.optimized_params(queries[0], mode="interpolate")
+    assert bank.stats().avg_expected_gain * 41 == pytest.approx(gain)
     assert math.isnan(ReasoningBank(replace(bank.data, facts={})).stats().avg_improvement_percent)
 
 

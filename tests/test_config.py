@@ -56,11 +56,21 @@ def test_yaml_composes_to_its_schema(name):
     assert type(composed(name)) is (JOBS["train"] if name == "data/sample" else schema_of(name))
 
 
+# settings of the group data that mean something for some ways of storing only
+STORED = {"format", "split", "version", "queries_version"}
+
+
 @pytest.mark.parametrize("name", [name for name in YAMLS if name != "data/sample"])
 def test_yaml_lists_every_key_of_its_schema(name):
     schema = schema_of(name)
     plain = {f.name for f in fields(schema) if not is_dataclass(f.default_factory)}
-    assert {key.rpartition(".")[2] for key in keys_of(name)} == plain
+    listed = {key.rpartition(".")[2] for key in keys_of(name)} - {"s3"}
+    assert listed == plain - (STORED - listed if name.startswith("data/") else set())
+
+
+def test_every_key_of_data_is_listed_by_some_yaml():
+    listed = {key.rpartition(".")[2] for name in YAMLS if name.startswith("data/") for key in keys_of(name)}
+    assert {f.name for f in fields(SECTIONS["data"])} <= listed
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -114,6 +124,10 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "data.queries": [[], 3],
     "data.max_bad_fraction": [-0.01, 1.01, math.nan],
     "data.capacity": [0, -1],
+    "data.format": ["csv"],
+    "data.split": [""],
+    "data.version": [3],  # of files, which have none
+    "data.queries_version": [3],
     "data.features": ["turn", [""], ["turn", "turn"]],
     "params.tiers": [[], "small", ["a", "a"], [1], [""]],
     "params.default": ["small", [1]],
@@ -129,6 +143,8 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "cluster.memory": ["none"],
     "cluster.memory_budget": [-1],
     "cluster.checkpoint_every": [-1],
+    "cluster.engine": ["numba"],
+    "cluster.precision": ["fp8"],
     "judge.method": ["bayes"],
     "judge.objective": ["quality", "bound"],  # bound without a bound
     "judge.latency_weight": [-0.1, math.nan, math.inf],
@@ -227,6 +243,10 @@ OUT_OF_BOUNDS_OF_A_JOB: dict[str, dict[str, list[Any]]] = {
         "cost_weights": [[], [-0.1], [math.nan]],
         "logs": [[], ["greedy"]],
         "sizes": [[], [-1]],
+        "gpu_rows": [[], [1]],
+        "gpu_clusters": [[], [1]],
+        "gpu_dim": [1],
+        "gpu_budget_s": [0],
         "seed": [-1],
     },
 }
@@ -262,10 +282,37 @@ def test_value_out_of_a_jobs_bounds_names_key_value_bound_and_remedy(job, key, v
     refuses(JOBS[job], key, key, value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("endpoint", "127.0.0.1:9000"),
+        ("endpoint", "http://127.0.0.1:9000/"),
+        ("endpoint", "http://127.0.0.1/bucket"),
+        ("region", ""),
+    ],
+)
+def test_settings_of_s3_are_bounded(key, value):
+    shown = repr(value) if value == "" else value
+    with pytest.raises(ConfigError, match=rf"^data\.s3\.{key}={re.escape(shown)} is not \S.+; \S.+"):
+        to_object(merged(SECTIONS["data"], {"s3": {key: value}}))
+
+
+@pytest.mark.parametrize("key", ["version", "queries_version"])
+def test_version_is_asked_for_where_there_are_versions(key):
+    with pytest.raises(ConfigError, match=rf"^data\.{key}=-1 is not an integer >= 0; "):
+        to_object(merged(SECTIONS["data"], {"format": "delta", key: -1}))
+    assert getattr(to_object(merged(SECTIONS["data"], {"format": "lance", key: 3})), key) == 3
+    with pytest.raises(ConfigError, match=r"^data\.path=\['a', 'b'\] is not one table where data\.format=delta; "):
+        to_object(merged(SECTIONS["data"], {"format": "delta", "path": ["a", "b"]}))
+
+
 def test_every_setting_has_a_bound_that_is_tested():
-    settings = {f"{section}.{f.name}" for section, schema in SECTIONS.items() for f in fields(schema)}
+    def plain(schema: type) -> list[str]:
+        return [f.name for f in fields(schema) if not is_dataclass(f.default_factory)]
+
+    settings = {f"{section}.{name}" for section, schema in SECTIONS.items() for name in plain(schema)}
     for schema in JOBS.values():
-        settings |= {f.name for f in fields(schema) if not is_dataclass(f.default_factory)}
+        settings |= set(plain(schema))
     tested = set(OUT_OF_BOUNDS).union(*OUT_OF_BOUNDS_OF_A_JOB.values())
     assert settings - tested == FREE
 

@@ -68,6 +68,9 @@ def field(name: str, value: int) -> Any:
                                                          ("ivf", "lists nlist"), ("ivf", "list length")]],
         ("flat", field("vectors", 0x7F800000)),
         ("hnsw", field("storage vectors", 0x7FC00000)),
+        ("cagra", lambda rng, content: mislead(rng, content, 32)[0]),
+        *[("cagra", field(name, value)) for name, value in [("base only", 1), ("base only", 255), ("entries", 0),
+                                                            ("entries", 2**31 - 1), ("numeric type", 1)]],
     ],
 )  # fmt: skip
 def test_no_field_of_an_index_ends_the_process(fuzzer: Fuzzer, monkeypatch: Any, kind: str, change: Any) -> None:

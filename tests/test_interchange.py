@@ -9,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 from conftest import queries_near
 
+import rb_gpu
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import ARRAYS, BankData
 from rb_gpu.errors import ArtifactError
@@ -42,6 +44,37 @@ def test_the_bank_comes_back_bit_by_bit(data: BankData, which: str, request: Any
     assert again.optimized_params(queries[0], 0.3) == bank.optimized_params(queries[0], 0.3)
     assert again.next_pattern_id == bank.next_pattern_id
     assert again.stats().total_trajectories == bank.stats().total_trajectories > 0
+
+
+SCHEMA = json.loads((Path(rb_gpu.__file__).parent / "export.schema.json").read_text())
+
+
+def schema_errors(document: Any) -> list[str]:
+    return [error.message for error in jsonschema.Draft202012Validator(SCHEMA).iter_errors(document)]
+
+
+@pytest.mark.parametrize("which", ["made", "learned"])
+def test_every_export_fits_the_published_schema(data: BankData, which: str, request: Any, tmp_path: Path) -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    found = data if which == "made" else request.getfixturevalue("learned").bank.data
+    arrays = found.arrays | {"verdict_effect_low": found.arrays["verdict_effect_low"].copy()}
+    arrays["verdict_effect_low"][:3] = -np.inf, np.inf, np.nan
+    ReasoningBank(replace(found, arrays=arrays)).export(tmp_path / "x.json")
+    document = json.loads((tmp_path / "x.json").read_text())
+    assert schema_errors(document) == []
+    # every place of it is said: no field may be left out, and none be added
+    for key in document:
+        assert schema_errors({name: value for name, value in document.items() if name != key})
+    for section in ("patterns", "verdicts", "configs"):
+        assert schema_errors(document | {section: [document[section][0] | {"more": 1}]})
+    assert ("field_coef" in document["cells"]) == (found.field is not None)
+
+
+# what no schema can say: that two lengths agree, or that a place exists
+BEYOND_SCHEMA = {
+    "a pattern too many", "a centroid is short", "every centroid is short", "cells are ragged",
+    "default is outside", "dim is another", "parent is itself",
+}  # fmt: skip
 
 
 def test_an_endless_interval_comes_back(data: BankData, tmp_path: Path) -> None:
@@ -184,6 +217,8 @@ def test_damage_is_an_artifact_error(exported: str, tmp_path: Path, damage: Call
     document = json.loads(exported)
     damage(document)
     refused(tmp_path / "x.json", json.dumps(document), r"x\.json")
+    name = next(name for name, one in DAMAGE.items() if one is damage)
+    assert bool(schema_errors(json.loads(json.dumps(document)))) == (name not in BEYOND_SCHEMA)
 
 
 def test_every_value_is_needed_or_harmless(exported: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from rb_gpu import ReasoningBank, SearchParams, verify_artifact
+from rb_gpu import ReasoningBank, Registry, SearchParams, verify_artifact
 from rb_gpu.errors import RbGpuError
 from rb_gpu.learn import learn
 from rb_gpu.learn.config import (
@@ -125,6 +125,13 @@ def test_the_whole_way_as_typed(planted, tmp_path):
     assert "are whole" in run("registry", "action=verify", cwd=tmp_path).stdout
     inspected = json.loads(run("registry", "action=inspect", cwd=tmp_path).stdout)
     assert inspected["counts"]["patterns"] == bank.data.leaves
+    told, stats = inspected["statistics"], bank.stats()
+    assert (told["total_trajectories"], told["total_verdicts"]) == (stats.total_trajectories, stats.total_verdicts)
+    assert told["total_patterns"] == stats.total_patterns and told["pattern_hit_rate"] > 0.5
+    assert told["avg_improvement_percent"] == pytest.approx(stats.avg_improvement_percent)
+    newest = Registry(tmp_path / "artifacts").versions()[-1]
+    told_apart = run("registry", "action=diff", f"version={newest}", cwd=tmp_path).stdout
+    assert "judge.method" in told_apart and "by lineage" in told_apart
     evaluated = run("evaluate", f"data.path={planted / 'trajectories.parquet'}", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
     assert "bank's gain over it" in evaluated.stdout

@@ -57,6 +57,8 @@ for i in range(3):
     bank.record_trajectory(QueryTrajectory(i, queries[i], answer.params, 0.5, 0.5, 1000, 1_700_000_000 + i))
 assert bank.record_feedback(1, UserFeedback(rating=5)) and not bank.record_feedback(1, UserFeedback(rating=1))
 assert bank.stats().total_feedback == 1
+from rb_gpu.prometheus import bank_metrics
+assert f"rb_gpu_lookups_total {bank.stats().total_lookups}" in bank_metrics(bank).splitlines()
 bank.close()
 np.save(folder / "config_id.npy", batch["config_id"])
 

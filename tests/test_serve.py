@@ -26,6 +26,7 @@ pytest.importorskip("httpx")
 from fastapi.testclient import TestClient
 
 from rb_gpu import ReasoningBank, Registry, Tradeoff
+from rb_gpu.prometheus import bank_metrics
 from rb_gpu.serve.app import make_app
 from rb_gpu.serve.guard import Guard
 from rb_gpu.serve.main import main
@@ -342,6 +343,7 @@ def test_metrics_count_what_happened(client: TestClient, served: ReasoningBank, 
     for line in lines:
         name, _, value = line.rpartition(" ")
         assert line.startswith("# ") or (name and math.isfinite(float(value)))
+    assert lines[-len(bank_metrics(served).splitlines()) :] == bank_metrics(served).splitlines()
 
 
 def test_the_histogram_is_cumulative(bank: ReasoningBank) -> None:

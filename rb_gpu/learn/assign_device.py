@@ -1,7 +1,11 @@
-"""The nearest centroid of every point by plain products in torch: for a GPU, which wants regular work.
+"""The nearest centroid of every point on a GPU, which wants regular work: by Triton or by plain products in torch.
 
-The twin of `assign.Assignment`. Points may lie on the host while the rest is on the device: each tile then travels on
-its own, so that data larger than the card still fit. Suffixes: N points, K centroids, D dims, T points of one tile.
+The twin of `assign.Assignment`. engine=triton gives the exact labels (triton_assign.py). engine=torch may take a
+centroid c for the nearer one b where half their squared distances to x differ by at most (2D + 8)·2^-24·(||x||² +
+max(||b||², ||c||²)) about the middle, which is what float32 products err. Points may lie on the host while the rest is
+on the device: they then come in chunks (streaming.py), so that data larger than the card still fit.
+
+Suffixes: N points, K centroids, D dims, T points of one tile.
 """
 
 from __future__ import annotations
@@ -9,18 +13,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rb_gpu.learn.devices import tiles
 from rb_gpu.learn.distances import lower_distances
+from rb_gpu.learn.streaming import chunks
 
 
 class DeviceAssignment:
     """labels (N,) int64 and d2 (N,) float32 on the device: each point's nearest centroid so far, -1 before the first.
 
     x_ND: (N, D) float32 on the host or the device, only read. middle_D: a point amid the data, on the device.
+    budget: bytes of points that may lie on the device where they come from the host. engine: triton or torch.
+    precision: of Triton's coarse products.
     """
 
-    def __init__(self, x_ND: Tensor, middle_D: Tensor) -> None:
-        self.x_ND, self.middle_D = x_ND, middle_D
+    def __init__(
+        self,
+        x_ND: Tensor,
+        middle_D: Tensor,
+        budget: int | None = None,
+        engine: str = "torch",
+        precision: str = "tf32",
+    ) -> None:
+        self.x_ND, self.middle_D, self.budget = x_ND, middle_D, budget
+        self.engine, self.precision = engine, precision
         self.device = middle_D.device
         self.labels_N = torch.full((len(x_ND),), -1, dtype=torch.int64, device=self.device)
         self.d2_N = torch.full((len(x_ND),), torch.inf, device=self.device)
@@ -32,7 +46,14 @@ class DeviceAssignment:
 
     def lower(self, centroids_KD: Tensor, first: int) -> None:
         """Lowers labels and distances by the centroids (K, D) float32 from row `first` on; the earlier are known."""
-        lower_distances(self.x_ND, self.middle_D, self.d2_N, self.labels_N, centroids_KD[first:], first)
+        held = (self.x_ND, self.middle_D, self.d2_N, self.labels_N)
+        if self.engine == "triton":
+            # only CUDA builds of torch bring triton
+            from rb_gpu.learn.triton_assign import lower_exactly
+
+            lower_exactly(*held, centroids_KD, first, self.precision, self.budget)
+        else:
+            lower_distances(*held, centroids_KD[first:], first, self.budget)
 
     def assign(self, centroids_KD: Tensor) -> None:
         """The nearest of these centroids (K, D) float32."""
@@ -44,8 +65,8 @@ class DeviceAssignment:
 
     def nearer_halves(self, halves_2KD: Tensor, half_N: Tensor, d2_N: Tensor) -> None:
         """Of the halves 2l and 2l + 1 of each point's cluster l, the nearer, and its squared distance, in place."""
-        for tile in tiles(len(self.x_ND), 4 * self.x_ND.shape[1], self.device):
-            x_TD, left_T = self.x_ND[tile].to(self.device, non_blocking=True), 2 * self.labels_N[tile]
+        for tile, x_TD in chunks(self.x_ND, 4 * self.x_ND.shape[1], self.device, budget=self.budget):
+            left_T = 2 * self.labels_N[tile]
             left_d2_T = (x_TD - halves_2KD[left_T]).square().sum(1)
             right_d2_T = (x_TD - halves_2KD[left_T + 1]).square().sum(1)
             half_N[tile] = left_T + (right_d2_T < left_d2_T)

@@ -89,7 +89,7 @@ def _cluster(
         metric=cluster.metric, seed=config.seed, device=config.device.kind, weight=weight_Q[share],
         memory_budget=config.device.memory_budget,
         code_budget=0 if cluster.memory == "lean" else cluster.memory_budget, checkpoint=checkpoint,
-        ranks=ranks, warm=warm,
+        ranks=ranks, warm=warm, engine=cluster.engine, precision=cluster.precision,
     )  # fmt: skip
     found = len(result.centroids)
     if found < k and not is_auto(cluster.k):

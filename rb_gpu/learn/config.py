@@ -14,39 +14,12 @@ from typing import Any
 from rb_gpu.errors import ConfigError
 from rb_gpu.index_file import MAX_BREADTH
 from rb_gpu.learn.checks import check, check_choice, check_count, check_nonnegative, check_share, is_auto
+from rb_gpu.learn.data_config import DataConfig as DataConfig
 from rb_gpu.learn.router_config import RouterConfig as RouterConfig
 from rb_gpu.learn.version_config import GateConfig, RegistryConfig, RetrainConfig
 from rb_gpu.params import PARAMETERS, SearchParams
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent.parent / "sample"
-
-
-@dataclass
-class DataConfig:
-    """Where trajectories come from. path, queries: file, directory, glob, or a list of them. features: names of numeric
-    columns of a query that the router sees beside its embedding.
-    """
-
-    path: Any = None
-    queries: Any = None
-    features: Any = field(default_factory=list)
-    embedder: str = "unknown"
-    max_bad_fraction: float = 0.01
-    capacity: int | None = None
-
-    def __post_init__(self) -> None:
-        check_share("data.max_bad_fraction", self.max_bad_fraction)
-        if self.capacity is not None:
-            check_count("data.capacity", self.capacity)
-        for key, value in (("data.path", self.path), ("data.queries", self.queries)):
-            listed = value if isinstance(value, (list, tuple)) else [value]
-            ok = value is None or (len(listed) > 0 and all(isinstance(v, str) and v for v in listed))
-            check(key, value, ok, "a path or a list of paths", f"give {key}=FILE, DIR, GLOB or [A,B]")
-        names = self.features
-        ok = isinstance(names, (list, tuple)) and all(isinstance(name, str) and name for name in names)
-        check(
-            "data.features", names, ok and len(set(names)) == len(names), "a list of distinct columns", "name each once"
-        )
 
 
 @dataclass
@@ -95,7 +68,8 @@ class QualityConfig:
 class ClusterConfig:
     """k-means. epsilon: the shift of the centroids (rms over the points) at which Lloyd stops, in units of the data's
     median distance. memory: lean keeps no codes of the points beside them. memory_budget: bytes that such codes may
-    take (None: a quarter of what is free). checkpoint_every: updates between two checkpoints; 0 keeps none.
+    take (None: a quarter of what is free). checkpoint_every: updates between two checkpoints; 0 keeps none. engine: of
+    the assignment on CUDA; precision: of its coarse products in triton, which change its time and never a label.
     """
 
     k: int | str = "auto"
@@ -107,6 +81,8 @@ class ClusterConfig:
     memory: str = "auto"
     memory_budget: int | None = None
     checkpoint_every: int = 10
+    engine: str = "auto"
+    precision: str = "tf32"
 
     def __post_init__(self) -> None:
         k_ok = is_auto(self.k) or (isinstance(self.k, int) and self.k >= 1)
@@ -120,6 +96,8 @@ class ClusterConfig:
         if self.memory_budget is not None:
             check_count("cluster.memory_budget", self.memory_budget, 0)
         check_count("cluster.checkpoint_every", self.checkpoint_every, 0)
+        check_choice("cluster.engine", self.engine, ("auto", "triton", "torch"))
+        check_choice("cluster.precision", self.precision, ("tf32", "bf16", "ieee"))
 
 
 @dataclass
@@ -202,9 +180,10 @@ class PruneConfig:
 
 @dataclass
 class IndexConfig:
-    """The Faiss pattern index. nprobe, ef_search, m, ef_construction are Faiss's own; nlist auto is sqrt(patterns).
+    """The Faiss pattern index; ivf is trained on GPUs where the job runs on one, and cagra needs one.
 
-    nprobe and ef_search auto are the least that find `recall` of the nearest patterns of the training queries.
+    nprobe, ef_search, m, ef_construction are Faiss's own; nlist auto is sqrt(patterns). nprobe and ef_search
+    auto are the least that find `recall` of the nearest patterns of the training queries.
     """
 
     kind: str = "hnsw"
@@ -216,7 +195,7 @@ class IndexConfig:
     recall: float = 0.995
 
     def __post_init__(self) -> None:
-        check_choice("index.kind", self.kind, ("off", "flat", "ivf", "hnsw"))
+        check_choice("index.kind", self.kind, ("off", "flat", "ivf", "hnsw", "cagra"))
         for key in ("nlist", "nprobe", "ef_search"):
             value = getattr(self, key)
             ok = is_auto(value) or (isinstance(value, int) and 1 <= value <= MAX_BREADTH)
@@ -300,7 +279,7 @@ class DeviceConfig:
 
 @dataclass
 class TrainConfig:
-    """Everything that `jobs.train` reads."""
+    """Everything that `jobs.train` reads. dry_run: says what the job would do, and writes nothing."""
 
     data: DataConfig = field(default_factory=DataConfig)
     params: ParamsConfig = field(default_factory=ParamsConfig)
@@ -318,6 +297,7 @@ class TrainConfig:
     device: DeviceConfig = field(default_factory=DeviceConfig)
     train: RetrainConfig = field(default_factory=RetrainConfig)
     seed: int = 0
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         check_count("seed", self.seed, 0)

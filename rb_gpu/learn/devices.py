@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 
 from rb_gpu.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
+# tf32 and bf16 products came with Ampere
+LEAST_CAPABILITY = (8, 0)
 # numbers of one tile: they stay in a CPU's outer cache, and keep a GPU busy
 TILE_SCORES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 MEMINFO, OWN_GROUPS, CGROUP = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -36,10 +43,61 @@ def resolve_device(kind: str) -> torch.device:
     return torch.device("cuda" if kind == "cuda" or (kind == "auto" and available) else "cpu")
 
 
+def resolve_engine(engine: str, device: torch.device) -> str:
+    """The assignment engine of `cluster.engine` on this device: triton or torch; auto takes Triton where it can run.
+
+    Raises ConfigError where Triton was asked for and cannot.
+    """
+    if device.type != "cuda":
+        if engine == "triton":
+            raise ConfigError(
+                f"cluster.engine=triton, but device={device}; set device.kind=cuda or cluster.engine=auto"
+            )
+        return "torch"
+    lacking = ""
+    if find_spec("triton") is None:
+        lacking = "triton is not installed; pip install 'triton>=3.3', or set cluster.engine=torch"
+    elif torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        lacking = "the GPU is older than Ampere; set cluster.engine=torch"
+    if engine == "triton" and lacking:
+        raise ConfigError(f"cluster.engine=triton, but {lacking}")
+    chosen = "torch" if engine == "torch" or lacking else "triton"
+    log.info("assignment by %s%s", chosen, f" ({lacking})" if engine == "auto" and lacking else "")
+    return chosen
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 matrices in float32 meanwhile, whatever the process allows: bounds rely on it."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        # torch before 2.9
+        allowed = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(allowed)
+        return
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
 def tiles(n: int, width: int, device: torch.device) -> Iterator[slice]:
     """Slices of rows whose (rows, width) float32 numbers fit one tile of the device."""
-    rows = max(256, TILE_SCORES[device.type] // max(width, 1))
+    rows = tile_rows(width, device)
     return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
+
+
+def tile_rows(width: int, device: torch.device) -> int:
+    """How many rows of `width` float32 numbers fit one tile of the device."""
+    return max(256, TILE_SCORES[device.type] // max(width, 1))
 
 
 def free_memory() -> int:

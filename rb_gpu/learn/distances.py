@@ -10,25 +10,32 @@ import torch
 from torch import Tensor
 
 from rb_gpu.learn.devices import tiles
+from rb_gpu.learn.streaming import chunks
 
 # rows whose norms are within this of 1 are taken as they are
 NORMED = 1e-6
 
 
 def lower_distances(
-    x_ND: Tensor, middle_D: Tensor, d2_N: Tensor, labels_N: Tensor, new_MD: Tensor, first_label: int
+    x_ND: Tensor,
+    middle_D: Tensor,
+    d2_N: Tensor,
+    labels_N: Tensor,
+    new_MD: Tensor,
+    first_label: int,
+    budget: int | None = None,
 ) -> None:
     """Lowers d2 (N,) and labels (N,) in place by M further centroids, labelled from first_label on.
 
     argmin ||x - c||^2 = argmin ||c||^2 / 2 - x.c, so one product a tile does; both are taken about the middle, as
     products cancel far from the origin. The distance is then taken from the difference, so that a copy of a centroid is
-    at 0 exactly and never drawn as another one.
+    at 0 exactly and never drawn as another one. budget: bytes of points that may lie on the device where they come from
+    the host.
     """
     device = new_MD.device
     about_MD = new_MD - middle_D
     half_norm_M = about_MD.square().sum(1) / 2
-    for tile in tiles(len(x_ND), max(len(new_MD), 4 * x_ND.shape[1]), device):
-        x_TD = x_ND[tile].to(device, non_blocking=True)
+    for tile, x_TD in chunks(x_ND, max(len(new_MD), 4 * x_ND.shape[1]), device, budget=budget):
         which_T = torch.addmm(half_norm_M, x_TD - middle_D, about_MD.T, alpha=-1).argmin(dim=1)
         new_T = (x_TD - new_MD[which_T]).square().sum(1)
         better_T = new_T < d2_N[tile]
@@ -36,11 +43,10 @@ def lower_distances(
         labels_N[tile] = torch.where(better_T, which_T + first_label, labels_N[tile])
 
 
-def approach(x_ND: Tensor, d2_N: Tensor, point_1D: Tensor) -> None:
+def approach(x_ND: Tensor, d2_N: Tensor, point_1D: Tensor, budget: int | None = None) -> None:
     """Lowers squared distances (N,), in place, to those to one point (1, D)."""
-    for tile in tiles(len(x_ND), 4 * x_ND.shape[1], d2_N.device):
-        near_T = (x_ND[tile].to(d2_N.device, non_blocking=True) - point_1D).square().sum(1)
-        d2_N[tile] = torch.minimum(d2_N[tile], near_T)
+    for tile, x_TD in chunks(x_ND, 4 * x_ND.shape[1], d2_N.device, budget=budget):
+        d2_N[tile] = torch.minimum(d2_N[tile], (x_TD - point_1D).square().sum(1))
 
 
 def label_sums(x_ND: Tensor, weight_N: Tensor, labels_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -53,8 +59,7 @@ def label_sums(x_ND: Tensor, weight_N: Tensor, labels_N: Tensor, k: int) -> tupl
     sums_KD = torch.zeros(k, x_ND.shape[1], dtype=torch.float64, device=device)
     # the last row takes what is left out; it is cut off below
     slot_N = torch.where(labels_N < 0, k, labels_N)
-    for tile in tiles(len(x_ND), 2 * x_ND.shape[1], device):
-        x_TD = x_ND[tile].to(device, non_blocking=True)
+    for tile, x_TD in chunks(x_ND, 2 * x_ND.shape[1], device):
         part_KD = torch.zeros(k + 1, x_ND.shape[1], dtype=torch.float32, device=device)
         part_KD.index_add_(0, slot_N[tile], x_TD * weight_N[tile, None])
         sums_KD += part_KD[:k]

@@ -16,6 +16,7 @@ from rb_gpu.learn.checks import is_auto
 from rb_gpu.learn.config import IndexConfig
 from rb_gpu.learn.distances import normalise_, normed
 from rb_gpu.learn.hierarchy import unit_rows
+from rb_gpu.learn.index_device import cagra, check_capable, inverted_file
 from rb_gpu.learn.kmeans import nearest
 from rb_gpu.search import ExactSearch, FaissSearch
 
@@ -23,40 +24,61 @@ log = logging.getLogger(__name__)
 
 Matrix = npt.NDArray[np.float32]
 
+HOST = torch.device("cpu")
 # queries on which the breadth of a search is tuned
 TUNING_QUERIES = 1000
 # share of training queries that lie farther from every pattern than the automatic floor
 FLOOR_QUANTILE = 0.001
 
 
-def similarity_floor(x_QD: torch.Tensor, leaves_PD: Matrix, device: torch.device) -> float:
+def similarity_floor(x_QD: torch.Tensor, leaves_PD: Matrix, device: torch.device, engine: str = "auto") -> float:
     """The cosine to its nearest leaf that all but FLOOR_QUANTILE of the training queries exceed."""
     unit_QD = x_QD if normed(x_QD) else normalise_(x_QD.clone())
-    _, d2 = nearest(unit_QD, normalise_(torch.from_numpy(leaves_PD.copy())), device)
+    _, d2 = nearest(unit_QD, normalise_(torch.from_numpy(leaves_PD.copy())), device, engine)
     return float(np.quantile(1.0 - d2.numpy() / 2.0, FLOOR_QUANTILE))
 
 
-def build_index(leaves_PD: Matrix, config: IndexConfig, queries_BD: Matrix, top_k: int) -> bytes | None:
-    """The serialised index, None where index.kind is off.
-
-    Vectors of a graph are kept in 8 bits a dimension: it is a quarter as large and searched in about half the time, and
-    the lookup compares its candidates exactly. Its breadth (efSearch, nprobe), where that is auto, is the least that
-    finds index.recall of the top_k leaves nearest to queries_BD. Raises ConfigError where Faiss is missing, or nlist is
-    over P.
+def open_faiss(config: IndexConfig, device: torch.device) -> Any:
+    """The module, None where index.kind is off. Raises ConfigError where it is missing, or lacks what that kind takes
+    on that device.
     """
     if config.kind == "off":
         return None
+    if config.kind == "cagra" and device.type != "cuda":
+        raise ConfigError(
+            f"index.kind=cagra is built on a GPU, and the job runs on {device.type}; set device=cuda, or "
+            "index.kind=hnsw, which the CPU builds"
+        )
     try:
         import faiss
     except ImportError as error:
         raise ConfigError(
             f"index.kind={config.kind} needs Faiss; pip install 'rb_gpu[cpu]' (or [gpu]), or set index.kind=off"
         ) from error
+    if device.type == "cuda":
+        check_capable(faiss, config.kind)
+    return faiss
+
+
+def build_index(
+    leaves_PD: Matrix,
+    config: IndexConfig,
+    queries_BD: Matrix,
+    top_k: int,
+    device: torch.device = HOST,
+) -> bytes | None:
+    """The serialised index, None where index.kind is off; of a kind that Faiss's CPU build reads.
+
+    Vectors of a graph are kept in 8 bits a dimension: it is a quarter as large and searched in about half the time, and
+    the lookup compares its candidates exactly. Its breadth (efSearch, nprobe), where that is auto, is the least that
+    finds index.recall of the top_k leaves nearest to queries_BD. Raises ConfigError where Faiss is missing or lacks
+    something (open_faiss), nlist is over P, or P is too few for a graph.
+    """
+    faiss = open_faiss(config, device)
+    if faiss is None:
+        return None
     unit_PD = np.ascontiguousarray(unit_rows(leaves_PD))
-    index = _empty_index(faiss, len(unit_PD), unit_PD.shape[1], config)
-    if not index.is_trained:
-        index.train(unit_PD)
-    index.add(unit_PD)
+    index = _filled_index(faiss, unit_PD, config, device)
     if config.kind != "flat":
         stride = max(1, len(queries_BD) // TUNING_QUERIES)
         queries_BD = unit_rows(queries_BD[::stride][:TUNING_QUERIES])
@@ -67,6 +89,18 @@ def build_index(leaves_PD: Matrix, config: IndexConfig, queries_BD: Matrix, top_
             config.kind, len(unit_PD), breadth, top_k, recall, config.recall,
         )  # fmt: skip
     return bytes(faiss.serialize_index(index).tobytes())
+
+
+def _filled_index(faiss: Any, unit_PD: Matrix, config: IndexConfig, device: torch.device) -> Any:
+    if config.kind == "cagra":
+        return cagra(faiss, unit_PD, config.m, config.ef_construction)
+    index = _empty_index(faiss, len(unit_PD), unit_PD.shape[1], config)
+    if config.kind == "ivf" and device.type == "cuda":
+        return inverted_file(faiss, index, unit_PD)
+    if not index.is_trained:
+        index.train(unit_PD)
+    index.add(unit_PD)
+    return index
 
 
 def _empty_index(faiss: Any, leaves: int, dim: int, config: IndexConfig) -> Any:
@@ -90,17 +124,17 @@ def _tune(
     faiss: Any, index: Any, unit_PD: Matrix, queries_BD: Matrix, config: IndexConfig, top_k: int
 ) -> tuple[int, float]:
     """Sets the breadth of the index and returns it, with the recall that it reaches."""
-    wanted, most = (config.ef_search, len(unit_PD)) if config.kind == "hnsw" else (config.nprobe, index.nlist)
+    wanted, most = (config.nprobe, index.nlist) if config.kind == "ivf" else (config.ef_search, len(unit_PD))
     most = min(most, MAX_BREADTH)
     exact, _ = ExactSearch(unit_PD).nearest(queries_BD, top_k)
     search = FaissSearch(index, config.kind, unit_PD, faiss.swig_ptr)
     # powers of 2 and the values halfway between them, up to the whole
     grid = [min(2**i * part // 2, most) for i in range(1, 18) for part in (2, 3)] if is_auto(wanted) else [int(wanted)]
     for breadth in grid:
-        if config.kind == "hnsw":
-            index.hnsw.efSearch = breadth
-        else:
+        if config.kind == "ivf":
             index.nprobe = breadth
+        else:
+            index.hnsw.efSearch = breadth
         found, _ = search.nearest(queries_BD, top_k)
         recall = float((found[:, :, None] == exact[:, None, :]).any(2).mean())
         if recall >= config.recall or breadth == most:

@@ -158,7 +158,7 @@ class SynthesizeConfig:
         check_count("seed", self.seed, 0)
 
 
-SUITES = ("lookup", "cluster", "seed", "growth", "load", "decisions", "router", "all")
+SUITES = ("lookup", "cluster", "seed", "growth", "load", "decisions", "router", "sweep", "roofline", "gpu", "all")
 LOGS = ("full", "uniform", "skewed", "confounded")
 PEERS = ("faiss", "scikit-learn", "scikit-learn-intelex", "SuperKMeans", "plain torch", "sequential torch")
 
@@ -172,7 +172,8 @@ class BenchmarkConfig:
     the numbers of them, iterations those of Lloyd, peers what is measured beside ours. Of the suite growth: rows, at
     1,024 clusters, and clusters, at n rows, that grow. Of the suite decisions: sets
     are folders of full tables, cost_weights those of the utility, logs how queries were logged, sizes how many (0:
-    all), and each round is another seed.
+    all), and each round is another seed. Of the suites roofline and gpu: rows, clusters and dims of the points, and the
+    seconds that the suite gpu may take. all: every suite but gpu.
     """
 
     suite: str = "lookup"
@@ -194,6 +195,10 @@ class BenchmarkConfig:
     cost_weights: list[float] = field(default_factory=lambda: [0.2])
     logs: list[str] = field(default_factory=lambda: list(LOGS))
     sizes: list[int] = field(default_factory=lambda: [1000, 0])
+    gpu_rows: list[int] = field(default_factory=lambda: [1_000_000, 10_000_000, 100_000_000])
+    gpu_clusters: list[int] = field(default_factory=lambda: [100, 1000, 10_000])
+    gpu_dim: int = 128
+    gpu_budget_s: int = 480
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -207,7 +212,7 @@ class BenchmarkConfig:
         check("sizes", self.sizes, sizes_ok, "a list of integers >= 0", "give e.g. [1000,0]; 0 is all")
         weights_ok = len(self.cost_weights) > 0 and all(math.isfinite(w) and w >= 0 for w in self.cost_weights)
         check("cost_weights", self.cost_weights, weights_ok, "a list of finite numbers >= 0", "give e.g. [0,0.2]")
-        for key in ("clusters", "growth_rows", "growth_clusters"):
+        for key in ("clusters", "growth_rows", "growth_clusters", "gpu_rows", "gpu_clusters"):
             listed = getattr(self, key)
             ok = len(listed) > 0 and all(k >= 2 for k in listed)
             check(key, listed, ok, "a list of integers >= 2", "give e.g. [256,1024]")
@@ -215,9 +220,9 @@ class BenchmarkConfig:
             check_count(key, getattr(self, key))
         enough = len(self.patterns) > 0 and all(count > 5 for count in self.patterns)
         check("patterns", self.patterns, enough, "a list of sizes over 5", "give e.g. [256,1024]")
-        for key in ("dim", "configs"):
+        for key in ("dim", "configs", "gpu_dim"):
             check_count(key, getattr(self, key), 2)
-        for key in ("rounds", "batch", "threads"):
+        for key in ("rounds", "batch", "threads", "gpu_budget_s"):
             check_count(key, getattr(self, key))
         check_count("distinct_queries", self.distinct_queries, self.rounds)
         check_count("seed", self.seed, 0)

@@ -20,7 +20,7 @@ from torch import Tensor
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.checkpoint import Checkpoint
-from rb_gpu.learn.devices import free_memory, resolve_device
+from rb_gpu.learn.devices import free_memory, full_precision, resolve_device, resolve_engine
 from rb_gpu.learn.distances import NORMED, normalise_
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.lloyd import Solver
@@ -67,6 +67,8 @@ def kmeans(
     ranks: Ranks | None = None,
     checkpoint: Checkpoint | None = None,
     warm: Array | None = None,
+    engine: str = "auto",
+    precision: str = "tf32",
 ) -> KMeansResult:
     """Clusters the rows of x (N, D), NumPy or torch, into min(k, distinct rows) clusters.
 
@@ -74,12 +76,13 @@ def kmeans(
     array to start from (then n_init is 1 and nothing is repaired). epsilon: stop where the centroids' shifts, as a root
     mean square over the points, are at most this, in units of the data's median distance to its middle. metric: "l2",
     or "cosine": rows are normalised and centroids kept on the unit sphere. weight: (N,) >= 0. memory_budget: bytes of x
-    that may lie on a GPU; larger data stay on the host and travel in tiles. code_budget: bytes that codes of the points
-    may take on the host (None: a quarter of what is free; 0: none). ranks: the processes that hold the other rows;
-    labels are then of the rows here. checkpoint: where to go on from, if the same call was cut off. warm: up to k
+    that may lie on a GPU; larger data stay on the host and travel in chunks. code_budget: bytes that codes of the
+    points may take on the host (None: a quarter of what is free; 0: none). ranks: the processes that hold the other
+    rows; labels are then of the rows here. checkpoint: where to go on from, if the same call was cut off. warm: up to k
     centroids of an earlier clustering, the same on all ranks, with which the first of the n_init runs begins; k-means++
-    draws what they lack, and what is stale in them is repaired like bad luck. x is only read, and never copied if it is
-    float32 and, for cosine, of norm 1.
+    draws what they lack, and what is stale in them is repaired like bad luck. engine: of the assignment on CUDA:
+    triton, whose labels are exact, torch, or auto, triton where it runs; precision: of triton's coarse products, tf32,
+    bf16 or ieee. x is only read, and never copied if it is float32 and, for cosine, of norm 1.
 
     The same seed gives the same bits on one kind of device, whatever the budgets, threads and ranks. Raises ValueError
     on a bad argument, ConfigError where the device is missing.
@@ -90,7 +93,7 @@ def kmeans(
         raise ValueError(f"epsilon={epsilon!r} is not >= 0; give 0 or more")
     if isinstance(init, str) and init != "k-means++":
         raise ValueError(f'init={init!r} is neither "k-means++" nor a (K, D) array; pass one of them')
-    with _opened(points, weight, metric, device, memory_budget, code_budget, ranks) as opened:
+    with _opened(points, weight, metric, device, memory_budget, code_budget, ranks, engine, precision) as opened:
         start = None if isinstance(init, str) else _checked_init(init, points, metric, opened.shard.device)
         count = k if start is None else len(start)
         begun = None if warm is None else _checked_init(warm, points, metric, opened.shard.device, "warm")
@@ -143,14 +146,18 @@ def _opened(
     memory_budget: int | None,
     code_budget: int | None,
     ranks: Ranks | None,
+    engine: str = "auto",
+    precision: str = "tf32",
 ) -> Iterator[_Opened]:
     where = resolve_device(device)
+    engine = resolve_engine(engine, where)
     weights = _checked_weight(weight, len(points)).to(where)
     with ExitStack() as stack:
+        stack.enter_context(full_precision())
         crew = stack.enter_context(workers()) if where.type == "cpu" else None
         if crew is None and (memory_budget is None or points.numel() * 4 <= memory_budget):
             points = points.to(where)
-        peak_N, norm_N = peaks(points, crew, where)
+        peak_N, norm_N = peaks(points, crew, where, memory_budget)
         if not bool(torch.isfinite(peak_N).all()):
             raise ValueError("x holds NaN or infinity; drop those rows first")
         if metric == "cosine":
@@ -159,14 +166,15 @@ def _opened(
                 raise ValueError(f"x has {zeros} rows of norm 0; cosine needs a direction, drop them")
             if float((norm_N - 1).abs().max()) > NORMED:
                 points = normalise_(points.clone())
-                peak_N, norm_N = peaks(points, crew, where)
+                peak_N, norm_N = peaks(points, crew, where, memory_budget)
         if not bool(torch.isfinite(norm_N).all()):
             raise ValueError(f"x reaches {float(peak_N.max()):.3g}, whose square overflows float32; scale x down")
-        shard = Shard(points, weights, ranks or Ranks())
+        shard = Shard(points, weights, ranks or Ranks(), memory_budget)
         middle_D, typical = _middle(shard)
         budget = int(CODE_SHARE * free_memory()) if code_budget is None else code_budget
         if crew is None:
-            yield _Opened(DeviceAssignment(points, middle_D), shard, peak_N, crew, typical)
+            on_device = DeviceAssignment(points, middle_D, memory_budget, engine, precision)
+            yield _Opened(on_device, shard, peak_N, crew, typical)
         else:
             yield _Opened(Assignment(points, middle_D, crew, budget), shard, peak_N, crew, typical)
 
@@ -180,14 +188,14 @@ def _digest(centroids_KD: Tensor | None) -> str:
     return hashlib.sha256(b"" if centroids_KD is None else centroids_KD.cpu().numpy().tobytes()).hexdigest()
 
 
-def nearest(x_ND: Tensor, centroids_KD: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def nearest(x_ND: Tensor, centroids_KD: Tensor, device: torch.device, engine: str = "auto") -> tuple[Tensor, Tensor]:
     """The exact nearest centroid of each point (N,) int64, and its squared distance (N,) float32, on the host.
 
-    x (N, D) and centroids (K, D) are float32 on the host.
+    x (N, D) and centroids (K, D) are float32 on the host. engine: as in `kmeans`.
     """
     middle_D = centroids_KD.mean(0)
     if device.type == "cuda":
-        on_device = DeviceAssignment(x_ND, middle_D.to(device))
+        on_device = DeviceAssignment(x_ND, middle_D.to(device), engine=resolve_engine(engine, device))
         on_device.assign(centroids_KD.to(device))
         return on_device.labels_N.cpu(), on_device.d2_N.cpu()
     with workers() as crew:

@@ -127,7 +127,7 @@ def foretell(
     landmarks = min(LANDMARKS, len(unit_CD) // QUERIES_PER_LANDMARK)
     if landmarks < LEAST_LANDMARKS or configs < 2:
         return None
-    found = kmeans(unit_CD, landmarks, seed=seed, metric="cosine", device=device.type).centroids
+    found = kmeans(unit_CD, landmarks, seed=seed, metric="cosine", device=device.type, engine="torch").centroids
     landmarks_MD = torch.nn.functional.normalize(torch.as_tensor(found), dim=1).to(device)
     factors = [_factor(landmarks_MD, slope) for slope in SLOPES]
 

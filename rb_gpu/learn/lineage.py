@@ -112,7 +112,7 @@ def warm_start(
     return k, leaves_PD
 
 
-def parent_leaves(parent: BankData | None, x_QD: torch.Tensor, device: torch.device) -> Rows:
+def parent_leaves(parent: BankData | None, x_QD: torch.Tensor, device: torch.device, engine: str = "auto") -> Rows:
     """(Q,) the parent's leaf of each query, -1 where the parent would have known none: under its similarity floor.
 
     x_QD: as they were clustered. With l2 there is no floor, since that is a cosine.
@@ -120,7 +120,7 @@ def parent_leaves(parent: BankData | None, x_QD: torch.Tensor, device: torch.dev
     if parent is None:
         return np.full(len(x_QD), -1)
     leaves_PD = torch.from_numpy(np.array(parent.arrays["centroids"][: parent.leaves]))
-    label_Q, d2_Q = nearest(x_QD, leaves_PD, device)
+    label_Q, d2_Q = nearest(x_QD, leaves_PD, device, engine)
     if parent.metric == "cosine":
         label_Q = torch.where(1.0 - d2_Q / 2.0 >= parent.lookup.floor, label_Q, -1)
     return label_Q.numpy()

@@ -179,7 +179,7 @@ class Solver:
                 return
             rows_1 = torch.tensor([row], device=self.shard.device)
             # the point's neighbours are near a centroid now, so that the next empty cluster goes elsewhere
-            approach(self.shard.x_ND, self.points.d2_N, self.shard.points(rows_1))
+            approach(self.shard.x_ND, self.points.d2_N, self.shard.points(rows_1), self.shard.budget)
             here_1, local_1 = self.shard.here(rows_1)
             self.points.labels_N[local_1[here_1]] = empty
 

@@ -29,7 +29,7 @@ from rb_gpu.learn.devices import resolve_device
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.evidence import row_weights
 from rb_gpu.learn.hierarchy import prune
-from rb_gpu.learn.index import build_index, similarity_floor
+from rb_gpu.learn.index import build_index, open_faiss, similarity_floor
 from rb_gpu.learn.leaves import LeafMaking, believed
 from rb_gpu.learn.lessons import gather_lessons
 from rb_gpu.learn.lineage import differences, inherit, parent_leaves
@@ -86,16 +86,17 @@ def learn(
             raise ConfigError(f"parent: its {', its '.join(unlike)}; give a bank that is like these trajectories")
     stages, watch = stages or Stages(), watch or Watch()
     device = resolve_device(config.device.kind)
+    open_faiss(config.index, device)
     rows = rows_read(trajectories, config)
     with watch.stage("cluster"):
         version = None if parent is None else parent.facts["version"]
-        half_life = config.judge.half_life
+        half_life, engine = config.judge.half_life, config.cluster.engine
         x_QD, weight_Q, label_Q = stages.of(
             "cluster",
             [rows, version, half_life, config.prune.min_support, config.seed, asdict(config.cluster)],
             lambda: cluster_queries(trajectories, config, checkpoint, ranks or Ranks(), parent),
         )
-        before_Q = stages.of("parent", [rows, version], lambda: parent_leaves(parent, x_QD, device))
+        before_Q = stages.of("parent", [rows, version], lambda: parent_leaves(parent, x_QD, device, engine))
     with watch.stage("judge"):
         judging, decay = config.judge, None
         if is_auto(judging.half_life):
@@ -192,8 +193,8 @@ def _searched(
 ) -> tuple[bytes | None, float]:  # fmt: skip
     """The index of the leaves, None where there is none, and the lookup's similarity floor."""
     asked = config.lookup.floor
-    floor = similarity_floor(x_QD, leaves_PD, device) if is_auto(asked) else float(asked)
-    return build_index(leaves_PD, config.index, trajectories.x_QD, top_k), floor
+    floor = similarity_floor(x_QD, leaves_PD, device, config.cluster.engine) if is_auto(asked) else float(asked)
+    return build_index(leaves_PD, config.index, trajectories.x_QD, top_k, device), floor
 
 
 def rows_read(trajectories: Trajectories, config: TrainConfig) -> list[Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rb_gpu.learn.devices import tiles
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.kernels import row_peaks
+from rb_gpu.learn.streaming import chunks
 from rb_gpu.learn.workers import Workers
 
 
@@ -15,10 +15,11 @@ class Shard:
     """Points x (N, D) float32, on the host or the device, and weights (N,) float32 on the device.
 
     first and count place them among the rows of all ranks, which is how every row is named outside this process.
+    budget: bytes of points that may lie on the device where they come from the host.
     """
 
-    def __init__(self, x_ND: Tensor, weight_N: Tensor, ranks: Ranks) -> None:
-        self.x_ND, self.weight_N, self.ranks = x_ND, weight_N, ranks
+    def __init__(self, x_ND: Tensor, weight_N: Tensor, ranks: Ranks, budget: int | None = None) -> None:
+        self.x_ND, self.weight_N, self.ranks, self.budget = x_ND, weight_N, ranks, budget
         self.first, self.count = ranks.place(len(x_ND))
 
     @property
@@ -74,12 +75,11 @@ class Shard:
         return self.ranks.joined(self.x_ND[-self.first % step :: step]).to(self.device)
 
 
-def peaks(x_ND: Tensor, crew: Workers | None, device: torch.device) -> tuple[Tensor, Tensor]:
+def peaks(x_ND: Tensor, crew: Workers | None, device: torch.device, budget: int | None = None) -> tuple[Tensor, Tensor]:
     """The largest |coordinate| and the norm of each row (N,) float32, on the device; NaN or infinity show in them."""
     peak_N, norm_N = torch.empty(len(x_ND), device=device), torch.empty(len(x_ND), device=device)
     if crew is None:
-        for tile in tiles(len(x_ND), 2 * x_ND.shape[1], device):
-            x_TD = x_ND[tile].to(device, non_blocking=True)
+        for tile, x_TD in chunks(x_ND, 2 * x_ND.shape[1], device, budget=budget):
             peak_N[tile], norm_N[tile] = x_TD.abs().amax(1), x_TD.norm(dim=1)
         return peak_N, norm_N
     arrays = (x_ND.numpy(), x_ND.numpy().view("int32"))

@@ -1,14 +1,13 @@
-"""Finds and opens what trajectories lie in: Parquet and Arrow IPC files on any Arrow filesystem, and SQLite logs."""
+"""Opens what trajectories lie in: Parquet and Arrow IPC files on any Arrow filesystem, and SQLite logs."""
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,8 @@ from rb_gpu.trajectory_file import read_batches
 
 BATCH_ROWS = 65_536
 BUFFER_BYTES = 1 << 20
+# a request to a far store takes as long as this much of its answer
+FAR_BUFFER_BYTES = 8 << 20
 PARQUET_SUFFIXES = (".parquet", ".pq")
 IPC_SUFFIXES = (".arrow", ".ipc", ".feather")
 SQLITE_SUFFIXES = (".sqlite", ".sqlite3", ".db")
@@ -81,52 +82,6 @@ def share_out(sources: Sequence[Source], size: int) -> list[list[Span]]:
     return shares
 
 
-def list_paths(path: str | Sequence[str], key: str) -> list[tuple[pyarrow.fs.FileSystem, str]]:
-    """Every file that `path` names (file, directory, glob, URI, or a list of them). Raises DataError where none is."""
-    found: list[tuple[pyarrow.fs.FileSystem, str]] = []
-    for one in [path] if isinstance(path, str) else path:
-        try:
-            if "://" in one:
-                filesystem, inner = pyarrow.fs.FileSystem.from_uri(one)
-                names = [inner]
-            else:
-                filesystem = pyarrow.fs.LocalFileSystem()
-                names = _local_names(one)
-            for name in names:
-                found.extend((filesystem, file) for file in _files(filesystem, name, key))
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{key}={one} cannot be opened ({_first_line(error)}); check the path") from error
-        if not names:
-            raise DataError(f"{key}={one} matches no file; check the pattern")
-    return found
-
-
-def _local_names(path: str) -> list[str]:
-    # a folder may well be called runs[1]
-    if not glob.has_magic(path) or Path(path).exists():
-        return [path]
-    return sorted(glob.glob(path, recursive=True))  # noqa: PTH207 - any root
-
-
-def _files(filesystem: pyarrow.fs.FileSystem, name: str, key: str) -> list[str]:
-    """The file itself, or the files of a directory but those that Arrow and Spark hide with a leading . or _."""
-    info = filesystem.get_file_info(name)
-    if info.type == pyarrow.fs.FileType.NotFound:
-        raise DataError(f"{key}={name} does not exist; give a file, a directory, a URI of one, or a local glob")
-    if info.type != pyarrow.fs.FileType.Directory:
-        return [name]
-    files = [
-        file.path
-        for file in filesystem.get_file_info(pyarrow.fs.FileSelector(name, recursive=True))
-        if file.is_file
-        and PurePosixPath(file.path).suffix.lower() in KNOWN_SUFFIXES
-        and not any(part[0] in "._" for part in PurePosixPath(file.path).relative_to(info.path).parts)
-    ]
-    if not files:
-        raise DataError(f"{key}={name} holds no {', '.join(KNOWN_SUFFIXES)} file; name the right directory")
-    return sorted(files)
-
-
 def open_source(filesystem: pyarrow.fs.FileSystem, name: str, key: str) -> Source:
     """Opens one file by its suffix. Raises DataError where it is damaged or of an unknown kind."""
     suffix = PurePosixPath(name).suffix.lower()
@@ -138,8 +93,9 @@ def open_source(filesystem: pyarrow.fs.FileSystem, name: str, key: str) -> Sourc
         if suffix in SQLITE_SUFFIXES:
             return _open_log(name)
     except (pa.ArrowException, OSError) as error:
+        far = "" if isinstance(filesystem, pyarrow.fs.LocalFileSystem) else ", or not to be read with these keys"
         raise DataError(
-            f"{key}={name} cannot be read ({_first_line(error)}); it is damaged or of another format"
+            f"{key}={name} cannot be read ({first_line(error)}); it is damaged or of another format{far}"
         ) from error
     except DataError as error:
         raise DataError(f"{key}={error}") from error
@@ -151,11 +107,14 @@ def _open_parquet(filesystem: pyarrow.fs.FileSystem, name: str) -> Source:
         parquet = pq.ParquetFile(file)
         metadata, schema = parquet.metadata, parquet.schema_arrow
 
+    local = isinstance(filesystem, pyarrow.fs.LocalFileSystem)
+
     def batches(columns: list[str], rows: int, groups: range) -> Iterator[pa.RecordBatch]:
         # opened anew: a table may have more files than a process may hold open;
         # buffered, and not ahead: Arrow would read the whole column of a row group at once
         with filesystem.open_input_file(name) as file:
-            parquet = pq.ParquetFile(file, metadata=metadata, buffer_size=BUFFER_BYTES, pre_buffer=False)
+            buffer = BUFFER_BYTES if local else FAR_BUFFER_BYTES
+            parquet = pq.ParquetFile(file, metadata=metadata, buffer_size=buffer, pre_buffer=False)
             yield from parquet.iter_batches(rows, row_groups=list(groups), columns=columns)
 
     groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
@@ -295,8 +254,9 @@ def ahead(batches: Generator[pa.RecordBatch]) -> Generator[pa.RecordBatch]:
 
 
 def _cut_short(where: str, error: Exception) -> DataError:
-    return DataError(f"{where} cannot be read to its end ({_first_line(error)}); the file is damaged")
+    return DataError(f"{where} cannot be read to its end ({first_line(error)}); the file is damaged")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of another package says, without the trace that some put below."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rb_gpu.errors import DataError
-from rb_gpu.learn.config import DataConfig
-from rb_gpu.learn.sources import list_paths
+from rb_gpu.learn.data_config import VERSIONED, DataConfig
+from rb_gpu.learn.places import list_paths
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +65,14 @@ def digest(array: npt.NDArray[Any]) -> str:
 def files_read(data: DataConfig) -> list[tuple[str, int, str]]:
     """Name, size and time of change of every file that `data` names: what changes where one is written anew.
 
-    A SQLite log's newest rows lie in the file beside it.
+    A SQLite log's newest rows lie in the file beside it. What a version of a Delta table or Lance dataset holds never
+    changes, and the version stands in the settings.
     """
-    found = []
+    found: list[tuple[str, int, str]] = []
+    if data.format in VERSIONED:
+        return found
     for key, path in (("data.path", data.path), ("data.queries", data.queries)):
-        for filesystem, name in [] if path is None else list_paths(path, key):
+        for filesystem, name in [] if path is None else list_paths(path, key, data.s3):
             for each in (name, f"{name}-wal"):
                 info = filesystem.get_file_info(each)
                 if info.is_file:

@@ -13,10 +13,10 @@ import math
 import torch
 from torch import Tensor
 
-from rb_gpu.learn.devices import tiles
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.kernels import move_rows
 from rb_gpu.learn.shard import Shard
+from rb_gpu.learn.streaming import chunks
 from rb_gpu.learn.workers import Workers
 
 # sums stay below 2^62, which leaves a bit for what rounding adds
@@ -55,6 +55,7 @@ class ClusterSums:
     def __init__(self, shard: Shard, peak_N: Tensor, k: int, crew: Workers | None) -> None:
         """peak_N: the largest |coordinate| of each point. crew: workers on the host; None sums on the device."""
         self.x_ND, self.weight_N, self.ranks, self.crew = shard.x_ND, shard.weight_N, shard.ranks, crew
+        self.budget = shard.budget
         self.unit = unit_for(self.ranks.sum_of(float((peak_N.double() * self.weight_N).sum())))
         self.weight_unit = unit_for(self.ranks.sum_of(float(self.weight_N.sum(dtype=torch.float64))))
         self.peak = self.ranks.largest(float(peak_N.max()))
@@ -86,10 +87,10 @@ class ClusterSums:
 
     def _move(self, rows_M: Tensor, old_M: Tensor, new_M: Tensor) -> None:
         """The same by torch, on the device of the sums."""
-        for tile in tiles(len(rows_M), 8 * self.x_ND.shape[1], self.sums_KD.device):
-            rows_T = rows_M[tile]
-            x_TD = self.x_ND[rows_T.to(self.x_ND.device)].to(self.sums_KD.device)
-            units_TD = (x_TD.double() * (self.weight_N[rows_T].double() * self.unit)[:, None]).round().to(torch.int64)
+        width, device = 8 * self.x_ND.shape[1], self.sums_KD.device
+        for tile, x_TD in chunks(self.x_ND, width, device, rows_M, self.budget):
+            weight_T = self.weight_N[rows_M[tile]].double() * self.unit
+            units_TD = (x_TD.double() * weight_T[:, None]).round().to(torch.int64)
             self.sums_KD.index_add_(0, new_M[tile], units_TD)
             leaves_T = old_M[tile] >= 0
             self.sums_KD.index_add_(0, old_M[tile][leaves_T], -units_TD[leaves_T])

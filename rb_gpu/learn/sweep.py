@@ -114,3 +114,20 @@ def chosen_among(best: Member, members: Sequence[Member]) -> Member:
         gain_low=best.gain + half * (best.gain_low - best.gain),
         gain_high=best.gain + half * (best.gain_high - best.gain),
     )
+
+
+def verdict(members: Sequence[Member]) -> str:
+    """Which run is best and how sure that is, or why that cannot be said."""
+    valued, best = [one for one in members if one.error is None], best_of(members)
+    if not valued:
+        return "every run failed; the log in each one's folder says why"
+    if best is None:
+        return (
+            "no run is the best: what they call utility differs (judge.cost_weight, judge.objective, ...), or none has "
+            "a value; compare quality and cost instead"
+        )
+    wide = chosen_among(best, members)
+    return (
+        f"best: run {best.folder} ({told_apart(members)[best.folder]}), gain {best.gain:+.4f}; as the highest of "
+        f"{len(valued)} runs its 95 % interval is [{wide.gain_low:+.4f}, {wide.gain_high:+.4f}]"
+    )

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import pyarrow as pa
 from rb_gpu.errors import DataError
 from rb_gpu.learn.blocks import Copying, block_threads
 from rb_gpu.learn.cutoff import newest_rows
+from rb_gpu.learn.data_config import Store
 from rb_gpu.learn.decode import (
     NULL_TIER,
     UNKNOWN_TIER,
@@ -31,10 +32,11 @@ from rb_gpu.learn.decode import (
     list_dim,
     rule_of,
 )
+from rb_gpu.learn.places import open_table
 from rb_gpu.learn.progress import step
 from rb_gpu.learn.quarantine import BadRows
 from rb_gpu.learn.room import Room, to_front
-from rb_gpu.learn.sources import BATCH_ROWS, Source, Span, ahead, guarded, list_paths, open_source, share_out
+from rb_gpu.learn.sources import BATCH_ROWS, Source, Span, ahead, guarded, share_out
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class Table:
 
     columns has only what every file holds. file_id: (N,) int32 index into `files`; file_row: (N,) int64 row in it.
     source: what was read, for messages. total_rows: rows seen, bad ones too. room: where the embeddings lie.
+    version: of the table, None where it has none.
     """
 
     columns: Columns
@@ -60,6 +63,7 @@ class Table:
     file_id: npt.NDArray[np.int32]
     file_row: npt.NDArray[np.int64]
     room: Room
+    version: int | None = None
 
     def refuse(self, mask: npt.NDArray[np.bool_], reason: str, key: str, bad: BadRows) -> None:
         """Drops the rows of the mask as bad ones, in place: a copy would double the memory. key: column of the ids."""
@@ -79,6 +83,7 @@ class Reading:
     """How a table is read. tiers: the configured tiers, another name is a bad row; None takes all. newest: keep the
     rows of largest timestamp, of equal ones the last. key: the setting that messages name. unique: a repeated value in
     this column, if it is read, is a bad row. room: where the embeddings lie, and the processes that share the reading.
+    store: how the table is stored.
     """
 
     tiers: Sequence[str] | None = None
@@ -86,6 +91,7 @@ class Reading:
     key: str = "data.path"
     unique: str = "id"
     room: Room = field(default_factory=Room)
+    store: Store = field(default_factory=Store)
 
 
 def read_table(
@@ -96,9 +102,9 @@ def read_table(
     Returns query_embedding as (N, D) float32. Raises DataError naming the file and the column: missing file or column,
     a type that cannot be read, a dimension that differs between files, no rows.
     """
-    sources = [open_source(filesystem, name, reading.key) for filesystem, name in list_paths(path, reading.key)]
+    sources, version = open_table(path, reading.store, reading.key)
     label = path if isinstance(path, str) else ", ".join(path)
-    return check_sources(sources, label, required, optional, bad, reading)
+    return replace(check_sources(sources, label, required, optional, bad, reading), version=version)
 
 
 def check_sources(

@@ -26,6 +26,7 @@ from rb_gpu.learn.distances import normalise_
 from rb_gpu.learn.distributed import Ranks, launched
 from rb_gpu.learn.drift import measure_drift, measure_embeddings
 from rb_gpu.learn.gate import Decision, champion_beside, decide
+from rb_gpu.learn.lake import pinned
 from rb_gpu.learn.lessons import routed
 from rb_gpu.learn.parent import find_parent, free_pattern_id
 from rb_gpu.learn.pipeline import LearnedBank, choices_beside, learn, rows_read
@@ -77,6 +78,7 @@ def train(
     stages: of a sweep, whose work is used. promote: false leaves the choice to a person.
     """
     with launched(resolve_device(config.device.kind)) as ranks:
+        config = replace(config, data=pinned(config.data, ranks))
         if ranks.rank == 0:
             registry, watch = Registry.open(**asdict(config.registry)), Watch()
             with registry.locked():
@@ -93,7 +95,8 @@ def measure(config: TrainConfig, quarantine: Path | None, stages: Stages, watch:
     registry, which stays open to other jobs. What only a report shows is left out. Raises RbGpuError.
     """
     registry = Registry.open(**asdict(config.registry))
-    alone = replace(config, cluster=replace(config.cluster, checkpoint_every=0))
+    data, cluster = pinned(config.data, Ranks()), replace(config.cluster, checkpoint_every=0)
+    alone = replace(config, data=data, cluster=cluster)
     return _candidate(alone, registry, quarantine, Ranks(), stages, watch, brief=True)
 
 

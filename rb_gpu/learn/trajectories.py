@@ -34,13 +34,14 @@ QUERY_OPTIONAL = ("session",)
 
 @dataclass(frozen=True)
 class Source:
-    """What was read: files, rows seen, bad rows by reason, a fingerprint of the good rows' content."""
+    """What was read: files, rows seen, bad rows by reason, the good rows' fingerprint, versions (None: has none)."""
 
     path: str = ""
     files: tuple[str, ...] = ()
     total_rows: int = 0
     bad_rows: dict[str, int] = field(default_factory=dict)
     fingerprint: str = ""
+    versions: dict[str, int | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -148,13 +149,13 @@ def load(
     queries = None
     if data.queries is None:
         required = (*OUTCOME_REQUIRED, *QUERY_REQUIRED, *features)
-        reading = Reading(tiers, data.capacity, room=room)
+        reading = Reading(tiers, data.capacity, room=room, store=data.store)
         outcomes = read_table(data.path, required, (*OUTCOME_OPTIONAL, "query_id", *QUERY_OPTIONAL), bad, reading)
     else:
         per_query = ("query_id", *QUERY_REQUIRED, *features)
-        reading = Reading(key="data.queries", unique="query_id", room=room)
+        reading = Reading(key="data.queries", unique="query_id", room=room, store=data.queries_store)
         queries = read_table(data.queries, per_query, QUERY_OPTIONAL, bad, reading)
-        reading = Reading(tiers, room=room)
+        reading = Reading(tiers, room=room, store=data.store)
         outcomes = read_table(data.path, (*OUTCOME_REQUIRED, "query_id"), OUTCOME_OPTIONAL, bad, reading)
     seen = outcomes.total_rows + (queries.total_rows if queries else 0)
     columns = join(outcomes, queries, bad, data.capacity, features)
@@ -167,7 +168,8 @@ def load(
     if len(columns["id"]) == 0:
         raise DataError(f"data.path={outcomes.source}: no row is left to learn from; check data.queries' query_id")
     files = (*outcomes.files, *(queries.files if queries else ()))
-    source = Source(outcomes.source, files, seen, bad.by_reason())
+    versions = {"path": outcomes.version} | ({"queries": queries.version} if queries else {})
+    source = Source(outcomes.source, files, seen, bad.by_reason(), versions=versions)
     _by_time(columns, room, features)
     return assemble(columns, outcomes.tier_names, params, source, room, features)
 

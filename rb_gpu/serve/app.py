@@ -21,10 +21,11 @@ from starlette.types import ASGIApp
 
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.errors import RbGpuError
+from rb_gpu.prometheus import CONTENT_TYPE
 from rb_gpu.serve import bodies, openapi
 from rb_gpu.serve.bodies import answer_body, float32, match_body, tradeoff_of
 from rb_gpu.serve.guard import Guard
-from rb_gpu.serve.metrics import CONTENT_TYPE, Metrics
+from rb_gpu.serve.metrics import Metrics
 from rb_gpu.serve.openapi import JSON, NO_LOG, PROBLEMS, RAW
 from rb_gpu.types import Tradeoff, UserFeedback
 from rb_gpu.vote import unit_query

@@ -6,17 +6,14 @@ that comes from data is escaped where it enters a template.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import shlex
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.learn.projection import Projection
 from rb_gpu.learn.report import answer, curves, latency, patterns, run, worth
-from rb_gpu.learn.report.formats import count, date, sentence
+from rb_gpu.learn.report.formats import count, date
+from rb_gpu.learn.report.page import script_digest, templates
 
 
 def render_report(
@@ -25,16 +22,11 @@ def render_report(
     """The page. facts: the manifest's, with evaluation, gate and drift. version: of the artifact it will lie in.
     promoted: whether it is served from now on; one that the gate lets pass may wait for a person.
     """
-    environment = Environment(
-        loader=PackageLoader("rb_gpu.learn", "report"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["sentence"] = sentence
-    script = environment.get_template("page.js").render()
+    environment = templates()
     registry = shlex.quote(f"registry.path={facts['config']['registry']['path']}")
     evaluation, counts, data, drift = (facts[name] for name in ("evaluation", "counts", "data", "drift"))
     context = {
-        "script_digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "script_digest": script_digest(environment),
         "version": version,
         "counted": f"{count(counts['trajectories'])} trajectories",
         "oldest": date(data["oldest_timestamp"]),

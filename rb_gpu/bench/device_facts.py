@@ -1,0 +1,147 @@
+"""What a device is, what it does at most, and whether its labels are right; for the suite gpu.
+
+Suffixes: N points, K centroids, D dims.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rb_gpu.bench.roofline import Card
+from rb_gpu.learn.assign_device import DeviceAssignment
+from rb_gpu.learn.devices import free_memory
+from rb_gpu.learn.kmeans import nearest
+
+# sides of the square products and bytes of the copies whose rates are taken
+PRODUCT_SIZE = {"cuda": 8192, "cpu": 512}
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**22}
+ROUNDS = 5
+# the check of labels; every eighth centroid has a twin so near that float32 products cannot tell them apart
+CHECK_ROWS, CHECK_CLUSTERS, CHECK_DIMS, TWIN = 20_000, 700, 96, 1e-6
+TOPICS, WIDTH, CHUNK_ROWS = 2000, 0.5, 2**20
+
+
+def timed(device: torch.device, call: Callable[[], object]) -> float:
+    """Wall seconds of a call, until the device has done all of it."""
+    _finish(device)
+    started = time.perf_counter()
+    call()
+    _finish(device)
+    return time.perf_counter() - started
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """Card, its memory, driver, CUDA and torch."""
+    found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda, "driver": driver()}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        found |= {"card": card.name, "memory_bytes": card.total_memory, "capability": f"{card.major}.{card.minor}"}
+    else:
+        found |= {"card": "no GPU", "memory_bytes": free_memory(), "capability": "-"}
+    return found
+
+
+def driver() -> str:
+    """The version of NVIDIA's driver; a dash where its tool is not there."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "-"
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout  # noqa: S603 - fixed arguments
+    return (said.splitlines() or ["-"])[0]
+
+
+def measured_card(device: torch.device, memory_bytes: int) -> Card:
+    """The rates that this device reaches in large products and copies, as the best of some."""
+    side, count = PRODUCT_SIZE[device.type], COPY_BYTES[device.type] // 4
+    left, right = torch.randn(2, side, side, device=device).unbind()
+    with _tf32():
+        tf32 = _best(device, lambda: left @ right)
+    single = _best(device, lambda: left @ right)
+    left, right = left.bfloat16(), right.bfloat16()
+    half = _best(device, lambda: left @ right)
+    here, there = torch.zeros(count, device=device), torch.empty(count, device=device)
+    memory = _best(device, lambda: there.copy_(here))
+    host = torch.zeros(count, pin_memory=device.type == "cuda")
+    bus = _best(device, lambda: there.copy_(host, non_blocking=True))
+    work = 2 * side**3 / 1e12
+    # a copy within memory reads and writes
+    return Card("measured", work / single, work / tf32, work / half, 8e-9 * count / memory, 4e-9 * count / bus,
+                memory_bytes / 1e9)  # fmt: skip
+
+
+def _best(device: torch.device, call: Callable[[], object]) -> float:
+    return min(timed(device, call) for _ in range(ROUNDS))
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Products of float32 in tf32 meanwhile."""
+    matmul: Any = torch.backends.cuda.matmul
+    name, fast = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+    before = getattr(matmul, name)
+    setattr(matmul, name, fast)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
+def planted(n: int, dim: int, seed: int, device: torch.device, where: torch.device) -> Tensor:
+    """Points (n, D) float32 around 2,000 topics, drawn on the device chunk by chunk, and laid `where`."""
+    generator = torch.Generator(device).manual_seed(seed)
+    centres = torch.randn(TOPICS, dim, generator=generator, device=device)
+    x_ND = torch.empty(n, dim, device=where)
+    for start in range(0, n, CHUNK_ROWS):
+        rows = min(CHUNK_ROWS, n - start)
+        topic = torch.randint(TOPICS, (rows,), generator=generator, device=device)
+        noise = torch.randn(rows, dim, generator=generator, device=device)
+        x_ND[start : start + rows] = centres[topic] + WIDTH * noise
+    return x_ND
+
+
+def agreement(device: torch.device, engine: str, precision: str, seed: int) -> dict[str, Any]:
+    """Labels of the engine beside the CPU's exact ones: how many differ, and the largest margin by which one is worse,
+    in units of the bound that the engine states (assign_device.py); at most 1 where it holds.
+    """
+    host = torch.device("cpu")
+    x_ND = planted(CHECK_ROWS, CHECK_DIMS, seed, host, host)
+    centroids_KD = x_ND[:CHECK_CLUSTERS].clone()
+    centroids_KD[::8] = centroids_KD[1::8][: len(centroids_KD[::8])] + TWIN
+    exact_N, _ = nearest(x_ND, centroids_KD, host)
+    middle_D = x_ND.median(dim=0).values
+    assignment = DeviceAssignment(x_ND.to(device), middle_D.to(device), engine=engine, precision=precision)
+    assignment.assign(centroids_KD.to(device))
+    found_N = assignment.labels_N.cpu()
+    return {"engine": engine, "precision": precision, "points": len(x_ND), **excess(
+        x_ND, centroids_KD, middle_D, found_N, exact_N, engine)}  # fmt: skip
+
+
+def excess(
+    x_ND: Tensor, centroids_KD: Tensor, middle_D: Tensor, found_N: Tensor, exact_N: Tensor, engine: str
+) -> dict[str, Any]:
+    """How many labels differ, and the largest margin in units of the bound."""
+    differ = torch.nonzero(found_N != exact_N).squeeze(1)
+    x, dims = x_ND[differ].double(), x_ND.shape[1]
+    found, exact = (centroids_KD[labels[differ]].double() for labels in (found_N, exact_N))
+    found_d2, exact_d2 = ((x - c).square().sum(1) for c in (found, exact))
+    if engine == "triton":
+        bound = 2 * (dims + 2) * 2.0**-53 * found_d2
+    else:
+        norms = torch.maximum((found - middle_D).square().sum(1), (exact - middle_D).square().sum(1))
+        bound = (2 * dims + 8) * 2.0**-24 * ((x - middle_D).square().sum(1) + norms)
+    worst = float(((found_d2 - exact_d2) / 2 / bound).max()) if len(differ) else 0.0
+    return {"differ": len(differ), "worst_over_bound": worst}

@@ -1,0 +1,222 @@
+"""The suite gpu: one command for the day a GPU is there. Labels beside the CPU's, an iteration of every engine and peer
+over what the card does at most, clusterings and whole jobs at growing sizes, within a budget of seconds.
+
+Suffixes: N points, K clusters, D dims.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rb_gpu.bench.device_facts import agreement, facts, measured_card, planted, timed
+from rb_gpu.bench.gpu_peers import ENGINES, PEERS, ours
+from rb_gpu.bench.roofline import CARDS, Card, iteration, seconds, seeding, streamed_seconds
+from rb_gpu.learn.assign_device import DeviceAssignment
+from rb_gpu.learn.config import ClusterConfig, DataConfig, DeviceConfig, IndexConfig, ParamsConfig, TrainConfig
+from rb_gpu.learn.devices import free_memory, resolve_device, resolve_engine
+from rb_gpu.learn.job_config import SynthesizeConfig
+from rb_gpu.learn.kmeans import kmeans
+from rb_gpu.learn.pipeline import learn
+from rb_gpu.learn.streaming import BUFFERS, CHUNK_BYTES
+from rb_gpu.learn.synthesize import synthesize
+from rb_gpu.learn.trajectories import load
+
+log = logging.getLogger(__name__)
+
+# points that come from the host on every card, so that one thing is measured
+STREAMED_ROWS = 50_000_000
+CARD_SHARE, HOST_SHARE, WORK_BYTES, BYTES_OF_A_POINT = 0.9, 0.5, 3 * 2**30, 60
+# bytes of streamed points that lie on the card
+STREAM_BUDGET = BUFFERS * CHUNK_BYTES
+# bytes a second in which points are drawn, at least
+DRAWN_BYTES_S = 1e9
+# iterations before those that are timed, as caches and tuning take them
+BEFORE = 2
+# updates of a clustering from its seeds on
+UPDATES = 20
+# what a call may take over the roofline, and a job by the row, before one was measured
+SLACK, JOB_S_PER_ROW = 8.0, 1e-4
+LEFT_OUT = "left out: no time"
+# of the seconds that are left, what one call may be expected to take
+SHARE = 0.5
+
+
+@dataclass
+class Clock:
+    """The budget, and what is left of it."""
+
+    budget_s: float
+    started: float
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.budget_s - (time.perf_counter() - self.started)
+
+    def allows(self, expected_s: float) -> bool:
+        """Whether a call that may take so long still fits."""
+        return expected_s <= SHARE * self.left
+
+
+def sizes(rows: list[int], dim: int, card_bytes: int, host_bytes: int) -> list[tuple[int, bool]]:
+    """How many points there are in each case, and whether they come from the host: what the card cannot hold does, and
+    no more than the host can.
+    """
+    out = []
+    for n in sorted(rows):
+        need = (4 * dim + BYTES_OF_A_POINT) * n + WORK_BYTES
+        streamed = n >= STREAMED_ROWS or need > CARD_SHARE * card_bytes
+        # the labels of all points are on the card either way
+        most = int(min(HOST_SHARE * host_bytes / (4 * dim), max(0, card_bytes - WORK_BYTES) / BYTES_OF_A_POINT))
+        out.append((min(n, most) if streamed else n, streamed))
+    return [case for case in dict.fromkeys(out) if case[0] >= 1]
+
+
+def measure(settings: dict[str, Any]) -> dict[str, Any]:
+    """All of it on the GPU. Raises ConfigError where there is none."""
+    return run(settings, resolve_device("cuda"))
+
+
+def run(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The same on any device."""
+    clock, dim = Clock(settings["gpu_budget_s"], time.perf_counter()), settings["gpu_dim"]
+    known = facts(device)
+    card = measured_card(device, known["memory_bytes"])
+    can_triton = resolve_engine("auto", device) == "triton"
+    engines = [one for one in ENGINES if can_triton or one[0] == "torch"]
+    labels = [agreement(device, engine, precision, settings["seed"]) for engine, precision, _ in engines]
+    bench = Bench(settings, device, card, clock, engines)
+    for n, streamed in sizes(settings["gpu_rows"], dim, known["memory_bytes"], free_memory()):
+        bench.case(n, streamed)
+    return {
+        "suite": "gpu", "settings": settings, "machine": known, "card": asdict(card),
+        "sheet": next((asdict(one) for one in CARDS if one.name.split()[0] in known["card"].split()), None),
+        "labels": labels, "iterations": bench.iterations, "clusterings": bench.clusterings, "jobs": bench.jobs,
+        "seconds": settings["gpu_budget_s"] - clock.left,
+    }  # fmt: skip
+
+
+class Bench:
+    """What was measured so far, and how slow each contestant is over the roofline."""
+
+    def __init__(
+        self, settings: dict[str, Any], device: torch.device, card: Card, clock: Clock,
+        engines: list[tuple[str, str, str]],
+    ) -> None:  # fmt: skip
+        self.settings, self.device, self.card, self.clock, self.engines = settings, device, card, clock, engines
+        self.iterations: list[dict[str, Any]] = []
+        self.clusterings: list[dict[str, Any]] = []
+        self.jobs: list[dict[str, Any]] = []
+        self.slack: dict[str, float] = {}
+        self.job_s_per_row = JOB_S_PER_ROW
+
+    def case(self, n: int, streamed: bool) -> None:
+        """Iterations and clusterings of n points at every number of clusters, and a whole job."""
+        dim, seed = self.settings["gpu_dim"], self.settings["seed"]
+        ks = [k for k in self.settings["gpu_clusters"] if k <= n]
+        if not self.clock.allows(4 * n * dim / DRAWN_BYTES_S):
+            self.clusterings += [{"n": n, "dim": dim, "k": k, "streamed": streamed, "note": LEFT_OUT} for k in ks]
+            return
+        where = torch.device("cpu") if streamed else self.device
+        x_ND = planted(n, dim, seed, self.device, where)
+        for k in ks:
+            log.info("%d points, %d clusters: %.0f s left", n, k, self.clock.left)
+            start_KD = x_ND[:: max(1, n // k)][:k].to(self.device)
+            budget = STREAM_BUDGET if streamed else None
+            for engine, precision, product in self.engines:
+                name = f"ours, {engine} {precision}" if engine == "triton" else f"ours, {engine}"
+                self._iteration(name, product, ours(engine, precision, budget), x_ND, start_KD, streamed)
+            for name, fit in {} if streamed else PEERS.items():
+                self._iteration(name, "tf32", fit, x_ND, start_KD, streamed)
+            self._clustering(x_ND, k, streamed, budget)
+        del x_ND
+        self._job(n)
+
+    def _iteration(
+        self, name: str, product: str, fit: Callable[[Tensor, Tensor, int], Tensor], x_ND: Tensor, start_KD: Tensor,
+        streamed: bool,
+    ) -> None:  # fmt: skip
+        (n, dim), k, more = x_ND.shape, len(start_KD), self.settings["iterations"]
+        row: dict[str, Any] = {"n": n, "dim": dim, "k": k, "streamed": streamed, "contestant": name}
+        self.iterations.append(row)
+        parts = iteration(n, dim, k, product, "fused")
+        least = streamed_seconds(n, dim, self.card, parts) if streamed else seconds(parts, self.card)
+        if not self.clock.allows(self.slack.get(name, SLACK) * least * (3 * BEFORE + more)):
+            row["note"] = LEFT_OUT
+            return
+        try:
+            fit(x_ND, start_KD, BEFORE)
+            before = timed(self.device, partial(fit, x_ND, start_KD, BEFORE))
+            centroids: list[Tensor] = []
+            whole = timed(self.device, lambda: centroids.append(fit(x_ND, start_KD, BEFORE + more)))
+        except ImportError as error:
+            row["note"] = f"{error.name} is not installed"
+            return
+        except torch.cuda.OutOfMemoryError:
+            row["note"] = "out of the card's memory"
+            return
+        took = (whole - before) / more
+        if took <= 0:
+            row["note"] = "too short to be timed"
+            return
+        self.slack[name] = took / least
+        rate = 2.0 * n * dim * k / took / 1e12
+        row |= {
+            "ms": 1e3 * took, "tflops": rate, "product": product, "of_product": rate / self.card.tflops(product),
+            "of_roofline": least / took, "inertia": self._inertia(x_ND, centroids[0]),
+        }  # fmt: skip
+
+    def _inertia(self, x_ND: Tensor, centroids_KD: Tensor) -> float:
+        assignment = DeviceAssignment(x_ND, centroids_KD.mean(0))
+        assignment.assign(centroids_KD.float().contiguous())
+        return float(assignment.d2_N.sum(dtype=torch.float64))
+
+    def _clustering(self, x_ND: Tensor, k: int, streamed: bool, budget: int | None) -> None:
+        """From k-means++ to at most UPDATES updates, by the engine that the device takes by itself."""
+        (n, dim), seed = x_ND.shape, self.settings["seed"]
+        row: dict[str, Any] = {"n": n, "dim": dim, "k": k, "streamed": streamed}
+        self.clusterings.append(row)
+        product = "tf32" if len(self.engines) > 1 else "fp32"
+        one = iteration(n, dim, k, product, "fused")
+        each = streamed_seconds(n, dim, self.card, one) if streamed else seconds(one, self.card)
+        least = seconds(seeding(n, dim, k, product, "fused"), self.card) + UPDATES * each
+        if not self.clock.allows(self.slack.get("clustering", SLACK) * least):
+            row["note"] = LEFT_OUT
+            return
+        found: list[Any] = []
+        row["seconds"] = timed(self.device, lambda: found.append(
+            kmeans(x_ND, k, max_iter=UPDATES, seed=seed, device=self.device.type, memory_budget=budget)))  # fmt: skip
+        self.slack["clustering"] = row["seconds"] / least
+        row |= {"updates": found[0].n_iter, "inertia": found[0].inertia, "of_roofline": least / row["seconds"]}
+
+    def _job(self, n: int) -> None:
+        """Planted trajectories, loaded and learned from: the whole job but the artifact."""
+        row: dict[str, Any] = {"n": n, "dim": self.settings["gpu_dim"]}
+        self.jobs.append(row)
+        if not self.clock.allows(self.job_s_per_row * n):
+            row["note"] = LEFT_OUT
+            return
+        with tempfile.TemporaryDirectory(prefix="rb_gpu-benchmark-") as folder:
+            started = time.perf_counter()
+            patterns = min(64, max(2, n // 100))
+            synthesize(SynthesizeConfig(out=f"{folder}/made", n=n, dim=row["dim"], patterns=patterns,
+                                        seed=self.settings["seed"]))  # fmt: skip
+            made = time.perf_counter()
+            table = load(DataConfig(path=f"{folder}/made/trajectories.parquet"), ParamsConfig())
+            loaded = time.perf_counter()
+            config = replace(TrainConfig(), device=DeviceConfig(self.device.type), index=IndexConfig("flat"),
+                             cluster=ClusterConfig(max_iter=UPDATES), seed=self.settings["seed"])  # fmt: skip
+            learned = learn(table, config)
+            ended = time.perf_counter()
+        self.job_s_per_row = (ended - started) / n
+        row |= {"load_s": loaded - made, "stages_s": learned.seconds, "seconds": ended - made,
+                "patterns": learned.data.leaves}  # fmt: skip

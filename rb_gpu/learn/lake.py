@@ -1,0 +1,154 @@
+"""Opens one version of a Delta Lake table or a Lance dataset as sources; their packages come with the extra lake."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from rb_gpu.errors import ConfigError, DataError
+from rb_gpu.learn.data_config import VERSIONED, DataConfig, S3Config, Store
+from rb_gpu.learn.distributed import Ranks
+from rb_gpu.learn.sources import BATCH_ROWS, BUFFER_BYTES, Source, first_line
+
+S3_REMEDY = (
+    "check the path, data.s3.endpoint, data.s3.region and the keys in the environment (AWS_ACCESS_KEY_ID, "
+    "AWS_SECRET_ACCESS_KEY), or set data.s3.anonymous=true"
+)
+PACKAGES = {"delta": ("deltalake", "deltalake"), "lance": ("lance", "pylance")}
+
+
+def open_delta(path: str, store: Store, key: str) -> tuple[list[Source], int]:
+    """The files of a Delta table, oldest first, and the version that they are.
+
+    Partition columns and columns that came later are filled in. Raises DataError, and ConfigError without the package.
+    """
+    table, version = _open(path, store, key)
+    try:
+        dataset = table.to_pyarrow_dataset()
+    except _errors(_package("delta")) as error:
+        raise DataError(
+            f"{key}={path} uses what the package deltalake cannot read ({first_line(error)}); rewrite it without, "
+            "e.g. REORG TABLE ... APPLY (PURGE) for deletion vectors"
+        ) from error
+    actions = pa.table(table.get_add_actions(flatten=True)).select(["path", "modification_time"])
+    written = {row["path"]: row["modification_time"] for row in actions.to_pylist()}
+    # the log tells the newest file first
+    fragments = sorted(dataset.get_fragments(), key=lambda one: (written.get(one.path, 0), one.path))
+    return [_delta_file(path, dataset.schema, fragment, key) for fragment in fragments], version
+
+
+def _delta_file(path: str, schema: pa.Schema, fragment: ds.ParquetFileFragment, key: str) -> Source:
+    name = f"{path}/{fragment.path}"
+    try:
+        groups = [group.num_rows for group in fragment.row_groups]
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{key}={name} cannot be read ({first_line(error)}); the file was vacuumed away or is damaged: ask for a "
+            "newer data.version"
+        ) from error
+    # as plain Parquet is read: buffered, and not ahead
+    options = ds.ParquetFragmentScanOptions(use_buffered_stream=True, buffer_size=BUFFER_BYTES, pre_buffer=False)
+
+    def batches(columns: list[str], rows: int, wanted: range) -> Iterator[pa.RecordBatch]:
+        yield from fragment.subset(row_group_ids=list(wanted)).to_batches(
+            schema, columns, batch_size=rows, batch_readahead=0, fragment_readahead=0, use_threads=False,
+            fragment_scan_options=options,
+        )  # fmt: skip
+
+    return Source(name, schema, groups, batches)
+
+
+def open_lance(path: str, store: Store, key: str) -> tuple[list[Source], int]:
+    """The fragments of a Lance dataset and its version. Raises DataError, and ConfigError without the package."""
+    dataset, version = _open(path, store, key)
+    return [_lance_fragment(path, dataset.schema, fragment) for fragment in dataset.get_fragments()], version
+
+
+def _lance_fragment(path: str, schema: pa.Schema, fragment: Any) -> Source:
+    rows = fragment.count_rows()
+    # a fragment has no parts of its own, but any span of its rows can be read
+    groups = [min(BATCH_ROWS, rows - start) for start in range(0, rows, BATCH_ROWS)]
+
+    def batches(columns: list[str], rows: int, wanted: range) -> Iterator[pa.RecordBatch]:
+        if not wanted:
+            return
+        try:
+            yield from fragment.to_batches(
+                columns=columns, batch_size=rows, batch_readahead=1, offset=sum(groups[: wanted.start]),
+                limit=sum(groups[i] for i in wanted),
+            )  # fmt: skip
+        except (ValueError, RuntimeError) as error:  # as Lance tells of damage, of which readers know by OSError
+            raise OSError(first_line(error)) from error
+
+    return Source(f"{path}/data/{fragment.data_files()[0].path}", schema, groups, batches)
+
+
+def pinned(data: DataConfig, ranks: Ranks) -> DataConfig:
+    """The settings with the versions that rank 0 finds, so that all ranks read the same while writers go on."""
+    if data.format not in VERSIONED or data.path is None:
+        return data
+    version, queries_version = data.version, data.queries_version
+    if ranks.rank == 0:
+        version = _open(_only(data.path), data.store, "data.path")[1]
+        if data.queries is not None:
+            queries_version = _open(_only(data.queries), data.queries_store, "data.queries")[1]
+    version, queries_version = ranks.of_first((version, queries_version))
+    return replace(data, version=version, queries_version=queries_version)
+
+
+def _only(path: Any) -> str:
+    return path if isinstance(path, str) else path[0]
+
+
+def _package(kind: str) -> Any:
+    module, package = PACKAGES[kind]
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"data.format={kind} needs the package {package}, which is not installed; pip install 'rb_gpu[lake]'"
+        ) from error
+
+
+def _errors(package: Any) -> tuple[type[Exception], ...]:
+    """What the package raises where a table is not what it should be."""
+    own = (package.exceptions.DeltaError,) if package.__name__ == "deltalake" else ()
+    return (OSError, ValueError, RuntimeError, *own)
+
+
+def _open(path: str, store: Store, key: str) -> tuple[Any, int]:
+    """The DeltaTable or LanceDataset of the version asked for, and the number of that version."""
+    package, options = _package(store.format), _storage_options(path, store.s3)
+    try:
+        if store.format == "delta":
+            table = package.DeltaTable(path, store.version, options)
+            return table, table.version()
+        dataset = package.dataset(path, store.version, storage_options=options)
+    except _errors(package) as error:
+        if store.version is None:
+            remedy = S3_REMEDY if path.startswith("s3://") else "check the path"
+            raise DataError(
+                f"{key}={path} cannot be opened as a {store.format} table ({first_line(error)}); {remedy}"
+            ) from error
+        _, newest = _open(path, replace(store, version=None), key)
+        asked = "data.queries_version" if key == "data.queries" else "data.version"
+        raise DataError(
+            f"{asked}={store.version} cannot be read from {key}={path} ({first_line(error)}); ask for a version that "
+            f"it has, the newest is {newest}"
+        ) from error
+    return dataset, dataset.version
+
+
+def _storage_options(path: str, s3: S3Config) -> dict[str, str] | None:
+    """In the words of the crate object_store, which both packages use."""
+    if not path.startswith("s3://"):
+        return None
+    options = {"aws_endpoint": s3.endpoint, "aws_region": s3.region}
+    options |= {"aws_skip_signature": "true"} if s3.anonymous else {}
+    options |= {"aws_allow_http": "true", "allow_http": "true"} if (s3.endpoint or "").startswith("http://") else {}
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,0 +1,172 @@
+"""Points on the host, on their way to a GPU: chunk i + 1 is copied while chunk i is used.
+
+There are two pinned buffers on the host, two on the device, and a stream of copies beside that of the computations.
+Events keep them apart: computations wait for their chunk's copy, a copy waits for the computations that read its
+buffer, and the host waits for the copy out of a pinned buffer before it fills that again. A copy from memory that is
+not pinned would hold up the host, and with it the computations that come next. Points may lie in a mapped file: the
+host then reads its pages while the GPU works.
+
+Suffixes: N points, M rows asked for, D dims, T points of one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rb_gpu.learn.devices import tile_rows
+
+# bytes of one chunk: a copy of so many runs at the bus's full rate, and four such buffers are little
+CHUNK_BYTES = 64 * 2**20
+BUFFERS = 2
+
+
+class Streams(Protocol):
+    """Where buffers lie and how copies and computations wait for each other; an event is what a method returned."""
+
+    def pinned(self, rows: int, dim: int) -> Tensor:
+        """Host memory (rows, dim) float32 that the device reads by itself."""
+        ...
+
+    def buffer(self, rows: int, dim: int) -> Tensor:
+        """Device memory (rows, dim) float32."""
+        ...
+
+    def copy(self, into: Tensor, source: Tensor) -> None:
+        """Begins a copy, after those begun before."""
+        ...
+
+    def copied(self) -> Any:
+        """The event that all copies begun so far are done."""
+        ...
+
+    def computed(self) -> Any:
+        """The event that all computations begun so far are done."""
+        ...
+
+    def copies_wait(self, event: Any) -> None:
+        """Copies begun from here on come after the event."""
+        ...
+
+    def computations_wait(self, event: Any) -> None:
+        """Computations begun from here on come after the event."""
+        ...
+
+    def host_waits(self, event: Any) -> None:
+        """Returns once the event has come."""
+        ...
+
+
+class CudaStreams:
+    """A stream of copies of its own beside the current stream, in which the caller computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.copies: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.computations: Any = torch.cuda.current_stream(device)
+
+    def pinned(self, rows: int, dim: int) -> Tensor:
+        """See Streams.pinned. Torch keeps such memory for the next call, and does not give it out under a copy."""
+        return torch.empty(rows, dim, pin_memory=True)
+
+    def buffer(self, rows: int, dim: int) -> Tensor:
+        """See Streams.buffer."""
+        return torch.empty(rows, dim, device=self.device)
+
+    def copy(self, into: Tensor, source: Tensor) -> None:
+        """See Streams.copy."""
+        with torch.cuda.stream(self.copies):
+            into.copy_(source, non_blocking=True)
+
+    def copied(self) -> Any:
+        """See Streams.copied."""
+        return self.copies.record_event()
+
+    def computed(self) -> Any:
+        """See Streams.computed."""
+        return self.computations.record_event()
+
+    def copies_wait(self, event: Any) -> None:
+        """See Streams.copies_wait."""
+        self.copies.wait_event(event)
+
+    def computations_wait(self, event: Any) -> None:
+        """See Streams.computations_wait."""
+        self.computations.wait_event(event)
+
+    def host_waits(self, event: Any) -> None:
+        """See Streams.host_waits."""
+        event.synchronize()
+
+
+def chunks(
+    x_ND: Tensor,
+    width: int,
+    device: torch.device,
+    rows_M: Tensor | None = None,
+    budget: int | None = None,
+    streams: Callable[[torch.device], Streams] = CudaStreams,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the points x (N, D) float32, or of its rows (M,), each with those points (T, D) on the device.
+
+    (T, width) float32 numbers fit one tile of the device. Points that are on the device already are views, or gathered;
+    those on the host come through two buffers of `budget` bytes together at most, and are overwritten once the next
+    chunk but one is asked for: use them in the current stream, and keep none.
+    """
+    count, dim = len(x_ND) if rows_M is None else len(rows_M), x_ND.shape[1]
+    rows = tile_rows(width, device)
+    if x_ND.device.type == device.type:
+        for tile in _spans(count, rows):
+            yield tile, x_ND[tile] if rows_M is None else x_ND[rows_M[tile]]
+        return
+    room = CHUNK_BYTES if budget is None else min(CHUNK_BYTES, budget // BUFFERS)
+    spans = _spans(count, max(1, min(rows, room // (4 * dim))))
+    yield from _streamed(x_ND, None if rows_M is None else rows_M.to(x_ND.device), spans, streams(device))
+
+
+def _spans(count: int, rows: int) -> list[slice]:
+    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+
+
+def _streamed(
+    x_ND: Tensor, rows_M: Tensor | None, spans: list[slice], streams: Streams
+) -> Iterator[tuple[slice, Tensor]]:
+    if not spans:
+        return
+    shape, used = (spans[0].stop, x_ND.shape[1]), min(BUFFERS, len(spans))
+    pinned = [streams.pinned(*shape) for _ in range(used)]
+    buffers = [streams.buffer(*shape) for _ in range(used)]
+    # the buffers' memory may be that of a tensor which computations under way still read
+    streams.copies_wait(streams.computed())
+    copied: list[Any] = []
+
+    def send(i: int) -> None:
+        if i >= BUFFERS:
+            streams.host_waits(copied[i - BUFFERS])
+        count = spans[i].stop - spans[i].start
+        filled_TD = pinned[i % BUFFERS][:count]
+        if rows_M is None:
+            filled_TD.copy_(x_ND[spans[i]])
+        else:
+            torch.index_select(x_ND, 0, rows_M[spans[i]], out=filled_TD)
+        streams.copy(buffers[i % BUFFERS][:count], filled_TD)
+        copied.append(streams.copied())
+
+    try:
+        send(0)
+        computed = None
+        for i, span in enumerate(spans):
+            if i + 1 < len(spans):
+                if i > 0:
+                    # by the chunk before this one, from the buffer that the next one goes to
+                    streams.copies_wait(computed)
+                send(i + 1)
+            streams.computations_wait(copied[i])
+            yield span, buffers[i % BUFFERS][: span.stop - span.start]
+            computed = streams.computed()
+    finally:
+        # an end before the last chunk leaves a copy under way, and gives its buffer back to the computations
+        streams.computations_wait(streams.copied())

@@ -1,0 +1,105 @@
+"""The Triton kernels without a GPU: in Triton's interpreter, and compiled for three generations of cards."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from rb_gpu.errors import ConfigError  # noqa: E402
+from rb_gpu.learn import triton_assign, triton_kernels  # noqa: E402
+
+# bytes of shared memory that one program may take on A100, H100 and B200
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
+DIMS = (128, 384, 1024)
+KINDS = {"labels_ptr": "*i64", "rows_ptr": "*i32", "count_ptr": "*i32", "n": "i32", "k": "i32", "k_class": "i32",
+         "first_label": "i32"}  # fmt: skip
+
+
+def test_in_the_interpreter():
+    # a process of its own: Triton decides as it is imported whether it compiles
+    tests = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests / "interpreted.py")]
+    ran = subprocess.run(command, cwd=tests, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-6000:]
+
+
+def compiled(job: tuple[int, int, str, str, dict[str, int], int, int], folder: Path) -> tuple[int, int]:
+    """Bytes of shared memory that a kernel claims, and bytes of registers that it spills."""
+    capability, dims, name, precision, blocks, warps, stages = job
+    kernel = getattr(triton_kernels, name)
+    width = triton_assign.width_of(dims)
+    constants = {"D": dims, "WIDTH": width, "SUM_BLOCK": triton_assign.SUM_COLUMNS, "PRECISION": precision, **blocks}
+    kinds = KINDS | {"code_ptr": "*bf16" if precision == "bf16" else "*fp32"}
+    signature = {
+        argument: "constexpr"
+        if argument in constants
+        else kinds.get(argument, "*fp32" if "_ptr" in argument else "fp32")
+        for argument in kernel.arg_names
+    }
+    # torch's memory begins at multiples of 16 bytes
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    binary = folder / f"{os.getpid()}.cubin"
+    binary.write_bytes(built.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = subprocess.run([tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
+    # these kernels keep nothing on the stack by themselves
+    spilled = sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+    assert "REG:" in usage
+    return built.metadata.shared, spilled
+
+
+def every_job() -> list[tuple]:
+    """Each kernel in each block shape that may be chosen, for each card and number of dims."""
+    jobs = []
+    for capability, shared in SHARED.items():
+        for dims in DIMS:
+            for precision in ("tf32", "bf16"):
+                shapes = triton_assign.shapes_within(
+                    triton_assign.block_shapes(),
+                    triton_assign.width_of(dims),
+                    precision,
+                    shared,
+                    divmod(capability, 10),
+                )
+                jobs += [
+                    (capability, dims, "nearest_kernel", precision, shape.kwargs, shape.num_warps, shape.num_stages)
+                    for shape in shapes
+                ]
+                jobs.append((capability, dims, "settle_kernel", precision, triton_assign.SETTLE_SHAPE, 4, 3))
+    return jobs
+
+
+def test_no_kernel_spills_or_claims_more_shared_memory_than_there_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    jobs = every_job()
+    assert {len([job for job in jobs if job[:2] == (90, dims)]) for dims in DIMS} == {8}
+    with ProcessPoolExecutor() as pool:
+        for job, (shared, spilled) in zip(jobs, pool.map(partial(compiled, folder=tmp_path), jobs), strict=True):
+            assert spilled == 0, job
+            assert shared <= SHARED[job[0]], job
+
+
+def test_a_planted_spill_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    absurd = {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_D": 32}
+    _, spilled = compiled((80, 384, "nearest_kernel", "tf32", absurd, 1, 1), tmp_path)
+    assert spilled > 0
+
+
+def test_shared_memory_that_holds_no_tile_is_named():
+    with pytest.raises(ConfigError, match=r"no tile of 384 dims in 1000 bytes.*cluster.engine=torch"):
+        triton_assign.shapes_within(triton_assign.block_shapes(), 384, "tf32", 1000, (8, 0))
