@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rb_gpu.bench.device_facts import agreement, facts, measured_card, planted, timed
+from rb_gpu.bench.device_facts import agreement, array_functions, facts, measured_card, planted, timed
 from rb_gpu.bench.gpu_peers import ENGINES, PEERS, ours
 from rb_gpu.bench.roofline import CARDS, Card, iteration, seconds, seeding, streamed_seconds
 from rb_gpu.learn.assign_device import DeviceAssignment
@@ -100,7 +100,8 @@ def run(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {
         "suite": "gpu", "settings": settings, "machine": known, "card": asdict(card),
         "sheet": next((asdict(one) for one in CARDS if one.name.split()[0] in known["card"].split()), None),
-        "labels": labels, "iterations": bench.iterations, "clusterings": bench.clusterings, "jobs": bench.jobs,
+        "labels": labels, "arrays": array_functions(device), "iterations": bench.iterations,
+        "clusterings": bench.clusterings, "jobs": bench.jobs,
         "seconds": settings["gpu_budget_s"] - clock.left,
     }  # fmt: skip
 
