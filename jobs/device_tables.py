@@ -8,7 +8,7 @@ from .tables import render
 
 SHOWN = [
     ("seed", "tf32"),
-    ("torch", "tf32"),
+    ("torch", "fp32"),
     ("fused", "fp32"),
     ("fused", "tf32"),
     ("fused", "bf16"),
