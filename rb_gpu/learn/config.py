@@ -213,7 +213,7 @@ class LookupConfig:
     """
 
     top_k: int | str = "auto"
-    beta: float | str = "auto"
+    beta: int | float | str = "auto"
     floor: float | str = "auto"
 
     def __post_init__(self) -> None:
