@@ -366,5 +366,6 @@ def test_missing_package_is_named_with_the_line_that_installs_it(module, kind, p
     with pytest.raises(ConfigError) as raised:
         load(config("anything", format=kind), PARAMS)
     assert str(raised.value) == (
-        f"data.format={kind} needs the package {package}, which is not installed; pip install 'rb_gpu[lake]'"
+        f"data.format={kind} needs the package {package}, which is not installed; pip install {package}, or rb_gpu "
+        "with its extra lake"
     )
