@@ -111,7 +111,8 @@ def _package(kind: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"data.format={kind} needs the package {package}, which is not installed; pip install 'rb_gpu[lake]'"
+            f"data.format={kind} needs the package {package}, which is not installed; pip install {package}, or rb_gpu "
+            "with its extra lake"
         ) from error
 
 

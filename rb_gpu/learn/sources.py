@@ -99,7 +99,9 @@ def open_source(filesystem: pyarrow.fs.FileSystem, name: str, key: str) -> Sourc
         ) from error
     except DataError as error:
         raise DataError(f"{key}={error}") from error
-    raise DataError(f"{key}={name} has no known suffix; use one of {', '.join(KNOWN_SUFFIXES)}")
+    raise DataError(
+        f"{key}={name} has no known suffix; use one of {', '.join(KNOWN_SUFFIXES)} (README.md turns a CSV into Parquet)"
+    )
 
 
 def _open_parquet(filesystem: pyarrow.fs.FileSystem, name: str) -> Source:
