@@ -40,7 +40,7 @@ from rb_gpu.learn.config import (
     ParamsConfig,
     TrainConfig,
 )
-from rb_gpu.learn.pipeline import train
+from rb_gpu.learn.training import train
 from rb_gpu.learn.version_config import GateConfig, RegistryConfig
 
 ROWS, DIM, CENTRES = 3000, 16, 12

@@ -106,7 +106,7 @@ def test_an_engine_that_cannot_run_is_named(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     assert [devices.resolve_engine(name, gpu) for name in ("auto", "triton", "torch")] == ["triton", "triton", "torch"]
     monkeypatch.setattr(devices, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"not installed; pip install 'triton>=3.3'"):
+    with pytest.raises(ConfigError, match=r"not installed; pip install 'triton>=3.4'"):
         devices.resolve_engine("triton", gpu)
     assert devices.resolve_engine("auto", gpu) == "torch"
-    assert "assignment by torch (triton is not installed" in caplog.text
+    assert "assignment by torch (triton 3.4 or later is not installed" in caplog.text

@@ -25,7 +25,7 @@ from rb_gpu.learn.config import ClusterConfig, DataConfig, ParamsConfig, Registr
 from rb_gpu.learn.data_config import S3Config
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.lake import pinned
-from rb_gpu.learn.pipeline import train
+from rb_gpu.learn.training import train
 from rb_gpu.learn.trajectories import load
 
 N, D, PARTS = 1200, 8, 3

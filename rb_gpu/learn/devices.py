@@ -56,8 +56,8 @@ def resolve_engine(engine: str, device: torch.device) -> str:
             )
         return "torch"
     lacking = ""
-    if find_spec("triton") is None:
-        lacking = "triton is not installed; pip install 'triton>=3.3', or set cluster.engine=torch"
+    if not _triton_found():
+        lacking = "triton 3.4 or later is not installed; pip install 'triton>=3.4', or set cluster.engine=torch"
     elif torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         lacking = "the GPU is older than Ampere; set cluster.engine=torch"
     if engine == "triton" and lacking:
@@ -65,6 +65,14 @@ def resolve_engine(engine: str, device: torch.device) -> str:
     chosen = "torch" if engine == "torch" or lacking else "triton"
     log.info("assignment by %s%s", chosen, f" ({lacking})" if engine == "auto" and lacking else "")
     return chosen
+
+
+def _triton_found() -> bool:
+    try:
+        # what came with 3.4
+        return find_spec("triton.knobs") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 @contextmanager

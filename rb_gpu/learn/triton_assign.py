@@ -178,7 +178,9 @@ def _lower(
               "PRECISION": precision}  # fmt: skip
     launch(
         nearest_kernel, lambda meta: (triton.cdiv(count, meta["BLOCK_N"]),),
-        *read, codes.slack_M, codes.norm_M, codes.limits_3, *written, count, new, new.bit_length(), first, codes.pad,
+        *read, codes.slack_M, codes.norm_M, codes.limits_3, *written,
+        # shapes are timed once for each power of two
+        count, new, max(new, LARGEST_BLOCK_K).bit_length(), first, codes.pad,
         2 * (dims + 16) * 2.0**-24, dims * 2.0**-120, **shared,
     )  # fmt: skip
     launch(

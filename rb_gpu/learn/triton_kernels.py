@@ -101,7 +101,8 @@ def _tree(total, WIDTH: tl.constexpr):
     return whole
 
 
-@triton.jit
+# counts change from call to call; a kernel of its own for each that is 1, or whole sixteens, would be compiled for long
+@triton.jit(do_not_specialize=["n", "k", "k_class", "first_label"])
 def nearest_kernel(
     x_ptr, middle_ptr, centroid_ptr, code_ptr, low_ptr, slack_ptr, norm_ptr,
     limits_ptr, labels_ptr, d2_ptr, rows_ptr, limit_ptr, count_ptr, n, k,
@@ -156,7 +157,7 @@ def nearest_kernel(
     tl.store(limit_ptr + at, tl.where(tame, upper, float("nan")), mask=doubt > 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "first_label"])
 def settle_kernel(
     x_ptr, middle_ptr, centroid_ptr, code_ptr, low_ptr, norm_ptr, limits_ptr,
     labels_ptr, d2_ptr, rows_ptr, limit_ptr, count_ptr, k, first_label, pad,
