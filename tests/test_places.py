@@ -135,6 +135,14 @@ def test_partition_columns_of_a_delta_table_are_read(tmp_path, plain):
     np.testing.assert_array_equal(there.x_QD, here.x_QD)
 
 
+def test_column_that_came_later_to_a_delta_table_is_absent(tmp_path, caplog):
+    deltalake.write_deltalake(tmp_path / "t", planted().drop_columns("propensity").slice(0, 600))
+    deltalake.write_deltalake(tmp_path / "t", planted().slice(600), mode="append", schema_mode="merge")
+    table = load(config(tmp_path / "t", format="delta"), PARAMS)
+    assert len(table) == N - 24 and table.propensity is None
+    assert "propensity is in some files only and is taken as absent" in caplog.text
+
+
 def test_rows_deleted_from_a_lance_dataset_are_gone(tmp_path):
     dataset = lance.write_dataset(planted(), tmp_path / "t.lance", max_rows_per_file=500)
     dataset.delete("id < 130 OR id = 700")

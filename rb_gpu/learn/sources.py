@@ -87,7 +87,7 @@ def open_source(filesystem: pyarrow.fs.FileSystem, name: str, key: str) -> Sourc
     suffix = PurePosixPath(name).suffix.lower()
     try:
         if suffix in PARQUET_SUFFIXES:
-            return _open_parquet(filesystem, name)
+            return open_parquet(filesystem, name)
         if suffix in IPC_SUFFIXES:
             return _open_ipc(filesystem, name, key)
         if suffix in SQLITE_SUFFIXES:
@@ -104,7 +104,8 @@ def open_source(filesystem: pyarrow.fs.FileSystem, name: str, key: str) -> Sourc
     )
 
 
-def _open_parquet(filesystem: pyarrow.fs.FileSystem, name: str) -> Source:
+def open_parquet(filesystem: pyarrow.fs.FileSystem, name: str) -> Source:
+    """Opens one Parquet file. Raises OSError or pyarrow.ArrowException where that fails."""
     with filesystem.open_input_file(name) as file:
         parquet = pq.ParquetFile(file)
         metadata, schema = parquet.metadata, parquet.schema_arrow
