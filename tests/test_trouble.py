@@ -17,7 +17,7 @@ import pytest
 from soak_kill import answers, settings, write_log
 
 from rb_gpu.errors import ArtifactError, DataError
-from rb_gpu.learn.pipeline import train
+from rb_gpu.learn.training import train
 from rb_gpu.learn.version_config import RetrainConfig
 
 HERE = Path(__file__).parent
@@ -30,7 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 from soak_kill import answers, settings, write_log
 from rb_gpu.errors import RbGpuError
-from rb_gpu.learn.pipeline import train
+from rb_gpu.learn.training import train
 from rb_gpu.learn.version_config import RegistryConfig
 
 folder = Path(sys.argv[1])
