@@ -9,11 +9,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from pretend import OnDevice, pretended
 from test_assign import brute_force, shapes
 
-from rb_gpu.learn import triton_assign, triton_kernels
+from rb_gpu.learn import triton_assign, triton_kernels, triton_sums
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
+from rb_gpu.learn.kmeans import kmeans
+from rb_gpu.learn.segments import run_sums, runs
 from rb_gpu.learn.workers import workers
 
 PRECISIONS = ("tf32", "bf16", "ieee")
@@ -182,6 +185,46 @@ def test_every_score_is_within_its_bounds(precision):
         assert bool((low.double() <= true).all() and (true <= upper.double()).all()), seed
         norms = (y.norm(dim=1)[:, None] + 1e-12) * (z.norm(dim=1) + 1e-12)
         assert bool(((upper - low).double() < 0.03 * norms + 1e-5 * z.square().sum(1)).all()), seed
+
+
+@pytest.mark.parametrize(("n", "k", "dims"), [(1, 1, 1), (700, 3, 5), (900, 40, 130), (50, 200, 33)])
+def test_sums_of_runs_are_those_of_integers(n, k, dims):
+    x = normal(n, dims) * torch.logspace(-20, 5, dims)
+    # one large cluster, some empty, and units up to 2^61
+    labels = (torch.rand(n, generator=torch.Generator().manual_seed(1)).pow(3) * k).long()
+    weight = torch.rand(n, generator=torch.Generator().manual_seed(2)).double() * 2.0**52 / float(x.abs().max())
+    units = (x.double() * weight[:, None]).round().long()
+    truth = torch.zeros(k, dims, dtype=torch.int64).index_add_(0, labels, units)
+    for engine in ("torch", "triton"):
+        assert torch.equal(run_sums(x, weight, *runs(labels, k), engine), truth), engine
+
+
+def waits_of(iterations: int, x: torch.Tensor) -> int:
+    with pretended() as operations:
+        kmeans(x, 5, init=x[:5], device="cuda", epsilon=0.0, max_iter=iterations)
+    return sum(operations.waits.values())
+
+
+def test_kmeans_by_triton_comes_to_the_bits_of_the_host_and_waits_once_an_iteration(monkeypatch, caplog):
+    real = triton_assign.launch
+
+    def launch(kernel, grid, *arguments, **meta):
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+        assert all(isinstance(t, OnDevice) and t.is_contiguous() for t in tensors)
+        real(kernel, grid, *(a.held if isinstance(a, OnDevice) else a for a in arguments), **meta)
+
+    monkeypatch.setattr(triton_assign, "launch", launch)
+    monkeypatch.setattr(triton_sums, "launch", launch)
+    x = normal(90, 6)
+    caplog.set_level("INFO")
+    with pretended():
+        there = kmeans(x, 5, init=x[:5], device="cuda", max_iter=6)
+        seeded, streamed = (kmeans(x, 5, device="cuda", memory_budget=b, max_iter=2) for b in (None, 2**11))
+    here = kmeans(x, 5, init=x[:5], device="cpu", max_iter=6)
+    assert "assignment by triton" in caplog.text
+    assert torch.equal(there.centroids, here.centroids) and torch.equal(there.labels, here.labels)
+    assert torch.equal(seeded.centroids, streamed.centroids)
+    assert waits_of(5, x) - waits_of(2, x) <= 3
 
 
 # what is in the kernel, what stands there instead, and the case that must tell

@@ -1,9 +1,11 @@
-"""How much memory is free: what the machine says, within what the container allows."""
+"""How much memory is free, within what the container allows; engines, precision and determinism of a device."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
+from rb_gpu.errors import ConfigError
 from rb_gpu.learn import devices
 
 
@@ -68,3 +70,43 @@ def test_a_path_that_only_the_host_knows_leaves_the_root(machine):
 def test_a_system_that_does_not_tell_is_taken_to_have_some(machine):
     (machine / "meminfo").unlink()
     assert devices.free_memory() == devices.UNTOLD_MEMORY
+
+
+def test_products_are_in_float32_whatever_the_process_allows():
+    # a process that allows tf32 or bf16 would take labels and bounds with it
+    left, right = (torch.randn(64, 64, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    exact = left @ right
+    torch.set_float32_matmul_precision("medium")
+    try:
+        before = torch.backends.cuda.matmul.fp32_precision
+        with devices.full_precision():
+            assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+            assert torch.equal(left @ right, exact)
+        assert torch.backends.cuda.matmul.fp32_precision == before != "ieee"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_sums_are_reproducible_only_where_it_is_wanted():
+    for wanted in (False, True):
+        with devices.reproducible(wanted):
+            assert torch.are_deterministic_algorithms_enabled() is wanted
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_engine_that_cannot_run_is_named(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    with pytest.raises(ConfigError, match=r"cluster.engine=triton, but device=cpu; set device.kind=cuda"):
+        devices.resolve_engine("triton", torch.device("cpu"))
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(devices, "find_spec", lambda name: name)
+    with pytest.raises(ConfigError, match=r"older than Ampere; set cluster.engine=torch"):
+        devices.resolve_engine("triton", gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert [devices.resolve_engine(name, gpu) for name in ("auto", "triton", "torch")] == ["triton", "triton", "torch"]
+    monkeypatch.setattr(devices, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"not installed; pip install 'triton>=3.4'"):
+        devices.resolve_engine("triton", gpu)
+    assert devices.resolve_engine("auto", gpu) == "torch"
+    assert "assignment by torch (triton 3.4 or later is not installed" in caplog.text

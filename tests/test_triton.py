@@ -17,13 +17,17 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from rb_gpu.errors import ConfigError  # noqa: E402
-from rb_gpu.learn import triton_assign, triton_kernels  # noqa: E402
+from rb_gpu.learn import triton_assign, triton_kernels, triton_sums  # noqa: E402
 
 # bytes of shared memory that one program may take on A100, H100 and B200
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 DIMS = (128, 384, 1024)
-KINDS = {"labels_ptr": "*i64", "rows_ptr": "*i32", "count_ptr": "*i32", "n": "i32", "k": "i32", "k_class": "i32",
-         "first_label": "i32"}  # fmt: skip
+KINDS = {
+    "*i64": ("order_ptr", "start_ptr", "stop_ptr", "sum_ptr", "labels_ptr"),
+    "*i32": ("rows_ptr", "count_ptr"),
+    "*fp64": ("weight_ptr",),
+    "i32": ("n", "k", "k_class", "first_label"),
+}
 
 
 def test_in_the_interpreter():
@@ -39,8 +43,10 @@ def compiled(job: tuple[int, int, str, str, dict[str, int], int, int], folder: P
     capability, dims, name, precision, blocks, warps, stages = job
     kernel = getattr(triton_kernels, name)
     width = triton_assign.width_of(dims)
-    constants = {"D": dims, "WIDTH": width, "SUM_BLOCK": triton_assign.SUM_COLUMNS, "PRECISION": precision, **blocks}
-    kinds = KINDS | {"code_ptr": "*bf16" if precision == "bf16" else "*fp32"}
+    named = {"D": dims, "WIDTH": width, "SUM_BLOCK": triton_assign.SUM_COLUMNS, "PRECISION": precision, **blocks}
+    constants = {argument: value for argument, value in named.items() if argument in kernel.arg_names}
+    kinds = {argument: kind for kind, arguments in KINDS.items() for argument in arguments}
+    kinds |= {"code_ptr": "*bf16" if precision == "bf16" else "*fp32"}
     signature = {
         argument: "constexpr"
         if argument in constants
@@ -50,7 +56,7 @@ def compiled(job: tuple[int, int, str, str, dict[str, int], int, int], folder: P
     # torch's memory begins at multiples of 16 bytes
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": name != "piece_kernel"}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     binary = folder / f"{os.getpid()}.cubin"
     binary.write_bytes(built.asm["cubin"])
@@ -80,13 +86,14 @@ def every_job() -> list[tuple]:
                     for shape in shapes
                 ]
                 jobs.append((capability, dims, "settle_kernel", precision, triton_assign.SETTLE_SHAPE, 4, 3))
+            jobs.append((capability, dims, "piece_kernel", "", triton_sums.SUM_SHAPE, 4, 3))
     return jobs
 
 
 def test_no_kernel_spills_or_claims_more_shared_memory_than_there_is(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     jobs = every_job()
-    assert {len([job for job in jobs if job[:2] == (90, dims)]) for dims in DIMS} == {8}
+    assert {len([job for job in jobs if job[:2] == (90, dims)]) for dims in DIMS} == {9}
     with ProcessPoolExecutor() as pool:
         for job, (shared, spilled) in zip(jobs, pool.map(partial(compiled, folder=tmp_path), jobs), strict=True):
             assert spilled == 0, job

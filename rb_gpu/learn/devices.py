@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -55,8 +56,8 @@ def resolve_engine(engine: str, device: torch.device) -> str:
             )
         return "torch"
     lacking = ""
-    if find_spec("triton") is None:
-        lacking = "triton is not installed; pip install 'triton>=3.3', or set cluster.engine=torch"
+    if not _triton_found():
+        lacking = "triton 3.4 or later is not installed; pip install 'triton>=3.4', or set cluster.engine=torch"
     elif torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         lacking = "the GPU is older than Ampere; set cluster.engine=torch"
     if engine == "triton" and lacking:
@@ -64,6 +65,14 @@ def resolve_engine(engine: str, device: torch.device) -> str:
     chosen = "torch" if engine == "torch" or lacking else "triton"
     log.info("assignment by %s%s", chosen, f" ({lacking})" if engine == "auto" and lacking else "")
     return chosen
+
+
+def _triton_found() -> bool:
+    try:
+        # what came with 3.4
+        return find_spec("triton.knobs") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 @contextmanager
@@ -87,6 +96,25 @@ def full_precision() -> Iterator[None]:
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+@contextmanager
+def reproducible(wanted: bool) -> Iterator[None]:
+    """Meanwhile, where it is wanted, every sum on a GPU adds up in one order: what runs again gives the same bits.
+
+    Torch raises RuntimeError at what it cannot do so. cuBLAS keeps to it from its first product on, with a workspace of
+    fixed size.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def tiles(n: int, width: int, device: torch.device) -> Iterator[slice]:

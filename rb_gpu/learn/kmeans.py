@@ -169,7 +169,7 @@ def _opened(
                 peak_N, norm_N = peaks(points, crew, where, memory_budget)
         if not bool(torch.isfinite(norm_N).all()):
             raise ValueError(f"x reaches {float(peak_N.max()):.3g}, whose square overflows float32; scale x down")
-        shard = Shard(points, weights, ranks or Ranks(), memory_budget)
+        shard = Shard(points, weights, ranks or Ranks(), memory_budget, engine)
         middle_D, typical = _middle(shard)
         budget = int(CODE_SHARE * free_memory()) if code_budget is None else code_budget
         if crew is None:
@@ -208,7 +208,8 @@ def nearest(x_ND: Tensor, centroids_KD: Tensor, device: torch.device, engine: st
 def _middle(shard: Shard) -> tuple[Tensor, float]:
     """Per-dimension median, and the median distance to it: from evenly spaced rows, and unmoved by outliers."""
     sample_SD = shard.sample(MIDDLE_ROWS)
-    middle_D = sample_SD.median(dim=0).values
+    # the lower median by sorting: torch's own has no deterministic form on a GPU
+    middle_D = sample_SD.sort(dim=0).values[(len(sample_SD) - 1) // 2]
     distance_S = (sample_SD - middle_D).norm(dim=1)
     typical = float(distance_S.median())
     return middle_D, typical if typical > 0 else float(distance_S.mean())

@@ -107,9 +107,11 @@ class Solver:
 
     def _lloyd(self, centroids_KD: Tensor, n_iter: int) -> Run:
         """Lloyd's iterations from centroids whose assignment is held; after, that to those returned is."""
+        empty = int(self._empty(len(centroids_KD)).sum())
         while n_iter < self.max_iter:
             n_iter += 1
-            self._fill_empty(len(centroids_KD))
+            if empty > 0:
+                self._fill_empty(len(centroids_KD))
             sums = self._summed(len(centroids_KD))
             means_KD, mass_K, lost_K = sums.means()
             if self.on_sphere:
@@ -119,12 +121,15 @@ class Solver:
             # a cluster without mass, or whose members cancel out on the sphere, has no mean: it stays where it was
             updated_KD = torch.where(lost_K[:, None], centroids_KD.double(), means_KD).float()
             moved_K = (updated_KD - centroids_KD).double().square().sum(1)
-            shift = float((moved_K * mass_K).sum() / mass_K.sum()) ** 0.5
+            squared_shift = (moved_K * mass_K).sum() / mass_K.sum()
             centroids_KD = updated_KD
             if n_iter == CHOOSE_AGAIN:
                 self.points.choose(centroids_KD)
             self.points.assign(centroids_KD)
-            changed = int((self.points.labels_N != sums.labels_N).any())
+            changes, empties_K = self.points.labels_N != sums.labels_N, self._empty(len(centroids_KD))
+            # all that the host must know, at once: each time it asks, a GPU runs dry
+            told = torch.stack([squared_shift, changes.any().double(), empties_K.sum().double()]).tolist()
+            shift, changed, empty = told[0] ** 0.5, told[1], int(told[2])
             step("Lloyd", n_iter, self.max_iter, "updates")
             if shift <= self.least_shift or self.shard.ranks.largest(changed) == 0:
                 break
@@ -172,8 +177,7 @@ class Solver:
 
     def _fill_empty(self, k: int) -> None:
         """Gives each empty cluster the point farthest from every centroid and from those given before it."""
-        counts_K = self.shard.ranks.total(torch.bincount(self.points.labels_N, minlength=k))
-        for empty in torch.nonzero(counts_K == 0).squeeze(1).tolist():
+        for empty in torch.nonzero(self._empty(k)).squeeze(1).tolist():
             row, d2 = self.shard.farthest(torch.where(self.shard.weight_N > 0, self.points.d2_N, 0))
             if d2 <= 0:
                 return
@@ -182,6 +186,11 @@ class Solver:
             approach(self.shard.x_ND, self.points.d2_N, self.shard.points(rows_1), self.shard.budget)
             here_1, local_1 = self.shard.here(rows_1)
             self.points.labels_N[local_1[here_1]] = empty
+
+    def _empty(self, k: int) -> Tensor:
+        """Which clusters (K,) have no point on any rank."""
+        taken_K = torch.zeros(k, dtype=torch.int64, device=self.shard.device)
+        return self.shard.ranks.total(taken_K.index_fill_(0, self.points.labels_N, 1)) == 0
 
     def _inertia(self) -> float:
         return exact_total(self.points.d2_N.double() * self.shard.weight_N, self.shard.ranks)

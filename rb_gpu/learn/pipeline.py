@@ -25,7 +25,7 @@ from rb_gpu.learn.clustering import cluster_queries, drop_labels
 from rb_gpu.learn.config import IndexConfig, RouterConfig, TrainConfig
 from rb_gpu.learn.decay import auto_half_life
 from rb_gpu.learn.default import settle_default
-from rb_gpu.learn.devices import resolve_device
+from rb_gpu.learn.devices import full_precision, reproducible, resolve_device
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.evidence import row_weights
 from rb_gpu.learn.hierarchy import prune
@@ -84,7 +84,15 @@ def learn(
         unlike = differences(parent, config.cluster.metric, trajectories.x_QD.shape[1], config.data.embedder)
         if unlike:
             raise ConfigError(f"parent: its {', its '.join(unlike)}; give a bank that is like these trajectories")
-    stages, watch = stages or Stages(), watch or Watch()
+    with full_precision(), reproducible(config.device.deterministic):
+        found = (ranks or Ranks(), stages or Stages(), watch or Watch())
+        return _learned(trajectories, config, checkpoint, parent, first_id, *found)
+
+
+def _learned(
+    trajectories: Trajectories, config: TrainConfig, checkpoint: Checkpoint | None, parent: BankData | None,
+    first_id: int, ranks: Ranks, stages: Stages, watch: Watch,
+) -> LearnedBank:  # fmt: skip
     device = resolve_device(config.device.kind)
     open_faiss(config.index, device)
     rows = rows_read(trajectories, config)
@@ -94,7 +102,7 @@ def learn(
         x_QD, weight_Q, label_Q = stages.of(
             "cluster",
             [rows, version, half_life, config.prune.min_support, config.seed, asdict(config.cluster)],
-            lambda: cluster_queries(trajectories, config, checkpoint, ranks or Ranks(), parent),
+            lambda: cluster_queries(trajectories, config, checkpoint, ranks, parent),
         )
         before_Q = stages.of("parent", [rows, version], lambda: parent_leaves(parent, x_QD, device, engine))
     with watch.stage("judge"):

@@ -15,11 +15,14 @@ class Shard:
     """Points x (N, D) float32, on the host or the device, and weights (N,) float32 on the device.
 
     first and count place them among the rows of all ranks, which is how every row is named outside this process.
-    budget: bytes of points that may lie on the device where they come from the host.
+    budget: bytes of points that may lie on the device where they come from the host. engine: what sums them on a
+    device, triton or torch.
     """
 
-    def __init__(self, x_ND: Tensor, weight_N: Tensor, ranks: Ranks, budget: int | None = None) -> None:
-        self.x_ND, self.weight_N, self.ranks, self.budget = x_ND, weight_N, ranks, budget
+    def __init__(
+        self, x_ND: Tensor, weight_N: Tensor, ranks: Ranks, budget: int | None = None, engine: str = "torch"
+    ) -> None:
+        self.x_ND, self.weight_N, self.ranks, self.budget, self.engine = x_ND, weight_N, ranks, budget, engine
         self.first, self.count = ranks.place(len(x_ND))
 
     @property

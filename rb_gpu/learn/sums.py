@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.kernels import move_rows
+from rb_gpu.learn.segments import differences, run_sums, runs
 from rb_gpu.learn.shard import Shard
 from rb_gpu.learn.streaming import chunks
 from rb_gpu.learn.workers import Workers
@@ -50,12 +51,12 @@ def label_totals(values_N: Tensor, labels_N: Tensor, k: int, ranks: Ranks) -> Te
 
 
 class ClusterSums:
-    """Weighted sums of the points of each label, kept up to date by the points that changed theirs."""
+    """Weighted sums of the points of each label; where reading them costs more, by those that changed theirs alone."""
 
     def __init__(self, shard: Shard, peak_N: Tensor, k: int, crew: Workers | None) -> None:
         """peak_N: the largest |coordinate| of each point. crew: workers on the host; None sums on the device."""
         self.x_ND, self.weight_N, self.ranks, self.crew = shard.x_ND, shard.weight_N, shard.ranks, crew
-        self.budget = shard.budget
+        self.budget, self.engine = shard.budget, shard.engine
         self.unit = unit_for(self.ranks.sum_of(float((peak_N.double() * self.weight_N).sum())))
         self.weight_unit = unit_for(self.ranks.sum_of(float(self.weight_N.sum(dtype=torch.float64))))
         self.peak = self.ranks.largest(float(peak_N.max()))
@@ -66,6 +67,22 @@ class ClusterSums:
 
     def update(self, labels_N: Tensor) -> None:
         """Makes the sums those of these labels (N,) int64, none below 0."""
+        if self.crew is None and self.x_ND.device == labels_N.device:
+            self._sum_runs(labels_N)
+        else:
+            self._sum_differences(labels_N)
+        self.labels_N.copy_(labels_N)
+
+    def _sum_runs(self, labels_N: Tensor) -> None:
+        """All points anew: on a device that holds them this takes less than to ask which of them moved."""
+        order_N, bounds_K1 = runs(labels_N, len(self.counts_K))
+        weight_N = self.weight_N.double()
+        units_N = (weight_N * self.weight_unit).round().to(torch.int64)
+        self.counts_K, self.mass_K = bounds_K1.diff(), differences(units_N[order_N], bounds_K1)
+        self.sums_KD = run_sums(self.x_ND, weight_N * self.unit, order_N, bounds_K1, self.engine)
+
+    def _sum_differences(self, labels_N: Tensor) -> None:
+        """Only the points whose label changed: the others need not be read."""
         rows_M = torch.nonzero(labels_N != self.labels_N).squeeze(1)
         old_M, new_M = self.labels_N[rows_M], labels_N[rows_M]
         units_M = (self.weight_N[rows_M].double() * self.weight_unit).round().to(torch.int64)
@@ -83,10 +100,9 @@ class ClusterSums:
                 move_rows(*arrays, self.unit, left, right, sums_KD)
 
             self.crew.each(dims, -(-dims // self.crew.count), columns)
-        self.labels_N.copy_(labels_N)
 
     def _move(self, rows_M: Tensor, old_M: Tensor, new_M: Tensor) -> None:
-        """The same by torch, on the device of the sums."""
+        """The same by torch, for points on the host whose sums are on the device."""
         width, device = 8 * self.x_ND.shape[1], self.sums_KD.device
         for tile, x_TD in chunks(self.x_ND, width, device, rows_M, self.budget):
             weight_T = self.weight_N[rows_M[tile]].double() * self.unit

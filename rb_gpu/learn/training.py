@@ -21,7 +21,7 @@ from rb_gpu.errors import ArtifactError
 from rb_gpu.learn.checkpoint import Checkpoint
 from rb_gpu.learn.clustering import cluster_queries
 from rb_gpu.learn.config import TrainConfig
-from rb_gpu.learn.devices import resolve_device
+from rb_gpu.learn.devices import reproducible, resolve_device
 from rb_gpu.learn.distances import normalise_
 from rb_gpu.learn.distributed import Ranks, launched
 from rb_gpu.learn.drift import measure_drift, measure_embeddings
@@ -77,7 +77,7 @@ def train(
     Under torchrun every rank clusters its share of the queries, and the first does the rest; the others return None.
     stages: of a sweep, whose work is used. promote: false leaves the choice to a person.
     """
-    with launched(resolve_device(config.device.kind)) as ranks:
+    with launched(resolve_device(config.device.kind)) as ranks, reproducible(config.device.deterministic):
         config = replace(config, data=pinned(config.data, ranks))
         if ranks.rank == 0:
             registry, watch = Registry.open(**asdict(config.registry)), Watch()

@@ -178,7 +178,9 @@ def _lower(
               "PRECISION": precision}  # fmt: skip
     launch(
         nearest_kernel, lambda meta: (triton.cdiv(count, meta["BLOCK_N"]),),
-        *read, codes.slack_M, codes.norm_M, codes.limits_3, *written, count, new, new.bit_length(), first, codes.pad,
+        *read, codes.slack_M, codes.norm_M, codes.limits_3, *written,
+        # shapes are timed once for each power of two
+        count, new, max(new, LARGEST_BLOCK_K).bit_length(), first, codes.pad,
         2 * (dims + 16) * 2.0**-24, dims * 2.0**-120, **shared,
     )  # fmt: skip
     launch(
@@ -194,6 +196,7 @@ def launch(kernel: Any, grid: Any, *arguments: Any, **meta: Any) -> None:
         if kernel is nearest_kernel:
             [shape, *_] = shapes_within(kernel.configs, meta["WIDTH"], meta["PRECISION"], 2**40, LEAST_CAPABILITY)
             kernel, meta = kernel.fn, {**meta, **shape.kwargs}
+        meta.pop("enable_fp_fusion", None)
         # it would multiply the bits of bf16 numbers; as float32 their products are the same
         arguments = tuple(a.float() if getattr(a, "dtype", None) == torch.bfloat16 else a for a in arguments)
     kernel[grid](*arguments, **meta)

@@ -101,7 +101,8 @@ def _tree(total, WIDTH: tl.constexpr):
     return whole
 
 
-@triton.jit
+# counts change from call to call; a kernel of its own for each that is 1, or whole sixteens, would be compiled for long
+@triton.jit(do_not_specialize=["n", "k", "k_class", "first_label"])
 def nearest_kernel(
     x_ptr, middle_ptr, centroid_ptr, code_ptr, low_ptr, slack_ptr, norm_ptr,
     limits_ptr, labels_ptr, d2_ptr, rows_ptr, limit_ptr, count_ptr, n, k,
@@ -156,7 +157,7 @@ def nearest_kernel(
     tl.store(limit_ptr + at, tl.where(tame, upper, float("nan")), mask=doubt > 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "first_label"])
 def settle_kernel(
     x_ptr, middle_ptr, centroid_ptr, code_ptr, low_ptr, norm_ptr, limits_ptr,
     labels_ptr, d2_ptr, rows_ptr, limit_ptr, count_ptr, k, first_label, pad,
@@ -203,3 +204,27 @@ def settle_kernel(
         d2 = _squared_distance(x_ptr, centroid_ptr, row, label, alive, D, SUM_BLOCK, tl.float32)
         tl.store(labels_ptr + row, label, mask=alive)
         tl.store(d2_ptr + row, d2, mask=alive)
+
+
+@triton.jit
+def piece_kernel(
+    x_ptr, weight_ptr, order_ptr, start_ptr, stop_ptr, sum_ptr, D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Σ round(x·weight) int64 over the rows order[start:stop] of one piece."""
+    piece = tl.program_id(0).to(tl.int64)
+    dim = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    start = tl.load(start_ptr + piece)
+    stop = tl.load(stop_ptr + piece)
+    total = tl.zeros([BLOCK_N, BLOCK_D], tl.int64)
+    for at in range(start, stop, BLOCK_N):
+        place = at + tl.arange(0, BLOCK_N)
+        alive = place < stop
+        row = tl.load(order_ptr + place, mask=alive, other=0)
+        x = tl.load(x_ptr + row[:, None] * D + dim[None, :], mask=alive[:, None] & (dim < D)[None, :], other=0.0)
+        units = x.to(tl.float64) * tl.load(weight_ptr + row, mask=alive, other=0.0)[:, None]
+        # to the nearest integer, of two the even one; from 2^52 on there are only integers
+        size = tl.abs(units)
+        size = tl.where(size < 4503599627370496.0, (size + 4503599627370496.0) - 4503599627370496.0, size)
+        total += tl.where(units < 0, -size, size).to(tl.int64)
+    tl.store(sum_ptr + piece * D + dim, tl.sum(total, axis=0), mask=dim < D)

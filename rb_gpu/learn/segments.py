@@ -1,0 +1,43 @@
+"""Sums over the points of each label without atomics: points are sorted by label, and each label's run is summed.
+
+Integers add up to the same total in every order, so that runs may be cut anywhere: torch takes differences of running
+sums, a tile at a time; Triton sums pieces of runs and takes the differences of those.
+
+Suffixes: N points, K labels, D dims, T points of one tile, P pieces of runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rb_gpu.learn.streaming import chunks
+
+
+def runs(labels_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The rows (N,) int64 sorted by label, and where each label's run begins, with the end of the last (K + 1,)."""
+    sorted_N, order_N = torch.sort(labels_N.to(torch.int32), stable=True)
+    return order_N, torch.searchsorted(sorted_N, torch.arange(k + 1, dtype=torch.int32, device=labels_N.device))
+
+
+def differences(values_T: Tensor, bounds_K1: Tensor) -> Tensor:
+    """Sums (K, ...) of the values (T, ...) int64 between bounds (K + 1,)."""
+    running = torch.cat([torch.zeros_like(values_T[:1]), values_T.cumsum(0)])
+    return running[bounds_K1[1:]] - running[bounds_K1[:-1]]
+
+
+def run_sums(x_ND: Tensor, weight_N: Tensor, order_N: Tensor, bounds_K1: Tensor, engine: str) -> Tensor:
+    """Σ round(x·weight) by label (K, D) int64, of points x (N, D) float32 and weights (N,) float64 in integer units.
+
+    order and bounds are what `runs` gave; all lie on one device.
+    """
+    if engine == "triton":
+        # only CUDA builds of torch bring triton
+        from rb_gpu.learn.triton_sums import piece_sums
+
+        return piece_sums(x_ND, weight_N, order_N, bounds_K1)
+    sums_KD = torch.zeros(len(bounds_K1) - 1, x_ND.shape[1], dtype=torch.int64, device=x_ND.device)
+    for tile, x_TD in chunks(x_ND, 8 * x_ND.shape[1], x_ND.device, order_N):
+        units_TD = (x_TD.double() * weight_N[order_N[tile]][:, None]).round().to(torch.int64)
+        sums_KD += differences(units_TD, (bounds_K1 - tile.start).clamp(0, len(units_TD)))
+    return sums_KD

@@ -1,0 +1,190 @@
+"""Tensors that say they are on a GPU, computed on the CPU: what mixes them with the host's is refused, as a GPU would,
+and what makes the host wait for them is counted.
+
+Real values flow, so that code whose course depends on them runs to its end, which torch's FakeTensorMode cannot do.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from rb_gpu.learn import streaming
+
+aten = torch.ops.aten
+GPU = torch.device("cuda", 0)
+# the host must know a value, or a size that depends on values, before it goes on
+WAITS = {
+    aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
+    aten.bincount.default, aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default,
+    aten.repeat_interleave.Tensor,
+}  # fmt: skip
+# which torch refuses on a GPU where sums must add up in one order; cumsum only of floats
+UNORDERED = {
+    aten.median.dim, aten.nanmedian.dim, aten.kthvalue.default, aten.histc.default, aten.put_.default,
+    aten.cumsum.default,
+}  # fmt: skip
+INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+
+
+class MixedError(RuntimeError):
+    """One operation was given tensors of the host and of the device."""
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says it is on cuda:0 and whose values lie in `held`, on the CPU."""
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> OnDevice:
+        options = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        # torch itself takes it for the host's, as a build without CUDA knows no other
+        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, device=held.device, **options)
+        made.held = held.detach()
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        return GPU
+
+    def numpy(self, *, force: bool = False) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def __repr__(self) -> str:
+        return f"OnDevice({self.held!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise MixedError(f"{func} outside of `pretended`")
+
+
+class Operations(TorchDispatchMode):
+    """Runs every operation on the values held. waits: how often the host waited, by operation. unordered: what torch
+    would have refused, or was not asked, to do in one order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+        self.unordered: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+        there = {id(t.held): t for t in tensors if isinstance(t, OnDevice)}
+        if not there:
+            return func(*args, **kwargs)
+        # what a GPU takes from the host beside its own tensors: single numbers, and indices into them
+        allowed = args[1] if func in INDEXING and isinstance(args[0], OnDevice) else ()
+        here = [
+            tuple(t.shape)
+            for t in tensors
+            if not isinstance(t, OnDevice) and t.dim() > 0 and not any(t is index for index in allowed)
+        ]
+        if here and func is not aten.copy_.default:
+            raise MixedError(f"{func}: {here} of the host beside the device's")
+        refused = func in UNORDERED and (func is not aten.cumsum.default or args[0].dtype.is_floating_point)
+        if refused or not torch.are_deterministic_algorithms_enabled():
+            self.unordered.add(str(func))
+        if self._waits(func, args):
+            self.waits[str(func)] += 1
+        out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+        if func is aten.copy_.default:
+            return args[0]
+        return tree_map(lambda t: _told(t, there), out)
+
+    @staticmethod
+    def _waits(func: Any, args: Any) -> bool:
+        if func is aten.copy_.default:
+            return not isinstance(args[0], OnDevice)
+        if func in INDEXING:
+            return any(t is not None and t.dtype == torch.bool for t in args[1])
+        return func in WAITS
+
+
+class Devices(TorchFunctionMode):
+    """Moves tensors between the host and the device, and makes them there."""
+
+    def __init__(self, operations: Operations) -> None:
+        super().__init__()
+        self.operations = operations
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.tolist and isinstance(args[0], OnDevice):
+            return self.moved(args[0], "cpu").tolist()
+        if func is torch.Tensor.cpu:
+            return self.moved(args[0], "cpu")
+        if func is torch.Tensor.to:
+            if len(args) > 1 and isinstance(args[1], torch.Tensor):
+                args = (args[0], args[1].device, args[1].dtype)
+            target = next((a for a in args[1:] if isinstance(a, (str, torch.device))), kwargs.pop("device", None))
+            kind = next((a for a in args[1:] if isinstance(a, torch.dtype)), kwargs.pop("dtype", None))
+            tensor = args[0] if target is None else self.moved(args[0], target)
+            return tensor if kind is None else func(tensor, kind)
+        target = kwargs.get("device")
+        if target is None or torch.device(target).type != "cuda":
+            return func(*args, **kwargs)
+        del kwargs["device"]
+        return self.moved(func(*args, **kwargs), GPU)
+
+    def moved(self, tensor: torch.Tensor, target: Any) -> torch.Tensor:
+        if torch.device(target).type == "cuda":
+            return tensor if isinstance(tensor, OnDevice) else OnDevice(tensor.detach().clone())
+        if isinstance(tensor, OnDevice):
+            self.operations.waits["to the host"] += 1
+            return tensor.held.clone()
+        return tensor
+
+
+class Drawing(torch.Generator):
+    """A generator of the host that may be asked for on any device."""
+
+    def __new__(cls, device: object = "cpu") -> Drawing:
+        return super().__new__(cls)
+
+
+def _held(value: Any) -> Any:
+    return value.held if isinstance(value, OnDevice) else value
+
+
+def _told(value: Any, there: dict[int, OnDevice]) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    # what was changed in place is the tensor that was given
+    return there[id(value)] if id(value) in there else OnDevice(value)
+
+
+@contextmanager
+def pretended() -> Iterator[Operations]:
+    """device=cuda is there meanwhile."""
+    straight = {
+        "__init__": lambda self, device: setattr(self, "device", device),
+        "pinned": lambda self, rows, dim: torch.empty(rows, dim),
+        "buffer": lambda self, rows, dim: torch.empty(rows, dim, device=self.device),
+        "copy": lambda self, into, source: into.copy_(source),
+        **{name: lambda self: None for name in ("copied", "computed")},
+        **{name: lambda self, event: None for name in ("copies_wait", "computations_wait", "host_waits")},
+    }
+    operations = Operations()
+    with pytest.MonkeyPatch.context() as patch, Devices(operations), operations:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+        for name in ("max_memory_allocated", "reset_peak_memory_stats", "utilization"):
+            patch.setattr(torch.cuda, name, lambda: 0)
+        patch.setattr(torch, "Generator", Drawing)
+        # modules then hold the tensors that they were moved to
+        patch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
+        for name, function in straight.items():
+            patch.setattr(streaming.CudaStreams, name, function)
+        yield operations

@@ -1,0 +1,111 @@
+"""The device's code without a device, on tensors that pretend to be there (pretend.py).
+
+Torch's own fake tensors have no values to decide by, and a build without CUDA cannot index those said to be on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from pretend import MixedError, OnDevice, pretended
+
+from rb_gpu.learn import assign_device, learn
+from rb_gpu.learn.assign_device import DeviceAssignment
+from rb_gpu.learn.config import DeviceConfig, RouterConfig
+from rb_gpu.learn.kmeans import kmeans, nearest
+
+X = np.random.default_rng(0).normal(size=(1500, 12)).astype(np.float32)
+
+
+def test_mixed_tensors_are_refused_and_waits_are_counted():
+    with pretended() as operations:
+        there = torch.ones(3, device="cuda")
+        assert isinstance(there, OnDevice) and there.device.type == (there + 1)[:2].device.type == "cuda"
+        for mixed in (
+            lambda: there + torch.ones(3),
+            lambda: torch.cat([there, torch.ones(3)]),
+            lambda: there.index_add_(0, torch.tensor([0]), there[:1]),
+            lambda: torch.ones(3)[torch.zeros(1, dtype=torch.int64, device="cuda")],
+        ):
+            with pytest.raises(MixedError):
+                mixed()
+        with pytest.raises(TypeError, match="cuda:0 device type tensor to numpy"):
+            there.numpy()
+        assert not operations.waits
+        reads = (
+            lambda: float(there.sum()),
+            there.tolist,
+            there.cpu,
+            lambda: torch.nonzero(there),
+            lambda: there[there > 0],
+        )
+        for count, read in enumerate(reads, 1):
+            read()
+            assert sum(operations.waits.values()) == count
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_from_one_start_the_device_comes_to_the_bits_of_the_host(metric):
+    here = kmeans(X, 30, init=X[:30], device="cpu", metric=metric)
+    with pretended():
+        there = kmeans(X, 30, init=X[:30], device="cuda", metric=metric, engine="torch")
+        seeded, streamed = (
+            kmeans(X, 30, device="cuda", metric=metric, engine="torch", seed=1, memory_budget=budget)
+            for budget in (None, 2**14)
+        )
+    assert here.centroids.tobytes() == there.centroids.tobytes()
+    assert np.array_equal(here.labels, there.labels)
+    assert there.inertia == pytest.approx(here.inertia, rel=1e-6)
+    assert seeded.centroids.tobytes() == streamed.centroids.tobytes()
+
+
+def waits_of(iterations: int, engine: str = "torch") -> int:
+    with pretended() as operations:
+        found = kmeans(X, 30, init=X[:30], device="cuda", epsilon=0.0, max_iter=iterations, engine=engine)
+    assert found.n_iter == iterations
+    return sum(operations.waits.values())
+
+
+def test_the_host_waits_once_an_iteration(monkeypatch):
+    assert waits_of(14) - waits_of(4) <= 10
+    # and one that is planted shows
+    real = DeviceAssignment.assign
+    monkeypatch.setattr(DeviceAssignment, "assign", lambda self, c: (real(self, c), self.d2_N.max().item())[0])
+    assert waits_of(14) - waits_of(4) == 20
+
+
+def test_a_planted_mix_up_is_caught(monkeypatch):
+    real = assign_device.lower_distances
+    monkeypatch.setattr(
+        assign_device, "lower_distances", lambda x, middle, *more: real(x, middle.cpu(), *more)
+    )  # fmt: skip
+    with pretended(), pytest.raises(MixedError):
+        kmeans(X, 5, device="cuda", engine="torch")
+
+
+def test_the_whole_job_runs_on_the_device(learned):
+    # every stage, the field and the router with them; what is on the host is left there, and nothing is mixed
+    config = replace(
+        learned.config, device=DeviceConfig("cuda", deterministic=True), router=RouterConfig("fastgrnn", epochs=2),
+        cluster=replace(learned.config.cluster, engine="torch"),
+    )  # fmt: skip
+    with pretended() as operations:
+        there = learn(learned.trajectories, config)
+    here = learned.bank
+    assert there.data.facts["device"].startswith("cuda")
+    assert np.array_equal(there.label_Q, here.label_Q)
+    for name in ("verdict_config", "evidence_rows", "parent"):
+        assert np.array_equal(there.data.arrays[name], here.data.arrays[name]), name
+    np.testing.assert_allclose(there.data.arrays["gain"], here.data.arrays["gain"], atol=1e-9)
+    assert there.router is not None
+    assert not operations.unordered
+
+
+def test_the_nearest_on_the_device():
+    with pretended():
+        there = nearest(torch.from_numpy(X), torch.from_numpy(X[:40]), torch.device("cuda"), "torch")
+    here = nearest(torch.from_numpy(X), torch.from_numpy(X[:40]), torch.device("cpu"))
+    assert torch.equal(there[0], here[0])
