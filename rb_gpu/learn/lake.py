@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -35,7 +36,8 @@ def open_delta(path: str, store: Store, key: str) -> tuple[list[Source], int]:
             f"{key}={path} uses what the package deltalake cannot read ({first_line(error)}); rewrite it without, "
             "e.g. REORG TABLE ... APPLY (PURGE) for deletion vectors"
         ) from error
-    added = {one["path"]: one for one in pa.table(table.get_add_actions(flatten=True)).to_pylist()}
+    # a path is a URI in the log, in which what partitions encoded is encoded again
+    added = {unquote(one["path"]): one for one in pa.table(table.get_add_actions(flatten=True)).to_pylist()}
     # the log tells the newest file first
     fragments = sorted(dataset.get_fragments(), key=lambda one: (added[one.path]["modification_time"], one.path))
     return [_delta_file(path, dataset.schema, one, added[one.path], key) for one in fragments], version
