@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 
 from rb_gpu.errors import ConfigError
 from rb_gpu.learn.job_config import JOBS
@@ -29,14 +29,18 @@ settings given as lists with commas.  --hydra-help: Hydra's own flags.  Anything
 def page(name: str, doc: str) -> str:
     """The manual page of the job whose settings are conf/NAME.yaml. doc: its module's docstring."""
     main = CONF / f"{name}.yaml"
-    parts = [doc.strip(), "Settings, as KEY=VALUE, with their defaults:", *_settings(main, "")]
+    own = dict(_settings(main, "")).values()
+    parts = [doc.strip(), "\n".join(["Settings, as KEY=VALUE, with their defaults:", "", *own])]
     for group, option in _groups(main):
         others = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
         choice = f", {group}={' | '.join(others)}" if len(others) > 1 else ""
-        # an option that sets other sections too is of its own; what the group has, its other options show
-        shown = next(one for one in (option, *others) if "_global_" not in (CONF / group / f"{one}.yaml").read_text())
-        listed = _settings(CONF / group / f"{shown}.yaml", f"{group}.")
-        parts.append("\n".join([f"{group} ({option}{choice})", *listed]))
+        # what only some options know stands once; an option that sets other sections too is of its own
+        entries: dict[str, str] = {}
+        for one in dict.fromkeys([option, *others]):
+            path = CONF / group / f"{one}.yaml"
+            if "_global_" not in path.read_text():
+                entries = dict(_settings(path, f"{group}.")) | entries
+        parts.append("\n".join([f"{group} ({option}{choice})", *entries.values()]))
     return "\n\n".join(parts) + "\n" + ENDING
 
 
@@ -51,9 +55,11 @@ def _groups(main: Path) -> Iterator[tuple[str, str]]:
             yield found[2], found[3]
 
 
-def _settings(path: Path, prefix: str) -> Iterator[str]:
-    """Each setting of a file with its whole key, and what the comments behind and under it say, unit included."""
-    key, said, ahead = "", "", ""
+def _settings(path: Path, prefix: str) -> Iterator[tuple[str, str]]:
+    """Each setting of a file by its whole key, and its lines of a page: what the comments behind, above and under it
+    say, unit included.
+    """
+    key, value, said, ahead, section = "", "", "", "", ""
     for line in [*path.read_text().split("  - _self_\n", 1)[1].splitlines(), "hydra:"]:
         text = line.strip()
         if line.startswith("#"):  # of the setting that follows
@@ -61,23 +67,24 @@ def _settings(path: Path, prefix: str) -> Iterator[str]:
         elif text.startswith("#"):
             said += f" {text[1:].strip()}"
         elif text:
-            if key:
-                yield from _entry(key, said)
+            if value:
+                yield key, _entry(f"{key}={value}", said)
             if line.startswith("hydra:"):
                 return
-            value, _, said = text.partition("#")
-            name, _, value = value.partition(":")
-            key, said, ahead = f"{prefix}{name}={value.strip()}", f"{ahead} {said}", ""
+            stated, _, said = text.partition("#")
+            name, _, value = (part.strip() for part in stated.partition(":"))
+            section = f"{section}." if line.startswith(" ") else ""
+            key, said, ahead = f"{prefix}{section}{name}", f"{ahead} {said}", ""
+            section = name if not value else section.rstrip(".")
 
 
-def _entry(key: str, said: str) -> Iterator[str]:
+def _entry(setting: str, said: str) -> str:
     lines = textwrap.wrap(said.strip(), WIDTH - INDENT) or [""]
-    if len(key) >= INDENT - 3:
-        yield f"  {key}"
-        key = ""
-    for line in lines:
-        yield f"  {key:<{INDENT - 2}}{line}".rstrip()
-        key = ""
+    out = [f"  {setting}"] if len(setting) >= INDENT - 3 else []
+    starts = [""] * len(lines) if out else [setting, *[""] * (len(lines) - 1)]
+    return "\n".join(
+        [*out, *(f"  {start:<{INDENT - 2}}{line}".rstrip() for start, line in zip(starts, lines, strict=True))]
+    )
 
 
 def known_keys(schema: type, prefix: str = "") -> Iterator[str]:
@@ -100,7 +107,7 @@ def check_keys(name: str, arguments: Sequence[str]) -> None:
     for argument in given:
         try:
             override = OverridesParser.create().parse_override(argument)
-        except OverrideParseException:
+        except HydraException:
             continue
         key = override.key_or_group.replace("/", ".")
         plain = not (override.is_add() or override.is_delete() or key.split(".")[0] == "hydra")
@@ -123,10 +130,14 @@ def _sections(known: set[str]) -> set[str]:
 
 
 def _nearest(key: str, known: set[str]) -> str | None:
-    """The setting of the same last name elsewhere, else the one most like it, else one whose name begins with its."""
-    last = key.rsplit(".", 1)[-1]
-    ends = {one: one.rsplit(".", 1)[-1] for one in sorted(known)}
-    same = [one for one, end in ends.items() if end == last]
-    like = difflib.get_close_matches(key, ends, 1, 0.75)
-    begun = [one for one, end in ends.items() if end.startswith(last)]
-    return next(iter([*same, *like, *begun, *difflib.get_close_matches(key, ends, 1, 0.5)]), None)
+    """The setting of the same last name elsewhere, else one of the same section whose name holds its, else the one most
+    like it, else one whose name holds its.
+    """
+    section, _, last = key.rpartition(".")
+    names = {one: one.rpartition(".") for one in sorted(known)}
+    same = [one for one, (_, _, end) in names.items() if end == last]
+    near = [one for one, (place, _, end) in names.items() if place == section and section and last in end]
+    like = difflib.get_close_matches(key, names, 1, 0.75)
+    holding = [one for one, (_, _, end) in names.items() if last in end]
+    ranked = [*same, *sorted(near, key=len), *like, *sorted(holding, key=len)]
+    return next(iter([*ranked, *difflib.get_close_matches(key, names, 1, 0.5)]), None)

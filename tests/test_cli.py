@@ -1,0 +1,157 @@
+"""What a person meets on a command line: manual pages, mistyped settings, progress, and dry runs."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+pytest.importorskip("torch")
+
+from jobs.display import Bars, shown
+from jobs.manual import check_keys, is_dry, known_keys, page
+from rb_gpu.errors import ConfigError
+from rb_gpu.learn import progress
+from rb_gpu.learn.job_config import JOBS, SynthesizeConfig
+from rb_gpu.learn.synthesize import synthesize
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def manual(name: str) -> str:
+    return page(name, importlib.import_module(f"jobs.{name}").__doc__)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_page_has_every_setting_with_its_meaning_and_two_examples(name):
+    text = manual(name)
+    sections = {key.split(".")[0] for key in known_keys(JOBS[name]) if "." in key}
+    missing = [
+        key
+        for key in known_keys(JOBS[name])
+        if key not in sections and f"  {key}=" not in text and key != "data.s3" and not key.startswith("training")
+    ]
+    assert missing == []
+    assert text.split("Settings, as", 1)[0].count(f"python -m jobs.{name}") >= 2
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_a_comment_above_a_setting_and_one_that_goes_on_below_are_of_that_setting():
+    text = manual("train")
+    assert "params.default=auto                 what runs when nothing is known" in text
+    assert "gives equal" not in text.split("params (auto)", 1)[1].split("\n\n", 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("clster.k=3", "cluster.k"),
+        ("cluster.kk=3", "cluster.k"),
+        ("min_gain=1", "gate.min_gain"),
+        ("judge.latency=1", "judge.latency_weight"),
+        ("dryrun=true", "dry_run"),
+    ],
+)
+def test_the_nearest_setting_is_named(given, meant):
+    with pytest.raises(ConfigError, match=rf"is not a setting of jobs\.train; did you mean {meant}\?"):
+        check_keys("train", [given])
+
+
+def test_what_hydra_understands_is_left_to_it():
+    check_keys(
+        "train", ["-m", "+x=1", "~judge", "hydra.run.dir=a", "params.default.ef_search=3", "data=files", "judge=eb"]
+    )
+    check_keys("train", ["cluster.k=1,2", "params.default={ef_search: 64}", "data.path=[a=b,c]", "--config-dir=x"])
+    with pytest.raises(ConfigError, match="--help lists all"):
+        check_keys("train", ["qqqq=1"])
+
+
+def test_dry_is_what_hydra_takes_for_true():
+    assert [is_dry([one]) for one in ("dry_run=true", "dry_run=True", "dry_run=false", "dryrun=true", "seed=1")] == [
+        True, True, False, False, False,
+    ]  # fmt: skip
+
+
+def events_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def test_events_have_stages_and_the_last_step_of_each_task(tmp_path):
+    watch = progress.Watch()
+    with shown(tmp_path, quiet=True):
+        with watch.stage("cluster"):
+            for done in range(1, 2001):
+                progress.step("Lloyd", done, 2000, "updates")
+        with pytest.raises(RuntimeError), watch.stage("judge"):
+            raise RuntimeError
+    progress.step("Lloyd", 1, 1, "updates")
+    found = events_of(tmp_path)
+    assert [one["event"] for one in found if one["event"] != "step"] == ["stage_start", "stage_end", "stage_start"]
+    steps = [one["done"] for one in found if one["event"] == "step"]
+    assert steps[0] == 1 and steps[-1] == 2000 and len(steps) < 50, "one in half a second, and the last"
+    assert found[-2]["seconds"] == watch.seconds["cluster"] and found[-2]["memory_mb"] > 10
+
+
+def test_bars_show_the_tasks_of_the_stage_that_runs():
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    bars = Bars(console)
+
+    def tell(**event):
+        record = logging.LogRecord("", logging.INFO, "", 0, "", None, None)
+        record.event = event
+        bars.emit(record)
+
+    tell(event="stage_start", stage="cluster")
+    tell(event="step", task="Lloyd", done=3, total=100, unit="updates")
+    console.print(bars.progress)
+    drawn = console.file.getvalue()
+    assert "Lloyd" in drawn and "3/100" in drawn and "updates" in drawn
+    tell(event="stage_end", stage="cluster")
+    assert bars.progress.tasks == []
+
+
+def test_lines_elsewhere_are_few(tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="rb_gpu")
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    clock = iter(range(0, 100_000, 3))
+    monkeypatch.setattr(logging.LogRecord, "__init__", _at(clock, logging.LogRecord.__init__))
+    with shown(tmp_path, quiet=False):
+        for done in range(1, 21):
+            progress.step("Lloyd", done, 20, "updates")
+    said = [one.message for one in caplog.records if one.name == "rb_gpu"]
+    assert len(said) in range(3, 8), "one in ten seconds of a minute"
+    assert said[0] == "Lloyd: 5 of 20 updates"
+
+
+def _at(clock, plain):
+    def init(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        self.created = float(next(clock))
+
+    return init
+
+
+def test_a_dry_run_tells_what_would_be_and_writes_nothing(tmp_path):
+    synthesize(
+        SynthesizeConfig(out=str(tmp_path / "planted"), n=4000, dim=16, patterns=8, configs=3, bad_fraction=0.005)
+    )
+    before = sorted(tmp_path.rglob("*"))
+    command = [sys.executable, "-m", "jobs.train", "data=files", f"data.path={tmp_path}/planted/trajectories.parquet"]
+    done = subprocess.run(
+        [*command, "dry_run=true", "--quiet"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    for said in ("4,000 rows, 20 of them bad", "3 configs", "stage    seconds", "would publish bank.safetensors",
+                 "nothing is served yet", "dry_run=true: nothing was written"):  # fmt: skip
+        assert said in done.stdout
+    assert "[INFO]" not in done.stdout, "--quiet shows warnings only"
