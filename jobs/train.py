@@ -34,8 +34,8 @@ def run(config: TrainConfig) -> int:
     print(f"{evaluation_tables(evaluation)}\n")
     print(f"{counts['patterns']} patterns: {counts['verdicts']} have a better config than the default, "
           f"on {counts['default_stands']} the default stands")  # fmt: skip
-    print(f"artifact: {published.folder}\n{'promoted' if published.decision.promote else 'NOT promoted'}: "
-          f"{published.decision.reason}")  # fmt: skip
+    promoted = "promoted" if published.decision.promote else "NOT promoted"
+    print(f"artifact: {published.folder} (report.html shows it)\n{promoted}: {published.decision.reason}")
     return 0 if published.decision.promote else EXIT_REFUSED
 
 
