@@ -8,7 +8,7 @@ from .tables import render
 
 SHOWN = [
     ("seed", "tf32"),
-    ("torch", "tf32"),
+    ("torch", "fp32"),
     ("fused", "fp32"),
     ("fused", "tf32"),
     ("fused", "bf16"),
@@ -60,6 +60,15 @@ def gpu_tables(result: dict[str, Any]) -> str:
         for one in result["labels"]
     ]
     out.append(render(("labels beside the CPU's", "points", "differ", "worst margin over bound", "right"), rows))
+    if "note" in result["arrays"][0]:
+        out.append(f"what torch lacks, on the GPU: {result['arrays'][0]['note']}")
+    else:
+        rows = [
+            (f"{one['function']}, {one['n']:,}", *(_milliseconds(one[key]) for key in ("host_ms", "device_ms")),
+             f"{one['apart']:.1e}")
+            for one in result["arrays"]
+        ]  # fmt: skip
+        out.append(render(("what torch lacks", "SciPy ms", "CuPy ms", "apart"), rows))
     out.append(_iteration_table(result["iterations"]))
     rows = []
     for one in result["clusterings"]:

@@ -14,10 +14,12 @@ from rb_gpu.learn.config import TrainConfig
 from rb_gpu.learn.progress import Watch
 from rb_gpu.learn.stages import Stages
 from rb_gpu.learn.sweep import Member, best_of, member_of, read_members, write_member
+from rb_gpu.learn.track import check_tracker, track
 from rb_gpu.learn.training import measure, train
 
 from .common import EXIT_ERROR, EXIT_REFUSED, run_folder
 from .sweep_report import show
+from .tracked import run_of_member
 
 log = logging.getLogger("rb_gpu")
 
@@ -38,6 +40,7 @@ class Sweep:
             raise ConfigError("a sweep runs in one process; under torchrun start one job for each setting, without -m")
         folder, settings = run_folder(), list(HydraConfig.get().overrides.task)
         self.folder, self.configs[folder.name] = folder.parent, config
+        check_tracker(config.track)
         watch, start = Watch(), time.perf_counter()
         try:
             found = measure(config, folder / "quarantine.parquet", self.stages, watch)
@@ -49,6 +52,7 @@ class Sweep:
             log.exception("run %s failed", folder.name)
             member = Member(folder.name, settings, error=f"{type(error).__name__}: {error}")
         write_member(folder.parent, member)
+        track(run_of_member(member, folder.parent.name, config), config.track)
         return member.utility
 
     def finish(self) -> int:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from rb_gpu.learn.config import TrainConfig
 from rb_gpu.learn.rehearsal import rehearse
+from rb_gpu.learn.track import check_tracker, track
 from rb_gpu.learn.training import train
 
 from .common import EXIT_REFUSED, job, run_folder
 from .rehearsal import told
 from .sweeping import Sweep
 from .tables import evaluation_tables
+from .tracked import run_of
 
 
 def run(config: TrainConfig) -> int:
@@ -22,9 +24,11 @@ def run(config: TrainConfig) -> int:
     if config.dry_run:
         print(told(rehearse(config), config))
         return 0
+    check_tracker(config.track)
     published = train(config, run_folder() / "quarantine.parquet")
     if published is None:  # a rank that only shared the work
         return 0
+    track(run_of(published, config), config.track)
     evaluation, counts = published.evaluation, published.manifest["counts"]
     print(f"\nOn {evaluation.queries:,} held-out queries ({evaluation.grade} values):\n")
     print(f"{evaluation_tables(evaluation)}\n")

@@ -54,9 +54,7 @@ class Registry:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / LOCK).open("a+")
         except OSError as error:
-            raise RegistryError(
-                f"registry.path={self.path} cannot be written ({error.strerror}); choose another registry.path"
-            ) from error
+            raise self._unwritable(error) from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,12 +64,19 @@ class Registry:
                     f"registry.path={self.path} is in use by another job (process {file.read().strip() or 'unknown'}); "
                     "wait for it, or choose another registry.path"
                 ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            try:
+                os.ftruncate(file.fileno(), 0)
+                os.write(file.fileno(), str(os.getpid()).encode())
+            except OSError as error:
+                raise self._unwritable(error) from error
             for stale in self.path.glob(".tmp-*"):
                 shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
             yield
+
+    def _unwritable(self, error: OSError) -> RegistryError:
+        return RegistryError(
+            f"registry.path={self.path} cannot be written ({error.strerror}); free space, or choose another"
+        )
 
     def versions(self) -> list[str]:
         """Every version, oldest first."""

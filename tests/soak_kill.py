@@ -40,11 +40,13 @@ from rb_gpu.learn.config import (
     ParamsConfig,
     TrainConfig,
 )
-from rb_gpu.learn.pipeline import train
+from rb_gpu.learn.training import train
 from rb_gpu.learn.version_config import GateConfig, RegistryConfig
 
 ROWS, DIM, CENTRES = 3000, 16, 12
 EF_SEARCH = (16, 64, 256)
+# of a kill that came too late to be one
+LATE = "too late"
 QUERIES = np.random.default_rng(1).normal(size=(64, DIM)).astype(np.float32)
 
 
@@ -142,12 +144,13 @@ def soak(folder: Path, kills: int, seed: int) -> tuple[Counter[str], list[str]]:
     code, whole, tail = finished(config)
     if code:
         return stages, [f"a training that nothing disturbed ended with {code}"]
-    for number in range(kills):
+    number = 0
+    while stages.total() - stages[LATE] < kills:
+        number += 1
         before, versions = registry.champion(), set(registry.versions())
         said = answers(registry.path / "champion")
-
         if not killed(config, rng.uniform(0, tail if number % 2 else whole), only_publishing=number % 2 == 1):
-            stages["after its end"] += 1
+            stages[LATE] += 1
         elif is_publishing(registry.path):
             stages["while it wrote"] += 1
         elif registry.champion() != before:
@@ -181,7 +184,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         stages, wrong = soak(Path(name), options.kills, options.seed)
     came = ", ".join(f"{count} {stage}" for stage, count in stages.most_common())
-    print(f"{sum(stages.values())} kills in {time.monotonic() - started:.0f} s: {came}; failures: {wrong or 'none'}")
+    print(f"kills in {time.monotonic() - started:.0f} s: {came}; failures: {wrong or 'none'}")
     return int(bool(wrong))
 
 

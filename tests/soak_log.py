@@ -33,7 +33,7 @@ from rb_gpu.trajectory_file import read_batches
 from rb_gpu.trajectory_log import TrajectoryLog
 from rb_gpu.types import QueryTrajectory, UserFeedback
 
-CHUNK, DIM = 1000, 128
+CHUNK, DIM = 500, 128
 # latencies of record() in ns, as they are appended to a file
 NS = np.dtype("int64")
 
@@ -83,10 +83,16 @@ def worker(folder: Path, options: argparse.Namespace, process: int) -> None:
     log.close(60)
 
 
+def chunks(folder: Path, process: int) -> int:
+    """How many chunks of a process are acknowledged."""
+    return sum(path.stat().st_size for path in folder.glob(f"acknowledged-{process}-*"))
+
+
 def drive(folder: Path, options: argparse.Namespace) -> int:
     """Starts the processes, kills one of them every now and then and starts it again; how often it killed."""
     command = [sys.executable, __file__, *sys.argv[1:], "--folder", str(folder), "--worker"]
     running = {process: subprocess.Popen([*command, str(process)]) for process in range(options.processes)}
+    before = dict.fromkeys(running, 0)
     rng, kills, next_kill = random.Random(0), 0, time.monotonic() + options.kill_every
     while running:
         time.sleep(0.02)
@@ -95,11 +101,14 @@ def drive(folder: Path, options: argparse.Namespace) -> int:
                 if one.returncode == 0:
                     del running[process]
                 elif one.returncode == -signal.SIGKILL:
+                    before[process] = chunks(folder, process)
                     running[process] = subprocess.Popen([*command, str(process)])
                 else:
                     raise RuntimeError(f"process {process} ended with {one.returncode}")
-        if running and time.monotonic() > next_kill:
-            running[rng.choice(sorted(running))].kill()
+        # only what got on since its start: a slow machine would never come to an end
+        at_work = [process for process in sorted(running) if chunks(folder, process) > before[process]]
+        if at_work and time.monotonic() > next_kill:
+            running[rng.choice(at_work)].kill()
             kills, next_kill = kills + 1, time.monotonic() + options.kill_every * rng.uniform(0.5, 1.5)
     return kills
 
@@ -109,7 +118,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--threads", type=int, default=4)
-    parser.add_argument("--records", type=int, default=50_000, help="of each thread, a multiple of 1,000")
+    parser.add_argument("--records", type=int, default=50_000, help="of each thread, a multiple of 500")
     parser.add_argument("--kill-every", type=float, default=5.0, help="seconds")
     parser.add_argument("--p99-us", type=float, default=50.0)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

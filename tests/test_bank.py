@@ -18,6 +18,7 @@ from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ArtifactError
 from rb_gpu.params import SearchParams
+from rb_gpu.prometheus import bank_metrics
 from rb_gpu.publish import write_artifact
 from rb_gpu.registry import Registry
 from rb_gpu.trajectory_file import read_batches
@@ -521,7 +522,9 @@ def test_stats_count_what_happened(bank: ReasoningBank) -> None:
     # what was never tried is expected to gain nothing that is known
     bank.optimized_params(queries[0], mode="interpolate")
     assert bank.stats().avg_expected_gain * 41 == pytest.approx(gain)
-    assert math.isnan(ReasoningBank(replace(bank.data, facts={})).stats().avg_improvement_percent)
+    unmeasured = ReasoningBank(replace(bank.data, facts={}))
+    assert math.isnan(unmeasured.stats().avg_improvement_percent)
+    assert "rb_gpu_improvement_percent NaN\n" in bank_metrics(unmeasured)
 
 
 def test_a_refused_query_is_not_counted(bank: ReasoningBank) -> None:

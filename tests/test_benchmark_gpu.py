@@ -19,9 +19,10 @@ import torch
 from jobs import benchmark
 from jobs.device_tables import gpu_tables
 from rb_gpu.bench import gpu, gpu_peers
-from rb_gpu.bench.device_facts import agreement, excess, measured_card, planted
+from rb_gpu.bench.device_facts import agreement, array_functions, excess, measured_card, planted
 from rb_gpu.bench.roofline import Card
 from rb_gpu.errors import ConfigError
+from rb_gpu.learn.arrays import HOST
 from rb_gpu.learn.job_config import BenchmarkConfig
 
 CPU = torch.device("cpu")
@@ -115,6 +116,10 @@ def test_the_table_shows_it(result):
     )
     wrong = result | {"labels": [result["labels"][0] | {"worst_over_bound": 1.5}]}
     assert "NO" in gpu_tables(wrong)
+    assert find_spec("cupy") is not None or "cupy is not installed; pip install 'rb_gpu[gpu]'" in table
+    arrays = array_functions(CPU, lambda: HOST)
+    assert {one["apart"] for one in arrays} == {0.0} and all(one["device_ms"] > 0 for one in arrays)
+    assert "student's t, 1,000,000" in gpu_tables(result | {"arrays": arrays})
     sheet = vars(Card("H200", 67, 494, 989, 4800, 64, 141))
     assert "sheet of H200: fp32 67, tf32 494, bf16 989 TFLOP/s" in gpu_tables(result | {"sheet": sheet})
 

@@ -9,7 +9,17 @@ import pytest
 pytest.importorskip("torch")
 
 from jobs.device_tables import roofline_tables
-from rb_gpu.bench.roofline import CARDS, Card, iteration, measure, product, seconds, seeding, streamed_seconds
+from rb_gpu.bench.roofline import (
+    CARDS,
+    Card,
+    iteration,
+    measure,
+    product,
+    seconds,
+    seeding,
+    streamed_seconds,
+    streamed_seeding_seconds,
+)
 
 A100 = next(card for card in CARDS if card.name == "A100 80GB")
 SETTINGS = {"gpu_rows": [1_000_000, 200_000_000], "gpu_clusters": [100, 10_000], "gpu_dim": 128}
@@ -52,6 +62,8 @@ def test_a_stream_takes_the_longer_of_bus_and_card():
     assert streamed_seconds(10**7, 128, slow_bus, few) == pytest.approx(1.1 * 5.12)
     many = iteration(10**7, 128, 10**6, "fp32", "fused")
     assert streamed_seconds(10**7, 128, slow_bus, many) == seconds(many, slow_bus) > 30
+    seeds = seeding(10**7, 128, 1000, "tf32", "fused")
+    assert streamed_seeding_seconds(10**7, 128, 1000, slow_bus, seeds) == pytest.approx(11 * 5.12)
 
 
 def test_the_table_shows_every_card_and_what_does_not_fit():

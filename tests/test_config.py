@@ -51,6 +51,11 @@ def keys_of(name: str) -> list[str]:
     return [f"{group}.{key}" if "/" in name else key for key in content if key not in ("defaults", "hydra")]
 
 
+def test_a_slope_may_be_typed_as_an_integer():
+    # a setting that was float or auto took 16.0 and refused 16
+    assert composed("train", "lookup.beta=16").lookup.beta == 16.0
+
+
 @pytest.mark.parametrize("name", YAMLS)
 def test_yaml_composes_to_its_schema(name):
     assert type(composed(name)) is (JOBS["train"] if name == "data/sample" else schema_of(name))
@@ -167,8 +172,8 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "index.ef_construction": [0],
     "index.ef_search": [0, "some", 2**16 + 1],
     "index.recall": [1.5],
-    "lookup.top_k": [0],
-    "lookup.beta": [-1.0, math.nan, math.inf],
+    "lookup.top_k": [0, "many"],
+    "lookup.beta": [-1.0, math.nan, math.inf, "steep"],
     "lookup.floor": [-1.01, 1.01, "none", math.nan],
     "router.kind": ["mlp"],
     "router.target": ["oracle"],

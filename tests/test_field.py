@@ -239,6 +239,14 @@ def test_kernels_are_exponentials_of_both_slopes():
     assert both.shape == (2, 14) and both[0] == pytest.approx(expected, rel=1e-6)
 
 
+def test_queries_that_repeat_need_no_more_landmarks_than_are_distinct():
+    # 2,000 queries asked for 250 landmarks, of 200 distinct embeddings k-means makes 200: training ended in a traceback
+    x_QD = np.eye(200, dtype=np.float32)[np.arange(2000) % 200]
+    bank = trained(replace(table(0, n=2000), x_QD=x_QD)).bank()
+    assert bank.data.field is not None and len(bank.data.field.landmarks) == 200
+    assert np.isfinite(bank.optimized_params_batch(x_QD[:200])["expected_quality"]).all()
+
+
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.8, 0.975, 0.9999])
 def test_normal_quantile(share):
     from scipy.stats import norm

@@ -6,6 +6,7 @@ The signatures are those of faiss/gpu/GpuIndexCagra.h, GpuCloner.h, GpuClonerOpt
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ import faiss
 import torch
 
 from rb_gpu.errors import ArtifactError, ConfigError
+from rb_gpu.learn import learn
 from rb_gpu.learn.config import IndexConfig
 from rb_gpu.learn.index import build_index, open_faiss
 from rb_gpu.search import ExactSearch, open_search
@@ -248,3 +250,12 @@ def test_a_graph_of_another_kind_is_refused(leaves):
     faiss.copy_array_to_vector(links, graph.hnsw.neighbors)
     with pytest.raises(ArtifactError, match="a neighbour points outside"):
         opened(faiss.serialize_index(graph).tobytes())
+
+
+def test_what_an_index_lacks_is_said_before_anything_is_learned(learned, monkeypatch):
+    def clustered(*_: Any) -> None:
+        pytest.fail("hours of clustering would be lost")
+
+    monkeypatch.setattr("rb_gpu.learn.pipeline.cluster_queries", clustered)
+    with pytest.raises(ConfigError, match=r"index\.kind=cagra is built on a GPU"):
+        learn(learned.trajectories, replace(learned.config, index=IndexConfig(kind="cagra")))

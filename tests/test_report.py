@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -14,11 +15,12 @@ from scipy.stats import binomtest
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.learn.charts import linear_axis, log_axis
 from rb_gpu.learn.projection import project
+from rb_gpu.learn.report.answer import answer
+from rb_gpu.learn.report.curves import wilson
 from rb_gpu.learn.report.formats import change, latency, percent, sentence, short
 from rb_gpu.learn.report.latency import mixtures, quantile_us
 from rb_gpu.learn.report.patterns import MAP_PATTERNS, tree, verdict_table
 from rb_gpu.learn.report.run import found_table
-from rb_gpu.learn.report.worth import answer, wilson
 
 torch = pytest.importorskip("torch")
 
@@ -88,7 +90,7 @@ def test_latency_compares_the_same_traffic():
     hist[0, 0, 18], hist[1, 0, 22] = 7.0, 1.0
     every, acting = mixtures(ReasoningBank(data))
     assert every.default_B[[20, 24]].tolist() == [0.75, 0.25] and every.chosen_B[[18, 22]].tolist() == [0.75, 0.25]
-    assert acting.name.endswith("where recommended (2)") and acting.chosen_B.tolist() == every.chosen_B.tolist()
+    assert acting.name.endswith("(2 patterns)") and acting.chosen_B.tolist() == every.chosen_B.tolist()
 
 
 def test_verdict_rows_and_the_tree_say_what_the_bank_says():
@@ -119,15 +121,15 @@ def test_verdict_rows_and_the_tree_say_what_the_bank_says():
 def test_the_first_screen_answers_against_what_is_served(pages, gain, word):
     facts = pages.facts()
     facts["evaluation"]["bank_gains"]["default"] = dict(zip(("gain", "low", "high"), gain, strict=True))
-    assert answer(pages.bank, facts)["better"] == word
+    assert answer(pages.bank, facts).better == word
     before = facts["evaluation"]["values"][2] | {"acted": 0.0}
     assert before["name"] == "bank"
     facts["evaluation"]["values"][2] = before
-    assert answer(pages.bank, facts)["better"] == ("Unknown" if gain[0] is None else "No change")
+    assert answer(pages.bank, facts).better == ("Unknown" if gain[0] is None else "No change")
     facts["evaluation"]["bank_gains"]["champion"] = {"gain": 0.1, "low": 0.05, "high": 0.2}
     facts["evaluation"]["values"].append(facts["evaluation"]["values"][0] | {"name": "champion"})
     said = answer(pages.bank, facts)
-    assert (said["better"], said["headline"]) == ("Yes", "Better than the champion")
+    assert (said.better, said.headline) == ("Yes", "Better than the champion")
 
 
 def test_no_string_of_the_data_becomes_markup(pages):
@@ -175,6 +177,13 @@ def test_what_the_gate_passes_but_nobody_promoted_waits(pages):
     assert "waits for you" in page and "action=promote version=v1" in page and "It was promoted" not in page
     assert "It was promoted" in pages.promoted.read_text() and "action=promote" not in pages.promoted.read_text()
     assert "not promoted" in pages.refused.read_text()
+
+
+def test_every_link_leads_somewhere(pages):
+    for path in (pages.promoted, pages.refused, pages.plain):
+        page = path.read_text()
+        targets = set(re.findall(r'href="#([^"]*)"', page))
+        assert len(targets) > 8 and targets <= set(re.findall(r' id="([^"]*)"', page))
 
 
 def test_settings_that_were_left_to_the_job_are_told(pages):

@@ -13,6 +13,8 @@ from conftest import make_bank
 from report_pages import page_of
 
 from rb_gpu.bank import ReasoningBank
+from rb_gpu.learn.report.sweep import render_sweep
+from rb_gpu.learn.sweep import Member
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[test]'")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
@@ -79,7 +81,7 @@ def show(browser) -> Iterator[Callable[..., Shown]]:
 
 @pytest.fixture(scope="module")
 def every_page(pages, tmp_path_factory) -> dict[str, Path]:
-    """Those of the trainings, one of 4,096 patterns, and one whose every name is long and hostile."""
+    """Those of the trainings, one of 4,096 patterns, one whose every name is long and hostile, and one of a sweep."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "large.html").write_text(page_of(ReasoningBank(make_bank(leaves=4096, configs=8)), pages.facts()))
     name, facts = "<script>alert(1)</script>" + 200 * "x", pages.facts()
@@ -90,13 +92,21 @@ def every_page(pages, tmp_path_factory) -> dict[str, Path]:
     facts["evaluation"]["warnings"], facts["evaluation"]["tradeoffs"]["configs"][0]["name"] = [name], name
     facts["config"]["registry"]["path"] = name
     (folder / "hostile.html").write_text(page_of(pages.bank, facts))
+    members = [
+        Member(str(run), [f"cluster.k={2**run}", "judge.cost_weight=0.2"], None, "", "default", 0.8, 0.7, 0.9,
+               0.01 * run, 0.01 * run - 0.005, 0.01 * run + 0.005, 2**run, run, run > 0, "", 1.5 * run, 500.0)
+        for run in range(6)
+    ]  # fmt: skip
+    members.append(Member("6", ["cluster.k=99999", "judge.cost_weight=0.2"], f"cluster.k=99999 exceeds {name}"))
+    (folder / "sweep.html").write_text(render_sweep("night1", members))
     return {"promoted": pages.promoted, "refused": pages.refused, "plain": pages.plain,
-            "large": folder / "large.html", "hostile": folder / "hostile.html"}  # fmt: skip
+            "large": folder / "large.html", "hostile": folder / "hostile.html",
+            "sweep": folder / "sweep.html"}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["promoted", "refused", "plain", "large", "hostile"])
+@pytest.mark.parametrize("name", ["promoted", "refused", "plain", "large", "hostile", "sweep"])
 def test_the_page_is_whole_wide_and_narrow(show, every_page, name):
-    for viewport in (DESK, PHONE):
+    for viewport in (PHONE,) if name == "large" else (DESK, PHONE):  # which is slow to lay out, unfolded
         shown = show(every_page[name], viewport)
         assert shown.complaints == []
         assert [url for url in shown.requests if not url.startswith(("file:", "data:"))] == []
@@ -110,11 +120,12 @@ def test_the_page_is_whole_wide_and_narrow(show, every_page, name):
 def test_axe_finds_nothing(show, every_page, scheme):
     """Contrast by WCAG AA among it; with everything unfolded."""
     # the page's own security policy refuses any script but its own
-    page = show(every_page["refused"], color_scheme=scheme, bypass_csp=True).page
-    page.evaluate(UNFOLD)
-    found = axe.Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "best-practice"]})
-    assert [(one["id"], one["nodes"][0]["html"][:120]) for one in found.response["violations"]] == []
-    assert any(one["id"] == "color-contrast" for one in found.response["passes"])
+    for name in ("refused", "sweep"):
+        page = show(every_page[name], color_scheme=scheme, bypass_csp=True).page
+        page.evaluate(UNFOLD)
+        found = axe.Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "best-practice"]})
+        assert [(one["id"], one["nodes"][0]["html"][:120]) for one in found.response["violations"]] == []
+        assert any(one["id"] == "color-contrast" for one in found.response["passes"])
 
 
 def test_no_other_script_runs(show, every_page):
@@ -189,6 +200,14 @@ def test_the_verdict_table_filters_and_pages(show, every_page):
     assert column(page, 1) == ["137"]
     page.get_by_label("Find").fill("no such thing")
     assert output.text_content() == "0 to 0 of 0 patterns" and page.get_by_role("button", name="Back").is_disabled()
+
+
+def test_the_runs_of_a_sweep_sort(show, every_page):
+    page = show(every_page["sweep"]).page
+    page.locator("#runs th button", has_text="utility").first.click()
+    page.locator("#runs th button", has_text="seconds").click()
+    seconds = page.locator("#runs tbody tr > :nth-child(9)").all_text_contents()
+    assert seconds == ["7.50", "6.00", "4.50", "3.00", "1.50", "0", "–"]
 
 
 def test_a_pattern_of_the_map_leads_to_its_row_and_the_tree_folds(show, every_page):

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from rb_gpu.bench.roofline import Card
+from rb_gpu.errors import ConfigError
+from rb_gpu.learn.arrays import HOST, Arrays, on_gpu, student_tail, weighted_quantiles
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.devices import free_memory
 from rb_gpu.learn.kmeans import nearest
@@ -26,6 +28,7 @@ COPY_BYTES = {"cuda": 2**30, "cpu": 2**22}
 ROUNDS = 5
 # the check of labels; every eighth centroid has a twin so near that float32 products cannot tell them apart
 CHECK_ROWS, CHECK_CLUSTERS, CHECK_DIMS, TWIN = 20_000, 700, 96, 1e-6
+ARRAY_SIZES = (10_000, 100_000, 1_000_000)
 TOPICS, WIDTH, CHUNK_ROWS = 2000, 0.5, 2**20
 
 
@@ -145,3 +148,39 @@ def excess(
         bound = (2 * dims + 8) * 2.0**-24 * ((x - middle_D).square().sum(1) + norms)
     worst = float(((found_d2 - exact_d2) / 2 / bound).max()) if len(differ) else 0.0
     return {"differ": len(differ), "worst_over_bound": worst}
+
+
+def array_functions(device: torch.device, arrays: Callable[[], Arrays] = on_gpu) -> list[dict[str, Any]]:
+    """Milliseconds of what torch lacks, by SciPy and by the device's arrays, from tensors to tensors, and how far the
+    two are apart; a note where the device has none.
+    """
+    try:
+        there = arrays()
+    except ConfigError as error:
+        return [{"note": str(error)}]
+    functions: dict[str, Callable[[Any, Any, Arrays], Any]] = {
+        "student's t": student_tail,
+        "weighted quantiles": lambda x_N, v_N, on: weighted_quantiles(x_N, v_N, (0.5, 0.95, 0.99), on),
+    }
+    generator, rows = torch.Generator().manual_seed(0), []
+    for n in ARRAY_SIZES:
+        x_N = torch.randn(n, dtype=torch.float64, generator=generator)
+        v_N = torch.randint(1, 1000, (n,), generator=generator).double()
+        for name, function in functions.items():
+            host_ms, expected = _array_call(function, x_N, v_N, HOST)
+            device_ms, found = _array_call(function, x_N.to(device), v_N.to(device), there)
+            apart = float((found.cpu() - expected).abs().max())
+            rows.append({"function": name, "n": n, "host_ms": host_ms, "device_ms": device_ms, "apart": apart})
+    return rows
+
+
+def _array_call(
+    function: Callable[[Any, Any, Arrays], Any], x_N: Tensor, v_N: Tensor, on: Arrays
+) -> tuple[float, Tensor]:
+    """Milliseconds of the second call, and its result."""
+
+    def call() -> Tensor:
+        return on.tensor(function(on.of(x_N), on.of(v_N), on))
+
+    found = call()
+    return 1e3 * timed(x_N.device, call), found

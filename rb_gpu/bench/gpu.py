@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rb_gpu.bench.device_facts import agreement, facts, measured_card, planted, timed
+from rb_gpu.bench.device_facts import agreement, array_functions, facts, measured_card, planted, timed
 from rb_gpu.bench.gpu_peers import ENGINES, PEERS, ours
-from rb_gpu.bench.roofline import CARDS, Card, iteration, seconds, seeding, streamed_seconds
+from rb_gpu.bench.roofline import CARDS, Card, iteration, seconds, seeding, streamed_seconds, streamed_seeding_seconds
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.config import ClusterConfig, DataConfig, DeviceConfig, IndexConfig, ParamsConfig, TrainConfig
 from rb_gpu.learn.devices import free_memory, resolve_device, resolve_engine
@@ -100,7 +100,8 @@ def run(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {
         "suite": "gpu", "settings": settings, "machine": known, "card": asdict(card),
         "sheet": next((asdict(one) for one in CARDS if one.name.split()[0] in known["card"].split()), None),
-        "labels": labels, "iterations": bench.iterations, "clusterings": bench.clusterings, "jobs": bench.jobs,
+        "labels": labels, "arrays": array_functions(device), "iterations": bench.iterations,
+        "clusterings": bench.clusterings, "jobs": bench.jobs,
         "seconds": settings["gpu_budget_s"] - clock.left,
     }  # fmt: skip
 
@@ -187,8 +188,12 @@ class Bench:
         self.clusterings.append(row)
         product = "tf32" if len(self.engines) > 1 else "fp32"
         one = iteration(n, dim, k, product, "fused")
-        each = streamed_seconds(n, dim, self.card, one) if streamed else seconds(one, self.card)
-        least = seconds(seeding(n, dim, k, product, "fused"), self.card) + UPDATES * each
+        seeds = seeding(n, dim, k, product, "fused")
+        if streamed:
+            least = streamed_seeding_seconds(n, dim, k, self.card, seeds)
+            least += UPDATES * streamed_seconds(n, dim, self.card, one)
+        else:
+            least = seconds(seeds, self.card) + UPDATES * seconds(one, self.card)
         if not self.clock.allows(self.slack.get("clustering", SLACK) * least):
             row["note"] = LEFT_OUT
             return

@@ -85,11 +85,16 @@ def iteration(n: int, dim: int, k: int, precision: str, engine: str, moved: floa
     return [product(n, dim, k, precision, engine), exact_distance(n, dim, precision, engine), sums]
 
 
+def seeding_passes(k: int) -> int:
+    """How often k-means++ goes through all points."""
+    return max(1, math.ceil(math.log2(k))) + 1
+
+
 def seeding(n: int, dim: int, k: int, precision: str, engine: str) -> list[Part]:
     """k-means++ by blocks that double: every point meets every seed once, in about log2(K) passes, each of which draws
     from the running sum of N weights.
     """
-    passes = max(1, math.ceil(math.log2(k))) + 1
+    passes = seeding_passes(k)
     whole, exact = product(n, dim, k, precision, engine), exact_distance(n, dim, precision, engine)
     again = (passes - 1) * product(n, dim, 0, precision, "fused").memory_bytes
     return [
@@ -112,6 +117,11 @@ def travel_seconds(n: int, dim: int, card: Card) -> float:
 def streamed_seconds(n: int, dim: int, card: Card, parts: list[Part]) -> float:
     """An iteration over points that come from the host, under which it computes; those that moved come twice."""
     return max((1 + MOVED) * travel_seconds(n, dim, card), seconds(parts, card))
+
+
+def streamed_seeding_seconds(n: int, dim: int, k: int, card: Card, parts: list[Part]) -> float:
+    """k-means++ over points that come from the host in every pass."""
+    return max(seeding_passes(k) * travel_seconds(n, dim, card), seconds(parts, card))
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:

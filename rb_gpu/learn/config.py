@@ -16,6 +16,7 @@ from rb_gpu.index_file import MAX_BREADTH
 from rb_gpu.learn.checks import check, check_choice, check_count, check_nonnegative, check_share, is_auto
 from rb_gpu.learn.data_config import DataConfig as DataConfig
 from rb_gpu.learn.router_config import RouterConfig as RouterConfig
+from rb_gpu.learn.track import TrackConfig
 from rb_gpu.learn.version_config import GateConfig, RegistryConfig, RetrainConfig
 from rb_gpu.params import PARAMETERS, SearchParams
 
@@ -212,7 +213,7 @@ class LookupConfig:
     """
 
     top_k: int | str = "auto"
-    beta: float | str = "auto"
+    beta: int | float | str = "auto"
     floor: float | str = "auto"
 
     def __post_init__(self) -> None:
@@ -298,6 +299,7 @@ class TrainConfig:
     registry: RegistryConfig = field(default_factory=RegistryConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
     train: RetrainConfig = field(default_factory=RetrainConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
     seed: int = 0
     dry_run: bool = False
 

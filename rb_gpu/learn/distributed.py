@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rb_gpu.errors import RbGpuError
+
+# how long a rank waits for another that reads from a slower disk; that one has died, torchrun sees at once
+PATIENCE = timedelta(hours=2)
 
 
 class Ranks:
@@ -91,7 +95,7 @@ class Ranks:
 
 @contextmanager
 def launched(device: torch.device) -> Iterator[Ranks]:
-    """The ranks that torchrun started (NCCL on GPUs, one each; gloo on CPUs), or this process alone.
+    """The ranks that torchrun started (NCCL between GPUs, one each; gloo between CPUs), or this process alone.
 
     Raises RbGpuError where another rank ends early.
     """
@@ -101,7 +105,8 @@ def launched(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # objects and what lies on the host go by gloo either way: NCCL would take them through a GPU, or refuse them
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     rank = dist.get_rank()
     try:
         yield Ranks(rank, size)

@@ -28,6 +28,7 @@ from rb_gpu.learn.config import (
     RouterConfig,
     TrainConfig,
 )
+from rb_gpu.learn.track import TrackConfig
 from rb_gpu.learn.version_config import GateConfig, RegistryConfig, RetrainConfig
 
 
@@ -244,6 +245,7 @@ SECTIONS: dict[str, type] = {
     "registry": RegistryConfig,
     "device": DeviceConfig,
     "train": RetrainConfig,
+    "track": TrackConfig,
 }
 JOBS: dict[str, type] = {
     "train": TrainConfig,

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -13,7 +14,7 @@ import pyarrow.dataset as ds
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn.data_config import VERSIONED, DataConfig, S3Config, Store
 from rb_gpu.learn.distributed import Ranks
-from rb_gpu.learn.sources import BATCH_ROWS, BUFFER_BYTES, Source, first_line
+from rb_gpu.learn.sources import BATCH_ROWS, Source, first_line, open_parquet
 
 S3_REMEDY = (
     "check the path, data.s3.endpoint, data.s3.region and the keys in the environment (AWS_ACCESS_KEY_ID, "
@@ -25,7 +26,7 @@ PACKAGES = {"delta": ("deltalake", "deltalake"), "lance": ("lance", "pylance")}
 def open_delta(path: str, store: Store, key: str) -> tuple[list[Source], int]:
     """The files of a Delta table, oldest first, and the version that they are.
 
-    Partition columns and columns that came later are filled in. Raises DataError, and ConfigError without the package.
+    Partition columns are filled in. Raises DataError, and ConfigError without the package.
     """
     table, version = _open(path, store, key)
     try:
@@ -35,32 +36,41 @@ def open_delta(path: str, store: Store, key: str) -> tuple[list[Source], int]:
             f"{key}={path} uses what the package deltalake cannot read ({first_line(error)}); rewrite it without, "
             "e.g. REORG TABLE ... APPLY (PURGE) for deletion vectors"
         ) from error
-    actions = pa.table(table.get_add_actions(flatten=True)).select(["path", "modification_time"])
-    written = {row["path"]: row["modification_time"] for row in actions.to_pylist()}
+    # a path is a URI in the log, in which what partitions encoded is encoded again
+    added = {unquote(one["path"]): one for one in pa.table(table.get_add_actions(flatten=True)).to_pylist()}
     # the log tells the newest file first
-    fragments = sorted(dataset.get_fragments(), key=lambda one: (written.get(one.path, 0), one.path))
-    return [_delta_file(path, dataset.schema, fragment, key) for fragment in fragments], version
+    fragments = sorted(dataset.get_fragments(), key=lambda one: (added[one.path]["modification_time"], one.path))
+    return [_delta_file(path, dataset.schema, one, added[one.path], key) for one in fragments], version
 
 
-def _delta_file(path: str, schema: pa.Schema, fragment: ds.ParquetFileFragment, key: str) -> Source:
+def _delta_file(
+    path: str, schema: pa.Schema, fragment: ds.ParquetFileFragment, added: dict[str, Any], key: str
+) -> Source:
+    """schema: the table's. added: what its log says of the file, `partition.NAME` among it.
+
+    The file is read as plain Parquet is, since a scan of the dataset takes several times the memory.
+    """
     name = f"{path}/{fragment.path}"
     try:
-        groups = [group.num_rows for group in fragment.row_groups]
+        file = open_parquet(fragment.filesystem, fragment.path)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{key}={name} cannot be read ({first_line(error)}); the file was vacuumed away or is damaged: ask for a "
             "newer data.version"
         ) from error
-    # as plain Parquet is read: buffered, and not ahead
-    options = ds.ParquetFragmentScanOptions(use_buffered_stream=True, buffer_size=BUFFER_BYTES, pre_buffer=False)
 
-    def batches(columns: list[str], rows: int, wanted: range) -> Iterator[pa.RecordBatch]:
-        yield from fragment.subset(row_group_ids=list(wanted)).to_batches(
-            schema, columns, batch_size=rows, batch_readahead=0, fragment_readahead=0, use_threads=False,
-            fragment_scan_options=options,
-        )  # fmt: skip
+    # a column that came later is in some files only, as it would be in plain Parquet
+    constants = {c: pa.scalar(added[f"partition.{c}"], schema.field(c).type) for c in schema.names
+                 if f"partition.{c}" in added and c not in file.schema.names}  # fmt: skip
+    whole = pa.schema([*file.schema, *(schema.field(c) for c in constants)])
 
-    return Source(name, schema, groups, batches)
+    def batches(columns: list[str], rows: int, groups: range) -> Iterator[pa.RecordBatch]:
+        for batch in file.batches([c for c in columns if c not in constants], rows, groups):
+            n = batch.num_rows
+            arrays = [pa.repeat(constants[c], n) if c in constants else batch.column(c) for c in columns]
+            yield pa.RecordBatch.from_arrays(arrays, columns)
+
+    return Source(name, whole, file.groups, batches)
 
 
 def open_lance(path: str, store: Store, key: str) -> tuple[list[Source], int]:
@@ -75,13 +85,14 @@ def _lance_fragment(path: str, schema: pa.Schema, fragment: Any) -> Source:
     groups = [min(BATCH_ROWS, rows - start) for start in range(0, rows, BATCH_ROWS)]
 
     def batches(columns: list[str], rows: int, wanted: range) -> Iterator[pa.RecordBatch]:
-        if not wanted:
-            return
+        first = sum(groups[: wanted.start])
+        last = first + sum(groups[i] for i in wanted)
         try:
-            yield from fragment.to_batches(
-                columns=columns, batch_size=rows, batch_readahead=1, offset=sum(groups[: wanted.start]),
-                limit=sum(groups[i] for i in wanted),
-            )  # fmt: skip
+            for start in range(first, last, rows):
+                # asked for more at once, Lance reads up to 2 GiB ahead
+                yield from fragment.to_batches(
+                    columns=columns, batch_size=rows, offset=start, limit=min(rows, last - start)
+                )
         except (ValueError, RuntimeError) as error:  # as Lance tells of damage, of which readers know by OSError
             raise OSError(first_line(error)) from error
 
@@ -111,7 +122,8 @@ def _package(kind: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"data.format={kind} needs the package {package}, which is not installed; pip install 'rb_gpu[lake]'"
+            f"data.format={kind} needs the package {package}, which is not installed; pip install {package}, or rb_gpu "
+            "with its extra lake"
         ) from error
 
 

@@ -129,6 +129,7 @@ def foretell(
         return None
     found = kmeans(unit_CD, landmarks, seed=seed, metric="cosine", device=device.type, engine="torch").centroids
     landmarks_MD = torch.nn.functional.normalize(torch.as_tensor(found), dim=1).to(device)
+    landmarks = len(landmarks_MD)  # fewer, where not so many queries are distinct
     factors = [_factor(landmarks_MD, slope) for slope in SLOPES]
 
     rows, in_fit_N = _rows(chosen_Q, trajectories, weight_N, device)
@@ -144,7 +145,7 @@ def foretell(
         unseen = Unseen(quality_QC, label_Q[chosen_Q.numpy()])
     differing = [OUTCOMES[o] for o, one in fits.items() if one.deviates]
     log.info("field: %d landmarks, %d queries; configs differ from place to place in %s",
-             len(landmarks_MD), len(unit_CD), ", ".join(differing) or "nothing")  # fmt: skip
+             landmarks, len(unit_CD), ", ".join(differing) or "nothing")  # fmt: skip
     del features, regressions
 
     label = torch.from_numpy(label_Q).to(device)

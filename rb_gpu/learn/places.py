@@ -66,7 +66,7 @@ def _far_names(uri: str, s3: S3Config) -> tuple[pyarrow.fs.FileSystem, list[str]
     if not pattern:
         return filesystem, [inner]
     wanted = PurePosixPath(inner) / pattern[0]
-    listed = filesystem.get_file_info(pyarrow.fs.FileSelector(inner.rstrip("/"), recursive=len(wanted.parts) > 2))
+    listed = filesystem.get_file_info(pyarrow.fs.FileSelector(inner.rstrip("/"), recursive="/" in pattern[0]))
     depth = len(wanted.parts)
     return filesystem, sorted(
         file.path

@@ -16,6 +16,7 @@ import torch
 
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.evidence import Evidence
+from rb_gpu.learn.arrays import weighted_quantiles
 from rb_gpu.learn.calibration import Calibration, Promise, measure_calibration
 from rb_gpu.learn.config import EvalConfig
 from rb_gpu.learn.devices import tiles
@@ -141,7 +142,7 @@ def evaluate(
         choice = policies[name]
         weight_N = valuation.weights(choice)
         hit_N = weight_N > 0
-        p50, p95, p99 = _weighted_quantiles(rows.latency_us[hit_N], weight_N[hit_N], (0.5, 0.95, 0.99))
+        p50, p95, p99 = weighted_quantiles(rows.latency_us[hit_N], weight_N[hit_N], (0.5, 0.95, 0.99)).tolist()
         if unknown[name]:
             quality = cost = low = high = p50 = p95 = p99 = NAN
         else:
@@ -212,15 +213,6 @@ def _interval(drawn: Floats) -> tuple[float, float]:
         return NAN, NAN
     low, high = np.quantile(known, (0.025, 0.975))
     return float(low), float(high)
-
-
-def _weighted_quantiles(values: Floats, weight: Floats, levels: tuple[float, ...]) -> tuple[float, ...]:
-    if len(values) == 0:
-        return tuple(NAN for _ in levels)
-    order = np.argsort(values, kind="stable")
-    running = np.cumsum(weight[order]) / weight.sum()
-    at = np.minimum(np.searchsorted(running, levels), len(values) - 1)
-    return tuple(float(v) for v in values[order][at])
 
 
 def value_bank(

@@ -87,7 +87,7 @@ def open_source(filesystem: pyarrow.fs.FileSystem, name: str, key: str) -> Sourc
     suffix = PurePosixPath(name).suffix.lower()
     try:
         if suffix in PARQUET_SUFFIXES:
-            return _open_parquet(filesystem, name)
+            return open_parquet(filesystem, name)
         if suffix in IPC_SUFFIXES:
             return _open_ipc(filesystem, name, key)
         if suffix in SQLITE_SUFFIXES:
@@ -99,10 +99,13 @@ def open_source(filesystem: pyarrow.fs.FileSystem, name: str, key: str) -> Sourc
         ) from error
     except DataError as error:
         raise DataError(f"{key}={error}") from error
-    raise DataError(f"{key}={name} has no known suffix; use one of {', '.join(KNOWN_SUFFIXES)}")
+    raise DataError(
+        f"{key}={name} has no known suffix; use one of {', '.join(KNOWN_SUFFIXES)} (README.md turns a CSV into Parquet)"
+    )
 
 
-def _open_parquet(filesystem: pyarrow.fs.FileSystem, name: str) -> Source:
+def open_parquet(filesystem: pyarrow.fs.FileSystem, name: str) -> Source:
+    """Opens one Parquet file. Raises OSError or pyarrow.ArrowException where that fails."""
     with filesystem.open_input_file(name) as file:
         parquet = pq.ParquetFile(file)
         metadata, schema = parquet.metadata, parquet.schema_arrow

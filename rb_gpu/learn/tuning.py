@@ -20,7 +20,7 @@ from rb_gpu.learn.estimators import Estimate, snips
 from rb_gpu.learn.evidence import gather_evidence
 from rb_gpu.learn.landmarks import tempered, with_residuals
 from rb_gpu.learn.leaves import believed
-from rb_gpu.learn.outcome_model import folds
+from rb_gpu.learn.outcome_model import FOLDS, folds
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.valuation import Choice, held_out_outcomes
 from rb_gpu.learn.verdicts import judge
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 TOP_KS = (1, 3, 5, 10, 20)
 BETAS = (0.0, 8.0, 16.0, 32.0, 64.0)
-# queries that are valued: more cost time and decide nothing that these leave open
+# queries that are valued, about: of a large table one fold has them, and the others need no pass over its rows
 MAX_QUERIES = 8192
 # standard errors by which a setting must beat the usual one: at one, the best of so many would do so by chance
 ERRORS = 2.0
@@ -61,28 +61,32 @@ def tune_lookup(
     are those of all queries: the field says the same under every setting.
     """
     asked = config.lookup
-    ks = sorted({USUAL_TOP_K, *TOP_KS}) if is_auto(asked.top_k) else [int(asked.top_k)]
+    ks = TOP_KS if is_auto(asked.top_k) else (int(asked.top_k),)
     betas = BETAS if is_auto(asked.beta) else (float(asked.beta),)
     usual = (USUAL_TOP_K if is_auto(asked.top_k) else ks[0], USUAL_BETA if is_auto(asked.beta) else betas[0])
     # of one pattern every slope is the same
     tried = [usual] + [(k, b) for k in ks for b in (betas if k > 1 else betas[:1]) if (k, b) != usual]
     stands = Tuned(*usual, 0.0, 0.0, len(tried))
     silent = leaves.field is not None and not leaves.pays
-    if objective.kind != "utility" or len(leaves.mass_P) == 1 or silent or len(tried) == 1:
+    if len(tried) == 1:
+        return stands
+    if objective.kind != "utility" or len(leaves.mass_P) == 1 or silent:
+        log.info("lookup: top_k=%d, beta=%g; there is nothing to tune them by", *usual)
         return stands
     fold_Q, known_Q = folds(trajectories.query_id), leaves.label_Q >= 0
     valued_Q = np.zeros(len(fold_Q), dtype=bool)
-    valued_Q[np.flatnonzero(known_Q)[:: -(-int(known_Q.sum()) // MAX_QUERIES)]] = True
     choice_GQ = np.zeros((len(tried), len(fold_Q)), dtype=np.int64)
-    for fold in np.unique(fold_Q[valued_Q]):
+    for fold in range(FOLDS):
+        mine = np.flatnonzero(known_Q & (fold_Q == fold))
+        mine = mine[:: max(1, len(mine) // MAX_QUERIES)]
+        if len(mine) == 0 or valued_Q.sum() >= MAX_QUERIES:
+            continue
         part = _without(leaves, fold_Q == fold, trajectories, weight_N, device)
         beliefs = believed(part, objective, trajectories.configs.default, config)
         verdicts = judge(part.evidence, trajectories.configs, objective, beliefs, judging)
         data = assemble(trajectories, config, part, objective, beliefs, verdicts, -1.0)
-        mine_Q = valued_Q & (fold_Q == fold)
-        choice_GQ[:, mine_Q] = _choices(data, trajectories.x_QD[mine_Q], tried)
-    if (choice_GQ == choice_GQ[0]).all():
-        return stands
+        choice_GQ[:, mine] = _choices(data, trajectories.x_QD[mine], tried)
+        valued_Q[mine] = True
     return _best(choice_GQ[:, valued_Q], trajectories.select_queries(valued_Q), objective, tried)
 
 
@@ -130,8 +134,6 @@ def _best(choice_GQ: Choice, table: Trajectories, objective: Objective, tried: l
         error = float(np.linalg.norm(rows.by_query(difference.influence_N))) / len(rows.query_row)
         if difference.value > max(ERRORS * error, best.gain):
             best = Tuned(*setting, difference.value, error, len(tried))
-    log.info(
-        "lookup: top_k=%d, beta=%g; of %d settings it is worth %+.4f (standard error %.4f) over the usual one",
-        best.top_k, best.beta, len(tried), best.gain, best.error,
-    )  # fmt: skip
+    log.info("lookup: top_k=%d, beta=%g; %+.4f (standard error %.4f) over the usual ones, of %d settings tried",
+             best.top_k, best.beta, best.gain, best.error, len(tried))  # fmt: skip
     return best

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from rb_gpu.evidence import OUTCOMES, Evidence, linear_moments
+from rb_gpu.learn.arrays import student_tail
 from rb_gpu.learn.config import JudgeConfig, QualityConfig
 from rb_gpu.learn.sequential import sequential_p
 from rb_gpu.learn.trajectories import Trajectories
@@ -96,7 +97,7 @@ def compare(evidence: Evidence, direction_O: Floats, default: int, min_samples: 
     tested[:, default] = False
     error = np.sqrt(np.where(tested, squared, np.nan))
     freedom = np.where(tested, freedom, np.nan)
-    p_value = np.where(tested, stats.t.sf(np.where(tested, effect, np.nan) / error, freedom), np.nan)
+    p_value = student_tail(np.where(tested, effect, np.nan) / error, freedom)
     null_squared = np.where(tested, null_squared, np.nan)
     return Comparison(
         effect=np.where(tested, effect, np.nan),

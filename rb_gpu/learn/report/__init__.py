@@ -11,7 +11,7 @@ from typing import Any
 
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.learn.projection import Projection
-from rb_gpu.learn.report import latency, patterns, run, worth
+from rb_gpu.learn.report import answer, curves, latency, patterns, run, worth
 from rb_gpu.learn.report.formats import count, date
 from rb_gpu.learn.report.page import script_digest, templates
 
@@ -34,13 +34,13 @@ def render_report(
         "held_out": count(evaluation["queries"]),
         "promote": f"python -m jobs.registry action=promote version={version} {registry}",
         "rollback": f"python -m jobs.registry action=rollback {registry}",
-        "answer": worth.answer(bank, facts),
+        "answer": answer.answer(bank, facts),
         "promoted": promoted,
         "passes": facts["gate"]["promote"],
         "doubts": worth.doubts(evaluation),
         "policy_tables": worth.policy_tables(evaluation),
-        "tradeoffs": worth.tradeoff_figure(bank, evaluation["tradeoffs"]),
-        "reliability": worth.reliability_figure(evaluation["calibration"]),
+        "tradeoffs": curves.tradeoff_figure(bank, evaluation["tradeoffs"]),
+        "reliability": curves.reliability_figure(evaluation["calibration"]),
         "pattern_counts": patterns.pattern_counts(facts),
         "map": patterns.map_figure(bank, projection),
         "verdicts": patterns.verdict_table(bank),

@@ -45,7 +45,7 @@ def mixtures(bank: ReasoningBank) -> list[Mixture]:
     groups = [(f"All {both_P.sum():,} patterns", both_P)]
     for config_id in list(verdict_styles(bank).patterns)[:CONFIGS]:
         acts_P = both_P & (chosen_P == config_id) & (arrays["verdict_stands"] == 0)
-        groups.append((f"{bank.configs.describe(config_id)}, where recommended ({acts_P.sum():,})", acts_P))
+        groups.append((f"{bank.configs.describe(config_id)} ({acts_P.sum():,} patterns)", acts_P))
     found = []
     for name, in_P in groups:
         if in_P.any():

@@ -43,51 +43,60 @@ for (const table of document.querySelectorAll("table.sortable:not(#verdict-table
   makeSortable(table, (order) => body.replaceChildren(...order([...body.rows])));
 }
 
-const verdicts = document.getElementById("verdict-table");
-const filter = document.querySelector(".filter");
-const { verdict, rows: size, back, next } = filter.elements;
-const search = filter.querySelector("input");
-const body = verdicts.tBodies[0];
-let rows = [...body.rows];
-let page = 0;
+// the verdict table of a report: filtered, paged, and led to from the map
+function pageThrough(verdicts) {
+  const filter = document.querySelector(".filter");
+  const { verdict, rows: size, back, next } = filter.elements;
+  const search = filter.querySelector("input");
+  const body = verdicts.tBodies[0];
+  let rows = [...body.rows];
+  let page = 0;
 
-function matches(row) {
-  const [id, says, config] = [0, 1, 2].map((column) => row.cells[column].textContent);
-  const asked = search.value.trim().toLowerCase();
-  return (!verdict.value || says === verdict.value) && (id === asked || config.toLowerCase().includes(asked));
-}
+  function matches(row) {
+    const [id, says, config] = [0, 1, 2].map((column) => row.cells[column].textContent);
+    const asked = search.value.trim().toLowerCase();
+    return (!verdict.value || says === verdict.value) && (id === asked || config.toLowerCase().includes(asked));
+  }
 
-function show() {
-  const found = rows.filter(matches);
-  const each = Number(size.value) || found.length || 1;
-  const pages = Math.max(1, Math.ceil(found.length / each));
-  page = Math.min(Math.max(page, 0), pages - 1);
-  const shown = found.slice(page * each, (page + 1) * each);
-  body.replaceChildren(...shown);
-  back.disabled = page === 0;
-  next.disabled = page === pages - 1;
-  const from = shown.length ? page * each + 1 : 0;
-  filter.querySelector("output").textContent =
-    `${from} to ${page * each + shown.length} of ${found.length} patterns`;
-}
+  function show() {
+    const found = rows.filter(matches);
+    const each = Number(size.value) || found.length || 1;
+    const pages = Math.max(1, Math.ceil(found.length / each));
+    page = Math.min(Math.max(page, 0), pages - 1);
+    const shown = found.slice(page * each, (page + 1) * each);
+    body.replaceChildren(...shown);
+    back.disabled = page === 0;
+    next.disabled = page === pages - 1;
+    const from = shown.length ? page * each + 1 : 0;
+    filter.querySelector("output").textContent =
+      `${from} to ${page * each + shown.length} of ${found.length} patterns`;
+  }
 
-makeSortable(verdicts, (order) => { rows = order(rows); page = 0; show(); });
-for (const control of [search, verdict, size]) control.addEventListener("input", () => { page = 0; show(); });
-filter.addEventListener("submit", (event) => event.preventDefault());
-back.addEventListener("click", () => { page -= 1; show(); });
-next.addEventListener("click", () => { page += 1; show(); });
-filter.hidden = false;
-show();
+  function showFrom(first) {
+    page = first;
+    show();
+  }
 
-document.querySelector("#map .chart").addEventListener("click", (event) => {
-  const title = event.target.closest(".dot")?.querySelector("title").textContent;
-  if (!title) return;
-  search.value = title.match(/pattern (\d+)/)[1];
-  verdict.value = "";
-  page = 0;
+  makeSortable(verdicts, (order) => { rows = order(rows); showFrom(0); });
+  for (const control of [search, verdict, size]) control.addEventListener("input", () => showFrom(0));
+  filter.addEventListener("submit", (event) => event.preventDefault());
+  back.addEventListener("click", () => showFrom(page - 1));
+  next.addEventListener("click", () => showFrom(page + 1));
+  filter.hidden = false;
   show();
-  document.getElementById("verdicts").scrollIntoView();
-});
+
+  document.querySelector("#map .chart").addEventListener("click", (event) => {
+    const title = event.target.closest(".dot")?.querySelector("title").textContent;
+    if (!title) return;
+    search.value = title.match(/pattern (\d+)/)[1];
+    verdict.value = "";
+    showFrom(0);
+    document.getElementById("verdicts").scrollIntoView();
+  });
+}
+
+const verdicts = document.getElementById("verdict-table");
+if (verdicts) pageThrough(verdicts);
 
 // paper cannot be opened
 let opened = [];

@@ -62,6 +62,7 @@ def map_figure(bank: ReasoningBank, projection: Projection) -> Figure:
     leaves = bank.data.leaves
     config_P, stands_P = arrays["verdict_config"], arrays["verdict_stands"] == 1
     support_P = arrays["support"][:leaves]
+    told_P = _told(bank)
     look_P = [styles.of(int(c), bool(s)) for c, s in zip(config_P, stands_P, strict=True)]
     every = np.concatenate([projection.centroids_P2, projection.queries_S2])
     low, high = every.min(0), every.max(0)
@@ -82,7 +83,7 @@ def map_figure(bank: ReasoningBank, projection: Projection) -> Figure:
     radius_P = np.clip(largest * np.sqrt(support_P / support_P.max()), 3.0, largest)
     for leaf in shown:
         style, shape = look_P[leaf]
-        title = f"pattern {arrays['pattern_id'][leaf]}: {_told(bank, int(leaf))}, {count(support_P[leaf])} trajectories"
+        title = f"pattern {arrays['pattern_id'][leaf]}: {told_P[leaf]}, {count(support_P[leaf])} trajectories"
         at = projection.centroids_P2[leaf].tolist()
         frame.dots([at[0]], [at[1]], style, [title], shape, float(radius_P[leaf]))
     legend = [(swatch("circle", "stands"), f"{DEFAULT_STANDS}: {int(stands_P.sum())} patterns")]
@@ -103,9 +104,11 @@ def map_figure(bank: ReasoningBank, projection: Projection) -> Figure:
     return Figure("Map of the patterns", frame.render("Map of the patterns by verdict", said), tuple(legend), said)
 
 
-def _told(bank: ReasoningBank, leaf: int) -> str:
-    arrays = bank.data.arrays
-    return DEFAULT_STANDS if arrays["verdict_stands"][leaf] else bank.configs.describe(arrays["verdict_config"][leaf])
+def _told(bank: ReasoningBank) -> list[str]:
+    """What each leaf's verdict says."""
+    names = [bank.configs.describe(config_id) for config_id in range(len(bank.configs))]
+    verdicts = (bank.data.arrays[f"verdict_{name}"].tolist() for name in ("config", "stands"))
+    return [DEFAULT_STANDS if stands else names[config_id] for config_id, stands in zip(*verdicts, strict=True)]
 
 
 def rivals(bank: ReasoningBank) -> npt.NDArray[np.int64]:
@@ -179,7 +182,7 @@ def tree(bank: ReasoningBank) -> list[Node]:
     """The patterns of the top level with all below them, each level by support; over LISTED_PATTERNS without leaves."""
     arrays, leaves = bank.data.arrays, bank.data.leaves
     styles = verdict_styles(bank)
-    total = max(int(arrays["support"][:leaves].sum()), 1)
+    total, told_P = max(int(arrays["support"][:leaves].sum()), 1), _told(bank)
     below: dict[int, list[Node]] = {}
     for row, (pattern_id, parent, support) in enumerate(
         zip(arrays["pattern_id"].tolist(), arrays["parent"].tolist(), arrays["support"].tolist(), strict=True)
@@ -188,7 +191,7 @@ def tree(bank: ReasoningBank) -> list[Node]:
         if row < leaves:
             stands = bool(arrays["verdict_stands"][row])
             style, _ = styles.of(int(arrays["verdict_config"][row]), stands)
-            told, counted, acting = _told(bank, row), 1, int(not stands)
+            told, counted, acting = told_P[row], 1, int(not stands)
         else:
             style, told = "", ""
             counted, acting = (sum(getattr(node, name) for node in children) for name in ("leaves", "acting"))

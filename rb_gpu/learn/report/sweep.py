@@ -51,6 +51,6 @@ def _table(members: Sequence[Member]) -> Table:
         )
         for one in sorted(members, key=lambda one: -one.gain if math.isfinite(one.gain) else math.inf)
     ]
-    head = ("settings", "gain", "95 % interval", "", "utility", "gate", "patterns", "verdicts", "seconds", "",
-            "peak MiB", "run")  # fmt: skip
+    head = ("settings", "gain", "95 % interval", f"{signed(ends[0], 3)} to {signed(ends[1], 3)}, rule: 0", "utility",
+            "gate", "patterns", "verdicts", "seconds", "time", "peak MiB", "run")  # fmt: skip
     return Table("Runs by gain", head, rows, words=(5,), drawn=(3, 9), sortable=True)

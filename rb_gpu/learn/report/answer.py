@@ -1,0 +1,190 @@
+"""The first screen: is the bank better, by how much, how sure, should it be served, and what may be wrong with that.
+
+`evaluation` is what policy.Evaluation holds, as plain values of the manifest: None is a number that is not known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from rb_gpu.bank import ReasoningBank
+from rb_gpu.learn.charts import whisker
+from rb_gpu.learn.policy import SINGLE
+from rb_gpu.learn.report.formats import UNKNOWN, change, count, interval, milliseconds, number, percent, short, signed
+from rb_gpu.learn.report.pieces import Check
+from rb_gpu.objective import Objective
+from rb_gpu.registry import CHAMPION
+
+GRADES = {
+    "exact": "exact: every query was tried under every pick",
+    "dr": "estimated doubly robustly from one config per query and its logged propensity",
+    "associational": "associational: no propensities were logged, so that who chose what may mislead",
+}
+
+
+def served_before(evaluation: dict[str, Any]) -> str:
+    """What a promotion would replace: the champion, or the default where there is none."""
+    return CHAMPION if CHAMPION in evaluation["bank_gains"] else "default"
+
+
+def formula(objective: Objective) -> str:
+    """The objective in words, with its unit."""
+    quality = f"quality ({objective.quality}, 0 to 1)"
+    if objective.kind == "bound":
+        bounds = [
+            *([f"p95 latency ≤ {short(objective.max_latency_us)} µs"] if objective.max_latency_us is not None else []),
+            *([f"mean cost ≤ {short(objective.max_cost)}"] if objective.max_cost is not None else []),
+        ]
+        return f"Utility is {quality}; configs must keep {' and '.join(bounds)}."
+    if objective.kind == "floor":
+        return f"Utility is {quality}; the cheapest config that reaches {objective.target:g} is sought."
+    terms = []
+    if objective.latency_weight:
+        terms.append(f" − {objective.latency_weight:g} × log2(latency / {short(objective.latency_ref_us)} µs)")
+    if objective.cost_weight:
+        terms.append(f" − {objective.cost_weight:g} × cost / {short(objective.cost_ref, 4)}")
+    return f"Utility is {quality}{''.join(terms)}."
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the first screen says. state: good, bad or none, of `better`. served: what a promotion replaces. whisker:
+    the gain and its interval, empty where there is none to draw. amounts: name, from and to, and change. others:
+    against what else it was compared. unknown: why there is no value. reasons: the gate's.
+    """
+
+    state: str
+    better: str
+    headline: str
+    served: str
+    gain: str
+    interval: str
+    whisker: Markup
+    amounts: list[tuple[str, str, str]]
+    unknown: str | None
+    grade: str
+    acted: str
+    others: list[str]
+    reasons: list[str]
+    checks: list[Check]
+    formula: str
+
+
+def answer(bank: ReasoningBank, facts: dict[str, Any]) -> Answer:
+    """Is it better, by how much, how sure, and what did the gate say."""
+    evaluation, gate = facts["evaluation"], facts["gate"]
+    served = served_before(evaluation)
+    gain = evaluation["bank_gains"][served]
+    values = {value["name"]: value for value in evaluation["values"]}
+    before, after = values[served], values["bank"]
+    low, high = gain["low"], gain["high"]
+    if low is None or high is None:
+        state, word, headline = "none", "Unknown", "Nobody can say yet whether this bank is better"
+    elif served == "default" and not after["acted"]:
+        state, word, headline = "none", "No change", "The default stands for every held-out query"
+    elif low > 0:
+        state, word, headline = "good", "Yes", f"Better than the {served}"
+    elif high < 0:
+        state, word, headline = "bad", "No", f"Worse than the {served}"
+    else:
+        state, word, headline = "none", "Cannot tell", f"Not told apart from the {served}"
+    ends = (min(low or 0.0, 0.0), max(high or 0.0, 0.0))
+    return Answer(
+        state=state,
+        better=word,
+        headline=headline,
+        served=served,
+        gain="Unknown" if gain["gain"] is None else f"{signed(gain['gain'])} utility",
+        interval="Unknown" if low is None else interval(low, high),
+        whisker=whisker(low, gain["gain"], high, ends, 0.0) if ends[1] > ends[0] else Markup(),
+        amounts=_amounts(before, after),
+        unknown=after["unknown"] or before["unknown"],
+        grade=GRADES[evaluation["grade"]],
+        acted=percent(after["acted"]),
+        others=[
+            f"{_sure(other)} the {name}: {signed(other['gain'])} ({interval(other['low'], other['high'])})"
+            for name, other in evaluation["bank_gains"].items()
+            if name in ("default", SINGLE) and name != served and other["gain"] is not None
+        ],
+        reasons=gate["refusals"] or [gate["reason"]],
+        checks=checks(bank, facts),
+        formula=formula(bank.data.objective),
+    )
+
+
+def _sure(gain: dict[str, Any]) -> str:
+    return "better than" if gain["low"] > 0 else "worse than" if gain["high"] < 0 else "not told apart from"
+
+
+def _amounts(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Name, from and to with the unit, and the change, of what is known."""
+    rows = [
+        ("quality", number(before["quality"]), number(after["quality"]), change(before["quality"], after["quality"])),
+        ("cost", short(before["cost"], 4), short(after["cost"], 4), change(before["cost"], after["cost"])),
+        (
+            "p95 latency",
+            f"{milliseconds(before['latency_p95_us'])} ms",
+            f"{milliseconds(after['latency_p95_us'])} ms",
+            change(before["latency_p95_us"], after["latency_p95_us"]),
+        ),
+    ]
+    return [(name, f"{old} → {new}", moved) for name, old, new, moved in rows if moved != UNKNOWN]
+
+
+def checks(bank: ReasoningBank, facts: dict[str, Any]) -> list[Check]:
+    """What a careful reader would look at before trusting the answer."""
+    evaluation, gate = facts["evaluation"], facts["config"]["gate"]
+    values = {value["name"]: value for value in evaluation["values"]}
+    after, before = values["bank"], values[served_before(evaluation)]
+    calibration, harm = evaluation["calibration"], after["harm"]["sure"]
+    bad, total = sum(facts["data"]["bad_rows"].values()), facts["data"]["total_rows"]
+    p95 = (before["latency_p95_us"], after["latency_p95_us"])
+    ratio = p95[1] / p95[0] if p95[0] and p95[1] else None
+    warnings = len(facts["drift"]["warnings"])
+    suspect = len(evaluation["warnings"])
+    return [
+        Check(
+            "bad" if evaluation["grade"] == "associational" or suspect else "good",
+            "Evidence",
+            f"{evaluation['grade']} values; {bank.data.grade} verdicts"
+            + (f"; {suspect} warning{'s' * (suspect > 1)}" if suspect else ""),
+            "worth",
+        ),
+        Check(
+            "bad" if warnings else "good",
+            "Drift",
+            f"{warnings} warning{'s' * (warnings > 1)}" if warnings else "none beyond chance",
+            "drift",
+        ),
+        Check(
+            "none" if calibration is None else "good" if calibration["ece"] <= calibration["chance"] else "bad",
+            "Confidence",
+            "too few patterns act to tell"
+            if calibration is None
+            else f"off by {number(calibration['ece'], 3)}, chance gives up to {number(calibration['chance'], 3)}",
+            "policies" if calibration is None else "calibration",
+        ),
+        Check(
+            "none" if harm is None else "bad" if harm > gate["max_harm_rate"] else "good",
+            "Surely harmed",
+            "unknown" if harm is None else f"{percent(harm)} of {after['harm']['patterns']} patterns that act",
+            "policies",
+        ),
+        Check(
+            "none" if evaluation["coverage"] is None else
+            "bad" if evaluation["coverage"] < gate["min_coverage"] else "good",
+            "Coverage",
+            f"{percent(evaluation['coverage'])} of queries near a pattern",
+            "map",
+        ),
+        Check(
+            "none" if ratio is None else "bad" if ratio > gate["max_p95_latency_ratio"] else "good",
+            "p95 latency",
+            "unknown" if ratio is None else f"{ratio:.2f} × before; allowed {gate['max_p95_latency_ratio']:g} ×",
+            "latency",
+        ),
+        Check("bad" if bad else "good", "Bad rows", f"{count(bad)} of {count(total)} read", "data"),
+    ]  # fmt: skip

@@ -1,0 +1,107 @@
+"""Two curves from the held-out queries: what quality costs, and whether confidence keeps its word.
+
+Both come as plain values of the manifest, as tradeoffs.Tradeoffs and calibration.Calibration hold them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rb_gpu.bank import ReasoningBank
+from rb_gpu.learn.charts import Frame, linear_axis, stroke, swatch
+from rb_gpu.learn.report.formats import number, short
+from rb_gpu.learn.report.pieces import Figure, Table
+
+NORMAL_95 = 1.959964
+
+
+def tradeoff_figure(bank: ReasoningBank, tradeoffs: dict[str, Any] | None) -> Figure | None:
+    """Quality over cost: the bank under every weight of cost, beside single configs and their mixes."""
+    if tradeoffs is None:
+        return None
+    ours, theirs = tradeoffs["bank"], tradeoffs["configs"]
+    every = ours + theirs
+    frame = Frame(
+        linear_axis("mean cost of a query, as logged", [point["cost"] for point in every]),
+        linear_axis(f"quality ({bank.data.objective.quality}, 0 to 1)", [point["quality"] for point in every]),
+    )
+    trained = f"{bank.data.objective.cost_weight:g}"
+    default = bank.configs.describe(bank.data.default)
+    for points, style, shape in ((theirs, "theirs", "square"), (ours, "ours", "circle")):
+        hull = [point for point in points if point["on_hull"]]
+        frame.line([point["cost"] for point in hull], [point["quality"] for point in hull], style)
+        for point in points:
+            name = f"bank, cost weight {point['name']}" if points is ours else point["name"]
+            title = f"{name}: cost {short(point['cost'], 4)}, quality {number(point['quality'])}"
+            is_mark = point["name"] == (trained if points is ours else default)
+            at = [point["cost"]], [point["quality"]]
+            frame.dots(*at, style + " marked" * is_mark, [title], "diamond" if is_mark else shape, 6 if is_mark else 4)
+    areas = {name: tradeoffs[f"{key}_area"] for name, key in (("bank", "bank"), ("mixes of configs", "configs"))}
+    said = "; ".join(f"{name} {number(area['aiq'])} (APGR {number(area['apgr'], 3)})" for name, area in areas.items())
+    rows = [
+        (which, point["name"], short(point["cost"], 4), number(point["quality"]), "yes" if point["on_hull"] else "no")
+        for which, points in (("bank at cost weight", ours), ("config", theirs)) for point in points
+    ]  # fmt: skip
+    return Figure(
+        "Quality over cost",
+        frame.render("Quality over cost", f"Mean quality over mean cost on held-out queries. Area by curve: {said}."),
+        (
+            (swatch("circle", "ours"), "bank, by weight of cost"),
+            (swatch("diamond", "ours marked"), f"bank as trained, weight {trained}"),
+            (swatch("square", "theirs"), "one config for all queries"),
+            (swatch("diamond", "theirs marked"), "default"),
+            (stroke("theirs"), "best mixes of configs, blind to the query"),
+        ),
+        f"Up and to the left is better; where the bank's line lies above the dashed one, it pays to look at the query. "
+        f"Mean quality over that range of cost (AIQ): {said}.",
+        Table("Points of quality over cost", ("curve", "point", "cost", "quality", "on its hull"), rows, (1,),
+              sortable=True),
+    )  # fmt: skip
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share seen in n (Wilson 1927)."""
+    z2 = NORMAL_95**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    reach = NORMAL_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+def reliability_figure(calibration: dict[str, Any] | None) -> Figure | None:
+    """Foretold probabilities beside the shares that came, on the diagonal where confidence keeps its word."""
+    if calibration is None:
+        return None
+    foretold, seen, patterns = calibration["foretold"], calibration["seen"], calibration["patterns"]
+    bins = len(foretold)
+    sizes = [patterns // bins + (one < patterns % bins) for one in range(bins)]
+    ends = [wilson(share, n) for share, n in zip(seen, sizes, strict=True)]
+    frame = Frame(
+        linear_axis("probability foretold that a pattern beats the default", [0.0, 1.0]),
+        linear_axis("share of patterns that did", [0.0, 1.0]),
+        height=340.0,
+    )
+    frame.line([0, 1], [0, 1], "theirs")
+    frame.whiskers(foretold, [low for low, _ in ends], [high for _, high in ends], "ours")
+    frame.dots(foretold, seen, "ours", [f"foretold {told:.2f}, came {came:.2f}, of {n} patterns"
+                                        for told, came, n in zip(foretold, seen, sizes, strict=True)])  # fmt: skip
+    kept = calibration["ece"] <= calibration["chance"]
+    said = (
+        f"Calibration error (ECE) {number(calibration['ece'], 3)}: {'within' if kept else 'over'} the "
+        f"{number(calibration['chance'], 3)} that chance alone gives in 95 % of cases where every probability is "
+        f"right. Brier score {number(calibration['brier'], 3)}."
+    )
+    rows = [
+        (str(one + 1), str(n), number(told, 3), number(came, 3), f"{low:.2f} to {high:.2f}")
+        for one, (n, told, came, (low, high)) in enumerate(zip(sizes, foretold, seen, ends, strict=True))
+    ]
+    return Figure(
+        "Does confidence keep its word?",
+        frame.render("Reliability of confidence", said),
+        (
+            (swatch("circle", "ours"), f"a tenth of the {patterns} patterns that act, with 95 % interval"),
+            (stroke("theirs"), "every probability right"),
+        ),
+        said,
+        Table("Reliability by group", ("group", "patterns", "foretold", "came", "95 % interval"), rows),
+    )
