@@ -43,6 +43,8 @@ LARGEST_BLOCK_K = 128
 BLACKWELL = (10, 0)
 # points of at most so many dims lie in shared memory while the centroids pass
 HELD_DIMS = 128
+# dims at a time without tensor cores, whose products are written out one by one
+IEEE_DIMS = 16
 # columns of the sums of squares: part of the result's bits
 SUM_COLUMNS = 32
 SETTLE_SHAPE = {"BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_D": 32}
@@ -57,7 +59,7 @@ def width_of(dims: int) -> int:
 def block_shapes() -> list[Any]:
     """What is timed: tiles of points and of centroids that fill the tensor cores without spilling registers."""
     shapes = [(64, 64, HELD_DIMS, 4, 3), (128, 64, HELD_DIMS, 8, 3), (128, 128, HELD_DIMS, 8, 2),
-              (64, 64, 32, 4, 3), (128, 64, 32, 8, 3), (128, 128, 32, 8, 3)]  # fmt: skip
+              (64, 64, 32, 4, 3), (128, 64, 32, 8, 3), (128, 128, 32, 8, 3), (32, 64, IEEE_DIMS, 4, 3)]  # fmt: skip
     return [
         triton.Config({"BLOCK_N": n, "BLOCK_K": k, "BLOCK_D": d}, num_warps=warps, num_stages=stages)
         for n, k, d, warps, stages in shapes
@@ -75,8 +77,10 @@ def shapes_within(
     for config in configs:
         n, k, d = (config.kwargs[name] for name in ("BLOCK_N", "BLOCK_K", "BLOCK_D"))
         held = d == HELD_DIMS
+        if (precision == "ieee") != (d == IEEE_DIMS) or (precision != "ieee" and held != (width <= HELD_DIMS)):
+            continue
         # the products of a held 128 x 128 tile leave Blackwell's special memory into registers all at once
-        if held != (width <= HELD_DIMS) or (held and k == LARGEST_BLOCK_K and capability >= BLACKWELL):
+        if held and k == LARGEST_BLOCK_K and capability >= BLACKWELL:
             continue
         d = min(d, width)
         if (n * d * size if held else config.num_stages * n * d * 4) + config.num_stages * k * d * size <= shared:
@@ -87,6 +91,13 @@ def shapes_within(
             "set cluster.engine=torch"
         )
     return kept
+
+
+def settle_shape(width: int, precision: str) -> dict[str, int]:
+    """The block shape of `settle_kernel` for codes of this width."""
+    if precision == "ieee":
+        return SETTLE_SHAPE | {"BLOCK_K": 32, "BLOCK_D": IEEE_DIMS}
+    return SETTLE_SHAPE | {"BLOCK_D": min(width, SETTLE_SHAPE["BLOCK_D"])}
 
 
 def _fitting(configs: list[Any], _arguments: dict[str, Any], **meta: Any) -> list[Any]:
@@ -186,7 +197,7 @@ def _lower(
     launch(
         kernels.settle_kernel, (min(SETTLE_PROGRAMS, triton.cdiv(count, SETTLE_SHAPE["BLOCK_N"])),),
         *read, codes.norm_M, codes.limits_3, *written, new, first, codes.pad, **shared,
-        **SETTLE_SHAPE | {"BLOCK_D": min(width, SETTLE_SHAPE["BLOCK_D"])},
+        **settle_shape(width, precision),
     )  # fmt: skip
 
 
