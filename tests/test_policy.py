@@ -10,11 +10,12 @@ import pytest
 import torch
 from test_verdicts import table
 
+from rb_gpu.learn.config import EvalConfig
 from rb_gpu.learn.drift import EmbeddingDrift
 from rb_gpu.learn.evidence import gather_evidence, row_weights
 from rb_gpu.learn.gate import decide
 from rb_gpu.learn.harm import UNKNOWN_HARM, Harm
-from rb_gpu.learn.policy import SINGLE, Evaluation, Gain, PolicyValue, best_single, evaluate, oracle
+from rb_gpu.learn.policy import SINGLE, Evaluation, Gain, PolicyValue, best_single, evaluate, oracle, value_bank
 from rb_gpu.learn.valuation import held_out_outcomes
 from rb_gpu.learn.version_config import GateConfig
 from rb_gpu.objective import Objective
@@ -170,3 +171,12 @@ def test_every_reason_is_told():
     assert [refusal.split(";")[0].split(",")[0] for refusal in decision.refusals[:2]] == [
         "the champion's dim is 3", "and more"]  # fmt: skip
     assert any("max_p95_latency_ratio" in refusal for refusal in decision.refusals)
+
+
+def test_a_cost_that_was_not_logged_is_not_known(learned):
+    bank = learned.bank.bank()
+    single = best_single(bank.data.evidence, bank.data.objective)
+    table = replace(learned.trajectories, cost=None)
+    values = value_bank(bank, table, single, EvalConfig(bootstrap=100), 0, brief=True).values
+    assert all(np.isnan(value.cost) for value in values), "0 would be an amount"
+    assert np.isfinite([value.quality for value in values]).all()

@@ -240,6 +240,8 @@ def value_bank(
     leaf_Q, cosine_Q = nearest_leaves(bank, held_out.x_QD)
     evaluation = evaluate(rows, policies, config.bootstrap, seed, leaf_Q)
     evaluation = replace(evaluation, coverage=float((cosine_Q >= bank.data.lookup.floor).mean()))
+    if held_out.cost is None:
+        evaluation = replace(evaluation, values=[replace(value, cost=NAN) for value in evaluation.values])
     if brief:
         return evaluation
     valuation = Valuation(rows, policies.values())
