@@ -22,7 +22,11 @@ from rb_gpu.learn.job_config import JOBS, SECTIONS, register_schemas, to_object
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 YAMLS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*.yaml"))
-NEEDED = {"collect": ["base=base.npy", "queries=queries.npy"], "data/sample": ["data=sample"]}
+NEEDED = {
+    "collect": ["base=base.npy", "queries=queries.npy"],
+    "data/sample": ["data=sample"],
+    "sweep_report": ["folder=sweep"],
+}
 
 register_schemas()
 
