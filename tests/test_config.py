@@ -205,6 +205,9 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "device.kind": ["gpu", "cuda:0"],
     "device.memory_budget": [2**20 - 1],
     "device.scratch": ["no such folder"],
+    "track.kind": ["wandb"],
+    "track.experiment": [""],
+    "track.folder": [""],
 }
 OUT_OF_BOUNDS_OF_A_JOB: dict[str, dict[str, list[Any]]] = {
     "train": {"seed": [-1]},  # NumPy has no negative seed: evaluation died of it after all the learning was done
@@ -259,7 +262,10 @@ OUT_OF_BOUNDS_OF_A_JOB: dict[str, dict[str, list[Any]]] = {
         "seed": [-1],
     },
 }
-FREE = {"data.embedder", "router.int8", "version", "artifact", "base", "queries", "out"}
+FREE = {
+    "data.embedder", "router.int8", "version", "artifact", "base", "queries", "out", "other", "folder", "dry_run",
+    "device.deterministic", "track.uri",
+}  # fmt: skip
 
 
 def merged(schema: type, given: dict[str, Any]) -> Any:
