@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rb_gpu.learn.progress import channel
 
@@ -65,32 +65,49 @@ class Lines(logging.Handler):
 
 
 class Bars(logging.Handler):
-    """A live bar for each task of the stage that runs, with rate and remaining time."""
+    """A live bar for each task of the stage that runs, with rate and remaining time; between stages there is none, so
+    that what a job prints is not written over.
+    """
 
     def __init__(self, console: Console) -> None:
         super().__init__()
-        columns = ("{task.fields[unit]}", "{task.fields[rate]}")
+        columns = ("{task.fields[amount]:>22}", "{task.fields[rate]:>12}")
         self.progress = Progress(
-            TextColumn("{task.description:<12}"), BarColumn(32), MofNCompleteColumn(), *map(TextColumn, columns),
-            TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
+            TextColumn("{task.description:<12}"), BarColumn(32), *map(TextColumn, columns), TimeElapsedColumn(),
+            TimeRemainingColumn(), console=console, transient=True, redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
         self._tasks: dict[str, Any] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         """Moves, adds or clears bars."""
         event = _event(record)
-        if event["event"] in ("stage_start", "stage_end"):
-            for task in self._tasks.values():
-                self.progress.remove_task(task)
-            self._tasks.clear()
-            if event["event"] == "stage_start":
-                self._tasks[event["stage"]] = self.progress.add_task(event["stage"], total=None, unit="", rate="")
-            return
-        name = event["task"]
+        if event["event"] == "stage_start":
+            self._clear()
+            self._tasks[event["stage"]] = self.progress.add_task(event["stage"], total=None, amount="", rate="")
+            self.progress.start()
+        elif event["event"] == "stage_end":
+            self._clear()
+        else:
+            self._step(event)
+
+    def close(self) -> None:
+        """Ends the display, also of a stage that failed."""
+        self._clear()
+        super().close()
+
+    def _clear(self) -> None:
+        for task in self._tasks.values():
+            self.progress.remove_task(task)
+        self._tasks.clear()
+        self.progress.stop()
+
+    def _step(self, event: dict[str, Any]) -> None:
+        name, done, total = event["task"], event["done"], event["total"]
         if name not in self._tasks:
-            self._tasks[name] = self.progress.add_task(name, total=event["total"], unit=event["unit"], rate="")
+            self._tasks[name] = self.progress.add_task(name, total=total, amount="", rate="")
         task = self._tasks[name]
-        self.progress.update(task, completed=event["done"], total=event["total"])
+        of = "" if total is None else f"/{total:,}"
+        self.progress.update(task, completed=done, total=total, amount=f"{done:,}{of} {event['unit']}")
         speed = next((one.speed for one in self.progress.tasks if one.id == task), None)
         if speed:
             self.progress.update(task, rate=f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2g}/s")
@@ -123,7 +140,6 @@ def shown(folder: Path, quiet: bool) -> Iterator[None]:
         elif sys.stderr.isatty():
             console = Console(stderr=True)
             bars = Bars(console)
-            stack.enter_context(bars.progress)
             for stream in streams:
                 beside = _Beside(console)
                 beside.setFormatter(stream.formatter)
