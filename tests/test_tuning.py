@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from rb_gpu.learn import learn, tuning
 from rb_gpu.learn.assemble import USUAL_BETA, USUAL_TOP_K
 from rb_gpu.learn.config import ClusterConfig, JudgeConfig, LookupConfig, ParamsConfig, TrainConfig
+from rb_gpu.learn.evidence import gather_evidence
+from rb_gpu.learn.leaves import LeafMaking
+from rb_gpu.learn.outcome_model import FOLDS, folds
+from rb_gpu.learn.stages import Stages
 from rb_gpu.learn.trajectories import Source, Trajectories, assemble
 
 DIM, CONFIGS = 8, 2
@@ -71,8 +76,8 @@ def test_what_was_asked_for_is_not_tuned() -> None:
 
 def test_of_a_large_table_one_fold_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "MAX_QUERIES", 400)
-    passes, without = [], tuning._without
-    monkeypatch.setattr(tuning, "_without", lambda *given: passes.append(1) or without(*given))
+    passes, choose = [], tuning._choices
+    monkeypatch.setattr(tuning, "_choices", lambda *given: passes.append(1) or choose(*given))
     rng = np.random.default_rng(0)
     x_QD, label = corners(4000, rng)
     quality_QC = np.stack([np.full(4000, 0.5), np.where(label % 3 == 0, 0.8, 0.2)], axis=1)
@@ -89,3 +94,18 @@ def test_noise_chooses_nothing() -> None:
         top_k, beta, _ = settings(table(np.full((600, CONFIGS), 0.5), x_QD, False, rng), 12, alpha=0.9)
         usual += (top_k, beta) == (USUAL_TOP_K, USUAL_BETA)
     assert usual >= 17
+
+
+def test_evidence_without_a_fold_is_that_of_the_other_rows(learned) -> None:
+    table, config = learned.trajectories, learned.config
+    weight_N = torch.from_numpy(np.random.default_rng(0).uniform(0.5, 2.0, len(table)))
+    device, x_QD = torch.device("cpu"), torch.from_numpy(table.x_QD)
+    making = LeafMaking(x_QD, torch.ones(len(x_QD)), weight_N, config, device, Stages(), None)
+    leaves = making.gathered(learned.bank.label_Q, table)
+    fold_Q = folds(table.query_id)
+    parts = tuning._without_each(leaves, list(range(FOLDS)), fold_Q, table, weight_N, device)
+    for fold, part in zip(range(FOLDS), parts, strict=True):
+        label_Q = torch.from_numpy(np.where(fold_Q == fold, -1, leaves.label_Q))
+        direct = gather_evidence(table, label_Q, len(leaves.mass_P), weight_N, device)
+        for name in ("rows", "w", "w2", "mean", "comoment", "latency_hist", "pair_mean"):
+            np.testing.assert_allclose(getattr(part.evidence, name), getattr(direct, name), rtol=1e-9, atol=1e-9)

@@ -6,6 +6,7 @@ Suffixes: Q queries, N rows, B queries of one fold that are valued, K nearest le
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -73,15 +74,12 @@ def tune_lookup(
     if objective.kind != "utility" or len(leaves.mass_P) == 1 or silent:
         log.info("lookup: top_k=%d, beta=%g; there is nothing to tune them by", *usual)
         return stands
-    fold_Q, known_Q = folds(trajectories.query_id), leaves.label_Q >= 0
-    valued_Q = np.zeros(len(fold_Q), dtype=bool)
+    fold_Q = folds(trajectories.query_id)
     choice_GQ = np.zeros((len(tried), len(fold_Q)), dtype=np.int64)
-    for fold in range(FOLDS):
-        mine = np.flatnonzero(known_Q & (fold_Q == fold))
-        mine = mine[:: max(1, len(mine) // MAX_QUERIES)]
-        if len(mine) == 0 or valued_Q.sum() >= MAX_QUERIES:
-            continue
-        part = _without(leaves, fold_Q == fold, trajectories, weight_N, device)
+    valued = _valued(fold_Q, leaves.label_Q >= 0)
+    valued_Q = np.zeros(len(fold_Q), dtype=bool)
+    parts = _without_each(leaves, list(valued), fold_Q, trajectories, weight_N, device)
+    for mine, part in zip(valued.values(), parts, strict=True):
         beliefs = believed(part, objective, trajectories.configs.default, config)
         verdicts = judge(part.evidence, trajectories.configs, objective, beliefs, judging)
         data = assemble(trajectories, config, part, objective, beliefs, verdicts, -1.0)
@@ -90,18 +88,38 @@ def tune_lookup(
     return _best(choice_GQ[:, valued_Q], trajectories.select_queries(valued_Q), objective, tried)
 
 
-def _without(
-    leaves: Leaves, left_out_Q: npt.NDArray[np.bool_], trajectories: Trajectories, weight_N: torch.Tensor,
-    device: torch.device,
-) -> Leaves:  # fmt: skip
-    """The leaves without the evidence of some queries."""
-    label_Q, patterns = torch.from_numpy(np.where(left_out_Q, -1, leaves.label_Q)), len(leaves.mass_P)
-    evidence, field = gather_evidence(trajectories, label_Q, patterns, weight_N, device), leaves.field
+def _valued(fold_Q: npt.NDArray[np.int64], known_Q: npt.NDArray[np.bool_]) -> dict[int, npt.NDArray[np.int64]]:
+    """The folds that are valued, and the queries of each: as few folds as have MAX_QUERIES together."""
+    found: dict[int, npt.NDArray[np.int64]] = {}
+    for fold in range(FOLDS):
+        mine = np.flatnonzero(known_Q & (fold_Q == fold))
+        if len(mine) and sum(map(len, found.values())) < MAX_QUERIES:
+            found[fold] = mine[:: max(1, len(mine) // MAX_QUERIES)]
+    return found
+
+
+def _without_each(
+    leaves: Leaves, left_out: list[int], fold_Q: npt.NDArray[np.int64], trajectories: Trajectories,
+    weight_N: torch.Tensor, device: torch.device,
+) -> Iterator[Leaves]:  # fmt: skip
+    """The leaves without the evidence of one fold, for each of these: evidence adds, so that one pass does for all."""
+    patterns, field = len(leaves.mass_P), leaves.field
+    part_Q = np.full(len(fold_Q), len(left_out))
+    for i, fold in enumerate(left_out):
+        part_Q[fold_Q == fold] = i
+    label_Q = torch.from_numpy(np.where(leaves.label_Q < 0, -1, part_Q * patterns + leaves.label_Q))
+    cells = (len(left_out) + 1) * patterns
+    whole = gather_evidence(trajectories, label_Q, cells, weight_N, device)
     if field is not None:
         even_N = tempered(weight_N, trajectories)
-        left = gather_evidence(trajectories, label_Q, patterns, even_N, device, leaves.foretold_NO)
-        field = with_residuals(field, evidence, left)
-    return replace(leaves, evidence=evidence, field=field)
+        left = gather_evidence(trajectories, label_Q, cells, even_N, device, leaves.foretold_NO)
+    for i in range(len(left_out)):
+        group = np.tile(np.arange(patterns), len(left_out) + 1)
+        group[i * patterns : (i + 1) * patterns] = -1
+        evidence, rest = whole.regroup(group, patterns), field
+        if field is not None:
+            rest = with_residuals(field, evidence, left.regroup(group, patterns))
+        yield replace(leaves, evidence=evidence, field=rest)
 
 
 def _choices(data: BankData, x_BD: npt.NDArray[np.float32], tried: list[tuple[int, float]]) -> Choice:
