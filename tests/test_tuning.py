@@ -103,9 +103,9 @@ def test_evidence_without_a_fold_is_that_of_the_other_rows(learned) -> None:
     making = LeafMaking(x_QD, torch.ones(len(x_QD)), weight_N, config, device, Stages(), None)
     leaves = making.gathered(learned.bank.label_Q, table)
     fold_Q = folds(table.query_id)
-    parts = tuning._without_each(leaves, list(range(FOLDS)), fold_Q, table, weight_N, device)
-    for fold, part in zip(range(FOLDS), parts, strict=True):
+    parts = tuning._without_each(making, leaves, list(range(FOLDS)), table)
+    for fold, (evidence, _) in zip(range(FOLDS), parts, strict=True):
         label_Q = torch.from_numpy(np.where(fold_Q == fold, -1, leaves.label_Q))
         direct = gather_evidence(table, label_Q, len(leaves.mass_P), weight_N, device)
         for name in ("rows", "w", "w2", "mean", "comoment", "latency_hist", "pair_mean"):
-            np.testing.assert_allclose(getattr(part.evidence, name), getattr(direct, name), rtol=1e-9, atol=1e-9)
+            np.testing.assert_allclose(getattr(evidence, name), getattr(direct, name), rtol=1e-9, atol=1e-9)

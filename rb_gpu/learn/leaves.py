@@ -58,6 +58,12 @@ class LeafMaking:
 
         return self.stages.of("evidence", [self.read, digest(label_Q), trajectories.configs.default], make)
 
+    def field_read(self, leaves: Leaves, trajectories: Trajectories, objective: Objective) -> list[Any]:
+        """All that a field depends on."""
+        default = trajectories.configs.default
+        method = self.config.judge.method == "eb"
+        return [self.read, digest(leaves.label_Q), default, objective.kind, objective.quality, self.config.seed, method]
+
     def foretold(
         self, leaves: Leaves, trajectories: Trajectories, objective: Objective, pays: bool | None = None
     ) -> Leaves:
@@ -81,9 +87,8 @@ class LeafMaking:
             )  # fmt: skip
             return found, found.field(leaves.evidence, left)
 
-        read = [self.read, digest(leaves.label_Q), default, objective.kind, objective.quality, seed]
         with one_thread():
-            told = self.stages.of("field", read, fit)
+            told = self.stages.of("field", self.field_read(leaves, trajectories, objective), fit)
             if told is None:
                 return leaves
             found, field = told

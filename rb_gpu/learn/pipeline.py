@@ -46,6 +46,9 @@ from rb_gpu.router import FastGRNNRouter
 
 log = logging.getLogger(__name__)
 
+# how clustering keeps what it needs, which changes no bit of what it finds
+HOW: dict[str, Any] = {"memory": "auto", "memory_budget": None, "checkpoint_every": 0}
+
 
 @dataclass(frozen=True)
 class LearnedBank:
@@ -101,7 +104,7 @@ def _learned(
         half_life, engine = config.judge.half_life, config.cluster.engine
         x_QD, weight_Q, label_Q = stages.of(
             "cluster",
-            [rows, version, half_life, config.prune.min_support, config.seed, asdict(config.cluster)],
+            [rows, version, half_life, config.prune.min_support, config.seed, asdict(replace(config.cluster, **HOW))],
             lambda: cluster_queries(trajectories, config, checkpoint, ranks, parent),
         )
         before_Q = stages.of("parent", [rows, version], lambda: parent_leaves(parent, x_QD, device, engine))
@@ -140,7 +143,7 @@ def _learned(
             beliefs = believed(leaves, objective, default, config)
         judging = replace(judging, min_probability=leaves.least_probability(judging))
         verdicts = judge(leaves.evidence, trajectories.configs, objective, beliefs, judging)
-        tuned = tune_lookup(leaves, trajectories, weight_N, objective, config, judging, device)
+        tuned = tune_lookup(making, leaves, trajectories, objective, judging)
     with watch.stage("index"):
         data = assemble(trajectories, config, leaves, objective, beliefs, verdicts, 0.0)
         data = with_ratings(data, past, leaves.label_Q)

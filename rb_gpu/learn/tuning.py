@@ -6,7 +6,6 @@ Suffixes: Q queries, N rows, B queries of one fold that are valued, K nearest le
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,13 +13,15 @@ import numpy.typing as npt
 import torch
 
 from rb_gpu.bank_data import BankData
+from rb_gpu.evidence import Evidence
+from rb_gpu.field import Field
 from rb_gpu.learn.assemble import USUAL_BETA, USUAL_TOP_K, Leaves, assemble
 from rb_gpu.learn.checks import is_auto
-from rb_gpu.learn.config import JudgeConfig, TrainConfig
+from rb_gpu.learn.config import JudgeConfig
 from rb_gpu.learn.estimators import Estimate, snips
 from rb_gpu.learn.evidence import gather_evidence
 from rb_gpu.learn.landmarks import tempered, with_residuals
-from rb_gpu.learn.leaves import believed
+from rb_gpu.learn.leaves import LeafMaking, believed
 from rb_gpu.learn.outcome_model import FOLDS, folds
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.valuation import Choice, held_out_outcomes
@@ -52,15 +53,15 @@ class Tuned:
 
 
 def tune_lookup(
-    leaves: Leaves, trajectories: Trajectories, weight_N: torch.Tensor, objective: Objective, config: TrainConfig,
-    judging: JudgeConfig, device: torch.device,
-) -> Tuned:  # fmt: skip
+    making: LeafMaking, leaves: Leaves, trajectories: Trajectories, objective: Objective, judging: JudgeConfig
+) -> Tuned:
     """The setting that is worth most by cross-validation: the evidence of the other folds answers a fold's queries.
 
     The usual one stands unless another beats it by ERRORS standard errors of the paired difference, so that noise does
     not choose; and wherever a setting cannot change an answer, or what is maximised is no utility. Clusters and field
     are those of all queries: the field says the same under every setting.
     """
+    config = making.config
     asked = config.lookup
     ks = TOP_KS if is_auto(asked.top_k) else (int(asked.top_k),)
     betas = BETAS if is_auto(asked.beta) else (float(asked.beta),)
@@ -78,8 +79,12 @@ def tune_lookup(
     choice_GQ = np.zeros((len(tried), len(fold_Q)), dtype=np.int64)
     valued = _valued(fold_Q, leaves.label_Q >= 0)
     valued_Q = np.zeros(len(fold_Q), dtype=bool)
-    parts = _without_each(leaves, list(valued), fold_Q, trajectories, weight_N, device)
-    for mine, part in zip(valued.values(), parts, strict=True):
+    read = making.field_read(leaves, trajectories, objective)
+    parts = making.stages.of(
+        "folds", [read, list(valued)], lambda: _without_each(making, leaves, list(valued), trajectories)
+    )
+    for mine, (evidence, field) in zip(valued.values(), parts, strict=True):
+        part = replace(leaves, evidence=evidence, field=field)
         beliefs = believed(part, objective, trajectories.configs.default, config)
         verdicts = judge(part.evidence, trajectories.configs, objective, beliefs, judging)
         data = assemble(trajectories, config, part, objective, beliefs, verdicts, -1.0)
@@ -99,27 +104,28 @@ def _valued(fold_Q: npt.NDArray[np.int64], known_Q: npt.NDArray[np.bool_]) -> di
 
 
 def _without_each(
-    leaves: Leaves, left_out: list[int], fold_Q: npt.NDArray[np.int64], trajectories: Trajectories,
-    weight_N: torch.Tensor, device: torch.device,
-) -> Iterator[Leaves]:  # fmt: skip
-    """The leaves without the evidence of one fold, for each of these: evidence adds, so that one pass does for all."""
-    patterns, field = len(leaves.mass_P), leaves.field
+    making: LeafMaking, leaves: Leaves, left_out: list[int], trajectories: Trajectories
+) -> list[tuple[Evidence, Field | None]]:
+    """Evidence and field of the leaves without one fold, for each of these: evidence adds, so that one pass does."""
+    patterns, fold_Q = len(leaves.mass_P), folds(trajectories.query_id)
     part_Q = np.full(len(fold_Q), len(left_out))
     for i, fold in enumerate(left_out):
         part_Q[fold_Q == fold] = i
     label_Q = torch.from_numpy(np.where(leaves.label_Q < 0, -1, part_Q * patterns + leaves.label_Q))
     cells = (len(left_out) + 1) * patterns
-    whole = gather_evidence(trajectories, label_Q, cells, weight_N, device)
-    if field is not None:
-        even_N = tempered(weight_N, trajectories)
-        left = gather_evidence(trajectories, label_Q, cells, even_N, device, leaves.foretold_NO)
+    whole = gather_evidence(trajectories, label_Q, cells, making.weight_N, making.device)
+    if leaves.field is not None:
+        even_N = tempered(making.weight_N, trajectories)
+        left = gather_evidence(trajectories, label_Q, cells, even_N, making.device, leaves.foretold_NO)
+    found = []
     for i in range(len(left_out)):
         group = np.tile(np.arange(patterns), len(left_out) + 1)
         group[i * patterns : (i + 1) * patterns] = -1
-        evidence, rest = whole.regroup(group, patterns), field
+        evidence, field = whole.regroup(group, patterns), leaves.field
         if field is not None:
-            rest = with_residuals(field, evidence, left.regroup(group, patterns))
-        yield replace(leaves, evidence=evidence, field=rest)
+            field = with_residuals(field, evidence, left.regroup(group, patterns))
+        found.append((evidence, field))
+    return found
 
 
 def _choices(data: BankData, x_BD: npt.NDArray[np.float32], tried: list[tuple[int, float]]) -> Choice:
