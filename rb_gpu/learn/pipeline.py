@@ -100,7 +100,7 @@ def _learned(
     open_faiss(config.index, device)
     rows = rows_read(trajectories, config)
     with watch.stage("cluster"):
-        version = None if parent is None else parent.facts["version"]
+        version = None if parent is None else parent.facts.get("version")
         half_life, engine = config.judge.half_life, config.cluster.engine
         x_QD, weight_Q, label_Q = stages.of(
             "cluster",
