@@ -27,7 +27,7 @@ log = logging.getLogger("rb_gpu")
 
 EXIT_ERROR = 1
 EXIT_REFUSED = 3
-QUIET, HELP = "--quiet", {"--help", "-h"}
+QUIET, HELP, MULTIRUN = "--quiet", {"--help", "-h"}, {"-m", "--multirun"}
 
 
 def job(
@@ -70,9 +70,10 @@ def job(
 
     def main() -> None:
         nonlocal quiet
-        # Hydra knows no flags but its own
+        # Hydra knows no flags but its own, and none between settings
         quiet = QUIET in sys.argv
-        sys.argv = [argument for argument in sys.argv if argument != QUIET]
+        given = [argument for argument in sys.argv[1:] if argument not in (QUIET, *MULTIRUN)]
+        sys.argv = [sys.argv[0], *["-m"] * bool(set(sys.argv) & MULTIRUN), *given]
         if HELP & set(sys.argv[1:]):
             print(page(name, doc or ""))
             return

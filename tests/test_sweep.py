@@ -196,7 +196,7 @@ def test_a_sweep_shows_failures_offers_the_best_and_is_told_again_from_its_folde
         )
 
     done = run(
-        "train", "-m", "data=files", f"data.path={plain.data.path}", "cluster.k=16,5000,4", "hydra.sweep.dir=sweep",
+        "train", "data=files", f"data.path={plain.data.path}", "-m", "cluster.k=16,5000,4", "hydra.sweep.dir=sweep",
         "judge.cost_weight=0.1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -48,7 +48,9 @@ def _case(folder: Path, data: Sequence[str], settings: dict[str, Any]) -> dict[s
     def contestant(overrides: Sequence[str]) -> Any:
         def call(turn: int) -> npt.NDArray[np.float64]:
             log.info("%s, round %d", " ".join(overrides) or ONE, turn)
-            return seconds(lambda: _job(folder, [*data, *overrides]))
+            # a flag comes before all settings
+            flags = [one for one in overrides if one == "-m"]
+            return seconds(lambda: _job(folder, [*flags, *data, *(one for one in overrides if one != "-m")]))
 
         return call
 
