@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import os
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -23,15 +23,20 @@ RUN = Run(
 )
 
 
+# the whole of MLflow holds pyarrow back, so that its server runs in an environment of its own
+SERVER_PYTHON = os.environ.get("RB_GPU_MLFLOW_PYTHON")
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    pytest.importorskip("mlflow.server")
+    if SERVER_PYTHON is None:
+        pytest.skip("needs RB_GPU_MLFLOW_PYTHON, an interpreter of an environment with the package mlflow")
     folder = tmp_path_factory.mktemp("mlflow")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        SERVER_PYTHON, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
         "--backend-store-uri", f"sqlite:///{folder}/runs.db", "--artifacts-destination", str(folder / "files"),
     ]  # fmt: skip
     url = f"http://127.0.0.1:{port}"
