@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 TOP_KS = (1, 3, 5, 10, 20)
 BETAS = (0.0, 8.0, 16.0, 32.0, 64.0)
 # queries that are valued, about: of a large table one fold has them, and the others need no pass over its rows
-MAX_QUERIES = 8192
+MAX_QUERIES = 2048
 # standard errors by which a setting must beat the usual one: at one, the best of so many would do so by chance
 ERRORS = 2.0
 
@@ -154,6 +154,8 @@ def _best(choice_GQ: Choice, table: Trajectories, objective: Objective, tried: l
 
     usual, best = value(choice_GQ[0]), Tuned(*tried[0], 0.0, 0.0, len(tried))
     for setting, choice_Q in zip(tried[1:], choice_GQ[1:], strict=True):
+        if (choice_Q == choice_GQ[0]).all():
+            continue
         difference = value(choice_Q).over(usual)
         error = float(np.linalg.norm(rows.by_query(difference.influence_N))) / len(rows.query_row)
         if difference.value > max(ERRORS * error, best.gain):
