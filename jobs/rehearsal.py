@@ -32,7 +32,7 @@ def told(found: Rehearsal, config: TrainConfig) -> str:
             f"queries would be held out; logged: {logged}",
             f"{len(found.configs)} configs{shown}" + (f"\n  and {more} more" if more > 0 else ""),
             f"on {found.device}: about {total:,.0f} s with {found.k:,} clusters, scaled up from a part of the queries; "
-            f"loading as it was\n\n{times}",
+            f"loading as it was, valuing and report not counted\n\n{times}",
             f"embeddings {_size(found.embedding_bytes)}, {place}; {_size(found.free_bytes)} are free",
             f"would publish {', '.join(files)} into {config.registry.path}{removed}; the gate would compare it with "
             f"{found.served or 'the default, as nothing is served yet'}; pattern ids "

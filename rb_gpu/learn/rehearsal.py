@@ -17,6 +17,7 @@ from rb_gpu.learn.config import TrainConfig
 from rb_gpu.learn.devices import free_memory, resolve_device
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.lake import pinned
+from rb_gpu.learn.landmarks import MAX_QUERIES
 from rb_gpu.learn.parent import find_parent
 from rb_gpu.learn.pipeline import learn
 from rb_gpu.learn.progress import Watch
@@ -28,8 +29,6 @@ log = logging.getLogger(__name__)
 
 # queries that rehearse: as many as are through in seconds, and enough to be clustered like the whole
 REHEARSING = 4000
-# the field learns from at most so many queries, however many there are (landmarks.MAX_QUERIES)
-FIELD_QUERIES = 2**15
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def rehearse(config: TrainConfig) -> Rehearsal:
     small = replace(config, cluster=replace(config.cluster, k=max(1, min(k, len(few.query_id) // 8))))
     learn(few, small, watch=watch)
     share = queries / len(few.query_id)
-    times = {"cluster": share * k / int(small.cluster.k), "judge": min(share, FIELD_QUERIES / len(few.query_id))}
+    times = {"cluster": share * k / int(small.cluster.k), "judge": min(share, MAX_QUERIES / len(few.query_id))}
     versions = registry.versions()
     kept = max(0, len(versions) + 1 - registry.keep)
     return Rehearsal(
