@@ -17,6 +17,7 @@ import torch
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.evidence import Evidence
 from rb_gpu.learn.arrays import weighted_quantiles
+from rb_gpu.learn.bootstrap import resampled_means
 from rb_gpu.learn.calibration import Calibration, Promise, measure_calibration
 from rb_gpu.learn.config import EvalConfig
 from rb_gpu.learn.devices import tiles
@@ -29,7 +30,6 @@ from rb_gpu.learn.valuation import Choice, Floats, Outcomes, Valuation, held_out
 from rb_gpu.objective import Objective
 from rb_gpu.registry import CHAMPION
 
-RESAMPLES_AT_ONCE = 64
 SINGLE = "best single config"
 NAN = float("nan")
 
@@ -196,15 +196,7 @@ def _bootstrap(valuation: Valuation, policies: dict[str, Choice], resamples: int
     weights = [valuation.weights(choice) for choice in policies.values()]
     weight_QM = np.stack([rows.by_query(weight_N) for weight_N in weights], axis=1)
     utility_QM = np.stack([rows.by_query(weight_N * rows.utility) for weight_N in weights], axis=1)
-    rng = np.random.default_rng(seed)
-    queries = len(weight_QM)
-    out = []
-    for start in range(0, resamples, RESAMPLES_AT_ONCE):
-        count = min(RESAMPLES_AT_ONCE, resamples - start)
-        times = np.stack([np.bincount(rng.integers(queries, size=queries), minlength=queries) for _ in range(count)])
-        with np.errstate(invalid="ignore"):
-            out.append((times @ utility_QM) / (times @ weight_QM))
-    return np.concatenate(out)
+    return resampled_means(utility_QM, weight_QM, resamples, seed)
 
 
 def _interval(drawn: Floats) -> tuple[float, float]:
@@ -218,13 +210,14 @@ def _interval(drawn: Floats) -> tuple[float, float]:
 def value_bank(
     bank: ReasoningBank, held_out: Trajectories, single: int, config: EvalConfig, seed: int,
     champion: ReasoningBank | None = None, others: dict[str, Choice] | None = None, brief: bool = False,
+    rows: Outcomes | None = None,
 ) -> Evaluation:  # fmt: skip
     """The policy table of a bank, and of the champion and other choices where given, on held-out trajectories.
 
     Each bank's configs are looked up among the table's; one that the table lacks is -1, and such a policy has no value.
-    brief: without trade-offs and calibration.
+    brief: without trade-offs and calibration. rows: the outcomes of held_out, where they are at hand.
     """
-    rows = held_out_outcomes(held_out, bank.data.objective)
+    rows = held_out_outcomes(held_out, bank.data.objective) if rows is None else rows
     queries = len(held_out.query_id)
     policies = {
         "default": np.full(queries, held_out.configs.default),

@@ -37,6 +37,7 @@ from rb_gpu.learn.report import render_report
 from rb_gpu.learn.room import Room
 from rb_gpu.learn.stages import Stages, files_read
 from rb_gpu.learn.trajectories import Trajectories, load, split_by_time
+from rb_gpu.learn.valuation import held_out_outcomes
 from rb_gpu.publish import without_nan, write_artifact
 from rb_gpu.registry import Registry
 
@@ -154,7 +155,13 @@ def _candidate(
         others = choices_beside(config.eval.baseline_names, training, held_out.x_QD, bank.data.objective, config)
         if learned.router is not None:
             others |= routed(learned.router, bank, held_out, config.router.steps)
-        evaluation = value_bank(bank, held_out, single, config.eval, config.seed, champion, others, brief)
+        # with them, what a model of the outcomes foretells, which costs more than all else here
+        rows = stages.of(
+            "outcomes",
+            [*read, bank.data.default, asdict(bank.data.objective)],
+            lambda: held_out_outcomes(held_out, bank.data.objective),
+        )
+        evaluation = value_bank(bank, held_out, single, config.eval, config.seed, champion, others, brief, rows)
         for warning in evaluation.warnings:
             log.warning("%s", warning)
         drift = stages.of(
