@@ -79,13 +79,15 @@ def job(
             return
         try:
             check_keys(name, sys.argv[1:])
+            if "-m" in sys.argv and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise ConfigError("a sweep is one process; under torchrun start a job for each setting, without -m")
         except ConfigError as error:
             sys.exit(f"{error}")
         with ExitStack() as stack:
             if is_dry(sys.argv[1:]):
-                # Hydra would keep settings and a log of the run
+                # Hydra would keep settings and a log of every run
                 nowhere = stack.enter_context(tempfile.TemporaryDirectory(prefix="rb_gpu-dry-"))
-                sys.argv += [f"hydra.run.dir={nowhere}"]
+                sys.argv += [f"hydra.run.dir={nowhere}", f"hydra.sweep.dir={nowhere}"]
             composing()
         code = 0 if finish is None else finish()
         if code:

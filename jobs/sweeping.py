@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 
-from rb_gpu.errors import ConfigError, RbGpuError
+from rb_gpu.errors import RbGpuError
 from rb_gpu.learn.config import TrainConfig
 from rb_gpu.learn.progress import Watch
+from rb_gpu.learn.rehearsal import rehearse
 from rb_gpu.learn.stages import Stages
 from rb_gpu.learn.sweep import Member, best_of, member_of, read_members, write_member
 from rb_gpu.learn.track import check_tracker, track
 from rb_gpu.learn.training import measure, train
 
 from .common import EXIT_ERROR, EXIT_REFUSED, run_folder
+from .rehearsal import told
 from .sweep_report import show
 from .tracked import run_of_member
 
@@ -36,9 +37,14 @@ class Sweep:
         """Runs one member and keeps its result. Returns its utility, which a sweeper maximises; NaN where it failed:
         the others go on.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError("a sweep runs in one process; under torchrun start one job for each setting, without -m")
         folder, settings = run_folder(), list(HydraConfig.get().overrides.task)
+        if config.dry_run:
+            print(" ".join(settings) or "as configured")
+            try:
+                print(f"\n{told(rehearse(config), config)}\n")
+            except RbGpuError as error:
+                log.error("%s", error)
+            return float("nan")
         self.folder, self.configs[folder.name] = folder.parent, config
         check_tracker(config.track)
         watch, start = Watch(), time.perf_counter()

@@ -155,3 +155,28 @@ def test_a_dry_run_tells_what_would_be_and_writes_nothing(tmp_path):
                  "nothing is served yet", "dry_run=true: nothing was written"):  # fmt: skip
         assert said in done.stdout
     assert "[INFO]" not in done.stdout, "--quiet shows warnings only"
+
+
+def test_a_dry_sweep_rehearses_every_run_and_writes_nothing(tmp_path):
+    # its members used to be trained all the same
+    synthesize(SynthesizeConfig(out=str(tmp_path / "planted"), n=4000, dim=16, patterns=8, configs=3))
+    before = sorted(tmp_path.rglob("*"))
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.train", "-m", "data=files", f"data.path={tmp_path}/planted/trajectories.parquet",
+         "cluster.k=8,5000,16", "dry_run=true", "--quiet"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    assert [f"with {k} clusters" in done.stdout for k in (8, 16)] == [True, True], done.stdout
+    assert "cluster.k=5000 exceeds" in done.stdout + done.stderr
+
+
+def test_a_sweep_under_torchrun_is_refused_before_anything_is_made(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.train", "-m", "cluster.k=8,16"], cwd=tmp_path, capture_output=True, text=True,
+        timeout=300, check=False, env=os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "RANK": "0"},
+    )  # fmt: skip
+    assert done.returncode == 1 and "without -m" in done.stderr, done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -60,6 +60,19 @@ def cluster_queries(
     return x_QD, weight_Q, _cluster(x_QD, weight_Q, trajectories, config, checkpoint, ranks, parent)
 
 
+def clusters_asked(trajectories: Trajectories, config: TrainConfig) -> int:
+    """The number of clusters. Raises ConfigError where there are fewer queries."""
+    queries = len(trajectories.query_id)
+    if is_auto(config.cluster.k):
+        return auto_k(queries, len(trajectories), len(trajectories.configs))
+    if int(config.cluster.k) > queries:
+        raise ConfigError(
+            f"cluster.k={config.cluster.k} exceeds the {queries} queries to learn from in "
+            f"data.path={trajectories.source.path or 'memory'}; lower cluster.k or set cluster.k=auto"
+        )
+    return int(config.cluster.k)
+
+
 def _cluster(
     x_QD: torch.Tensor,
     weight_Q: torch.Tensor,
@@ -76,12 +89,7 @@ def _cluster(
         raise DataError(
             f"data.path={source}: all {queries} query embeddings are one and the same; check the embedder's output"
         )
-    k = auto_k(queries, len(trajectories), len(trajectories.configs)) if is_auto(cluster.k) else int(cluster.k)
-    if k > queries:
-        raise ConfigError(
-            f"cluster.k={k} exceeds the {queries} queries to learn from in data.path={source}; "
-            "lower cluster.k or set cluster.k=auto"
-        )
+    k = clusters_asked(trajectories, config)
     k, warm = ranks.of_first(warm_start(parent, k, trajectories, config))
     share = ranks.share(queries)
     result = kmeans(

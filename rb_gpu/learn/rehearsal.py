@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from rb_gpu.learn.checks import is_auto
-from rb_gpu.learn.clustering import auto_k
+from rb_gpu.learn.clustering import clusters_asked
 from rb_gpu.learn.config import TrainConfig
 from rb_gpu.learn.devices import free_memory, resolve_device
 from rb_gpu.learn.distributed import Ranks
@@ -72,7 +71,7 @@ def rehearse(config: TrainConfig) -> Rehearsal:
     training, held_out = split_by_time(everything, config.eval.holdout)
     parent = find_parent(registry, config, training.x_QD.shape[1])
     rows, queries, configs = len(training), len(training.query_id), len(training.configs)
-    k = auto_k(queries, rows, configs) if is_auto(config.cluster.k) else int(config.cluster.k)
+    k = clusters_asked(training, config)
     few = _some(training)
     small = replace(config, cluster=replace(config.cluster, k=max(1, min(k, len(few.query_id) // 8))))
     learn(few, small, watch=watch)
