@@ -139,7 +139,7 @@ class Complete:
 
     def lists(self, slots_G: Rows, exact: bool) -> tuple[Rows, Floats, Floats]:
         """See Linkage."""
-        if exact or self._lives_S.sum() < (1 - DEAD) * len(self._slot_C):
+        if self._lives_S.sum() < len(self._slot_C):
             self._arrange()
         x_AD = self._columns_AD if exact else self._coarse_AD
         entries = min(LISTED, len(self._slot_C))
