@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 Rows = npt.NDArray[np.int64]
+Slots = npt.NDArray[np.signedinteger]
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
@@ -210,10 +211,10 @@ def _parts(slots_G: Rows) -> list[Rows]:
     return [slots_G[start : start + MEETING] for start in range(0, len(slots_G), MEETING)]
 
 
-def _same(near_GL: Rows, low_GL: Floats, other_GL: Rows, high_GL: Floats) -> Flags:
+def _same(near_GL: Slots, low_GL: Floats, other_GL: Slots, high_GL: Floats) -> Flags:
     """(G, L, L) which entries of one list are those of the other."""
-    both = np.isfinite(low_GL)[:, :, None] & np.isfinite(high_GL)[:, None, :]
-    return both & (near_GL[:, :, None] == other_GL[:, None, :])
+    both_GLL = np.isfinite(low_GL)[:, :, None] & np.isfinite(high_GL)[:, None, :]
+    return np.asarray(both_GLL & (near_GL[:, :, None] == other_GL[:, None, :]))
 
 
 def _first(low_GL: Floats, count: int) -> tuple[Rows, Rows]:

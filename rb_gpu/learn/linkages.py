@@ -1,7 +1,7 @@
 """Ward's linkage and complete linkage, in float32 with a proven bound wherever it can tell, in float64 where not.
 
-Suffixes: P leaves, A clusters or leaves that live, G clusters asked about, L entries of a list, J joins, R rows of a
-tile, B columns of a block, D dims.
+Suffixes: P leaves, A clusters that live, or their leaves, C those clusters, G clusters asked about, L entries of a
+list, J joins, R rows of a tile, D dims.
 """
 
 from __future__ import annotations
@@ -131,17 +131,20 @@ class Complete:
         order = np.argsort(-sizes, kind="stable")
         self._slot_C, sizes = slots[order], sizes[order]
         self._widths = [int((sizes > layer).sum()) for layer in range(int(sizes[0]))]
-        leaves = np.concatenate(
+        self._leaf_A = np.concatenate(
             [[self._members[slot][layer] for slot in self._slot_C[:width]] for layer, width in enumerate(self._widths)]
         )
-        self._columns_AD = torch.from_numpy(self._unit_PD[leaves]).to(self._device)
-        self._coarse_AD = self._columns_AD.float()
+        self._coarse_AD = self._rows(self._leaf_A, exact=False)
+
+    def _rows(self, leaves: Rows, exact: bool) -> torch.Tensor:
+        unit = self._unit_PD[leaves]
+        return torch.from_numpy(unit if exact else unit.astype(np.float32)).to(self._device)
 
     def lists(self, slots_G: Rows, exact: bool) -> tuple[Rows, Floats, Floats]:
         """See Linkage."""
         if self._lives_S.sum() < len(self._slot_C):
             self._arrange()
-        x_AD = self._columns_AD if exact else self._coarse_AD
+        x_AD = self._rows(self._leaf_A, exact) if exact else self._coarse_AD
         entries = min(LISTED, len(self._slot_C))
         # |fl(a·b) − a·b| <= D·2^-24·‖a‖·‖b‖ (Higham 2002, 3.1), and the rounding of both
         error = 0.0 if exact else (x_AD.shape[1] + 4) * 2.0**-24
@@ -162,18 +165,19 @@ class Complete:
         """(G, C) the least cosine of any leaf of a slot's cluster with any of a column's."""
         rows = np.concatenate([self._members[slot] for slot in slots_G])
         group = np.repeat(np.arange(len(slots_G)), [len(self._members[slot]) for slot in slots_G])
-        least = torch.full((len(slots_G), len(x_AD)), torch.inf, dtype=x_AD.dtype, device=self._device)
+        exact = x_AD.dtype == torch.float64
+        if len(rows) == len(slots_G):
+            return self._layered(self._rows(rows, exact) @ x_AD.T)
+        lowest_GA = torch.full((len(slots_G), len(x_AD)), torch.inf, dtype=x_AD.dtype, device=self._device)
         for tile in tiles(len(rows), len(x_AD), self._device):
-            row_RD = torch.from_numpy(self._unit_PD[rows[tile]]).to(self._device, x_AD.dtype)
-            cosine = row_RD @ x_AD.T
-            if len(rows) == len(slots_G):
-                return self._layered(cosine)
+            cosine_RA = self._rows(rows[tile], exact) @ x_AD.T
             inside, first = np.unique(group[tile], return_index=True)
-            for one, start, stop in zip(inside, first, [*first[1:], len(cosine)], strict=True):
-                torch.minimum(least[one], cosine[start:stop].amin(0), out=least[one])
-        return self._layered(least)
+            for one, start, stop in zip(inside, first, [*first[1:], len(cosine_RA)], strict=True):
+                torch.minimum(lowest_GA[one], cosine_RA[start:stop].amin(0), out=lowest_GA[one])
+        return self._layered(lowest_GA)
 
     def _layered(self, least_GA: torch.Tensor) -> torch.Tensor:
+        """(G, C) the least of each cluster's leaves."""
         best, start = least_GA[:, : self._widths[0]], self._widths[0]
         for width in self._widths[1:]:
             torch.minimum(best[:, :width], least_GA[:, start : start + width], out=best[:, :width])
