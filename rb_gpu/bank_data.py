@@ -81,6 +81,7 @@ ARRAYS: dict[str, tuple[str, str]] = {
 
 # a sum of a vote's cells must stay finite in float32
 MAX_CELL = 1e30
+MAX_ID = 2**62
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def _check_settings(data: BankData) -> None:
     for name in ("likeliest", "auto_margin"):
         _require(isinstance(getattr(lookup, name), bool), f"lookup.{name} is not true or false")
     next_id = data.facts.get("next_pattern_id", 0)
-    _require(isinstance(next_id, int) and _is_number(next_id, 0, 2**62), "next_pattern_id is no count")
+    _require(isinstance(next_id, int) and _is_number(next_id, 0, MAX_ID), "next_pattern_id is no count")
     facts = {name: data.facts.get(name, {}) for name in ("counts", "evaluation", "index")}
     for name, value in facts.items():
         _require(isinstance(value, dict), f"{name} is no object")
@@ -305,7 +306,9 @@ def _check_references(data: BankData) -> None:
     _require(patterns >= leaves, "there are more verdicts than patterns")
     # np.unique and np.isin would import NumPy's masked arrays, which takes longer than all these checks
     _require((np.diff(np.sort(arrays["pattern_id"])) > 0).all(), "pattern_id repeats")
-    _require((arrays["pattern_id"] < 2**63).all(), "pattern_id is over 2^63 - 1")
+    newest = int(arrays["pattern_id"].max())
+    _require(newest < MAX_ID, f"pattern_id is over {MAX_ID - 1}")
+    _require(data.facts.get("next_pattern_id", MAX_ID) > newest, "next_pattern_id has been given")
     _require((np.diff(level) >= 0).all() and (level[:leaves] == 0).all(), "level is out of order")
     _require((level[leaves:] > 0).all(), "a leaf stands among the levels above")
     top = parent == -1

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +22,16 @@ from rb_gpu.errors import ArtifactError
 from rb_gpu.field import FIELD_ARRAYS
 from rb_gpu.objective import Objective
 
+_Kind = TypeVar("_Kind")
+
 FORMAT = "rb_gpu.bank"
 FORMAT_VERSION = 3
 AXIS_OF = {"patterns": "A", "verdicts": "P", "configs": "C"}
 PREFIX_OF = {"patterns": "", "verdicts": "verdict_", "configs": "config_"}
+KEYS = (
+    "format", "format_version", "metric", "dim", "embedder", "tiers", "default_config", "method", "grade", "objective",
+    "lookup", "next_pattern_id", "evaluation", "counts", *AXIS_OF, "cells",
+)  # fmt: skip
 # names that read better alone, and what the arrays call them
 RENAMED = {"pattern_id": "id", "centroids": "centroid", "support": "support_count", "level": "abstraction_level"}
 
@@ -87,25 +94,26 @@ def read_export(path: Path) -> BankData:
             "export it again with this version"
         )
     try:
-        known = ARRAYS | FIELD_ARRAYS
-        arrays = {name: _array(name, document["cells"][name]) for name in known if name in document["cells"]}
+        _only(document, KEYS, "the file")
+        _only(document["cells"], ARRAYS | FIELD_ARRAYS, "cells")
+        arrays = {name: _array(name, values) for name, values in document["cells"].items()}
         for section in AXIS_OF:
-            for field, name in _columns(section).items():
+            columns = _columns(section)
+            for entry in document[section]:
+                _only(entry, columns, section)
+            for field, name in columns.items():
                 arrays[name] = _array(name, [entry[field] for entry in document[section]])
         data = BankData(
             arrays=arrays,
-            tiers=tuple(_tiers(document["tiers"])),
-            default=int(document["default_config"]),
-            metric=str(document["metric"]),
-            embedder=str(document["embedder"]),
-            method=str(document["method"]),
-            grade=str(document["grade"]),
+            tiers=tuple(_exact("a tier", tier, str) for tier in _exact("tiers", document["tiers"], list)),
+            default=_exact("default_config", document["default_config"], int),
+            **{name: _exact(name, document[name], str) for name in ("metric", "embedder", "method", "grade")},
             objective=Objective(**document["objective"]),
             lookup=LookupSettings(**document["lookup"]),
-            facts={"next_pattern_id": document["next_pattern_id"]}
-            | {key: document[key] for key in ("evaluation", "counts") if document.get(key) is not None},
+            facts={"next_pattern_id": _exact("next_pattern_id", document["next_pattern_id"], int)}
+            | {key: document[key] for key in ("evaluation", "counts") if document[key] is not None},
         )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ArtifactError(f"{path} is incomplete or damaged ({error!r}); export it again") from error
     try:
         check_bank(data)
@@ -116,20 +124,43 @@ def read_export(path: Path) -> BankData:
     return data
 
 
-def _tiers(values: Any) -> list[str]:
-    if not isinstance(values, list) or not all(isinstance(tier, str) for tier in values):
-        raise TypeError(f"tiers={values!r} is no list of names")
-    return values
+def _only(found: Any, known: Collection[str], where: str) -> None:
+    """Raises ValueError where something stands that nobody reads: what is meant by it would be lost."""
+    odd = set(_exact(where, found, dict)) - set(known)
+    if odd:
+        raise ValueError(f"{where} holds {min(odd)!r}, which no export has")
+
+
+def _exact(name: str, value: Any, kind: type[_Kind]) -> _Kind:
+    """The value. Raises TypeError unless it is of this very type: true is no count, and 3 no name."""
+    if type(value) is not kind:
+        raise TypeError(f"{name}={value!r} is no {kind.__name__}")
+    return value
 
 
 def _array(name: str, values: Any) -> npt.NDArray[Any]:
-    """The array of one name; a null is NaN in a float array. Raises ValueError where another holds no integers."""
+    """The array of one name; a null is NaN in a float array. Raises ValueError where it holds anything but numbers,
+    or whole ones where the array is of integers, and TypeError.
+    """
     dtype = np.dtype((ARRAYS | FIELD_ARRAYS)[name][0])
+    # NumPy would cut fractions off, and read numbers out of strings and truths
+    odd = _kinds(_exact(name, values, list)) - ({int, float, type(None), "inf", "-inf"} if dtype.kind == "f" else {int})
+    if odd:
+        raise ValueError(f"{name} holds what is no {dtype}: {min(map(str, odd))}")
     if dtype.kind == "f":
         with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which check_bank refuses
             return np.array(values, dtype=np.float64).astype(dtype)
-    # NumPy would cut fractions off and read numbers out of strings
     read = np.array(values)
     if read.dtype.kind not in "iu" or not (read.astype(dtype) == read).all():
-        raise ValueError(f"{name} holds what is no {dtype}")
+        raise ValueError(f"{name} holds numbers that are no {dtype}")
     return read.astype(dtype)
+
+
+def _kinds(values: list[Any]) -> set[Any]:
+    """The types of all values in nested lists; of strings themselves."""
+    kinds: set[Any] = set(map(type, values))
+    if str in kinds:
+        kinds = kinds - {str} | {value for value in values if type(value) is str}
+    if list in kinds:
+        kinds = kinds - {list} | set().union(*(_kinds(value) for value in values if type(value) is list))
+    return kinds

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from unittest.mock import patch
 
+import large_levels
 import numpy as np
 import oracles
 import pytest
@@ -14,7 +16,8 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from sklearn.metrics import adjusted_rand_score
 
 from rb_gpu.learn.hierarchy import build_hierarchy, consolidate, cut, level_counts, prune
-from rb_gpu.learn.linkage import Merges, Ward, join_nearest
+from rb_gpu.learn.linkage import Merges, join_nearest
+from rb_gpu.learn.linkages import Ward, least
 
 CPU = torch.device("cpu")
 
@@ -43,25 +46,55 @@ def test_a_threshold_of_one_merges_nothing():
     assert consolidate(np.ones((4, 3), np.float32), 1.0, CPU).tolist() == [0, 1, 2, 3]
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10_000), st.integers(20, 400), st.floats(0.05, 1.0))
-def test_without_a_matrix_it_is_scipys_complete_linkage(seed, n, spread):
+def short_lists() -> ExitStack:
+    """Every way of the linkages on small sets: lists that are exhausted, leaves looked at by groups and by tiles."""
+    stack = ExitStack()
+    for name in ("linkage.LISTED", "linkages.LISTED"):
+        stack.enter_context(patch(f"rb_gpu.learn.{name}", 8))
+    stack.enter_context(patch("rb_gpu.learn.linkages.GROUP", 3))
+    stack.enter_context(patch("rb_gpu.learn.devices.TILE_SCORES", {"cpu": 256}))
+    return stack
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.integers(20, 400), st.floats(0.05, 1.0), st.sampled_from([0.0, 1e-4]))
+def test_without_a_matrix_it_is_scipys_complete_linkage(seed, n, spread, twins):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(4, 6))[rng.integers(4, size=n)] + spread * rng.normal(size=(n, 6))
+    if twins:  # float32 cannot tell which of them are nearer
+        x = x[rng.integers(max(2, n // 12), size=n)] + twins * rng.normal(size=(n, 6))
     x = x.astype(np.float32)
     tree = linkage(x.astype(np.float64), "complete", metric="cosine")
-    expected = fcluster(tree, np.nextafter(1.0 - 0.9, 0.0), criterion="distance")
-    assert adjusted_rand_score(expected, consolidate(x, 0.9, CPU)) == pytest.approx(1.0)
-    with patch("rb_gpu.learn.hierarchy.WHOLE", 0), patch("rb_gpu.learn.devices.TILE_SCORES", {"cpu": 256}):
-        assert adjusted_rand_score(expected, consolidate(x, 0.9, CPU)) == pytest.approx(1.0)
+    # twins are apart by some 1e-8
+    for threshold in (0.9, 1.0 - 3e-9) if twins else (0.9,):
+        expected = fcluster(tree, np.nextafter(1.0 - threshold, 0.0), criterion="distance")
+        assert adjusted_rand_score(expected, consolidate(x, threshold, CPU)) == pytest.approx(1.0)
+        with short_lists():
+            assert adjusted_rand_score(expected, consolidate(x, threshold, CPU)) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("whole", [0, 3000])
-def test_equal_leaves_merge_into_one(whole):
-    x = np.repeat(np.eye(3, dtype=np.float32), [5, 1, 4], axis=0)
-    with patch("rb_gpu.learn.hierarchy.WHOLE", whole):
-        label = consolidate(x, 0.95, CPU)
-    assert label.tolist() == [0] * 5 + [1] + [2] * 4
+def test_equal_leaves_merge_into_one():
+    x = np.repeat(np.eye(3, dtype=np.float32), [50, 1, 40], axis=0)
+    assert consolidate(x, 0.95, CPU).tolist() == [0] * 50 + [1] + [2] * 40
+
+
+def test_leaves_that_all_hang_together_are_scipys_too():
+    # two of three pairs are over the threshold, so that lists of the nearest are all exhausted many times
+    x = large_levels.leaves(1200, 32, "cone").astype(np.float64)
+    tree = linkage(x, "complete", metric="cosine")
+    threshold = float(np.quantile(x[:50] @ x.T, 1 / 3))
+    expected = fcluster(tree, 1.0 - threshold, criterion="distance")
+    label = consolidate(x.astype(np.float32), threshold, CPU)
+    assert adjusted_rand_score(expected, label) == pytest.approx(1.0) and label.max() < 600
+
+
+@pytest.mark.parametrize("columns", [1, 5, 40, 500, 517])
+def test_the_least_of_groups_are_the_least_of_all(columns):
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, 60, size=(20, columns)).astype(np.float32))
+    with patch("rb_gpu.learn.linkages.GROUP", 7):
+        low, column = least(x.clone(), 6)
+    assert torch.equal(low, x.sort(1).values[:, :6]) and torch.equal(low, x.gather(1, column))
+    assert all(len(row.unique()) == len(row) for row in column)
 
 
 def ward(x: np.ndarray, weight: np.ndarray) -> Merges:
@@ -88,6 +121,8 @@ def test_a_weight_is_so_many_equal_points_to_scipys_ward(seed, n, most):
     merges = ward(x, weight.astype(np.float64))
     np.testing.assert_allclose(np.sqrt(2 * merges.height), np.sort(tree[:, 2])[weight.sum() - n :], rtol=1e-8)
     owner = np.repeat(np.arange(n), weight)
+    with short_lists():
+        np.testing.assert_array_equal(ward(x, weight.astype(np.float64)).height, merges.height)
     for count in {1, 2, max(1, n // 3), n - 1}:
         theirs = fcluster(tree, count, criterion="maxclust")
         assert adjusted_rand_score(theirs, cut(merges, n, count)[owner]) == pytest.approx(1.0)

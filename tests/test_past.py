@@ -14,7 +14,7 @@ from rb_gpu.evidence import Evidence
 from rb_gpu.learn import learn
 from rb_gpu.learn.config import ClusterConfig, IndexConfig, JudgeConfig, TrainConfig
 from rb_gpu.learn.evidence import gather_evidence, row_weights
-from rb_gpu.learn.past import gather_past
+from rb_gpu.learn.past import Past, gather_past
 from rb_gpu.learn.trajectories import Trajectories
 
 CPU = torch.device("cpu")
@@ -132,3 +132,9 @@ def test_leaves_of_the_parent_that_nobody_asks_any_more_have_no_heir(learned):
     assert dead.sum() == 2
     here = np.count_nonzero(~gone[new.query_row])
     assert child.evidence.rows.sum() == here + parent.evidence.rows[~dead].sum()
+
+
+def test_what_is_known_of_a_pruned_leaf_goes_with_it():
+    # a leaf that shared one query with it used to take in all its evidence
+    past = Past(None, np.zeros(2, np.int64), np.zeros(2), np.array([0, 0, 0, 1, 1, 1, -1]), "")
+    assert past.heirs(np.array([-1, -1, 1, 0, 0, -1, 1])).tolist() == [-1, 0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import oracles
 import pytest
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from rb_gpu.learn.config import JudgeConfig, QualityConfig
+from rb_gpu.learn import learn
+from rb_gpu.learn.config import ClusterConfig, IndexConfig, JudgeConfig, PruneConfig, QualityConfig, TrainConfig
 from rb_gpu.learn.evidence import gather_evidence, row_weights
 from rb_gpu.learn.extractor import VerdictJudge
 from rb_gpu.learn.trajectories import Trajectories
@@ -238,3 +241,33 @@ def test_grades():
     assert grade(logged_propensity=True, paired=False) == "randomized"
     assert grade(logged_propensity=False, paired=True) == "randomized"
     assert grade(logged_propensity=False, paired=False) == "associational"
+
+
+def one_good_pattern_in_ten(seed: int = 0) -> Trajectories:
+    """In the first of ten patterns config 1 is surely a little better than the default, and config 2 unsurely much."""
+    rng = np.random.default_rng(seed)
+    rows = table(seed, n=1800)
+    pattern = np.arange(1800) % 10
+    gain = np.where(rows.config_id == 1, 0.02, np.where(rows.config_id == 2, 0.12, 0.0)) * (pattern == 0)
+    spread = np.where((rows.config_id == 2) & (pattern == 0), 0.3, 0.01)
+    quality = np.clip(0.5 + gain + spread * rng.normal(size=1800), 0.01, 1).astype(np.float32)
+    x = np.eye(10, dtype=np.float32)[pattern] + 0.02 * rng.normal(size=(1800, 10)).astype(np.float32)
+    return replace(rows, x_QD=x, precision=quality, recall=quality)
+
+
+@pytest.mark.parametrize("method", ["welch", "reference", "eb"])
+def test_pruning_goes_by_the_confidence_that_is_published(method):
+    """Tests used to be pruned by the posterior of another method, and corrected for the patterns that were left."""
+    rows = one_good_pattern_in_ten()
+    config = TrainConfig(cluster=ClusterConfig(k=10, n_init=4), index=IndexConfig(kind="off"),
+                         judge=JudgeConfig(method=method, latency_weight=0.0, cost_weight=0.0))  # fmt: skip
+    whole = learn(rows, config).data
+    least = np.sort(whole.arrays["confidence"][: whole.leaves])[-2] + 1e-3
+    pruned = learn(rows, replace(config, prune=PruneConfig(min_confidence=float(least)))).data
+    kept = np.flatnonzero(whole.arrays["confidence"][: whole.leaves] >= least)
+    assert whole.leaves == 10 and 1 <= len(kept) < 10
+    assert pruned.leaves == len(kept) and (pruned.arrays["confidence"][: pruned.leaves] >= least).all()
+    np.testing.assert_array_equal(pruned.arrays["support"][: len(kept)], whole.arrays["support"][kept])
+    if method != "eb":
+        for name in ("config", "stands", "p_value", "p_adjusted", "confidence"):
+            np.testing.assert_array_equal(pruned.arrays[f"verdict_{name}"], whole.arrays[f"verdict_{name}"][kept])

@@ -73,7 +73,7 @@ def assemble(
     """The bank's arrays and settings; its facts are left to the caller. Where top_k or beta is auto: the usual one."""
     configs = trajectories.configs
     score, probability, gain = verdict_matrices(verdicts, beliefs, configs, config.judge.method)
-    confidence_P = best_probability(probability[:-1], configs.default)
+    confidence_P = confidence_of(verdicts, beliefs, configs, config.judge.method)
     arrays = _pattern_arrays(trajectories, config.cluster.metric, leaves, confidence_P)
     for f in fields(ConfigTable):
         if f"config_{f.name}" in ARRAYS:
@@ -116,11 +116,13 @@ def assemble(
     )
 
 
-def best_probability(probability_PC: Floats, default: int) -> Floats:
-    """(P,) the highest probability, over configs other than the default, of beating it."""
-    other = probability_PC.copy()
-    other[:, default] = 0.0
-    return np.asarray(other.max(1))
+def confidence_of(verdicts: VerdictColumns, beliefs: Beliefs, configs: ConfigTable, method: str) -> Floats:
+    """(P,) each leaf's confidence: the highest probability, over configs other than the default, of beating it; by a
+    test, 1 where it gave a verdict and else 0.
+    """
+    other_PC = verdict_matrices(verdicts, beliefs, configs, method)[1][:-1].copy()
+    other_PC[:, configs.default] = 0.0
+    return np.asarray(other_PC.max(1))
 
 
 def _pattern_arrays(

@@ -1,6 +1,6 @@
 """Consolidation, the levels above the leaves, and pruning.
 
-Suffixes: P leaves, D dims, T leaves of a tile.
+Suffixes: P leaves, D dims.
 """
 
 from __future__ import annotations
@@ -10,22 +10,15 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from scipy.spatial.distance import squareform
 
-from rb_gpu.learn.devices import tiles
-from rb_gpu.learn.linkage import Complete, Merges, Ward, join_nearest
+from rb_gpu.learn.linkage import Merges, join_nearest
+from rb_gpu.learn.linkages import Complete, Ward
 
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float32]
-
-# more than rounding can take from or add to a cosine in float32, at up to 4,096 dims
-FLOAT32_SLACK = 1e-4
-# leaves of a part whose distances are held at once: 72 MB
-WHOLE = 3000
 
 
 def unit_rows(x_PD: Matrix) -> Matrix:
@@ -37,50 +30,17 @@ def unit_rows(x_PD: Matrix) -> Matrix:
 def consolidate(centroids_PD: Matrix, threshold: float, device: torch.device) -> Rows:
     """The merged leaf of each leaf (P,), numbered by first member: complete linkage on cosine, cut at `threshold`.
 
-    Every pair inside a merged leaf has cosine > threshold, so that no chain forms. Complete linkage never joins two
-    leaves that no chain of close pairs connects, so each connected part is linked by itself, and no P x P matrix is
-    held even where all leaves hang together. A threshold of 1 merges none.
+    Every pair inside a merged leaf has cosine > threshold, so that no chain forms. No P x P matrix is held. A threshold
+    of 1 merges none.
     """
     label_P = np.arange(len(centroids_PD))
-    if threshold >= 1:
-        return label_P
-    part_P = _parts(torch.from_numpy(unit_rows(centroids_PD)).to(device), threshold)
-    order = np.argsort(part_P, kind="stable")
-    for members in np.split(order, np.flatnonzero(np.diff(part_P[order])) + 1):
-        if len(members) > 1:
-            unit = centroids_PD[members].astype(np.float64)
-            unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), np.finfo(np.float64).tiny)
-            label_P[members] = members[_linked(unit, threshold, device)]
-    return np.unique(label_P, return_inverse=True)[1].astype(np.int64)
-
-
-def _parts(unit_PD: torch.Tensor, threshold: float) -> Rows:
-    """(P,) the part of each leaf: pairs with a cosine over the threshold, or just under it, are in one."""
-    leaves = len(unit_PD)
-    part_P = np.arange(leaves)
-    for tile in tiles(leaves, leaves, unit_PD.device):
-        first, second = torch.nonzero(unit_PD[tile] @ unit_PD.T > threshold - FLOAT32_SLACK).T.cpu().numpy()
-        first, second = part_P[first + tile.start], part_P[second]
-        apart = first != second
-        if apart.any():
-            joins = coo_array((np.ones(apart.sum()), (first[apart], second[apart])), shape=(leaves, leaves))
-            part_P = connected_components(joins, directed=False)[1][part_P]
-    return part_P
-
-
-def _linked(unit_PD: Floats, threshold: float, device: torch.device) -> Rows:
-    """(P,) the first member of each leaf's cluster, of leaves of norm 1 that may all hang together."""
-    if len(unit_PD) > WHOLE:
-        clusters = Complete(torch.from_numpy(unit_PD).to(device), threshold)
+    if threshold < 1:
+        unit_PD = centroids_PD.astype(np.float64)
+        unit_PD /= np.maximum(np.linalg.norm(unit_PD, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        clusters = Complete(unit_PD, threshold, device)
         join_nearest(clusters, len(unit_PD))
-        return clusters.label_P
-    distance = np.clip(1.0 - unit_PD @ unit_PD.T, 0.0, 2.0)
-    np.fill_diagonal(distance, 0.0)
-    tree = linkage(squareform(distance, checks=False), method="complete")
-    _, first, group_P = np.unique(
-        fcluster(tree, np.nextafter(1.0 - threshold, 0.0), criterion="distance"), return_index=True, return_inverse=True
-    )
-    return first[group_P]
+        label_P = clusters.labels()
+    return np.unique(label_P, return_inverse=True)[1].astype(np.int64)
 
 
 def level_counts(leaves: int, counts: object) -> list[int]:

@@ -2,10 +2,12 @@
 
 Two clusters that are each other's nearest may join at once, whatever the others do, where the linkage is reducible: a
 cluster that two others made is no nearer to a third than the nearer one of them was (Bruynooghe 1978, Murtagh 1983). So
-many pairs join in one round, and the nearest clusters of many are found by one matrix product.
+many pairs join in one round. For the same reason what a cluster was once told of the others bounds from below what any
+of them, or whatever they have become, costs now: each keeps a short list of the nearest, and all others are gone
+through again only once it is exhausted.
 
-Suffixes: P leaves, S slots (a cluster lives in the slot of its first leaf), A clusters or leaves that live, G clusters
-asked about, T rows of a tile, D dims.
+Suffixes: P leaves, S slots (a cluster lives in the slot of its first leaf), G clusters asked about, L entries of a
+list, E of two lists, J joins.
 """
 
 from __future__ import annotations
@@ -15,25 +17,36 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
-
-from rb_gpu.learn.devices import tiles
 
 Rows = npt.NDArray[np.int64]
+Slots = npt.NDArray[np.signedinteger]
 Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
 
-# clusters that no longer live are left out once they are more than this share
-DEAD = 0.25
+# entries of a list: with more, a list is exhausted less often, and takes longer to be made
+LISTED = 32
+# lists of which every entry meets every other at a time
+MEETING = 1024
 
 
-class Clusters(Protocol):
-    """A reducible linkage. nearest: for slots (G,), the slot of the nearest cluster and what joining it costs, -1 where
-    no cluster may join. join: of pairs (G,), the first slot takes the second one's cluster in.
+class Linkage(Protocol):
+    """A reducible linkage, whose costs are 0 or more, and infinite where two clusters may not join.
+
+    lists: for slots (G,), the slots (G, L) of the nearest clusters, a lower bound on what joining each costs, and one
+    (G,) on what any other does; infinite where there is none. The asked one itself may be among them. exact: with
+    bounds that fall short of the costs by no more than float64's rounding.
+    cost: of pairs of slots; at_once: how many of a slot's are asked for at a time. join: of pairs (J,), the first slot
+    takes the second one's cluster in. of_both: a lower bound for the two of a pair together, of one for each.
     """
 
-    def nearest(self, slots_G: Rows) -> tuple[Rows, Floats]: ...  # noqa: D102
+    at_once: int
+    of_both: np.ufunc
 
-    def join(self, kept_G: Rows, gone_G: Rows) -> None: ...  # noqa: D102
+    def lists(self, slots_G: Rows, exact: bool) -> tuple[Rows, Floats, Floats]: ...  # noqa: D102
+
+    def cost(self, slots_G: Rows, others_G: Rows) -> Floats: ...  # noqa: D102
+
+    def join(self, kept_J: Rows, gone_J: Rows) -> None: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -45,18 +58,19 @@ class Merges:
     height: Floats
 
 
-def join_nearest(clusters: Clusters, leaves: int) -> Merges:
+def join_nearest(linkage: Linkage, leaves: int) -> Merges:
     """Joins mutual nearest clusters until none may join; steps in the order of their heights.
 
     The steps, sorted, are those of the greedy algorithm. A cluster whose nearest one has joined another is asked again
     only once a third one waits for its answer: its own partner can only have gone farther away.
     """
+    nearest = _Nearest(linkage, leaves)
     near_S, cost_S = np.full(leaves, -1), np.full(leaves, np.inf)
     known_S, alive_S = np.zeros(leaves, dtype=bool), np.ones(leaves, dtype=bool)
     steps: list[tuple[Rows, Rows, Floats]] = []
     asked = np.arange(leaves)
     while len(asked):
-        near_S[asked], cost_S[asked] = clusters.nearest(asked)
+        near_S[asked], cost_S[asked] = nearest.of(asked)
         known_S[asked] = True
         own = np.flatnonzero(known_S & (near_S >= 0))
         to = near_S[own]
@@ -69,7 +83,7 @@ def join_nearest(clusters: Clusters, leaves: int) -> Merges:
                 mutual = own[[cost_S[own].argmin()]]
         kept, gone = np.minimum(mutual, near_S[mutual]), np.maximum(mutual, near_S[mutual])
         steps.append((kept, gone, cost_S[mutual]))
-        clusters.join(kept, gone)
+        nearest.join(kept, gone)
         joined_S = np.zeros(leaves, dtype=bool)
         joined_S[kept] = joined_S[gone] = True
         known_S[own[joined_S[own] | joined_S[to]]] = False
@@ -80,100 +94,131 @@ def join_nearest(clusters: Clusters, leaves: int) -> Merges:
     return Merges(left[order], right[order], height[order])
 
 
-class Ward:
-    """Ward's linkage (Ward 1963) of weighted points: joining a and b costs w_a·w_b / (w_a + w_b)·‖c_a − c_b‖².
+class _Nearest:
+    """The nearest cluster of each slot's.
 
-    x_PD: the leaves. weight_P: theirs, > 0. O(P²·D) time, O(P·D) memory.
+    near_SL, low_SL: the entries of its list, and bounds from below on their costs; known_SL: which are the costs
+    themselves. rest_S: a bound on all others' costs, -inf where there is no list. now_S: the slot of the cluster that
+    each has become part of. grown_S: after how many joins the slot's cluster last grew; seen_S: after how many its list
+    was last brought up to date.
     """
 
-    def __init__(self, x_PD: Floats, weight_P: Floats, device: torch.device) -> None:
-        # distances stay, and rounding shrinks, where the origin lies amid the points
-        self._centre_AD = torch.from_numpy(x_PD - x_PD.mean(0)).to(device)
-        self._weight_A = torch.from_numpy(np.maximum(weight_P, np.finfo(np.float64).tiny)).to(device)
-        self._norm2_A = (self._centre_AD**2).sum(1)
-        self._slot_A, self._row_S = np.arange(len(x_PD)), np.arange(len(x_PD))
+    def __init__(self, linkage: Linkage, leaves: int) -> None:
+        self._linkage, self._joins = linkage, 0
+        self._near_SL = np.zeros((leaves, LISTED), dtype=np.int32)
+        self._low_SL = np.full((leaves, LISTED), np.inf)
+        self._known_SL = np.zeros((leaves, LISTED), dtype=bool)
+        self._rest_S = np.full(leaves, -np.inf)
+        self._now_S = np.arange(leaves)
+        self._grown_S, self._seen_S = (np.zeros(leaves, dtype=np.int32) for _ in range(2))
 
-    def nearest(self, slots_G: Rows) -> tuple[Rows, Floats]:
-        """See Clusters."""
-        device = self._centre_AD.device
-        near_G, cost_G = np.full(len(slots_G), -1), np.full(len(slots_G), np.inf)
-        inverse_A = 1.0 / self._weight_A
-        for tile in tiles(len(slots_G), len(self._slot_A), device):
-            rows = torch.from_numpy(self._row_S[slots_G[tile]]).to(device)
-            cost_TA = torch.addmm(self._norm2_A, self._centre_AD[rows], self._centre_AD.T, alpha=-2.0)
-            cost_TA.add_(self._norm2_A[rows, None]).clamp_(min=0.0)
-            cost_TA.div_(inverse_A[rows, None] + inverse_A)
-            cost_TA[torch.arange(len(rows), device=device), rows] = torch.inf
-            least, column = cost_TA.min(1)
-            cost_G[tile] = least.cpu().numpy()
-            near_G[tile] = np.where(np.isfinite(cost_G[tile]), self._slot_A[column.cpu().numpy()], -1)
+    def of(self, slots_G: Rows) -> tuple[Rows, Floats]:
+        """For slots (G,), the slot of the nearest cluster and what joining it costs; -1 and inf where none may join."""
+        for part in _parts(slots_G):
+            self._update(part)
+        near_G, cost_G, spent_G = self._read(slots_G)
+        # what is exhausted as soon as it was made holds what float32 cannot tell apart
+        for exact in (False, True):
+            again = np.flatnonzero(spent_G)
+            if len(again):
+                self._list(slots_G[again], exact)
+                near_G[again], cost_G[again], spent_G[again] = self._read(slots_G[again], exact)
         return near_G, cost_G
 
-    def join(self, kept_G: Rows, gone_G: Rows) -> None:
-        """See Clusters."""
-        device = self._centre_AD.device
-        a, b = (torch.from_numpy(self._row_S[slots]).to(device) for slots in (kept_G, gone_G))
-        w_a, w_b = self._weight_A[a, None], self._weight_A[b, None]
-        self._centre_AD[a] = (w_a * self._centre_AD[a] + w_b * self._centre_AD[b]) / (w_a + w_b)
-        self._weight_A[a] = (w_a + w_b)[:, 0]
-        self._norm2_A[a] = (self._centre_AD[a] ** 2).sum(1)
-        self._norm2_A[b] = torch.inf
-        dead = torch.isinf(self._norm2_A)
-        if int(dead.sum()) > DEAD * len(dead):
-            self._centre_AD, self._weight_A, self._norm2_A = (
-                x[~dead] for x in (self._centre_AD, self._weight_A, self._norm2_A)
-            )
-            self._slot_A = self._slot_A[~dead.cpu().numpy()]
-            self._row_S[self._slot_A] = np.arange(len(self._slot_A))
+    def _list(self, slots_G: Rows, exact: bool) -> None:
+        near_GL, low_GL, self._rest_S[slots_G] = self._linkage.lists(slots_G, exact)
+        low_GL[near_GL == slots_G[:, None]] = np.inf
+        entries = near_GL.shape[1]
+        self._low_SL[slots_G] = np.inf
+        self._near_SL[slots_G, :entries], self._low_SL[slots_G, :entries] = near_GL, low_GL
+        self._known_SL[slots_G], self._seen_S[slots_G] = False, self._joins
+
+    def _update(self, slots_G: Rows) -> None:
+        """Brings lists up to what has joined since: entries that are one cluster now become one entry."""
+        grown_GL = self._grown_S[self._now_S[self._near_SL[slots_G]]] > self._seen_S[slots_G, None]
+        self._seen_S[slots_G] = self._joins
+        slots_G = slots_G[grown_GL.any(1)]
+        grown_GL = grown_GL[grown_GL.any(1)]
+        near_GL, low_GL, rest_G = self._now_S[self._near_SL[slots_G]], self._low_SL[slots_G], self._rest_S[slots_G]
+        same_GLL = _same(near_GL, low_GL, near_GL, low_GL)
+        alone_GL = same_GLL.sum(2) == 1
+        low_GL = self._linkage.of_both.reduce(np.where(same_GLL, low_GL[:, None, :], low_GL[:, :, None]), axis=2)
+        low_GL[same_GLL.argmax(2) != np.arange(LISTED)] = np.inf
+        # what an entry has joined is none of the list
+        low_GL = np.where(grown_GL & alone_GL, self._linkage.of_both(low_GL, rest_G[:, None]), low_GL)
+        low_GL[grown_GL & (low_GL >= rest_G[:, None])] = np.inf
+        self._near_SL[slots_G], self._low_SL[slots_G] = near_GL, low_GL
+        self._known_SL[slots_G] &= ~grown_GL
+
+    def _read(self, slots_G: Rows, trusted: bool = False) -> tuple[Rows, Floats, Flags]:
+        """The nearest and its cost, by the lists, and which of these are exhausted. trusted: nothing outside a list is
+        nearer than its nearest.
+        """
+        near_G, cost_G, spent_G = np.full(len(slots_G), -1), np.full(len(slots_G), np.inf), np.zeros(len(slots_G), bool)
+        left = np.arange(len(slots_G))
+        while len(left):
+            slots = slots_G[left]
+            low_GL = self._low_SL[slots]
+            entry = low_GL.argmin(1)
+            low = low_GL[np.arange(len(left)), entry]
+            spent = (low > self._rest_S[slots]) & (not trusted)
+            spent_G[left] = spent
+            told = (self._known_SL[slots, entry] | np.isinf(low)) & ~spent
+            cost_G[left[told]] = low[told]
+            near_G[left[told]] = np.where(np.isinf(low[told]), -1, self._near_SL[slots[told], entry[told]])
+            more = ~(told | spent)
+            left, slots, low_GL = left[more], slots[more], low_GL[more]
+            low_GL[self._known_SL[slots]] = np.inf
+            own, entry = _first(low_GL, self._linkage.at_once)
+            self._low_SL[slots[own], entry] = self._linkage.cost(slots[own], self._near_SL[slots[own], entry])
+            self._known_SL[slots[own], entry] = True
+        return near_G, cost_G, spent_G
+
+    def join(self, kept_J: Rows, gone_J: Rows) -> None:
+        """The first slot of each pair takes the second one's cluster in."""
+        self._linkage.join(kept_J, gone_J)
+        self._joins += 1
+        takes_S = np.arange(len(self._now_S))
+        takes_S[gone_J] = kept_J
+        self._now_S = takes_S[self._now_S]
+        self._grown_S[kept_J] = self._joins
+        for kept, gone in zip(_parts(kept_J), _parts(gone_J), strict=True):
+            self._update(kept)
+            self._update(gone)
+            self._merge(kept, gone)
+
+    def _merge(self, kept_J: Rows, gone_J: Rows) -> None:
+        """The lists of two clusters become that of both."""
+        of_both = self._linkage.of_both
+        near_JL, low_JL, rest_J = self._near_SL[kept_J], self._low_SL[kept_J], self._rest_S[kept_J, None]
+        other_JL, high_JL, over_J = self._near_SL[gone_J], self._low_SL[gone_J], self._rest_S[gone_J, None]
+        same_JLL = _same(near_JL, low_JL, other_JL, high_JL)
+        beside_JL = np.where(same_JLL.any(2), np.where(same_JLL, high_JL[:, None, :], -np.inf).max(2), over_J)
+        # what is no entry does not become one
+        low_JL = np.where(np.isinf(low_JL), np.inf, of_both(low_JL, beside_JL))
+        high_JL = np.where(np.isinf(high_JL) | same_JLL.any(1), np.inf, of_both(high_JL, rest_J))
+        near_JE, low_JE = np.concatenate([near_JL, other_JL], 1), np.concatenate([low_JL, high_JL], 1)
+        low_JE[near_JE == kept_J[:, None]] = np.inf
+        order = low_JE.argpartition(LISTED, 1)
+        near_JE, low_JE = (np.take_along_axis(x_JE, order, 1) for x_JE in (near_JE, low_JE))
+        self._near_SL[kept_J], self._low_SL[kept_J] = near_JE[:, :LISTED], low_JE[:, :LISTED]
+        self._known_SL[kept_J] = False
+        self._rest_S[kept_J] = np.minimum(of_both(rest_J, over_J)[:, 0], low_JE[:, LISTED])
 
 
-class Complete:
-    """Complete linkage by cosine: two clusters are as near as their least similar leaves, and join over `threshold`.
+def _parts(slots_G: Rows) -> list[Rows]:
+    """So many slots at a time that every entry of a list may meet every other."""
+    return [slots_G[start : start + MEETING] for start in range(0, len(slots_G), MEETING)]
 
-    unit_PD: the leaves, of norm 1. label_P: the slot of each leaf's cluster. Clusters that have none to join leave the
-    others' sight, since none can come nearer. O(P·D) memory; time is that of a product of all leaves of the clusters
-    asked about with all leaves that are left.
-    """
 
-    def __init__(self, unit_PD: torch.Tensor, threshold: float) -> None:
-        self._unit_PD, self._threshold = unit_PD, threshold
-        self.label_P = np.arange(len(unit_PD))
-        self._left_P = np.ones(len(unit_PD), dtype=bool)
+def _same(near_GL: Slots, low_GL: Floats, other_GL: Slots, high_GL: Floats) -> Flags:
+    """(G, L, L) which entries of one list are those of the other."""
+    both_GLL = np.isfinite(low_GL)[:, :, None] & np.isfinite(high_GL)[:, None, :]
+    return np.asarray(both_GLL & (near_GL[:, :, None] == other_GL[:, None, :]))
 
-    def nearest(self, slots_G: Rows) -> tuple[Rows, Floats]:
-        """See Clusters; the cost is one minus the cosine."""
-        device = self._unit_PD.device
-        leaves_A = np.flatnonzero(self._left_P)
-        leaves_A = leaves_A[np.argsort(self.label_P[leaves_A], kind="stable")]
-        slots, starts = np.unique(self.label_P[leaves_A], return_index=True)
-        stops = np.append(starts[1:], len(leaves_A))
-        unit_AD = self._unit_PD[torch.from_numpy(leaves_A).to(device)]
-        near_G, cost_G = np.full(len(slots_G), -1), np.full(len(slots_G), np.inf)
-        for part in tiles(len(slots_G), len(slots), device):
-            own = np.searchsorted(slots, slots_G[part])
-            rows = np.concatenate([np.arange(starts[one], stops[one]) for one in own])
-            group = np.repeat(np.arange(len(own)), stops[own] - starts[own])
-            least = np.full((len(own), len(slots)), np.inf)
-            for tile in tiles(len(rows), len(leaves_A), device):
-                cosine = (unit_AD[torch.from_numpy(rows[tile]).to(device)] @ unit_AD.T).cpu().numpy()
-                inside, first = np.unique(group[tile], return_index=True)
-                if len(first) < len(cosine):
-                    cosine = np.minimum.reduceat(cosine, first, axis=0)
-                if len(starts) < len(leaves_A):
-                    cosine = np.minimum.reduceat(cosine, starts, axis=1)
-                here = least[inside[0] : inside[-1] + 1]
-                np.minimum(here, cosine, out=here)
-            least[np.arange(len(own)), own] = -np.inf
-            column = least.argmax(1)
-            best = least[np.arange(len(own)), column]
-            over = best > self._threshold
-            near_G[part] = np.where(over, slots[column], -1)
-            cost_G[part] = np.where(over, 1.0 - best, np.inf)
-        self._left_P &= ~np.isin(self.label_P, slots_G[near_G < 0])
-        return near_G, cost_G
 
-    def join(self, kept_G: Rows, gone_G: Rows) -> None:
-        """See Clusters."""
-        takes_S = np.arange(len(self.label_P))
-        takes_S[gone_G] = kept_G
-        self.label_P = takes_S[self.label_P]
+def _first(low_GL: Floats, count: int) -> tuple[Rows, Rows]:
+    """Rows and columns of the `count` least numbers of each row, but for infinite ones."""
+    column = low_GL.argpartition(count - 1, 1)[:, :count] if count > 1 else low_GL.argmin(1)[:, None]
+    row, place = np.nonzero(np.isfinite(np.take_along_axis(low_GL, column, 1)))
+    return row, column[row, place]

@@ -41,13 +41,15 @@ class Past:
     said: str
 
     def heirs(self, label_Q: Rows) -> Rows:
-        """(B,) the leaf that has most of the queries of each of the parent's, -1 where none has any."""
-        both = (self.before_Q >= 0) & (label_Q >= 0)
-        leaves = int(label_Q.max()) + 1
-        code, common = np.unique(self.before_Q[both] * leaves + label_Q[both], return_counts=True)
+        """(B,) the leaf that has most of the queries of each of the parent's, -1 where none has any, or most went with
+        leaves that were pruned.
+        """
+        before_Q, place_Q = self.before_Q[self.before_Q >= 0], label_Q[self.before_Q >= 0] + 1
+        places = int(label_Q.max()) + 2
+        code, common = np.unique(before_Q * places + place_Q, return_counts=True)
         heir_B = np.full(len(self.rating_count), -1)
         order = np.argsort(common, kind="stable")  # the largest is written last
-        heir_B[code[order] // leaves] = code[order] % leaves
+        heir_B[code[order] // places] = code[order] % places - 1
         return heir_B
 
 

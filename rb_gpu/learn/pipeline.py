@@ -17,7 +17,7 @@ import torch
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ConfigError
-from rb_gpu.learn.assemble import assemble, best_probability
+from rb_gpu.learn.assemble import assemble, confidence_of
 from rb_gpu.learn.baselines import BASELINES, Training, unit
 from rb_gpu.learn.checkpoint import Checkpoint
 from rb_gpu.learn.checks import is_auto
@@ -129,8 +129,10 @@ def _learned(
         default = trajectories.configs.default
         past = gather_past(parent, before_Q, trajectories, leaves.evidence, judging.half_life)
         leaves = with_past(leaves, past)
+        judging = replace(judging, min_probability=leaves.least_probability(judging))
         beliefs = believed(leaves, objective, default, config)
-        confidence_P = best_probability(beliefs.probability[:-1], default)
+        verdicts = judge(leaves.evidence, trajectories.configs, objective, beliefs, judging)
+        confidence_P = confidence_of(verdicts, beliefs, trajectories.configs, judging.method)
         kept_P = prune(leaves.evidence.rows.sum(1), confidence_P, 1, config.prune.min_confidence)
         if not kept_P.all():
             if not kept_P.any():
@@ -141,8 +143,12 @@ def _learned(
             pays, leaves = leaves.pays, making.gathered(drop_labels(leaves.label_Q, kept_P), trajectories)
             leaves = with_past(making.foretold(leaves, trajectories, objective, pays), past)
             beliefs = believed(leaves, objective, default, config)
-        judging = replace(judging, min_probability=leaves.least_probability(judging))
-        verdicts = judge(leaves.evidence, trajectories.configs, objective, beliefs, judging)
+            # a test's correction counts all that were tested, those that went as well
+            verdicts = (
+                judge(leaves.evidence, trajectories.configs, objective, beliefs, judging)
+                if judging.method == "eb"
+                else verdicts.of(kept_P)
+            )
         tuned = tune_lookup(making, leaves, trajectories, objective, judging)
     with watch.stage("index"):
         data = assemble(trajectories, config, leaves, objective, beliefs, verdicts, 0.0)

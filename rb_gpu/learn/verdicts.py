@@ -5,7 +5,7 @@ Suffixes: P patterns, C configs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,10 @@ class VerdictColumns:
     improvement: Floats
     consistency: Floats
     support: Rows
+
+    def of(self, kept_P: npt.NDArray[np.bool_]) -> VerdictColumns:
+        """Those of the patterns that are kept."""
+        return VerdictColumns(**{f.name: getattr(self, f.name)[kept_P] for f in fields(self)})
 
 
 @dataclass(frozen=True)
