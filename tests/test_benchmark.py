@@ -37,7 +37,14 @@ def test_every_contestant_is_measured_or_named_as_missing(result: dict) -> None:
     for size in result["sizes"]:
         rows = size["rows"]
         assert rows["hnswlib"] == rows["usearch"] == "not installed"
-        for name in ("ours, whole answer", "ours, search", "numpy exact", "faiss flat", "faiss HNSW"):
+        for name in (
+            "ours, whole answer",
+            lookup.WITH_FIELD,
+            "ours, search",
+            "numpy exact",
+            "faiss flat",
+            "faiss HNSW",
+        ):
             assert 0 < rows[name]["p50_us"] <= rows[name]["p99_us"] and rows[name]["recall"] > 0.95
         assert rows["numpy exact"]["recall"] == 1.0
         assert size["batch_queries_per_s"] > 0 and size["threads_queries_per_s"] > 0
@@ -61,7 +68,10 @@ def test_embeddings_are_unit_rows_that_differ_by_seed() -> None:
     one, other = lookup.embeddings(50, 24, 1), lookup.embeddings(50, 24, 2)
     np.testing.assert_allclose(np.linalg.norm(one, axis=1), 1.0, rtol=1e-5)
     assert not np.allclose(one, other)
-    check_bank(lookup.bank_of(one, 4, "off", 0))
+    for landmarks in (None, other):
+        bank = lookup.bank_of(one, 4, "off", 0, landmarks)
+        check_bank(bank)
+        assert (bank.field is None) == (landmarks is None)
 
 
 def test_rounds_are_interleaved_and_the_first_is_dropped() -> None:

@@ -21,6 +21,7 @@ from rb_gpu import ReasoningBank
 from rb_gpu.bank_data import ARRAYS, BankData, LookupSettings
 from rb_gpu.bench.runner import answer, each_call_us, fresh_median, in_process, interleaved, machine, optional, seconds
 from rb_gpu.evidence import LATENCY_BINS, OUTCOMES
+from rb_gpu.field import FIELD_ARRAYS, SLOPES
 from rb_gpu.objective import Objective
 from rb_gpu.publish import write_artifact
 from rb_gpu.search import EXACT_LEAVES
@@ -31,6 +32,9 @@ Search = Callable[[Matrix], npt.NDArray[np.int64]]
 TOP_K = 5
 M, EF_CONSTRUCTION, EF_SEARCH = 32, 200, 64
 SMALL_BANK = 1024
+# as many as a job takes from a thousand queries on
+LANDMARKS = 256
+WITH_FIELD = "ours, with a field"
 FRESH_STARTS = 9
 EXACT_QUERIES = 100
 
@@ -60,8 +64,10 @@ def embeddings(count: int, dim: int, seed: int) -> Matrix:
     return np.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), dtype=np.float32)
 
 
-def bank_of(centroids_PD: Matrix, configs: int, kind: str, seed: int) -> BankData:
-    """A bank over the given leaves whose configs have random scores, so that votes differ."""
+def bank_of(centroids_PD: Matrix, configs: int, kind: str, seed: int, landmarks_MD: Matrix | None = None) -> BankData:
+    """A bank over the given leaves whose configs have random scores, so that votes differ; with a field where there
+    are landmarks.
+    """
     rng, (patterns, dim) = np.random.default_rng(seed), centroids_PD.shape
     sizes = {"A": patterns, "P": patterns, "U": patterns + 1, "C": configs, "D": dim, "O": len(OUTCOMES)}
     sizes["B"] = LATENCY_BINS
@@ -80,6 +86,15 @@ def bank_of(centroids_PD: Matrix, configs: int, kind: str, seed: int) -> BankDat
     for prefix in ("config", "optimal"):
         for column in ("ef_search", "n_probes", "context_tokens"):
             arrays[f"{prefix}_{column}"] = np.maximum(arrays[f"{prefix}_{column}"], 1)
+    if landmarks_MD is not None:
+        sizes |= {"M": len(landmarks_MD), "F": len(SLOPES) * len(landmarks_MD)}
+        arrays |= {
+            name: np.zeros([sizes[axis] for axis in axes], dtype) for name, (dtype, axes) in FIELD_ARRAYS.items()
+        }
+        arrays["field_landmarks"] = landmarks_MD
+        arrays["field_coef"] = rng.normal(0.0, 0.01, arrays["field_coef"].shape).astype(np.float32)
+        for name, far in (("low", -1.0), ("high", 1.0), ("gain_low", -1.0), ("gain_high", 1.0), ("test_sd", 0.1)):
+            arrays[f"field_{name}"][:] = far
     return BankData(
         arrays=arrays,
         tiers=("auto",),
@@ -133,16 +148,18 @@ def _numpy(centroids_PD: Matrix) -> Search:
     return search
 
 
-def publish(folder: Path, centroids_PD: Matrix, queries_QD: Matrix, configs: int, seed: int) -> Path:
-    """An artifact, with the index that a job builds where the bank is served by one."""
+def publish(folder: Path, centroids_PD: Matrix, queries_QD: Matrix, configs: int, seed: int) -> tuple[Path, Path]:
+    """Two artifacts, without and with a field, with the index that a job builds where the bank is served by one."""
     from rb_gpu.learn.config import IndexConfig
     from rb_gpu.learn.index import build_index
 
     kind = "hnsw" if len(centroids_PD) > EXACT_LEAVES and optional("faiss") is not None else "off"
     index = build_index(centroids_PD, IndexConfig(kind=kind), queries_QD, TOP_K)
     files = {} if index is None else {"index.faiss": index}
-    write_artifact(folder, bank_of(centroids_PD, configs, kind, seed), files)
-    return folder
+    landmarks = embeddings(LANDMARKS, centroids_PD.shape[1], 2 * seed + 10**8)
+    for name, beside in (("bank", None), ("field", landmarks)):
+        write_artifact(folder / name, bank_of(centroids_PD, configs, kind, seed, beside), files)
+    return folder / "bank", folder / "field"
 
 
 @contextmanager
@@ -171,13 +188,15 @@ def one_size(folder: Path, patterns: int, settings: dict[str, Any]) -> dict[str,
     queries = embeddings(settings["distinct_queries"], dim, 2 * seed + 1)
     tuning = embeddings(1000, dim, 2 * seed + 10**6)  # the index is tuned on other queries than it is measured on
     with all_cores():
-        bank = ReasoningBank.load(publish(folder / str(patterns), centroids, tuning, settings["configs"], seed))
+        published = publish(folder / str(patterns), centroids, tuning, settings["configs"], seed)
+        bank, fielded = (ReasoningBank.load(path) for path in published)
         peers = searches(centroids)
     exact = truly_nearest(centroids, queries)
     ours: Search = lambda q: np.array([match.pattern.id for match in bank.find_similar_patterns(q, TOP_K)])  # noqa: E731
     calls: dict[str, Callable[[Matrix], Any]] = {name: search for name, search in peers.items() if search is not None}
     similar = partial(bank.find_similar_patterns, k=TOP_K)
-    calls = {"ours, whole answer": bank.optimized_params, "ours, search": similar, **calls}
+    whole = {"ours, whole answer": bank.optimized_params, WITH_FIELD: fielded.optimized_params}
+    calls = {**whole, "ours, search": similar, **calls}
     # every round asks other queries, so that none is answered from a cache
     blocks = [list(block) for block in np.array_split(queries, rounds)]
 
