@@ -14,7 +14,7 @@ from rb_gpu.errors import RegistryError
 from rb_gpu.learn.job_config import RegistryJobConfig
 from rb_gpu.registry import CHAMPION, Registry
 
-from .common import job
+from .common import job, log
 from .versions import difference, listing, statistics, tree
 
 
@@ -38,11 +38,26 @@ def run(config: RegistryJobConfig) -> int:
     else:
         with registry.locked():
             if config.action == "promote":
+                for change in _changes(registry, version):
+                    log.warning("its %s as that of what is served: services must send such queries from now on", change)
                 registry.promote(version, "promoted by hand")
             else:
                 registry.rollback()
         print(f"serving {registry.champion()}")
     return 0
+
+
+def _changes(registry: Registry, version: str) -> list[str]:
+    """In what a version's queries are other than the champion's, which a service would not notice."""
+    known = dict(registry.manifests())
+    served, new = (known.get(one or "") for one in (registry.champion(), version))
+    if served is None or new is None:
+        return []
+    return [
+        f"{name} is {new.get(name)}, not {served.get(name)}"
+        for name in ("metric", "dim", "embedder")
+        if new.get(name) != served.get(name)
+    ]
 
 
 def _difference(registry: Registry, version: str, other: str | None) -> str:

@@ -147,13 +147,18 @@ class Registry:
 
     def rollback(self) -> str:
         """Serves what was served before the champion was promoted, and returns its version; once more goes on back,
-        never forth. Raises RegistryError, ArtifactError.
+        never forth. Raises RegistryError.
         """
         champion, before = self.champion(), self._predecessor()
         if before is None:
             raise RegistryError(f"{self.path} has nothing to roll back to; action=list shows the versions to promote")
-        folder = self.folder(before)
-        verify_artifact(folder, self.hmac_key)
+        try:
+            verify_artifact(self.folder(before), self.hmac_key)
+        except (ArtifactError, RegistryError) as error:
+            raise RegistryError(
+                f"{champion} stays: {before}, which was served before it, cannot be served ({error}); choose another "
+                "by action=list and action=promote version=VERSION"
+            ) from error
         entry = {"version": before, "before": champion, "reason": f"rolled back from {champion}", "rollback": True}
         self._switch(before, entry)
         return before

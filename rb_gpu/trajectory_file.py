@@ -117,7 +117,8 @@ def _select(path: Path, query: str, values: tuple[int, ...]) -> dict[str, Any]:
             cursor = connection.execute(query, values)
             names, rows = [name for name, *_ in cursor.description], cursor.fetchall()
     except sqlite3.Error as error:
-        raise DataError(f"{path}: {error}; give the path of a trajectory log that you may read") from error
+        remedy = "give the path of a trajectory log that is whole and that you may read, or leave it out"
+        raise DataError(f"{path}: {error}; {remedy}") from error
     if alone and wal.exists():  # a writer came meanwhile
         return _select(path, query, values)
     return dict(zip(names, map(list, zip(*rows, strict=True)), strict=False))

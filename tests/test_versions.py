@@ -108,3 +108,17 @@ def test_the_job_finds_the_parent_by_itself(banks, tmp_path, capsys) -> None:
     assert capsys.readouterr().out.rstrip("\n") == tree(load_artifact(registry.path / B)[0])
     with pytest.raises(ConfigError, match="other"):
         RegistryJobConfig(action="list", other=A)
+
+
+def test_who_promotes_another_embedder_by_hand_is_told(
+    registry: Registry, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # a service that reloads it would go on sending the old embedder's queries, and nobody was told
+    settings = RegistryConfig(str(registry.path))
+    run(RegistryJobConfig(action="promote", version=B, registry=settings))
+    assert not caplog.records
+    other = "20260103T000000-00000c"
+    write_artifact(registry.path / other, replace(make_bank(), embedder="e5"), {})
+    run(RegistryJobConfig(action="promote", version=other, registry=settings))
+    assert "its embedder is e5, not none as that of what is served" in caplog.text
+    assert capsys.readouterr().out.endswith(f"serving {other}\n")
