@@ -251,8 +251,8 @@ def believe(
     """The posterior beliefs of every leaf, and of a leaf that is not known, under an objective.
 
     margin: a number, (C,) numbers, or "auto": the standard error of the config's difference to the default over the
-    whole table, since no smaller gain can be told from none. field: what foretells the leaves; their evidence then
-    corrects it, by what it left unexplained.
+    whole table, since no smaller gain can be told from none; 0 with a field, whose choices are shown to pay as a whole
+    before any is made. field: what foretells the leaves; their evidence then corrects it, by what it left unexplained.
     """
     judged = (evidence if field is None else field.residual(evidence)).with_unknown()
     evidence = evidence.with_unknown()
@@ -265,7 +265,7 @@ def believe(
     gain[:, default], gain_variance[:, default] = 0.0, 0.0
     configs = len(root_variance)
     if isinstance(margin, str):
-        margin_C = np.sqrt(np.where(np.isfinite(root_variance), root_variance, 0.0))
+        margin_C = np.sqrt(np.where(np.isfinite(root_variance) & (field is None), root_variance, 0.0))
     else:
         margin_C = np.broadcast_to(np.asarray(margin, dtype=np.float64), (configs,)).copy()
     margin_C[default] = 0.0
