@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from rb_gpu.evidence import OUTCOMES, Evidence, Floats, linear_moments
 from rb_gpu.field import Field
+from rb_gpu.homogeneity import differs, hidden, normal_cdf, varies
 from rb_gpu.objective import Objective
 
 Rows = npt.NDArray[np.int64]
@@ -23,10 +24,8 @@ Rows = npt.NDArray[np.int64]
 PRIOR_ROWS = 4.0
 # and the variance pooled over configs beside a config's own: one that few cells tried twice knows little of its own
 PRIOR_CONFIG_ROWS = 20.0
-FAMILY_ERROR = 0.05
 # share of its variance that an effect keeps once it is taken as 0: not none, so that a precision stays finite
 SPIKE = 1e-6
-_erf = np.frompyfunc(math.erf, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -74,11 +73,6 @@ def choose(
     # probabilities of a floor far out of reach are all 0; the highest quality is then the likeliest to reach it
     fallback = quality.argmax(1) if likeliest else np.full(len(best), default)
     return np.where(eligible.any(1), best, fallback)
-
-
-def normal_cdf(z: Floats) -> Floats:
-    """Standard normal distribution function, elementwise."""
-    return 0.5 * (1.0 + np.asarray(_erf(z / math.sqrt(2.0)), dtype=np.float64))
 
 
 def normal_quantile(share: float) -> float:
@@ -143,7 +137,7 @@ def pool(effect: Floats, variance: Floats, parents: Sequence[Rows], tested: bool
     """
     levels = [*parents, np.zeros(_width(parents, len(effect)), dtype=np.int64)]
     mean, var = effect, variance
-    varied = _varies(effect, variance) if tested else np.ones(effect.shape[1], dtype=bool)
+    varied = varies(effect, variance) if tested else np.ones(effect.shape[1], dtype=bool)
     messages: list[tuple[Floats, Floats, Floats, Floats]] = []
     for parent in levels:
         groups = int(parent.max()) + 1
@@ -155,7 +149,7 @@ def pool(effect: Floats, variance: Floats, parents: Sequence[Rows], tested: bool
         mean, var = up, np.divide(1.0, total, out=np.full(total.shape, np.inf), where=total > 0)
     root_var = var[0]
     if tested:
-        doubtful = ~_differs(mean[0], root_var)
+        doubtful = ~differs(mean[0], root_var)
         mean[0, doubtful] = 0.0
         var[0, doubtful] *= SPIKE
     for parent, (child_mean, child_var, precision, tau2) in zip(reversed(levels), reversed(messages), strict=True):
@@ -182,37 +176,6 @@ def _add(x: Floats, group: Rows, groups: int) -> Floats:
     out = np.zeros((groups, x.shape[1]))
     np.add.at(out, group, x)
     return out
-
-
-def _rejects(p_C: Floats) -> npt.NDArray[np.bool_]:
-    """Which hypotheses fall at a false discovery rate of FAMILY_ERROR / 2 (Benjamini & Hochberg); NaN is no test."""
-    order = np.argsort(np.where(np.isnan(p_C), np.inf, p_C))
-    tests = int(np.count_nonzero(~np.isnan(p_C)))
-    passed = np.flatnonzero(p_C[order[:tests]] <= FAMILY_ERROR / 2 * np.arange(1, tests + 1) / max(tests, 1))
-    rejected = np.zeros(len(p_C), dtype=bool)
-    rejected[order[: passed[-1] + 1 if len(passed) else 0]] = True
-    return rejected
-
-
-def _differs(mean_C: Floats, var_C: Floats) -> npt.NDArray[np.bool_]:
-    """Which configs differ from the default on the whole, by a two-sided normal test."""
-    known = np.isfinite(var_C) & (var_C > 0)
-    z = np.divide(np.abs(mean_C), np.sqrt(var_C), out=np.zeros(len(mean_C)), where=known)
-    return _rejects(np.where(known, 2.0 * normal_cdf(-z), np.nan))
-
-
-def _varies(effect: Floats, variance: Floats) -> npt.NDArray[np.bool_]:
-    """For which configs the leaves scatter more than their errors explain: Cochran's Q (1954), its chi-squared tail by
-    Wilson & Hilferty's cube root (1931).
-    """
-    weight = np.where(np.isfinite(variance), 1.0 / variance, 0.0)
-    total = weight.sum(0)
-    centre = np.divide((weight * effect).sum(0), total, out=np.zeros(total.shape), where=total > 0)
-    freedom = np.isfinite(variance).sum(0) - 1.0
-    ratio = (weight * (effect - centre) ** 2).sum(0) / np.maximum(freedom, 1.0)
-    part = 2.0 / (9.0 * np.maximum(freedom, 1.0))
-    z = (np.cbrt(ratio) - (1.0 - part)) / np.sqrt(part)
-    return _rejects(np.where(freedom > 0, normal_cdf(-z), np.nan))
 
 
 def paule_mandel(mean: Floats, var: Floats, parent: Rows, groups: int) -> Floats:
@@ -251,8 +214,8 @@ def believe(
     """The posterior beliefs of every leaf, and of a leaf that is not known, under an objective.
 
     margin: a number, (C,) numbers, or "auto": the standard error of the config's difference to the default over the
-    whole table, since no smaller gain can be told from none. field: what foretells the leaves; their evidence then
-    corrects it, by what it left unexplained.
+    whole table, since no smaller gain can be told from none; 0 with a field, whose choices are shown to pay as a whole
+    before any is made. field: what foretells the leaves; their evidence then corrects it, by what it left unexplained.
     """
     judged = (evidence if field is None else field.residual(evidence)).with_unknown()
     evidence = evidence.with_unknown()
@@ -261,11 +224,11 @@ def believe(
     gain, gain_variance, root_variance = pool(effect, variance, parents, tested=True)
     if field is not None:
         foretold, foretold_variance, root_variance = _foretold(field, objective.direction, default)
-        gain, gain_variance = gain + foretold, gain_variance + foretold_variance
+        gain, gain_variance = gain + foretold, gain_variance + foretold_variance + hidden(effect, variance)
     gain[:, default], gain_variance[:, default] = 0.0, 0.0
     configs = len(root_variance)
     if isinstance(margin, str):
-        margin_C = np.sqrt(np.where(np.isfinite(root_variance), root_variance, 0.0))
+        margin_C = np.sqrt(np.where(np.isfinite(root_variance) & (field is None), root_variance, 0.0))
     else:
         margin_C = np.broadcast_to(np.asarray(margin, dtype=np.float64), (configs,)).copy()
     margin_C[default] = 0.0

@@ -14,7 +14,7 @@ from rb_gpu.errors import ArtifactError  # noqa: E402
 from rb_gpu.field import FIELD_ARRAYS, SLOPES, kernels  # noqa: E402
 from rb_gpu.learn import learn  # noqa: E402
 from rb_gpu.learn.config import ClusterConfig, DeviceConfig, JudgeConfig, ParamsConfig, TrainConfig  # noqa: E402
-from rb_gpu.learn.field import RIDGES, Regressions, Ridge, Rows, average, fit  # noqa: E402
+from rb_gpu.learn.field import RIDGES, Regressions, Ridge, Rows, average, average_each, canonical, fit  # noqa: E402
 from rb_gpu.learn.trajectories import Source, assemble  # noqa: E402
 from rb_gpu.posterior import normal_quantile  # noqa: E402
 
@@ -56,6 +56,44 @@ def test_noise_leaves_only_the_mean_and_a_signal_survives():
     assert float((flat.unseen_NC - tensor(noise).mean()).std()) < 0.15
     _, [steep] = average([(ridge, tensor(signal))], 400.0)
     assert steep.coefs[0][0, 0].item() == pytest.approx(2.0, rel=0.02)
+
+
+def test_canonical_coordinates_have_uncorrelated_noise_and_signal_and_lead_back():
+    rng = np.random.default_rng(4)
+    signal = rng.normal(size=(500, 2)) @ rng.normal(size=(2, 4))
+    noise = rng.normal(size=(500, 4)) @ rng.normal(size=(4, 4))
+    to, back = canonical(tensor(signal + noise), tensor(signal))
+    assert (to @ back).numpy() == pytest.approx(np.eye(4), abs=1e-9)
+    assert torch.cov((tensor(noise) @ to).T).numpy() == pytest.approx(np.eye(4), abs=1e-9)
+    whole = torch.cov((tensor(signal + noise) @ to).T).numpy()
+    assert np.abs(whole - np.diag(np.diag(whole))).max() < 1e-9
+    # outcomes that are always alike have no noise between them
+    same = tensor(np.repeat(signal[:, :1] + noise[:, :1], 3, axis=1))
+    to, back = canonical(same, tensor(np.repeat(signal[:, :1], 3, axis=1)))
+    assert (same @ to @ back).numpy() == pytest.approx(same.numpy(), abs=1e-6)
+
+
+def test_what_tells_configs_apart_has_a_ridge_of_its_own():
+    # all configs share a strong signal; with the ridge that it asks for, noise was taken for differences
+    rng = np.random.default_rng(5)
+    x, n, configs = rng.normal(size=(300, 60)), 300, 4
+    shared = x @ rng.normal(size=60)
+    y = shared[:, None] + rng.normal(size=(n, configs))
+    ridges = [Ridge(tensor(x), tensor(np.ones(n)))]
+    _, [together] = average([(ridges, tensor(y))], float(n))
+    rows = rows_of(np.repeat(np.arange(n), configs), np.tile(np.arange(configs), n), n, configs)
+    found = fit(Regressions([tensor(x)], rows), tensor(y.ravel()))
+
+    def spread(coef):
+        return float((coef - coef.mean(1, keepdim=True)).square().mean())
+
+    assert spread(found.coefs[0]) < 0.2 * spread(together.coefs[0])
+    assert found.coefs[0].mean(1).numpy() == pytest.approx(together.coefs[0].mean(1).numpy(), abs=0.1)
+    share, alone = average_each(ridges, tensor(y), float(n))
+    for c in range(configs):
+        one_share, [one] = average([(ridges, tensor(y[:, [c]]))], float(n))
+        assert share[:, :, c].numpy() == pytest.approx(one_share.numpy(), abs=1e-12)
+        assert alone.unseen_NC[:, c].numpy() == pytest.approx(one.unseen_NC[:, 0].numpy(), abs=1e-9)
 
 
 def test_an_unseen_prediction_does_not_know_its_row():

@@ -8,8 +8,9 @@ import pytest
 from statsmodels.stats.meta_analysis import combine_effects
 
 from rb_gpu.evidence import Evidence
+from rb_gpu.homogeneity import hidden, normal_cdf, varies
 from rb_gpu.objective import Objective
-from rb_gpu.posterior import believe, choose, normal_cdf, paule_mandel, pool
+from rb_gpu.posterior import believe, choose, paule_mandel, pool
 
 UTILITY = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
 
@@ -149,3 +150,24 @@ def test_choice_falls_back_on_the_default_or_the_best_quality():
 
 def test_the_normal_distribution_function():
     assert normal_cdf(np.array([0.0, 1.96, -8.0])).tolist() == pytest.approx([0.5, 0.9750021, 6.2e-16], rel=1e-2)
+
+
+def test_what_a_test_did_not_find_may_be_there():
+    # the posterior of a query knew its leaf's effect to be the mean: of choices foretold at .99, .83 beat the default
+    rng = np.random.default_rng(8)
+    variance = rng.uniform(0.5, 2.0, (40, 400)) * 0.01
+    tau = np.sqrt(rng.uniform(0, 0.02, 400))
+    effect = tau * rng.normal(size=(40, 400)) + np.sqrt(variance) * rng.normal(size=(40, 400))
+    quiet = ~varies(effect, variance)
+    found = hidden(effect, variance)
+    assert 50 < quiet.sum() < 350 and not found[:, ~quiet].any()
+    # the mean over leaves, since a leaf of many rows knows more of itself
+    left = tau**2 * variance / (tau**2 + variance)
+    assert found[:, quiet].mean() == pytest.approx(left[:, quiet].mean(), rel=0.25)
+    unknown = np.vstack([variance, np.full((1, 400), np.inf)])
+    assert (hidden(np.vstack([effect, np.zeros((1, 400))]), unknown)[-1, quiet] > found[:, quiet].max(0)).all()
+
+
+def test_nothing_is_hidden_among_leaves_without_evidence():
+    assert not hidden(np.zeros((3, 2)), np.full((3, 2), np.inf)).any()
+    assert not hidden(np.array([[0.3, 0.1]]), np.array([[0.1, 0.1]])).any()

@@ -3,7 +3,8 @@
 Every prediction of a training row comes without its query (leave-one-out, in closed form). Slopes and ridges are not
 chosen but averaged, each with the weight that its leave-one-out error earns (pseudo Bayesian model averaging, Geisser &
 Eddy 1979). Float64 torch on the device.
-Suffixes: Q queries, N rows, P places, F features of one slope, C configs, L ridges, S slopes.
+Suffixes: Q queries, N rows, P places, F features of one slope, C configs, L ridges, S slopes, W sets of weights: C of
+them, or 1 for all.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from torch import Tensor
 # in units of a row's noise; the last one leaves the mean alone
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, math.inf)
 SWEEPS = 3
-FOLDS = 5
 # rows that a config must have before it may deviate from the others
 LEAST_ROWS = 3
 # models of less weight are left out of an average
 LEAST_SHARE = 1e-6
+# least noise of a canonical coordinate, as a share of the greatest
+LEAST_NOISE = 1e-6
 # an outcome that varies less inside its configs, as a share of its size, is constant there
 ROUNDING = 1e-9
 TINY = 1e-300
@@ -94,9 +96,9 @@ class Ridge:
         error_NC: Tensor = (y_NC - mean_C - fitted_NC) / self.kept_NL[:, ridge, None]
         return error_NC
 
-    def coef(self, products_FC: Tensor, share_L: Tensor) -> Tensor:
+    def coef(self, products_FC: Tensor, share_LW: Tensor) -> Tensor:
         """(F, C) coefficients summed over ridges with the given shares."""
-        coef_FC: Tensor = self.vectors_FF @ (products_FC * (self.shrunk_FL @ share_L)[:, None])
+        coef_FC: Tensor = self.vectors_FF @ (products_FC * (self.shrunk_FL @ share_LW))
         return coef_FC
 
     def variance(self, x_PF: Tensor, ridge: int) -> Tensor:
@@ -126,27 +128,45 @@ def average(groups: Sequence[tuple[Sequence[Ridge], Tensor]], rows: float) -> tu
     groups: the ridges of every slope, and y (N, C). rows: how many independent ones there are, n in the weights
     exp(−n/2·log(loss / least loss)).
     """
-    solved = [[ridge.solve(y_NC) for ridge in ridges] for ridges, y_NC in groups]
-    slopes, like = range(len(groups[0][0])), groups[0][1]
-    loss_SL = like.new_zeros(len(slopes), len(RIDGES))
-    for (ridges, y_NC), solutions in zip(groups, solved, strict=True):
-        for s in slopes:
-            for i in range(len(RIDGES)):
-                error_NC = ridges[s].errors(y_NC, *solutions[s], i)
-                loss_SL[s, i] += (ridges[s].weight_N[:, None] * error_NC.square()).sum()
-    log_loss = torch.log((loss_SL + TINY) / (loss_SL.min() + TINY))
-    share_SL = torch.softmax(-0.5 * rows * log_loss.flatten(), 0).view_as(loss_SL)
-    share_SL = torch.where(share_SL > LEAST_SHARE, share_SL, 0.0)
-    share_SL = share_SL / share_SL.sum()
-    averages = []
-    for (ridges, y_NC), solutions in zip(groups, solved, strict=True):
-        unseen_NC = torch.zeros_like(y_NC)
-        for s, i in torch.nonzero(share_SL).tolist():
-            unseen_NC += share_SL[s, i] * (y_NC - ridges[s].errors(y_NC, *solutions[s], i))
-        coefs = [ridges[s].coef(solutions[s][1], share_SL[s]) for s in slopes]
-        base_C = solutions[0][0] - torch.stack([ridges[s].mean_F @ coefs[s] for s in slopes]).sum(0)
-        averages.append(Average(coefs, base_C, unseen_NC))
-    return share_SL, averages
+    loss_SL = torch.stack([_losses(ridges, y_NC).sum(2) for ridges, y_NC in groups]).sum(0)
+    share_SLW = _weights(loss_SL[:, :, None], rows)
+    return share_SLW[:, :, 0], [_averaged(ridges, y_NC, share_SLW) for ridges, y_NC in groups]
+
+
+def average_each(ridges: Sequence[Ridge], y_NC: Tensor, rows: float) -> tuple[Tensor, Average]:
+    """The same with weights (S, L, C) of their own for every column of y."""
+    share_SLC = _weights(_losses(ridges, y_NC), rows)
+    return share_SLC, _averaged(ridges, y_NC, share_SLC)
+
+
+def _losses(ridges: Sequence[Ridge], y_NC: Tensor) -> Tensor:
+    """(S, L, C) squared leave-one-out errors."""
+    loss_SLC = y_NC.new_zeros(len(ridges), len(RIDGES), y_NC.shape[1])
+    for s, ridge in enumerate(ridges):
+        solved = ridge.solve(y_NC)
+        for i in range(len(RIDGES)):
+            loss_SLC[s, i] = ridge.weight_N @ ridge.errors(y_NC, *solved, i).square()
+    return loss_SLC
+
+
+def _weights(loss_SLW: Tensor, rows: float) -> Tensor:
+    log_loss = torch.log((loss_SLW + TINY) / (loss_SLW.amin((0, 1)) + TINY))
+    share_SLW = torch.softmax(-0.5 * rows * log_loss.flatten(0, 1), 0).view_as(loss_SLW)
+    share_SLW = torch.where(share_SLW > LEAST_SHARE, share_SLW, 0.0)
+    return share_SLW / share_SLW.sum((0, 1))
+
+
+def _averaged(ridges: Sequence[Ridge], y_NC: Tensor, share_SLW: Tensor) -> Average:
+    solved = [ridge.solve(y_NC) for ridge in ridges]
+    unseen_NC = torch.zeros_like(y_NC)
+    for s, i in torch.nonzero(share_SLW.sum(2)).tolist():
+        unseen_NC += share_SLW[s, i] * (y_NC - ridges[s].errors(y_NC, *solved[s], i))
+    coefs = [
+        ridge.coef(products_FC, share_LW)
+        for ridge, (_, products_FC), share_LW in zip(ridges, solved, share_SLW, strict=True)
+    ]
+    passed_C = torch.stack([ridge.mean_F @ coef for ridge, coef in zip(ridges, coefs, strict=True)]).sum(0)
+    return Average(coefs, solved[0][0] - passed_C, unseen_NC)
 
 
 @dataclass(frozen=True)
@@ -234,49 +254,51 @@ def fit(regressions: Regressions, y_N: Tensor) -> Fit:
 
 
 def _fit_full(regressions: Regressions, y_N: Tensor) -> tuple[Fit, Fit]:
-    """Every query under every config: all configs in one regression, then each prediction corrected by all."""
+    """Every query under every config: a regression of its own for each canonical coordinate.
+
+    What tells configs apart is not foretold as well as what they share, and asks for other slopes and ridges.
+    """
     rows, by_config = regressions.rows, regressions.own
     y_QC = y_N.new_zeros(rows.queries, rows.configs)
     y_QC[rows.query_N, rows.config_N] = y_N
-    weight_Q = torch.ones_like(y_QC[:, 0])
-    share_SL, [first] = average([(regressions.shared, y_QC)], rows.effective)
     level_C = y_QC.mean(0)
-    common = [w.mean(1, keepdim=True).expand_as(w) for w in first.coefs]
-    plain_QC = level_C + (first.unseen_NC - level_C).mean(1, keepdim=True)
-    plain_N = plain_QC[rows.query_N, rows.config_N]
-    base_C = level_C - level_C.mean() + first.base_C.mean()
-    plain = Fit(common, base_C, plain_N, plain_QC, False, share_SL, by_config)
-    # curds and whey (Breiman & Friedman 1997): a ridge regression of what is left unexplained on the predictions of all
-    # configs, so that alike ones share their noise
-    apart_QC = _by_folds(regressions.features, y_QC, share_SL)
-    scale = apart_QC.std(0).mean().clamp(min=TINY)
-    unmixed_QC = level_C + apart_QC
-    _, [second] = average([([Ridge(apart_QC / scale, weight_Q)], y_QC - unmixed_QC)], rows.effective)
-    mixing_CC = second.coefs[0] / scale
-    coefs = [w + w @ mixing_CC for w in first.coefs]
-    base_C = first.base_C + (first.base_C - level_C) @ mixing_CC + second.base_C
-    unseen_QC = unmixed_QC + second.unseen_NC
-    unseen_N = unseen_QC[rows.query_N, rows.config_N]
-    deviating = Fit(coefs, base_C, unseen_N, unseen_QC, True, share_SL, by_config)
+    _, [first] = average([(regressions.shared, y_QC)], rows.effective)
+    to_CC, back_CC = canonical(y_QC, first.unseen_NC)
+    share_SLC, found = average_each(regressions.shared, (y_QC - level_C) @ to_CC, rows.effective)
+    coefs, base_C = [w @ back_CC for w in found.coefs], level_C + found.base_C @ back_CC
+    unseen_QC = level_C + found.unseen_NC @ back_CC
+    # the models by how much their coordinates tell configs apart
+    apart_C = (back_CC - back_CC.mean(1, keepdim=True)).square().sum(1)
+    share_SL = share_SLC @ (apart_C / apart_C.sum())
+    plain_QC = level_C + (unseen_QC - level_C).mean(1, keepdim=True)
+    plain = Fit(
+        [w.mean(1, keepdim=True).expand_as(w) for w in coefs],
+        level_C - level_C.mean() + base_C.mean(),
+        plain_QC[rows.query_N, rows.config_N],
+        plain_QC,
+        False,
+        share_SL,
+        by_config,
+    )
+    deviating = Fit(coefs, base_C, unseen_QC[rows.query_N, rows.config_N], unseen_QC, True, share_SL, by_config)
     return plain, deviating
 
 
-def _by_folds(features: Sequence[Tensor], y_QC: Tensor, share_SL: Tensor) -> Tensor:
-    """(Q, C) predictions without the query's fold, less their mean over that fold.
+def canonical(y_QC: Tensor, unseen_QC: Tensor) -> tuple[Tensor, Tensor]:
+    """Two (C, C) matrices, each the other's inverse: to coordinates in which noise and signal are uncorrelated, and
+    back.
 
-    Leave-one-out predictions would tell a second regression the very outcome that they leave out: where nothing can be
-    foretold they are the mean of the others, which falls as the outcome rises.
+    A Gaussian process of several outcomes whose covariance is one of places times one of outcomes falls apart into
+    single ones there (Bonilla, Chai & Williams 2008; the canonical coordinates of Breiman & Friedman 1997). Noise is
+    what predictions without the query left unexplained; the coordinates have noise 1.
     """
-    fold_Q = torch.arange(len(y_QC), device=y_QC.device) % FOLDS
-    apart_QC = torch.zeros_like(y_QC)
-    for fold in range(FOLDS):
-        mine_Q = fold_Q == fold
-        for x_QF, share_L in zip(features, share_SL, strict=True):
-            if share_L.any():
-                ridge = Ridge(x_QF[~mine_Q], torch.ones_like(y_QC[~mine_Q, 0]))
-                apart_QC[mine_Q] += x_QF[mine_Q] @ ridge.coef(ridge.solve(y_QC[~mine_Q])[1], share_L)
-        apart_QC[mine_Q] -= apart_QC[mine_Q].mean(0)
-    return apart_QC
+    noise_CC = torch.cov((y_QC - unseen_QC).T)
+    signal_CC = torch.cov(y_QC.T) - noise_CC
+    noise_C, axes_CC = torch.linalg.eigh(noise_CC)
+    sd_C = noise_C.clamp(min=LEAST_NOISE * float(noise_C[-1]) + TINY).sqrt()
+    white_CC = axes_CC / sd_C
+    _, turn_CC = torch.linalg.eigh(white_CC.T @ signal_CC @ white_CC)
+    return white_CC @ turn_CC, turn_CC.T @ (sd_C[:, None] * axes_CC.T)
 
 
 def _fit_rows(regressions: Regressions, y_N: Tensor) -> tuple[Fit, Fit]:

@@ -14,9 +14,10 @@ import torch
 from scipy.stats import t as students_t
 from torch import Tensor
 
-from rb_gpu.learn.field import FOLDS, ROUNDING, TINY, Fit, Rows
+from rb_gpu.learn.field import ROUNDING, TINY, Fit, Rows
 from rb_gpu.objective import Objective
 
+FOLDS = 5
 DRAWS = 64
 # 5 % less what folds that share rows take for known: without it 5 to 6 % of worlds without a better config passed
 FAMILY_ERROR = 0.04
