@@ -214,8 +214,9 @@ def believe(
     """The posterior beliefs of every leaf, and of a leaf that is not known, under an objective.
 
     margin: a number, (C,) numbers, or "auto": the standard error of the config's difference to the default over the
-    whole table, since no smaller gain can be told from none; 0 with a field, whose choices are shown to pay as a whole
-    before any is made. field: what foretells the leaves; their evidence then corrects it, by what it left unexplained.
+    whole table, since no smaller gain can be told from none; 0 for leaves with a field, whose choices are shown to pay
+    as a whole before any is made. field: what foretells the leaves; their evidence then corrects it, by what it left
+    unexplained.
     """
     judged = (evidence if field is None else field.residual(evidence)).with_unknown()
     evidence = evidence.with_unknown()
@@ -228,12 +229,17 @@ def believe(
     gain[:, default], gain_variance[:, default] = 0.0, 0.0
     configs = len(root_variance)
     if isinstance(margin, str):
-        margin_C = np.sqrt(np.where(np.isfinite(root_variance) & (field is None), root_variance, 0.0))
+        unknown_C = np.sqrt(np.where(np.isfinite(root_variance), root_variance, 0.0))
+        margin_C = unknown_C.copy() if field is None else np.zeros(configs)
     else:
         margin_C = np.broadcast_to(np.asarray(margin, dtype=np.float64), (configs,)).copy()
-    margin_C[default] = 0.0
+        unknown_C = margin_C.copy()
+    margin_C[default] = unknown_C[default] = 0.0
+    lead = gain - margin_C
+    # the test of choices was of queries like those learned from, which one that is near no leaf is not
+    lead[-1] = gain[-1] - unknown_C
     known = np.isfinite(gain_variance) & (gain_variance > 0)
-    z_PC = np.divide(gain - margin_C, np.sqrt(gain_variance), out=np.full(gain.shape, -np.inf), where=known)
+    z_PC = np.divide(lead, np.sqrt(gain_variance), out=np.full(gain.shape, -np.inf), where=known)
     probability = np.where(known, normal_cdf(np.where(known, z_PC, 0.0)), 0.0)
 
     direction = objective.quality_direction
@@ -243,7 +249,7 @@ def believe(
     if field is not None:
         quality, quality_var = quality + (field.base + field.mean) @ direction, quality_var + field.quality_variance
     score = gain
-    test, test_sd = np.where(known, gain - margin_C, 0.0), np.sqrt(np.where(known, gain_variance, 0.0))
+    test, test_sd = np.where(known, lead, 0.0), np.sqrt(np.where(known, gain_variance, 0.0))
     if objective.kind == "bound":
         keeps = _keeps_bound(evidence, objective)
         probability = np.where(keeps[:, [default]], probability, 1.0) * keeps

@@ -219,6 +219,15 @@ def test_a_query_gets_its_leaves_and_the_field(bank):
     assert answer.config_id == (gain_C.argmax() if gain_C.max() > data.arrays["margin"].max() else default)
 
 
+def test_no_margin_near_a_leaf_and_one_near_none(bank):
+    # a query unlike all others was given the config that is best by a hair over all of them
+    arrays = bank.data.arrays
+    others = np.arange(len(bank.configs)) != bank.data.default
+    lead = arrays["field_test"] - arrays["gain"]
+    assert (arrays["margin"] == 0).all() and np.abs(lead[:-1][:, others]).max() < 1e-6
+    assert (lead[-1, others] < -1e-4).all()
+
+
 def test_a_place_unlike_all_queries_is_not_foretold_beyond_them(bank):
     # a leaf's centroid lies nearer to many landmarks than any query does: the field said +0.7 of one, unbounded
     data, field = bank.data, bank.data.field
