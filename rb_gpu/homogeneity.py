@@ -11,16 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from rb_gpu.evidence import Floats
+from rb_gpu.normal import normal_cdf
 
 FAMILY_ERROR = 0.05
 # of a moment estimate, in standard errors: one further below 0 says no more
 LEAST_Z = -3.0
-_erf = np.frompyfunc(math.erf, 1, 1)
-
-
-def normal_cdf(z: Floats) -> Floats:
-    """Standard normal distribution function, elementwise."""
-    return 0.5 * (1.0 + np.asarray(_erf(z / math.sqrt(2.0)), dtype=np.float64))
 
 
 def _rejects(p_C: Floats) -> npt.NDArray[np.bool_]:

@@ -6,7 +6,6 @@ Suffixes: P leaves, C configs, O outcomes, G nodes of the level above.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,8 @@ import numpy.typing as npt
 
 from rb_gpu.evidence import OUTCOMES, Evidence, Floats, linear_moments
 from rb_gpu.field import Field
-from rb_gpu.homogeneity import differs, hidden, normal_cdf, varies
+from rb_gpu.homogeneity import differs, hidden, varies
+from rb_gpu.normal import normal_cdf
 from rb_gpu.objective import Objective
 
 Rows = npt.NDArray[np.int64]
@@ -73,15 +73,6 @@ def choose(
     # probabilities of a floor far out of reach are all 0; the highest quality is then the likeliest to reach it
     fallback = quality.argmax(1) if likeliest else np.full(len(best), default)
     return np.where(eligible.any(1), best, fallback)
-
-
-def normal_quantile(share: float) -> float:
-    """Where a standard normal variable falls below with this probability, by bisection; ±40 at 0 and 1."""
-    low, high = -40.0, 40.0
-    for _ in range(100):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if 0.5 * math.erfc(-middle / math.sqrt(2.0)) < share else (low, middle)
-    return high
 
 
 def effects(evidence: Evidence, direction_O: Floats, default: int) -> tuple[Floats, Floats]:

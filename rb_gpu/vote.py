@@ -15,9 +15,9 @@ import numpy.typing as npt
 from rb_gpu.bank_data import BankData, LookupSettings, squared_norms
 from rb_gpu.evidence import OUTCOMES
 from rb_gpu.field_cells import FieldCells
-from rb_gpu.homogeneity import normal_cdf
+from rb_gpu.normal import normal_cdf, normal_quantile
 from rb_gpu.params import ConfigTable, SearchParams, round_half_up, snap
-from rb_gpu.posterior import believe, choose, normal_quantile
+from rb_gpu.posterior import believe, choose
 from rb_gpu.search import Search, open_search
 from rb_gpu.types import OptimizedParams, ParamSource, Tradeoff
 from rb_gpu.usage import Ratings

@@ -16,7 +16,7 @@ from rb_gpu.learn import learn  # noqa: E402
 from rb_gpu.learn.config import ClusterConfig, DeviceConfig, JudgeConfig, ParamsConfig, TrainConfig  # noqa: E402
 from rb_gpu.learn.field import RIDGES, Regressions, Ridge, Rows, average, average_each, canonical, fit  # noqa: E402
 from rb_gpu.learn.trajectories import Source, assemble  # noqa: E402
-from rb_gpu.posterior import normal_quantile  # noqa: E402
+from rb_gpu.normal import normal_quantile  # noqa: E402
 
 
 def tensor(x):

@@ -8,7 +8,8 @@ import pytest
 from statsmodels.stats.meta_analysis import combine_effects
 
 from rb_gpu.evidence import Evidence
-from rb_gpu.homogeneity import hidden, normal_cdf, varies
+from rb_gpu.homogeneity import hidden, varies
+from rb_gpu.normal import normal_cdf
 from rb_gpu.objective import Objective
 from rb_gpu.posterior import believe, choose, paule_mandel, pool
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from rb_gpu.homogeneity import normal_cdf
-from rb_gpu.posterior import Beliefs, choose, normal_quantile
+from rb_gpu.normal import normal_cdf, normal_quantile
+from rb_gpu.posterior import Beliefs, choose
 
 Floats = npt.NDArray[np.float64]
 
