@@ -32,8 +32,6 @@ Search = Callable[[Matrix], npt.NDArray[np.int64]]
 TOP_K = 5
 M, EF_CONSTRUCTION, EF_SEARCH = 32, 200, 64
 SMALL_BANK = 1024
-# as many as a job takes from a thousand queries on
-LANDMARKS = 256
 WITH_FIELD = "ours, with a field"
 FRESH_STARTS = 9
 EXACT_QUERIES = 100
@@ -152,6 +150,7 @@ def publish(folder: Path, centroids_PD: Matrix, queries_QD: Matrix, configs: int
     """Two artifacts, without and with a field, with the index that a job builds where the bank is served by one."""
     from rb_gpu.learn.config import IndexConfig
     from rb_gpu.learn.index import build_index
+    from rb_gpu.learn.landmarks import LANDMARKS
 
     kind = "hnsw" if len(centroids_PD) > EXACT_LEAVES and optional("faiss") is not None else "off"
     index = build_index(centroids_PD, IndexConfig(kind=kind), queries_QD, TOP_K)
