@@ -103,9 +103,9 @@ class ClusterConfig:
 
 @dataclass
 class JudgeConfig:
-    """How configs are compared. Weights are in units of quality. min_probability auto: 0.5 where one test has shown
-    that the choices for unseen queries pay, else 0.8, and 0.8 for a floor, which is a promise. half_life in days
-    (null: no decay; auto: by forward validation, decay.py).
+    """How configs are compared. Weights are in units of quality. margin auto: see posterior.believe. min_probability
+    auto: 0.5 where one test has shown that the choices for unseen queries pay, else 0.8, and 0.8 for a floor, which is
+    a promise. half_life in days (null: no decay; auto: by forward validation, decay.py).
     """
 
     method: str = "eb"
