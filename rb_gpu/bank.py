@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rb_gpu.bank_data import BankData, check_bank
+from rb_gpu.batch import vote
 from rb_gpu.errors import ArtifactError
 from rb_gpu.params import ConfigTable, SearchParams
 from rb_gpu.source import ArtifactSource
@@ -29,7 +30,7 @@ from rb_gpu.types import (
 )
 from rb_gpu.usage import Counts
 from rb_gpu.views import PatternView, VerdictView
-from rb_gpu.vote import BankState, answer, fallback, interpolate, queries_of, unit_query, vote
+from rb_gpu.vote import BankState, answer, fallback, interpolate, unit_query
 from rb_gpu.watcher import Watcher
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ class ReasoningBank:
         pattern_id (-1 where the default is returned) and one column per search parameter.
         """
         state = self._state if tradeoff is None else self._state.under(tradeoff)
-        rows, config, confidence, quality, gain = vote(state, *queries_of(queries, state.dim, 2))
+        rows, config, confidence, quality, gain = vote(state, queries)
         acted = (rows >= 0) & (config != state.configs.default)
         pattern_id = np.where(acted, state.data.arrays["pattern_id"][np.maximum(rows, 0)].astype(np.int64), -1)
         self._counts.add(len(rows), int(acted.sum()), float(confidence.sum()), float(gain.sum()))

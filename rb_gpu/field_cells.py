@@ -20,7 +20,8 @@ class FieldCells:
     """What a lookup mixes and adds where there is a field, for one objective.
 
     cells_UE: as in BankState, with `test` in place of the probability, each less what the field says of the leaf on the
-    whole, and then the standard deviation of the test.
+    whole, and then the standard deviation of the test. block: which columns of `shift` the first four blocks are moved
+    by; blocks for which the field says the same share theirs.
     """
 
     def __init__(
@@ -33,19 +34,15 @@ class FieldCells:
         expense = np.zeros(len(OUTCOMES))
         expense[OUTCOMES.index("cost")] = -1.0
         quality_O, gain_O = objective.quality_direction, objective.direction
-        columns = [
-            (expense, False) if floor else (gain_O, True),
-            (quality_O, False) if floor else (gain_O, True),
-            (gain_O, True),
-            (quality_O, False),
-        ]
+        said = [(gain_O, True), (quality_O, False), (expense, False)][: 3 if floor else 2]
+        said_of_block = (2, 1, 0, 1) if floor else (0, 0, 0, 1)
         # times the first slope, and the kernels' constant put into what they are multiplied by
         self.landmarks_MD = np.ascontiguousarray(field.landmarks * np.float32(SLOPES[0]))
         constant_F = np.exp(-np.repeat(SLOPES, len(field.landmarks)))
-        shift, low, high = [], [], []
+        shift, means, low, high = [], [], [], []
         cells = cells_UE.astype(np.float64)
         cells[:, configs : 2 * configs] = test_UC
-        for block, (direction_O, relative) in enumerate(columns):
+        for direction_O, relative in said:
             part, mean = field.coef @ direction_O, field.mean @ direction_O
             ends = (field.gain_low, field.gain_high) if relative else (field.low, field.high)
             low.append(np.minimum(ends[0] * direction_O, ends[1] * direction_O).sum(1))
@@ -53,18 +50,21 @@ class FieldCells:
             if relative:
                 part, mean = part - part[:, [default]], mean - mean[:, [default]]
             shift.append(part)
+            means.append(mean)
+        for block, one in enumerate(said_of_block):
             # the last row stands for a query that is near no leaf, of which the field says nothing
-            cells[:-1, block * configs : (block + 1) * configs] -= mean[:-1]
+            cells[:-1, block * configs : (block + 1) * configs] -= means[one][:-1]
         if not floor:
             # a default that beats itself would be an answer with a pattern behind it
             cells[:, configs + default] = -MAX_CELL
         self._low_E, self._high_E = (np.concatenate(end).astype(np.float32) for end in (low, high))
         self._shift_FE = np.ascontiguousarray(np.concatenate(shift, 1) * constant_F[:, None], dtype=np.float32)
+        self.width, self.block = len(self._low_E), [slice(i * configs, (i + 1) * configs) for i in said_of_block]
         self.cells_UE = np.concatenate([cells, test_sd_UC], 1).astype(np.float32)
 
     def shift(self, steep_M: Matrix) -> Matrix:
-        """(..., 4C) what the field says of queries with these products (..., M) with landmarks_MD, within what it said
-        of training queries: a place unlike theirs is not foretold.
+        """(..., width) what the field says of queries with these products (..., M) with landmarks_MD, within what it
+        said of training queries: a place unlike theirs is not foretold.
         """
         found: Matrix = kernels(steep_M).dot(self._shift_FE)
         np.maximum(found, self._low_E, out=found)

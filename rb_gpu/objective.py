@@ -1,10 +1,13 @@
-"""What is maximised, as a combination of outcomes. NumPy only, for the batch job and the lookup alike."""
+"""What is maximised, as a combination of outcomes, and which config that makes. NumPy only, for the batch job and the
+lookup alike.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from rb_gpu.evidence import OUTCOMES, Floats
 
@@ -46,3 +49,19 @@ class Objective:
             return quality
         octaves = np.log2(np.maximum(latency_us, 1.0) / self.latency_ref_us)
         return quality - self.latency_weight * octaves - self.cost_weight * cost / self.cost_ref
+
+
+def choose(
+    score: npt.NDArray[np.floating],
+    probability: npt.NDArray[np.floating],
+    quality: npt.NDArray[np.floating],
+    least: float | npt.NDArray[np.floating],
+    default: int,
+    likeliest: bool,
+) -> npt.NDArray[np.int64]:
+    """For each row of (P, C): argmax score where probability >= least, else the default, or argmax quality."""
+    eligible = np.where(probability >= least, score, -np.inf)
+    best = eligible.argmax(1)
+    none = eligible[np.arange(len(best)), best] == -np.inf
+    # probabilities of a floor far out of reach are all 0; the highest quality is then the likeliest to reach it
+    return np.where(none, quality.argmax(1) if likeliest else default, best)

@@ -16,7 +16,7 @@ from rb_gpu.evidence import OUTCOMES, Evidence, Floats, linear_moments
 from rb_gpu.field import Field
 from rb_gpu.homogeneity import differs, hidden, varies
 from rb_gpu.normal import normal_cdf
-from rb_gpu.objective import Objective
+from rb_gpu.objective import Objective, choose
 
 Rows = npt.NDArray[np.int64]
 
@@ -57,22 +57,6 @@ class Beliefs:
         that).
         """
         return choose(self.score, self.probability, self.quality, min_probability, default, likeliest)
-
-
-def choose(
-    score: npt.NDArray[np.floating],
-    probability: npt.NDArray[np.floating],
-    quality: npt.NDArray[np.floating],
-    least: float | npt.NDArray[np.floating],
-    default: int,
-    likeliest: bool,
-) -> Rows:
-    """For each row of (P, C): argmax score where probability >= least, else the default, or argmax quality."""
-    eligible = probability >= least
-    best = np.where(eligible, score, -np.inf).argmax(1)
-    # probabilities of a floor far out of reach are all 0; the highest quality is then the likeliest to reach it
-    fallback = quality.argmax(1) if likeliest else np.full(len(best), default)
-    return np.where(eligible.any(1), best, fallback)
 
 
 def effects(evidence: Evidence, direction_O: Floats, default: int) -> tuple[Floats, Floats]:

@@ -5,7 +5,6 @@ Suffixes: P leaves, D dims, B queries, K neighbours.
 
 from __future__ import annotations
 
-import logging
 import threading
 from typing import Any, Protocol
 
@@ -14,8 +13,6 @@ import numpy.typing as npt
 
 from rb_gpu.errors import ArtifactError
 from rb_gpu.index_file import check_index
-
-log = logging.getLogger(__name__)
 
 Matrix = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float32]
@@ -28,7 +25,9 @@ FEW = 16
 # candidates of an index that are compared exactly, at least: its own distances are of compressed vectors
 CANDIDATES = 16
 # cosines of a batch that are held at once: enough for the product's full speed, little beside a service's memory
-TILE_CELLS = 2**22
+TILE_CELLS = 2**20
+# and of these, that are ranked at once: few enough to stay in a core's cache from one neighbour to the next
+RANKED_CELLS = 2**18
 # queries of a batch whose candidates' vectors are held at once
 GATHERED_ROWS = 256
 
@@ -65,18 +64,23 @@ def largest(values: Vector, k: int) -> tuple[list[int], list[float]]:
 
 
 def largest_in_rows(values_BP: Matrix, k: int) -> tuple[Rows, Matrix]:
-    """The same for every row: positions and values (B, k)."""
+    """The same for every row of a contiguous array: positions and values (B, k)."""
     if k > FEW:
         rows = _stable_top(values_BP, k)
         return rows, np.take_along_axis(values_BP, rows, 1)
-    each = np.arange(len(values_BP))
-    rows = np.empty((len(values_BP), k), np.int64)
-    found = np.empty((len(values_BP), k), np.float32)
-    for j in range(k):
-        rows[:, j] = best = values_BP.argmax(1)
-        found[:, j] = values_BP[each, best]
-        values_BP[each, best] = -np.inf
-    return rows, found
+    rows_KB = np.empty((k, len(values_BP)), np.int64)
+    found_KB = np.empty((k, len(values_BP)), np.float32)
+    step = max(64, RANKED_CELLS // values_BP.shape[1])
+    for start in range(0, len(values_BP), step):
+        few_BP = values_BP[start : start + step]
+        # flat positions are read and written in half the time of pairs
+        flat, row_start_B = few_BP.reshape(-1), np.arange(0, few_BP.size, few_BP.shape[1])
+        for j in range(k):
+            row_B = few_BP.argmax(1)
+            best_B = row_start_B + row_B
+            rows_KB[j, start : start + step], found_KB[j, start : start + step] = row_B, flat[best_B]
+            flat[best_B] = -np.inf
+    return rows_KB.T, found_KB.T
 
 
 def _stable_top(values_BP: Matrix, k: int) -> Rows:
@@ -108,11 +112,14 @@ class ExactSearch:
     def nearest(self, x_BD: Matrix, k: int) -> tuple[Rows, Matrix]:
         """See Search.nearest."""
         k = min(k, len(self._unit_PD))
-        rows_BK, cosine_BK = np.empty((len(x_BD), k), np.int64), np.empty((len(x_BD), k), np.float32)
-        tile_rows = max(64, TILE_CELLS // len(self._unit_PD))
-        for start in range(0, len(x_BD), tile_rows):
-            tile = slice(start, start + tile_rows)
-            rows_BK[tile], cosine_BK[tile] = largest_in_rows(x_BD[tile] @ self._unit_DP, k)
+        # columns in a row, for they are read one by one
+        rows_BK, cosine_BK = np.empty((k, len(x_BD)), np.int64).T, np.empty((k, len(x_BD)), np.float32).T
+        step = max(64, TILE_CELLS // len(self._unit_PD))
+        held_BP = np.empty((min(step, len(x_BD)), len(self._unit_PD)), np.float32)
+        for start in range(0, len(x_BD), step):
+            tile = slice(start, start + step)
+            values_BP = np.matmul(x_BD[tile], self._unit_DP, out=held_BP[: len(x_BD) - start])
+            rows_BK[tile], cosine_BK[tile] = largest_in_rows(values_BP, k)
         return rows_BK, cosine_BK
 
 
@@ -191,7 +198,10 @@ def open_search(unit_PD: Matrix, index: Any, kind: str, wanted: str) -> Search:
         import faiss
     except ImportError:
         if wanted == "auto":
-            log.warning("%d patterns are searched exactly without Faiss: pip install 'rb_gpu[index]'", len(unit_PD))
+            import logging
+
+            message = "%d patterns are searched exactly without Faiss: pip install 'rb_gpu[index]'"
+            logging.getLogger(__name__).warning(message, len(unit_PD))
             return ExactSearch(unit_PD)
         raise ArtifactError("search=index needs Faiss; pip install 'rb_gpu[index]' or use search=exact") from None
     return FaissSearch(read_index(faiss, index, *unit_PD.shape), kind, unit_PD, faiss.swig_ptr)

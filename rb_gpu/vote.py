@@ -1,4 +1,4 @@
-"""How an answer is made: the vote of the nearest patterns over tried configs, or the reference's interpolation.
+"""How one query is answered: the vote of the nearest patterns over tried configs, or the reference's interpolation.
 
 Suffixes: B queries, K nearest leaves, D dims, P leaves, U = P + 1 leaves and what stands for no leaf, C configs.
 """
@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rb_gpu.bank_data import BankData, LookupSettings, squared_norms
+from rb_gpu.bank_data import BankData, squared_norms
 from rb_gpu.evidence import OUTCOMES
 from rb_gpu.field_cells import FieldCells
-from rb_gpu.normal import normal_cdf, normal_quantile
+from rb_gpu.normal import normal_quantile
 from rb_gpu.params import ConfigTable, SearchParams, round_half_up, snap
-from rb_gpu.posterior import believe, choose
+from rb_gpu.posterior import believe
 from rb_gpu.search import Search, open_search
 from rb_gpu.types import OptimizedParams, ParamSource, Tradeoff
 from rb_gpu.usage import Ratings
@@ -25,10 +25,8 @@ from rb_gpu.views import PatternView, VerdictView
 
 Matrix = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float32]
-Votes = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Matrix, Matrix, Matrix]
 
 REMEMBERED_TRADEOFFS = 32
-VOTE_ROWS = 4096
 FLOAT32 = np.dtype(np.float32)
 # a float32 square sum between these is exact enough to divide by; outside, float64 decides
 SAFE_SQUARES = (1e-30, 1e30)
@@ -105,15 +103,12 @@ def unit_query(query: npt.ArrayLike, dim: int) -> Vector:
         if SAFE_SQUARES[0] < squares < SAFE_SQUARES[1]:
             unit: Vector = np.multiply(query, 1.0 / math.sqrt(squares))
             return unit
-    values_1D, scale_1 = queries_of(query, dim, 1)
+    values_1D, scale_1 = scaled(queries_of(query, dim, 1))
     return np.asarray(values_1D[0] * scale_1[0])
 
 
-def queries_of(query: npt.ArrayLike, dim: int, ndim: int) -> tuple[Matrix, Vector]:
-    """Queries (B, D) float32, from (D,) where ndim is 1, and what each is multiplied by for norm 1 (B,) float32.
-
-    Raises ValueError saying what came.
-    """
+def queries_of(query: npt.ArrayLike, dim: int, ndim: int) -> Matrix:
+    """Queries (B, D) float32, from (D,) where ndim is 1. Raises ValueError saying what came."""
     try:
         given = np.asarray(query)
         if given.dtype.kind not in "fiu":
@@ -125,19 +120,24 @@ def queries_of(query: npt.ArrayLike, dim: int, ndim: int) -> tuple[Matrix, Vecto
     if values.ndim != ndim or values.shape[-1] != dim:
         expected = f"({dim},)" if ndim == 1 else f"(B, {dim})"
         raise ValueError(f"query has shape {values.shape}, expected {expected}; embed it with the bank's embedder")
-    values = values.reshape(-1, dim)
+    return values.reshape(-1, dim)
+
+
+def scaled(values_BD: Matrix) -> tuple[Matrix, Vector]:
+    """Queries (B, D), and what each is multiplied by for norm 1 (B,). Raises ValueError where one has no direction."""
     with np.errstate(over="ignore", invalid="ignore"):
-        squares = np.einsum("bd,bd->b", values, values)
+        squares = np.einsum("bd,bd->b", values_BD, values_BD)
     if len(squares) == 0 or (SAFE_SQUARES[0] < squares.min() and squares.max() < SAFE_SQUARES[1]):
-        return values, 1.0 / np.sqrt(squares)
-    exact = np.einsum("bd,bd->b", values, values, dtype=np.float64)
+        return values_BD, 1.0 / np.sqrt(squares)
+    exact = np.einsum("bd,bd->b", values_BD, values_BD, dtype=np.float64)
     if not ((exact > 0) & np.isfinite(exact)).all():
         raise ValueError("query holds NaN or infinity, or has norm 0; check the embedder's output")
-    return (values / np.sqrt(exact)[:, None]).astype(np.float32), np.ones(len(values), np.float32)
+    return (values_BD / np.sqrt(exact)[:, None]).astype(np.float32), np.ones(len(values_BD), np.float32)
 
 
 def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
-    """The vote for one query (D,): what `vote` computes, by the shortest way for one. Raises ValueError on a bad query.
+    """The vote for one query (D,): what `batch.vote` computes, by the shortest way for one. Raises ValueError on a bad
+    query.
 
     Nearest leaves that reach the floor vote with weight softmax(β·cos), and the field adds what it says of the query;
     no leaf does: row -1 of the cells, the last, which stands for a query that is near no pattern.
@@ -154,7 +154,9 @@ def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
         mixed_E = share.dot(cells_UE.take(rows[: len(weight)], 0))
         nearest = rows[0]
         if field is not None:
-            mixed_E[: 4 * configs] += field.shift(field.landmarks_MD.dot(unit_D))
+            said_E = field.shift(field.landmarks_MD.dot(unit_D))
+            for block, columns in enumerate(field.block):
+                mixed_E[block * configs : (block + 1) * configs] += said_E[columns]
     else:
         mixed_E, nearest = cells_UE[-1], -1
     sure_C = mixed_E[configs : 2 * configs]
@@ -172,126 +174,6 @@ def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
 def _probability(test: float, sd: float) -> float:
     """That a normal variable of this mean and standard deviation exceeds 0."""
     return 0.5 * math.erfc(-test / (sd * math.sqrt(2.0))) if sd > 0 else float(test > 0)
-
-
-def vote(state: BankState, values_BD: Matrix, scale_B: Vector) -> Votes:
-    """For queries as `queries_of` gives them: nearest leaf (B,) or -1 where none is near, config, confidence, expected
-    quality and expected gain, (B,) each.
-    """
-    parts = [
-        _vote_part(state, values_BD[i : i + VOTE_ROWS], scale_B[i : i + VOTE_ROWS])
-        for i in range(0, len(values_BD), VOTE_ROWS)
-    ]
-    none, nothing = np.zeros(0, np.int64), np.zeros(0, np.float32)
-    columns = zip((none, none, nothing, nothing, nothing), *parts, strict=True)
-    row, config, confidence, quality, gain = (np.concatenate(c) for c in columns)
-    return row, config, confidence, quality, gain
-
-
-def _vote_part(state: BankState, values_BD: Matrix, scale_B: Vector) -> Votes:
-    rows_BK, weight_BK, far = _voters(state, values_BD, scale_B)
-    return decide(state, rows_BK, weight_BK, shift(state, values_BD, scale_B, far))
-
-
-def decide(
-    state: BankState, rows_BK: npt.NDArray[np.int64], weight_BK: Matrix, shift_BE: npt.NDArray[np.float32] | None
-) -> Votes:
-    """The vote of leaves with these shares, as `weigh` gives both, and what the field adds (B, 4·C), None without one:
-    as `vote` returns it.
-    """
-    settings, default, configs, field = state.settings, state.default, len(state.params), state.field
-    cells_UE = state.cells_UE if field is None else field.cells_UE
-
-    def mixed(start: int, stop: int) -> Matrix:
-        """(B, stop - start) means of these blocks of columns, with what the field adds."""
-        mean_BE = _mixed(cells_UE[:, start * configs : stop * configs], rows_BK, weight_BK)
-        return mean_BE if shift_BE is None else mean_BE + shift_BE[:, start * configs : stop * configs]
-
-    def picked(block: int) -> Vector:
-        """(B,) the chosen configs' cells of one block: a fraction of what `mixed` reads."""
-        column_B = block * configs + config
-        mean_B: Vector = np.einsum("bk,bk->b", weight_BK, cells_UE[rows_BK, column_B[:, None]])
-        return mean_B if shift_BE is None or block > 3 else mean_B + shift_BE[np.arange(len(config)), column_B]
-
-    score_sure_BE = mixed(0, 2)
-    score_BC, sure_BC = score_sure_BE[:, :configs], score_sure_BE[:, configs:]
-    least: float | Matrix = settings.min_probability
-    if field is not None:
-        least = state.least_z * _mixed(cells_UE[:, 4 * configs :], rows_BK, weight_BK)
-    # quality is asked for where the likeliest config is, and nowhere else
-    quality_BC = mixed(3, 4) if settings.likeliest else score_BC
-    config = choose(score_BC, sure_BC, quality_BC, least, default, settings.likeliest)
-    sure_B = sure_BC[np.arange(len(config)), config]
-    if field is not None:
-        sd_B = picked(4)
-        known = sd_B > 0
-        z_B = np.divide(sure_B, sd_B, out=np.where(sure_B > 0, 40.0, -40.0), where=known)
-        sure_B = normal_cdf(z_B).astype(np.float32)
-    acted = config != default
-    confidence = np.where(acted, np.minimum(sure_B, 1), np.float32(0)).astype(np.float32)
-    gain = np.where(acted, picked(2), np.float32(0))
-    return rows_BK[:, 0], config, confidence, picked(3), gain
-
-
-def _voters(
-    state: BankState, values_BD: Matrix, scale_B: Vector
-) -> tuple[npt.NDArray[np.int64], Matrix, npt.NDArray[np.bool_]]:
-    rows_BK, cosine_BK = state.search.nearest(values_BD, state.settings.top_k)
-    cosine_BK *= scale_B[:, None]
-    return weigh(rows_BK, cosine_BK, state.settings)
-
-
-def weigh(
-    rows_BK: npt.NDArray[np.int64], cosine_BK: Matrix, settings: LookupSettings
-) -> tuple[npt.NDArray[np.int64], Matrix, npt.NDArray[np.bool_]]:
-    """The leaves that vote and their shares, (B, K) each, and which queries are near none (B,): -1 votes for them.
-
-    rows_BK, cosine_BK: the nearest leaves, best first, -1 where there is none. Changes rows_BK.
-    """
-    near_BK = (cosine_BK >= settings.floor) & (rows_BK >= 0)
-    # in float64, since a steep β times 0 must stay 0
-    below_BK = np.where(near_BK, cosine_BK - cosine_BK[:, :1], -1.0).astype(np.float64)
-    weight_BK = np.exp(settings.beta * below_BK) * near_BK
-    far = ~near_BK[:, 0]
-    rows_BK[far, 0], weight_BK[far, 0] = -1, 1.0
-    return rows_BK, (weight_BK / weight_BK.sum(1, keepdims=True)).astype(np.float32), far
-
-
-def shift(
-    state: BankState, values_BD: Matrix, scale_B: Vector, far: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.float32] | None:
-    """What the field adds to the first blocks of cells, (B, 4·C); None without a field."""
-    if state.field is None:
-        return None
-    shift_BE = state.field.shift((values_BD @ state.field.landmarks_MD.T) * scale_B[:, None])
-    shift_BE[far] = 0.0
-    return shift_BE
-
-
-def expected_gains(state: BankState, queries: npt.ArrayLike) -> Matrix:
-    """What the bank expects each config to gain over the default on each query, (B, C), in the objective's unit.
-
-    queries: (B, D). What never ran anywhere near may be NaN. Raises ValueError.
-    """
-    values_BD, scale_B = queries_of(queries, state.dim, 2)
-    configs, parts = len(state.params), [np.zeros((0, len(state.params)), np.float32)]
-    block = slice(2 * configs, 3 * configs)
-    cells_UE = state.cells_UE if state.field is None else state.field.cells_UE
-    for i in range(0, len(values_BD), VOTE_ROWS):
-        values, scale = values_BD[i : i + VOTE_ROWS], scale_B[i : i + VOTE_ROWS]
-        rows_BK, weight_BK, far = _voters(state, values, scale)
-        gain_BC = _mixed(cells_UE[:, block], rows_BK, weight_BK)
-        shift_BE = shift(state, values, scale, far)
-        parts.append(gain_BC if shift_BE is None else gain_BC + shift_BE[:, block])
-    return np.concatenate(parts)
-
-
-def _mixed(cells_UE: Matrix, rows_BK: npt.NDArray[np.int64], weight_BK: Matrix) -> Matrix:
-    """Weighted means of rows of cells (B, E); row -1 is the last."""
-    mixed_BE: Matrix = weight_BK[:, :1] * cells_UE.take(rows_BK[:, 0], 0, mode="wrap")
-    for j in range(1, rows_BK.shape[1]):
-        mixed_BE += weight_BK[:, j : j + 1] * cells_UE.take(rows_BK[:, j], 0, mode="wrap")
-    return mixed_BE
 
 
 def _answer(state: BankState, row: int, config: int, confidence: float, quality: float, gain: float) -> OptimizedParams:

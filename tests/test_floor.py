@@ -8,7 +8,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from rb_gpu.learn.floor import Unseen, spend  # noqa: E402
-from rb_gpu.posterior import Beliefs, choose  # noqa: E402
+from rb_gpu.objective import choose  # noqa: E402
+from rb_gpu.posterior import Beliefs  # noqa: E402
 
 COST = np.array([1.0, 2.0, 4.0, 8.0])
 

@@ -10,8 +10,8 @@ from statsmodels.stats.meta_analysis import combine_effects
 from rb_gpu.evidence import Evidence
 from rb_gpu.homogeneity import hidden, varies
 from rb_gpu.normal import normal_cdf
-from rb_gpu.objective import Objective
-from rb_gpu.posterior import believe, choose, paule_mandel, pool
+from rb_gpu.objective import Objective, choose
+from rb_gpu.posterior import believe, paule_mandel, pool
 
 UTILITY = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
 

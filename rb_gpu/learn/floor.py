@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rb_gpu.normal import normal_cdf, normal_quantile
-from rb_gpu.posterior import Beliefs, choose
+from rb_gpu.objective import choose
+from rb_gpu.posterior import Beliefs
 
 Floats = npt.NDArray[np.float64]
 

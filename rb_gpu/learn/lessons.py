@@ -11,13 +11,14 @@ import torch
 
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
+from rb_gpu.batch import expected_gains, vote
 from rb_gpu.errors import ConfigError
 from rb_gpu.learn.config import TrainConfig
 from rb_gpu.learn.router import Lessons
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.valuation import held_out_outcomes
 from rb_gpu.router import FastGRNNRouter
-from rb_gpu.vote import BankState, expected_gains, queries_of, vote
+from rb_gpu.vote import BankState
 
 # more teach a net of this size nothing, and cost time; in cells of (query, config) and in embeddings
 MOST_CELLS, MOST_STEPS = 2**25, 2**17
@@ -145,7 +146,7 @@ def _beliefs(bank: BankData, x_QD: npt.NDArray[np.float32]) -> npt.NDArray[np.fl
     state = BankState(bank, None, "exact")
     gain_QC = expected_gains(state, x_QD)
     chosen = np.zeros(gain_QC.shape[1], dtype=bool)
-    chosen[vote(state, *queries_of(x_QD, state.dim, 2))[1]] = True
+    chosen[vote(state, x_QD)[1]] = True
     chosen[bank.default] = True
     gain_QC = np.where(np.isfinite(gain_QC), gain_QC, np.float32(0))
     spread = max(float(gain_QC.std()), 1e-3)

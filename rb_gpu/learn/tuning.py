@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from rb_gpu.bank_data import BankData
+from rb_gpu.batch import decide, look, weigh
 from rb_gpu.evidence import Evidence
 from rb_gpu.field import Field
 from rb_gpu.learn.assemble import USUAL_BETA, USUAL_TOP_K, Leaves, assemble
@@ -27,7 +28,7 @@ from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.valuation import Choice, held_out_outcomes
 from rb_gpu.learn.verdicts import judge
 from rb_gpu.objective import Objective
-from rb_gpu.vote import BankState, decide, queries_of, shift, weigh
+from rb_gpu.vote import BankState, queries_of
 
 log = logging.getLogger(__name__)
 
@@ -131,15 +132,12 @@ def _without_each(
 def _choices(data: BankData, x_BD: npt.NDArray[np.float32], tried: list[tuple[int, float]]) -> Choice:
     """(G, B) what a bank answers under every setting."""
     state = BankState(data, None, "exact")
-    values_BD, scale_B = queries_of(x_BD, state.dim, 2)
-    rows_BK, cosine_BK = state.search.nearest(values_BD, max(k for k, _ in tried))
-    cosine_BK = cosine_BK * scale_B[:, None]
-    shift_BE = shift(state, values_BD, scale_B, np.zeros(len(x_BD), dtype=bool))
+    rows_BK, cosine_BK, said_BE = look(state, queries_of(x_BD, state.dim, 2), max(k for k, _ in tried))
     out_GB = np.empty((len(tried), len(x_BD)), dtype=np.int64)
     for g, (top_k, beta) in enumerate(tried):
         settings = replace(data.lookup, top_k=top_k, beta=beta)
-        near_BK, weight_BK, _ = weigh(rows_BK[:, :top_k].copy(), cosine_BK[:, :top_k], settings)
-        _, out_GB[g], *_ = decide(state, near_BK, weight_BK, shift_BE)
+        voters = weigh(rows_BK[:, :top_k].copy(), cosine_BK[:, :top_k], said_BE, settings)
+        _, out_GB[g], *_ = decide(state, voters)
     return out_GB
 
 

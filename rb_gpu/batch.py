@@ -1,0 +1,159 @@
+"""Many queries at once: what `vote.answer` computes for one, in columns.
+
+Suffixes: B queries, K nearest leaves, D dims, U leaves and what stands for no leaf, C configs, E blocks of C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from rb_gpu.bank_data import LookupSettings
+from rb_gpu.normal import normal_cdf
+from rb_gpu.objective import choose
+from rb_gpu.vote import BankState, Matrix, Vector, queries_of, scaled
+
+Rows = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+Votes = tuple[Rows, Rows, Vector, Vector, Vector]
+
+# queries whose votes are counted at once, which bounds the memory of a batch
+VOTE_ROWS = 4096
+# of these, queries that the field is asked about at once: their kernels stay in a core's cache
+FIELD_ROWS = 1024
+
+
+class Voters(NamedTuple):
+    """Who decides: leaves (B, K), -1 for what stands for no leaf, their shares (B, K), and what the field says of the
+    queries, as `FieldCells.shift` does, None where there is no field.
+    """
+
+    rows_BK: Rows
+    weight_BK: Matrix
+    said_BE: Matrix | None
+
+
+def vote(state: BankState, queries: npt.ArrayLike) -> Votes:
+    """For queries (B, D): nearest leaf (B,) or -1 where none is near, config, confidence, expected quality and expected
+    gain, (B,) each. Raises ValueError.
+    """
+    parts = [decide(state, voters) for voters in _voters(state, queries)]
+    none, nothing = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    columns = zip((none, none, nothing, nothing, nothing), *parts, strict=True)
+    row, config, confidence, quality, gain = (np.concatenate(c) for c in columns)
+    return row, config, confidence, quality, gain
+
+
+def expected_gains(state: BankState, queries: npt.ArrayLike) -> Matrix:
+    """What the bank expects each config to gain over the default on each query, (B, C), in the objective's unit.
+
+    queries: (B, D). What never ran anywhere near may be NaN. Raises ValueError.
+    """
+    none = np.zeros((0, len(state.params)), np.float32)
+    return np.concatenate([none, *(_blocks(state, 2, 3, voters) for voters in _voters(state, queries))])
+
+
+def look(state: BankState, values_BD: Matrix, k: int) -> tuple[Rows, Matrix, Matrix | None]:
+    """The k nearest leaves of queries as `queries_of` gives them, best first, -1 where there is none, their cosines,
+    (B, K) each, and what the field says of the queries, None where there is no field. Raises ValueError.
+    """
+    unit_BD, scale_B = scaled(values_BD)
+    rows_BK, cosine_BK = state.search.nearest(unit_BD, k)
+    cosine_BK *= scale_B[:, None]
+    if state.field is None:
+        return rows_BK, cosine_BK, None
+    said_BE = np.empty((len(values_BD), state.field.width), np.float32)
+    for start in range(0, len(values_BD), FIELD_ROWS):
+        few = slice(start, start + FIELD_ROWS)
+        steep_BM = unit_BD[few] @ state.field.landmarks_MD.T
+        steep_BM *= scale_B[few, None]
+        said_BE[few] = state.field.shift(steep_BM)
+    return rows_BK, cosine_BK, said_BE
+
+
+def weigh(rows_BK: Rows, cosine_BK: Matrix, said_BE: Matrix | None, settings: LookupSettings) -> Voters:
+    """Who decides for queries of which `look` says this; nobody but the row of no leaf for one that is near none.
+
+    Changes rows_BK and said_BE.
+    """
+    near_BK = (cosine_BK >= settings.floor) & (rows_BK >= 0)
+    # in float64, since a steep β times 0 must stay 0
+    below_BK = np.where(near_BK, cosine_BK - cosine_BK[:, :1], -1.0).astype(np.float64)
+    weight_BK = np.exp(settings.beta * below_BK) * near_BK
+    far_B = ~near_BK[:, 0]
+    rows_BK[far_B, 0], weight_BK[far_B, 0] = -1, 1.0
+    if said_BE is not None:
+        said_BE[far_B] = 0.0
+    return Voters(rows_BK, (weight_BK / weight_BK.sum(1, keepdims=True)).astype(np.float32), said_BE)
+
+
+def decide(state: BankState, voters: Voters) -> Votes:
+    """As `vote` returns it."""
+    settings, default, configs, field = state.settings, state.default, len(state.params), state.field
+    score_sure_BE = _blocks(state, 0, 2, voters)
+    score_BC, sure_BC = score_sure_BE[:, :configs], score_sure_BE[:, configs:]
+    least: float | Matrix = settings.min_probability
+    if field is not None:
+        least = state.least_z * _mixed(field.cells_UE[:, 4 * configs :], voters)
+    # quality is asked for where the likeliest config is, and nowhere else
+    quality_BC = _blocks(state, 3, 4, voters) if settings.likeliest else score_BC
+    config_B = choose(score_BC, sure_BC, quality_BC, least, default, settings.likeliest)
+    acted_B = config_B != default
+    sure_B = sure_BC[np.arange(len(config_B)), config_B]
+    if field is not None:
+        sure_B = _probability(sure_B, _picked(state, 4, config_B, voters), acted_B)
+    confidence = np.where(acted_B, np.minimum(sure_B, 1), np.float32(0)).astype(np.float32)
+    gain = np.where(acted_B, _picked(state, 2, config_B, voters), np.float32(0))
+    return voters.rows_BK[:, 0], config_B, confidence, _picked(state, 3, config_B, voters), gain
+
+
+def _voters(state: BankState, queries: npt.ArrayLike) -> Iterator[Voters]:
+    """Who decides, for VOTE_ROWS queries after the other."""
+    values_BD = queries_of(queries, state.dim, 2)
+    for start in range(0, len(values_BD), VOTE_ROWS):
+        yield weigh(*look(state, values_BD[start : start + VOTE_ROWS], state.settings.top_k), state.settings)
+
+
+def _probability(test_B: Vector, sd_B: Vector, asked_B: Bools) -> Vector:
+    """That normal variables of these means and standard deviations exceed 0; 0 where it is not asked for."""
+    test, sd = test_B[asked_B], sd_B[asked_B]
+    z = np.divide(test, sd, out=np.where(test > 0, np.float32(40), np.float32(-40)), where=sd > 0)
+    probability_B: Vector = np.zeros(len(test_B), np.float32)
+    probability_B[asked_B] = normal_cdf(z)  # element by element, in Python
+    return probability_B
+
+
+def _blocks(state: BankState, start: int, stop: int, voters: Voters) -> Matrix:
+    """Means of these blocks of cells, (B, E), with what the field adds."""
+    field, configs = state.field, len(state.params)
+    cells_UE = state.cells_UE if field is None else field.cells_UE
+    mean_BE = _mixed(cells_UE[:, start * configs : stop * configs], voters)
+    if field is not None and voters.said_BE is not None:
+        for i in range(start, stop):
+            mean_BE[:, (i - start) * configs : (i - start + 1) * configs] += voters.said_BE[:, field.block[i]]
+    return mean_BE
+
+
+def _picked(state: BankState, block: int, config_B: Rows, voters: Voters) -> Vector:
+    """One config's mean in a block of cells, (B,): a fraction of what `_blocks` reads."""
+    field, configs, (rows_BK, weight_BK, said_BE) = state.field, len(state.params), voters
+    cells_UE = state.cells_UE if field is None else field.cells_UE
+    cell_KB = cells_UE.take(rows_BK.T * cells_UE.shape[1] + (block * configs + config_B), mode="wrap")
+    mean_B: Vector = np.einsum("kb,kb->b", weight_BK.T, cell_KB)
+    if field is not None and said_BE is not None and block < len(field.block):
+        mean_B += said_BE[np.arange(len(config_B)), field.block[block].start + config_B]
+    return mean_B
+
+
+def _mixed(cells_UE: Matrix, voters: Voters) -> Matrix:
+    """Weighted means of rows of cells (B, E); row -1 is the last."""
+    cells_UE = np.ascontiguousarray(cells_UE)  # once, not for every neighbour
+    mixed_BE = np.zeros((len(voters.rows_BK), cells_UE.shape[1]), np.float32)
+    for row_B, weight_B in zip(voters.rows_BK.T, voters.weight_BK.T, strict=True):
+        part_BE = cells_UE.take(row_B, 0, mode="wrap")
+        part_BE *= weight_B[:, None]
+        mixed_BE += part_BE
+    return mixed_BE
