@@ -5,7 +5,6 @@ Suffixes: B queries, D dims.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import weakref
@@ -20,23 +19,14 @@ from rb_gpu.batch import vote
 from rb_gpu.errors import ArtifactError
 from rb_gpu.params import ConfigTable, SearchParams
 from rb_gpu.source import ArtifactSource
-from rb_gpu.types import (
-    OptimizedParams,
-    PatternMatch,
-    QueryTrajectory,
-    ReasoningBankStats,
-    Tradeoff,
-    UserFeedback,
-)
+from rb_gpu.types import OptimizedParams, PatternMatch, QueryTrajectory, ReasoningBankStats, Tradeoff, UserFeedback
 from rb_gpu.usage import Counts
 from rb_gpu.views import PatternView, VerdictView
 from rb_gpu.vote import BankState, answer, fallback, interpolate, unit_query
-from rb_gpu.watcher import Watcher
 
 if TYPE_CHECKING:
     from rb_gpu.trajectory_log import TrajectoryLog
-
-log = logging.getLogger(__name__)
+    from rb_gpu.watcher import Watcher
 
 _banks: weakref.WeakSet[ReasoningBank] = weakref.WeakSet()
 
@@ -126,7 +116,9 @@ class ReasoningBank:
 
     def _keep(self, source: ArtifactSource, reason: str) -> bool:
         if source.refuse(reason):
-            log.error("kept the artifact in use: %s", reason)
+            import logging  # here and in search: a tenth of what importing this package takes
+
+            logging.getLogger(__name__).error("kept the artifact in use: %s", reason)
         return False
 
     @property
@@ -149,6 +141,8 @@ class ReasoningBank:
 
         Raises ValueError where interval_s is not positive.
         """
+        from rb_gpu.watcher import Watcher
+
         if self._watcher is not None:
             self._watcher.stop()
         self._watcher = Watcher(self.reload_if_changed, interval_s)

@@ -140,14 +140,14 @@ class BankData:
     @property
     def evidence(self) -> Evidence:
         """The evidence of the leaves."""
-        return Evidence(**{f.name: self.arrays[f"evidence_{f.name}"] for f in fields(Evidence)})
+        return Evidence(**{name: self.arrays[f"evidence_{name}"] for name in Evidence._fields})
 
     @property
     def field(self) -> Field | None:
         """What foretells a query beyond its patterns, where there is such a thing."""
         if "field_coef" not in self.arrays:
             return None
-        return Field(**{f.name: self.arrays[f"field_{f.name}"] for f in fields(Field)})
+        return Field(**{name: self.arrays[f"field_{name}"] for name in Field._fields})
 
     def parents(self) -> list[npt.NDArray[np.int64]]:
         """For each level from the leaves, the row of each node's parent within the level above."""

@@ -5,8 +5,7 @@ Suffixes: P patterns, C configs, O outcomes, B latency bins, M merged patterns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +17,7 @@ LATENCY_BINS = 64
 BINS_PER_OCTAVE = 2
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(NamedTuple):
     """Cell sums; float64 unless said otherwise. w is a row's weight: decay over time, divided by propensity if logged.
 
     rows: (P, C) int64 trajectories. w, w2: (P, C) Σw and Σw². mean: (P, C, O) weighted means of OUTCOMES. comoment:
@@ -83,11 +81,11 @@ class Evidence:
 
     def select(self, rows_P: npt.NDArray[np.int64]) -> Evidence:
         """The evidence of the given patterns, in the given order."""
-        return Evidence(**{f.name: getattr(self, f.name)[rows_P] for f in fields(self)})
+        return Evidence._make(x[rows_P] for x in self)
 
     def with_unknown(self) -> Evidence:
         """The same evidence and one more pattern, the last, of which nothing is known."""
-        return Evidence(**{f.name: _one_more_row(getattr(self, f.name)) for f in fields(self)})
+        return Evidence._make(_one_more_row(x) for x in self)
 
     @property
     def paired(self) -> bool:

@@ -8,7 +8,7 @@ none.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,6 @@ Matrix = npt.NDArray[np.float32]
 
 # slopes of the kernels; the second is twice the first, so that one exponential makes both
 SLOPES = (2.0, 4.0)
-MOMENTS = ("mean", "comoment", "pair_mean", "pair_comoment")
 # the arrays of bank.safetensors where there is a field: dtype, and axes (P leaves, besides those of the legend)
 FIELD_ARRAYS: dict[str, tuple[str, str]] = {
     "field_landmarks": ("float32", "MD"),
@@ -42,8 +41,7 @@ FIELD_ARRAYS: dict[str, tuple[str, str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Field:
+class Field(NamedTuple):
     """What BankData keeps of the field.
 
     landmarks: (M, D) float32 of norm 1. coef: (F, C, O) float32, zeros for the outcomes that it does not foretell.
@@ -74,8 +72,12 @@ class Field:
 
     def residual(self, evidence: Evidence) -> Evidence:
         """Evidence of the same rows whose outcomes are what the field left unexplained."""
-        left = {name: getattr(self, f"residual_{name}") for name in MOMENTS}
-        return Evidence(**{f.name: left.get(f.name, getattr(evidence, f.name)) for f in fields(Evidence)})
+        return evidence._replace(
+            mean=self.residual_mean,
+            comoment=self.residual_comoment,
+            pair_mean=self.residual_pair_mean,
+            pair_comoment=self.residual_pair_comoment,
+        )
 
 
 def kernels(steep_BM: Matrix) -> Matrix:

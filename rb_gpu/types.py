@@ -1,8 +1,13 @@
-"""The values that pass between a service and the bank; the names are the reference document's (section 2)."""
+"""The values that pass between a service and the bank; the names are the reference document's (section 2).
+
+What is checked as it is made is a frozen dataclass. The others are named tuples: one of those is made for every answer,
+in a third of the time, and so are their classes when a service starts.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +34,7 @@ class UserFeedback:
         return (self.rating - 1) / 4
 
 
-@dataclass(frozen=True)
-class QueryTrajectory:
+class QueryTrajectory(NamedTuple):
     """One answered query. precision, recall in [0, 1]; latency_us in microseconds; timestamp in UTC seconds.
 
     propensity is the probability in (0, 1] with which the serving policy chose these parameters, None where unknown.
@@ -51,8 +55,7 @@ class QueryTrajectory:
     policy: str | None = None
 
 
-@dataclass(frozen=True)
-class LearnedPattern:
+class LearnedPattern(NamedTuple):
     """A cluster of query embeddings with its statistics.
 
     `quality` is the reference's mean precision * recall; `confidence` is the probability that the pattern's best
@@ -74,8 +77,7 @@ class LearnedPattern:
     children: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class VerdictEvidence:
+class VerdictEvidence(NamedTuple):
     """Why a verdict says what it says.
 
     effect: gain over the default in the objective's unit, with its 95 % interval [effect_low, effect_high].
@@ -100,8 +102,7 @@ class VerdictEvidence:
     grade: str
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """Which config a pattern should use; where `default_stands`, that is the default, for want of a better one."""
 
     pattern_id: int
@@ -112,8 +113,7 @@ class Verdict:
     default_stands: bool
 
 
-@dataclass(frozen=True)
-class PatternMatch:
+class PatternMatch(NamedTuple):
     """A pattern and its cosine similarity to the query, in [-1, 1]."""
 
     pattern: LearnedPattern
@@ -134,8 +134,7 @@ class Tradeoff:
                 raise ValueError(f"{name}={value!r} is not a finite number >= 0; give 0 or more")
 
 
-@dataclass(frozen=True)
-class ParamSource:
+class ParamSource(NamedTuple):
     """Which pattern an answer came from; None where the default stands, or where no pattern is near the query."""
 
     pattern_id: int | None
@@ -146,8 +145,7 @@ class ParamSource:
         return self.pattern_id is not None
 
 
-@dataclass(frozen=True)
-class OptimizedParams:
+class OptimizedParams(NamedTuple):
     """The answer for one query.
 
     confidence: probability that `params` beat the default by the margin; 0 where the default is returned.
@@ -165,8 +163,7 @@ class OptimizedParams:
     reason: str
 
 
-@dataclass(frozen=True)
-class ReasoningBankStats:
+class ReasoningBankStats(NamedTuple):
     """Counters of this process and figures of the artifact (reference section 8).
 
     avg_improvement_percent comes from held-out data: the bank's gain in quality over the default; NaN if not measured.
@@ -181,5 +178,5 @@ class ReasoningBankStats:
     total_feedback: int = 0
     pattern_hit_rate: float = 0.0
     avg_recommendation_confidence: float = 0.0
-    avg_improvement_percent: float = field(default=float("nan"))
+    avg_improvement_percent: float = float("nan")
     avg_expected_gain: float = 0.0

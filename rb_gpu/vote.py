@@ -17,7 +17,6 @@ from rb_gpu.evidence import OUTCOMES
 from rb_gpu.field_cells import FieldCells
 from rb_gpu.normal import normal_quantile
 from rb_gpu.params import ConfigTable, SearchParams, round_half_up, snap
-from rb_gpu.posterior import believe
 from rb_gpu.search import Search, open_search
 from rb_gpu.types import OptimizedParams, ParamSource, Tradeoff
 from rb_gpu.usage import Ratings
@@ -82,6 +81,8 @@ class BankState:
                 f"tradeoff needs a bank judged by eb for a utility, this one is {data.method} for "
                 f"{data.objective.kind}; train with judge.method=eb judge.objective=utility"
             )
+        from rb_gpu.posterior import believe  # which a lookup under the trained trade-off does not need
+
         objective = replace(data.objective, latency_weight=tradeoff.latency_weight, cost_weight=tradeoff.cost_weight)
         margin: Any = "auto" if data.lookup.auto_margin else data.arrays["margin"]
         beliefs = believe(data.evidence, data.parents(), objective, data.default, margin, data.field)

@@ -78,7 +78,7 @@ def make_bank(
         "verdict_stands": chosen == default,
         "verdict_support": evidence.rows[np.arange(leaves), chosen],
         "verdict_probability": beliefs.probability[np.arange(leaves), chosen],
-        **{f"evidence_{name}": getattr(evidence, name) for name in Evidence.__dataclass_fields__},
+        **{f"evidence_{name}": array for name, array in evidence._asdict().items()},
     }
     arrays["rating_score"] = arrays["rating_count"] / 2
     return BankData(

@@ -265,10 +265,10 @@ def test_a_number_weighs_latency_where_no_cost_was_logged(data: BankData) -> Non
 
 
 def test_tradeoffs_are_worked_out_once_and_forgotten_some_day(bank: ReasoningBank, monkeypatch: Any) -> None:
-    from rb_gpu import vote
+    from rb_gpu import posterior, vote
 
-    believe, calls = vote.believe, []
-    monkeypatch.setattr(vote, "believe", lambda *args: calls.append(args) or believe(*args))
+    believe, calls = posterior.believe, []
+    monkeypatch.setattr(posterior, "believe", lambda *args: calls.append(args) or believe(*args))
     query = queries_near(bank.data, 1)[0]
     for tradeoff in (0.5, 0.5, Tradeoff(0.0, 0.5), 0.25, 0.5):
         bank.optimized_params(query, tradeoff)
@@ -327,11 +327,20 @@ def test_a_bad_batch_is_a_value_error(bank: ReasoningBank, queries: Any) -> None
         bank.optimized_params_batch(queries)
 
 
-def test_one_bad_row_refuses_the_batch(bank: ReasoningBank) -> None:
-    queries = queries_near(bank.data, 8)
-    queries[5, 3] = np.nan
+@pytest.mark.parametrize("row", [5, 2500])
+def test_one_bad_row_refuses_the_batch(bank: ReasoningBank, row: int) -> None:
+    queries = queries_near(bank.data, 3000)
+    queries[row, 3] = np.nan
     with pytest.raises(ValueError, match="NaN"):
         bank.optimized_params_batch(queries)
+
+
+def test_a_query_of_a_batch_does_not_change_the_answers_of_others(bank: ReasoningBank) -> None:
+    # float32 cannot square the long ones, so that their tile is scaled otherwise
+    queries = queries_near(bank.data, 3000)
+    expected = bank.optimized_params_batch(queries)
+    queries[[7, 2500]] *= 1e25
+    assert_same(bank.optimized_params_batch(queries), expected)
 
 
 @pytest.mark.parametrize("k", [0, -1, 1.5, "3", None, True])

@@ -22,8 +22,8 @@ def gather(trajectories, label_Q, patterns, half_life=None) -> Evidence:
 
 
 def assert_equal(a: Evidence, b: Evidence, rtol: float = 1e-9) -> None:
-    for name in a.__dataclass_fields__:
-        np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=rtol, atol=1e-9, err_msg=name)
+    for name, one, other in zip(Evidence._fields, a, b, strict=True):
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=1e-9, err_msg=name)
 
 
 def test_cells_equal_a_scalar_reading():

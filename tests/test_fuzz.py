@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import threading
@@ -176,7 +175,7 @@ def test_a_reload_in_two_halves_is_caught(monkeypatch: Any) -> None:
             return one
         before.append(one)
         other = next((each for each in reversed(before) if each.params.model_tier[0] != one.params.model_tier[0]), one)
-        return dataclasses.replace(one, params=other.params)
+        return one._replace(params=other.params)
 
     monkeypatch.setattr(ReasoningBank, "optimized_params", torn)
     assert soak_reload.run(seconds=0.4, reloads=4, threads=1, leaves=12, dim=8).wrong

@@ -115,5 +115,16 @@ for name in {names!r}:
 """)
 
 
+def test_importing_rb_gpu_loads_nothing_that_a_lookup_does_not_need() -> None:
+    # what takes longer to load than the bank itself
+    run("""
+import sys, numpy
+before = set(sys.modules)
+import rb_gpu
+later = {"logging", "sqlite3", "hashlib", "rb_gpu.posterior", "rb_gpu.watcher", "rb_gpu.trajectory_log"}
+assert not later & (set(sys.modules) - before), sys.modules.keys() - before
+""")
+
+
 def test_importing_rb_gpu_loads_no_batch_package_even_where_it_is_installed() -> None:
     run(f"import sys, rb_gpu\nassert not set({DENIED!r}) & set(sys.modules), sys.modules.keys()")

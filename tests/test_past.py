@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,10 +51,8 @@ def test_two_disjoint_tables_one_after_the_other_are_as_good_as_their_rows_toget
     turned[same[0]] = same[1]
     together[: len(first.label_Q)] = turned[first.label_Q]
     expected = gather_evidence(table, torch.from_numpy(together), 8, row_weights(table, half_life), CPU)
-    for f in fields(Evidence):
-        np.testing.assert_allclose(
-            getattr(second.data.evidence, f.name), getattr(expected, f.name), rtol=1e-9, atol=1e-9, err_msg=f.name
-        )
+    for name, found, wanted in zip(Evidence._fields, second.data.evidence, expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-9, err_msg=name)
     assert second.data.facts["lineage"]["evidence"].startswith("added, decayed to ")
     assert second.data.arrays["support"][:8].sum() == len(table)
     check_bank(second.data)

@@ -86,10 +86,10 @@ def assemble(
         "expected_quality": beliefs.quality,
         "verdict_config": verdicts.config_id,
         **{f"verdict_{f.name}": getattr(verdicts, f.name) for f in fields(VerdictColumns) if f.name != "config_id"},
-        **{f"evidence_{f.name}": getattr(leaves.evidence, f.name) for f in fields(Evidence)},
+        **{f"evidence_{name}": array for name, array in leaves.evidence._asdict().items()},
     }
     if leaves.field is not None:
-        arrays |= {f"field_{f.name}": getattr(leaves.field, f.name) for f in fields(Field)}
+        arrays |= {f"field_{name}": array for name, array in leaves.field._asdict().items()}
         arrays |= {"field_test": beliefs.test, "field_test_sd": beliefs.test_sd}
     eb = config.judge.method == "eb"
     return BankData(

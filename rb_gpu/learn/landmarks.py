@@ -96,8 +96,7 @@ def with_residuals(field: Field, evidence: Evidence, left: Evidence) -> Field:
     overall = left.regroup(np.zeros(len(left.rows), dtype=np.int64), 1).mean
     scale = (evidence.w / np.maximum(left.w, 1e-300))[..., None, None]
     pair_scale = (evidence.pair_w / np.maximum(left.pair_w, 1e-300))[..., None, None]
-    return replace(
-        field,
+    return field._replace(
         residual_mean=left.mean - overall,
         residual_comoment=left.comoment * scale,
         residual_pair_mean=left.pair_mean,

@@ -7,7 +7,7 @@ Suffixes: Q queries, P leaves, B leaves of the parent, C configs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -84,7 +84,7 @@ def gather_past(
 
 def _decayed(evidence: Evidence, kept: float) -> Evidence:
     scaled = {name: getattr(evidence, name) * kept for name in SUMS}
-    return replace(evidence, **scaled, **{name: getattr(evidence, name) * kept**2 for name in SQUARES})
+    return evidence._replace(**scaled, **{name: getattr(evidence, name) * kept**2 for name in SQUARES})
 
 
 def _on_configs(evidence: Evidence, config_C: list[int | None], configs: int) -> Evidence:
@@ -97,7 +97,7 @@ def _on_configs(evidence: Evidence, config_C: list[int | None], configs: int) ->
         out[:, target] = x[:, known]
         return out
 
-    return Evidence(**{f.name: placed(getattr(evidence, f.name)) for f in fields(evidence)})
+    return Evidence._make(placed(x) for x in evidence)
 
 
 def with_past(leaves: Leaves, past: Past | None) -> Leaves:
@@ -109,11 +109,8 @@ def with_past(leaves: Leaves, past: Past | None) -> Leaves:
         return leaves
     count = len(leaves.mass_P)
     group = np.concatenate([np.arange(count), past.heirs(leaves.label_Q)])
-    both = {
-        f.name: np.concatenate([getattr(leaves.evidence, f.name), getattr(past.evidence, f.name)])
-        for f in fields(Evidence)
-    }
-    return replace(leaves, evidence=Evidence(**both).regroup(group, count))
+    both = Evidence._make(np.concatenate(pair) for pair in zip(leaves.evidence, past.evidence, strict=True))
+    return replace(leaves, evidence=both.regroup(group, count))
 
 
 def with_ratings(data: BankData, past: Past | None, label_Q: Rows) -> BankData:
