@@ -20,8 +20,8 @@ class FieldCells:
     """What a lookup mixes and adds where there is a field, for one objective.
 
     cells_UE: as in BankState, with `test` in place of the probability, each less what the field says of the leaf on the
-    whole, and then the standard deviation of the test. block: which columns of `shift` the first four blocks are moved
-    by; blocks for which the field says the same share theirs.
+    whole, and then the standard deviation of the test. block: which columns of `shift` each of the first four blocks is
+    moved by, since blocks of which the field says the same share theirs. column_E: the same for each of their columns.
     """
 
     def __init__(
@@ -58,8 +58,10 @@ class FieldCells:
             # a default that beats itself would be an answer with a pattern behind it
             cells[:, configs + default] = -MAX_CELL
         self._low_E, self._high_E = (np.concatenate(end).astype(np.float32) for end in (low, high))
-        self._shift_FE = np.ascontiguousarray(np.concatenate(shift, 1) * constant_F[:, None], dtype=np.float32)
+        # columns in a row: the product of one query is then twice as fast
+        self._shift_FE = np.asfortranarray(np.concatenate(shift, 1) * constant_F[:, None], dtype=np.float32)
         self.width, self.block = len(self._low_E), [slice(i * configs, (i + 1) * configs) for i in said_of_block]
+        self.column_E = np.concatenate([np.arange(columns.start, columns.stop) for columns in self.block])
         self.cells_UE = np.concatenate([cells, test_sd_UC], 1).astype(np.float32)
 
     def shift(self, steep_M: Matrix) -> Matrix:

@@ -155,14 +155,12 @@ def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
         mixed_E = share.dot(cells_UE.take(rows[: len(weight)], 0))
         nearest = rows[0]
         if field is not None:
-            said_E = field.shift(field.landmarks_MD.dot(unit_D))
-            for block, columns in enumerate(field.block):
-                mixed_E[block * configs : (block + 1) * configs] += said_E[columns]
+            mixed_E[: 4 * configs] += field.shift(field.landmarks_MD.dot(unit_D))[field.column_E]
     else:
-        mixed_E, nearest = cells_UE[-1], -1
-    sure_C = mixed_E[configs : 2 * configs]
+        mixed_E, nearest = cells_UE[-1].copy(), -1
+    score_C, sure_C = mixed_E[:configs], mixed_E[configs : 2 * configs]
     least = settings.min_probability if field is None else state.least_z * mixed_E[4 * configs :]
-    score_C = np.where(sure_C >= least, mixed_E[:configs], -np.inf)
+    score_C[sure_C < least] = -math.inf
     config = int(score_C.argmax())
     if score_C.item(config) == -math.inf:
         config = int(mixed_E[3 * configs : 4 * configs].argmax()) if settings.likeliest else default
