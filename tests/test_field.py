@@ -200,6 +200,18 @@ def test_one_and_many_answers_agree(bank):
         assert one.expected_quality == pytest.approx(many["expected_quality"][row], abs=1e-4)
 
 
+def test_a_batch_in_parts_is_answered_as_a_whole(bank, monkeypatch):
+    x = table(7, n=200).x_QD
+    whole = bank.optimized_params_batch(x)
+    monkeypatch.setattr("rb_gpu.batch.VOTE_ROWS", 90)
+    monkeypatch.setattr("rb_gpu.batch.FIELD_ROWS", 40)
+    parts = bank.optimized_params_batch(x)
+    for name in ("config_id", "pattern_id"):
+        np.testing.assert_array_equal(parts[name], whole[name])
+    for name in ("confidence", "expected_gain", "expected_quality"):
+        np.testing.assert_allclose(parts[name], whole[name], atol=1e-5)
+
+
 def test_a_query_gets_its_leaves_and_the_field(bank):
     # by hand: leaves' gains, plus what the field says of the query beyond what it says of those leaves
     data, x = bank.data, table(8, n=1).x_QD[0]

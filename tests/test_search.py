@@ -49,6 +49,18 @@ def test_equally_near_leaves_come_in_the_order_of_rows(seed: int) -> None:
         assert rows.tolist() == brute_force(queries @ leaves.T, k)
 
 
+def test_tiles_change_nothing_of_what_is_found(monkeypatch: Any) -> None:
+    rng = np.random.default_rng(0)
+    leaves, queries = unit(rng.normal(size=(40, 8))), unit(rng.normal(size=(1000, 8)))
+    whole, products = ExactSearch(leaves).nearest(queries, 5)
+    monkeypatch.setattr(module, "TILE_CELLS", 40 * 130)
+    monkeypatch.setattr(module, "RANKED_CELLS", 40 * 64)  # two rankings a tile and a bit, and a last tile of its own
+    rows, cosine = ExactSearch(leaves).nearest(queries, 5)
+    np.testing.assert_array_equal(rows, whole)
+    np.testing.assert_allclose(cosine, products, rtol=1e-6)
+    assert whole.tolist() == brute_force(queries.astype(np.float64) @ leaves.T.astype(np.float64), 5)
+
+
 def test_one_leaf_is_always_found() -> None:
     rows, cosine = ExactSearch(np.array([[0, 1]], np.float32)).nearest(np.array([[1, 0], [0, -1]], np.float32), 5)
     assert rows.tolist() == [[0], [0]] and cosine.tolist() == [[0], [-1]]
