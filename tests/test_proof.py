@@ -72,6 +72,13 @@ def test_a_config_that_is_better_in_places_passes_though_it_is_no_better_on_the_
     assert share(20, np.zeros(5), None, n=300, local=0.15, full=True) >= 0.9
 
 
+def test_a_config_that_is_worse_on_the_whole_passes_where_it_is_better_in_places():
+    # shares by place lose on the whole what they gain in places, and one such log in ten passed
+    effect = np.array([0.0, -0.1])
+    assert share(40, effect, np.array([0.9, 0.1]), local=0.15) >= 0.9
+    assert share(40, effect, np.array([0.9, 0.1]), local=0.0) <= 0.1
+
+
 def test_differences_of_a_full_table_are_paired():
     # queries differ by ten times the gain
     rng = np.random.default_rng(0)
