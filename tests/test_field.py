@@ -13,8 +13,10 @@ from rb_gpu.bank import ReasoningBank  # noqa: E402
 from rb_gpu.errors import ArtifactError  # noqa: E402
 from rb_gpu.field import FIELD_ARRAYS, SLOPES, kernels  # noqa: E402
 from rb_gpu.learn import learn  # noqa: E402
+from rb_gpu.learn.canonical import average_coordinates, canonical  # noqa: E402
 from rb_gpu.learn.config import ClusterConfig, DeviceConfig, JudgeConfig, ParamsConfig, TrainConfig  # noqa: E402
-from rb_gpu.learn.field import RIDGES, Regressions, Ridge, Rows, average, average_each, canonical, fit  # noqa: E402
+from rb_gpu.learn.field import Regressions, Rows, fit  # noqa: E402
+from rb_gpu.learn.ridge import FOLDS, RIDGES, Ridge, average  # noqa: E402
 from rb_gpu.learn.trajectories import Source, assemble  # noqa: E402
 from rb_gpu.normal import normal_quantile  # noqa: E402
 
@@ -89,11 +91,26 @@ def test_what_tells_configs_apart_has_a_ridge_of_its_own():
 
     assert spread(found.coefs[0]) < 0.2 * spread(together.coefs[0])
     assert found.coefs[0].mean(1).numpy() == pytest.approx(together.coefs[0].mean(1).numpy(), abs=0.1)
-    share, alone = average_each(ridges, tensor(y), float(n))
-    for c in range(configs):
-        one_share, [one] = average([(ridges, tensor(y[:, [c]]))], float(n))
-        assert share[:, :, c].numpy() == pytest.approx(one_share.numpy(), abs=1e-12)
-        assert alone.unseen_NC[:, c].numpy() == pytest.approx(one.unseen_NC[:, 0].numpy(), abs=1e-9)
+
+
+def test_a_query_of_a_full_table_is_foretold_in_coordinates_that_do_not_know_it():
+    # they were turned towards the noise of all queries: half of what was foretold of noise came true
+    rng = np.random.default_rng(6)
+    n, configs, told = 400, 9, []
+    x = rng.normal(size=(n, 60))
+    ridges = [Ridge(tensor(x), tensor(np.ones(n)))]
+    for _ in range(20):
+        y = rng.normal(size=(n, configs))
+        unseen = average_coordinates(ridges, tensor(y))[1].unseen_NC.numpy()
+        away = unseen - unseen.mean(0)
+        told.append((away * (y - y.mean(0))).sum())
+    assert np.mean(told) < 2 * np.std(told) / np.sqrt(len(told))
+    moved = y.copy()
+    moved[3] += rng.normal(size=configs)
+    after = average_coordinates(ridges, tensor(moved))[1].unseen_NC.numpy()
+    # up to what the first regression's weights see of it
+    assert np.abs(after[3] - unseen[3]).max() < 0.01
+    assert np.abs(after - unseen)[np.arange(n) % FOLDS != 3 % FOLDS].max() > 0.01
 
 
 def test_an_unseen_prediction_does_not_know_its_row():

@@ -61,6 +61,21 @@ def test_a_full_table_with_nothing_to_gain_seldom_passes():
     assert share(100, np.zeros(4), None, n=300, full=True) <= 0.09
 
 
+def test_a_full_table_of_many_equal_configs_and_features_seldom_passes():
+    # their canonical coordinates looked at the queries that they were tested on, and a quarter passed
+    def passes(seed, n=250, configs=9, features=40):
+        rng = np.random.default_rng(seed)
+        ones = torch.ones(n * configs, dtype=torch.float64)
+        query, config = torch.arange(n).repeat_interleave(configs), torch.arange(configs).repeat(n)
+        rows = Rows(query, config, ones, ones, n, configs)
+        y_NO = torch.zeros(n * configs, len(OUTCOMES), dtype=torch.float64)
+        y_NO[:, F1] = torch.as_tensor(rng.normal(size=n * configs))
+        x = torch.as_tensor(rng.normal(size=(n, features)))
+        return pays({F1: fit(Regressions([x], rows), y_NO[:, F1])}, rows, y_NO, QUALITY, 0, seed)
+
+    assert np.mean([passes(seed) for seed in range(60)]) <= 0.1
+
+
 def test_near_equals_that_all_beat_the_default_pass():
     # folds picked different ones, each known by a few rows: a gain of half a row's noise did not pass
     effect = np.array([0.0, 0.1, 0.1, 0.1, 0.1])

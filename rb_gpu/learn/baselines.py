@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rb_gpu.learn.field import Ridge, average
 from rb_gpu.learn.kmeans import kmeans
+from rb_gpu.learn.ridge import Ridge, average
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.valuation import Choice, held_out_outcomes
 from rb_gpu.objective import Objective

@@ -1,15 +1,11 @@
 """Fits the field: kernel ridge regression on landmarks, shared by all configs, and each config's deviation from that.
 
-Every prediction of a training row comes without its query (leave-one-out, in closed form). Slopes and ridges are not
-chosen but averaged, each with the weight that its leave-one-out error earns (pseudo Bayesian model averaging, Geisser &
-Eddy 1979). Float64 torch on the device.
-Suffixes: Q queries, N rows, P places, F features of one slope, C configs, L ridges, S slopes, W sets of weights: C of
-them, or 1 for all.
+Every prediction of a training row comes without its query. Float64 torch on the device.
+Suffixes: Q queries, N rows, P places, F features of one slope, C configs, L ridges, S slopes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,18 +13,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-# in units of a row's noise; the last one leaves the mean alone
-RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, math.inf)
+from rb_gpu.learn.canonical import average_coordinates
+from rb_gpu.learn.ridge import RIDGES, TINY, Ridge, average
+
 SWEEPS = 3
 # rows that a config must have before it may deviate from the others
 LEAST_ROWS = 3
-# models of less weight are left out of an average
-LEAST_SHARE = 1e-6
-# least noise of a canonical coordinate, as a share of the greatest
-LEAST_NOISE = 1e-6
 # an outcome that varies less inside its configs, as a share of its size, is constant there
 ROUNDING = 1e-9
-TINY = 1e-300
 
 
 @dataclass(frozen=True)
@@ -69,104 +61,6 @@ class Rows:
         weight_C = y_N.new_zeros(self.configs).index_add_(0, self.config_N, self.importance_N)
         sum_C = y_N.new_zeros(self.configs).index_add_(0, self.config_N, self.importance_N * y_N)
         return torch.where(weight_C > 0, sum_C / weight_C.clamp(min=TINY), sum_C.sum() / weight_C.sum())
-
-
-class Ridge:
-    """Weighted ridge regression with an unpenalised mean, at every ridge at once, with leave-one-out errors."""
-
-    def __init__(self, x_NF: Tensor, weight_N: Tensor) -> None:
-        self.weight_N, total = weight_N, weight_N.sum()
-        self.mean_F = weight_N @ x_NF / total
-        centred = x_NF - self.mean_F
-        value_F, self.vectors_FF = torch.linalg.eigh((centred * weight_N[:, None]).T @ centred)
-        self.scores_NF = centred @ self.vectors_FF
-        ridges_L = torch.tensor(RIDGES, dtype=x_NF.dtype, device=x_NF.device)
-        self.shrunk_FL = 1.0 / (value_F.clamp(min=0)[:, None] + ridges_L)
-        leverage_NL = weight_N[:, None] * (self.scores_NF.square() @ self.shrunk_FL + 1.0 / total)
-        self.kept_NL = (1.0 - leverage_NL).clamp(min=1e-3)
-
-    def solve(self, y_NC: Tensor) -> tuple[Tensor, Tensor]:
-        """Means (C,) and products (F, C) from which every ridge's coefficients follow."""
-        mean_C = self.weight_N @ y_NC / self.weight_N.sum()
-        return mean_C, self.scores_NF.T @ (self.weight_N[:, None] * (y_NC - mean_C))
-
-    def errors(self, y_NC: Tensor, mean_C: Tensor, products_FC: Tensor, ridge: int) -> Tensor:
-        """How far y lies from its leave-one-out prediction, (N, C)."""
-        fitted_NC = self.scores_NF @ (products_FC * self.shrunk_FL[:, ridge, None])
-        error_NC: Tensor = (y_NC - mean_C - fitted_NC) / self.kept_NL[:, ridge, None]
-        return error_NC
-
-    def coef(self, products_FC: Tensor, share_LW: Tensor) -> Tensor:
-        """(F, C) coefficients summed over ridges with the given shares."""
-        coef_FC: Tensor = self.vectors_FF @ (products_FC * (self.shrunk_FL @ share_LW))
-        return coef_FC
-
-    def variance(self, x_PF: Tensor, ridge: int) -> Tensor:
-        """(P,) variance of the prediction at x, its mean apart, in units of a row's noise.
-
-        The posterior's of a Gaussian process, times Σw²/Σw since weighted rows say less.
-        """
-        design = self.weight_N.square().sum() / self.weight_N.sum()
-        variance_P: Tensor = design * (((x_PF - self.mean_F) @ self.vectors_FF).square() @ self.shrunk_FL[:, ridge])
-        return variance_P
-
-
-@dataclass(frozen=True)
-class Average:
-    """A regression averaged over slopes and ridges: coefs (F, C) per slope, base_C, and each row's prediction without
-    itself, unseen_NC.
-    """
-
-    coefs: list[Tensor]
-    base_C: Tensor
-    unseen_NC: Tensor
-
-
-def average(groups: Sequence[tuple[Sequence[Ridge], Tensor]], rows: float) -> tuple[Tensor, list[Average]]:
-    """The weights (S, L) of slopes and ridges, one set for all groups, and each group's averaged regression.
-
-    groups: the ridges of every slope, and y (N, C). rows: how many independent ones there are, n in the weights
-    exp(−n/2·log(loss / least loss)).
-    """
-    loss_SL = torch.stack([_losses(ridges, y_NC).sum(2) for ridges, y_NC in groups]).sum(0)
-    share_SLW = _weights(loss_SL[:, :, None], rows)
-    return share_SLW[:, :, 0], [_averaged(ridges, y_NC, share_SLW) for ridges, y_NC in groups]
-
-
-def average_each(ridges: Sequence[Ridge], y_NC: Tensor, rows: float) -> tuple[Tensor, Average]:
-    """The same with weights (S, L, C) of their own for every column of y."""
-    share_SLC = _weights(_losses(ridges, y_NC), rows)
-    return share_SLC, _averaged(ridges, y_NC, share_SLC)
-
-
-def _losses(ridges: Sequence[Ridge], y_NC: Tensor) -> Tensor:
-    """(S, L, C) squared leave-one-out errors."""
-    loss_SLC = y_NC.new_zeros(len(ridges), len(RIDGES), y_NC.shape[1])
-    for s, ridge in enumerate(ridges):
-        solved = ridge.solve(y_NC)
-        for i in range(len(RIDGES)):
-            loss_SLC[s, i] = ridge.weight_N @ ridge.errors(y_NC, *solved, i).square()
-    return loss_SLC
-
-
-def _weights(loss_SLW: Tensor, rows: float) -> Tensor:
-    log_loss = torch.log((loss_SLW + TINY) / (loss_SLW.amin((0, 1)) + TINY))
-    share_SLW = torch.softmax(-0.5 * rows * log_loss.flatten(0, 1), 0).view_as(loss_SLW)
-    share_SLW = torch.where(share_SLW > LEAST_SHARE, share_SLW, 0.0)
-    return share_SLW / share_SLW.sum((0, 1))
-
-
-def _averaged(ridges: Sequence[Ridge], y_NC: Tensor, share_SLW: Tensor) -> Average:
-    solved = [ridge.solve(y_NC) for ridge in ridges]
-    unseen_NC = torch.zeros_like(y_NC)
-    for s, i in torch.nonzero(share_SLW.sum(2)).tolist():
-        unseen_NC += share_SLW[s, i] * (y_NC - ridges[s].errors(y_NC, *solved[s], i))
-    coefs = [
-        ridge.coef(products_FC, share_LW)
-        for ridge, (_, products_FC), share_LW in zip(ridges, solved, share_SLW, strict=True)
-    ]
-    passed_C = torch.stack([ridge.mean_F @ coef for ridge, coef in zip(ridges, coefs, strict=True)]).sum(0)
-    return Average(coefs, solved[0][0] - passed_C, unseen_NC)
 
 
 @dataclass(frozen=True)
@@ -254,51 +148,25 @@ def fit(regressions: Regressions, y_N: Tensor) -> Fit:
 
 
 def _fit_full(regressions: Regressions, y_N: Tensor) -> tuple[Fit, Fit]:
-    """Every query under every config: a regression of its own for each canonical coordinate.
-
-    What tells configs apart is not foretold as well as what they share, and asks for other slopes and ridges.
-    """
+    """Every query under every config: regressions of canonical coordinates."""
     rows, by_config = regressions.rows, regressions.own
     y_QC = y_N.new_zeros(rows.queries, rows.configs)
     y_QC[rows.query_N, rows.config_N] = y_N
     level_C = y_QC.mean(0)
-    _, [first] = average([(regressions.shared, y_QC)], rows.effective)
-    to_CC, back_CC = canonical(y_QC, first.unseen_NC)
-    share_SLC, found = average_each(regressions.shared, (y_QC - level_C) @ to_CC, rows.effective)
-    coefs, base_C = [w @ back_CC for w in found.coefs], level_C + found.base_C @ back_CC
-    unseen_QC = level_C + found.unseen_NC @ back_CC
-    # the models by how much their coordinates tell configs apart
-    apart_C = (back_CC - back_CC.mean(1, keepdim=True)).square().sum(1)
-    share_SL = share_SLC @ (apart_C / apart_C.sum())
-    plain_QC = level_C + (unseen_QC - level_C).mean(1, keepdim=True)
+    share_SL, found = average_coordinates(regressions.shared, y_QC)
+    plain_QC = level_C + (found.unseen_NC - level_C).mean(1, keepdim=True)
     plain = Fit(
-        [w.mean(1, keepdim=True).expand_as(w) for w in coefs],
-        level_C - level_C.mean() + base_C.mean(),
+        [w.mean(1, keepdim=True).expand_as(w) for w in found.coefs],
+        level_C - level_C.mean() + found.base_C.mean(),
         plain_QC[rows.query_N, rows.config_N],
         plain_QC,
         False,
         share_SL,
         by_config,
     )
-    deviating = Fit(coefs, base_C, unseen_QC[rows.query_N, rows.config_N], unseen_QC, True, share_SL, by_config)
+    unseen_N = found.unseen_NC[rows.query_N, rows.config_N]
+    deviating = Fit(found.coefs, found.base_C, unseen_N, found.unseen_NC, True, share_SL, by_config)
     return plain, deviating
-
-
-def canonical(y_QC: Tensor, unseen_QC: Tensor) -> tuple[Tensor, Tensor]:
-    """Two (C, C) matrices, each the other's inverse: to coordinates in which noise and signal are uncorrelated, and
-    back.
-
-    A Gaussian process of several outcomes whose covariance is one of places times one of outcomes falls apart into
-    single ones there (Bonilla, Chai & Williams 2008; the canonical coordinates of Breiman & Friedman 1997). Noise is
-    what predictions without the query left unexplained; the coordinates have noise 1.
-    """
-    noise_CC = torch.cov((y_QC - unseen_QC).T)
-    signal_CC = torch.cov(y_QC.T) - noise_CC
-    noise_C, axes_CC = torch.linalg.eigh(noise_CC)
-    sd_C = noise_C.clamp(min=LEAST_NOISE * float(noise_C[-1]) + TINY).sqrt()
-    white_CC = axes_CC / sd_C
-    _, turn_CC = torch.linalg.eigh(white_CC.T @ signal_CC @ white_CC)
-    return white_CC @ turn_CC, turn_CC.T @ (sd_C[:, None] * axes_CC.T)
 
 
 def _fit_rows(regressions: Regressions, y_N: Tensor) -> tuple[Fit, Fit]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from rb_gpu.learn.estimators import effective_size
-from rb_gpu.learn.field import Ridge, average
+from rb_gpu.learn.ridge import Ridge, average
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

@@ -1,0 +1,127 @@
+"""Ridge regression at every ridge at once, and its average over slopes and ridges.
+
+Every prediction of a training row comes without its query (leave-one-out, in closed form). Slopes and ridges are not
+chosen but averaged, each with the weight that its leave-one-out error earns (pseudo Bayesian model averaging, Geisser &
+Eddy 1979). Float64 torch on the device.
+Suffixes: N rows, P places, F features of one slope, C configs, L ridges, S slopes, W sets of weights: C of them, or 1
+for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# in units of a row's noise; the last one leaves the mean alone
+RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, math.inf)
+# models of less weight are left out of an average
+LEAST_SHARE = 1e-6
+TINY = 1e-300
+# of cross-fitting
+FOLDS = 5
+
+
+def folds(queries: int, device: torch.device) -> Tensor:
+    """(queries,) in [0, FOLDS)."""
+    return torch.arange(queries, device=device) % FOLDS
+
+
+class Ridge:
+    """Weighted ridge regression with an unpenalised mean, at every ridge at once, with leave-one-out errors."""
+
+    def __init__(self, x_NF: Tensor, weight_N: Tensor) -> None:
+        self.weight_N, total = weight_N, weight_N.sum()
+        self.mean_F = weight_N @ x_NF / total
+        centred = x_NF - self.mean_F
+        value_F, self.vectors_FF = torch.linalg.eigh((centred * weight_N[:, None]).T @ centred)
+        self.scores_NF = centred @ self.vectors_FF
+        ridges_L = torch.tensor(RIDGES, dtype=x_NF.dtype, device=x_NF.device)
+        self.shrunk_FL = 1.0 / (value_F.clamp(min=0)[:, None] + ridges_L)
+        leverage_NL = weight_N[:, None] * (self.scores_NF.square() @ self.shrunk_FL + 1.0 / total)
+        self.kept_NL = (1.0 - leverage_NL).clamp(min=1e-3)
+
+    def solve(self, y_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """Means (C,) and products (F, C) from which every ridge's coefficients follow."""
+        mean_C = self.weight_N @ y_NC / self.weight_N.sum()
+        return mean_C, self.scores_NF.T @ (self.weight_N[:, None] * (y_NC - mean_C))
+
+    def errors(self, y_NC: Tensor, mean_C: Tensor, products_FC: Tensor, ridge: int) -> Tensor:
+        """How far y lies from its leave-one-out prediction, (N, C)."""
+        fitted_NC = self.scores_NF @ (products_FC * self.shrunk_FL[:, ridge, None])
+        error_NC: Tensor = (y_NC - mean_C - fitted_NC) / self.kept_NL[:, ridge, None]
+        return error_NC
+
+    def coef(self, products_FC: Tensor, share_LW: Tensor) -> Tensor:
+        """(F, C) coefficients summed over ridges with the given shares."""
+        coef_FC: Tensor = self.vectors_FF @ (products_FC * (self.shrunk_FL @ share_LW))
+        return coef_FC
+
+    def variance(self, x_PF: Tensor, ridge: int) -> Tensor:
+        """(P,) variance of the prediction at x, its mean apart, in units of a row's noise.
+
+        The posterior's of a Gaussian process, times Σw²/Σw since weighted rows say less.
+        """
+        design = self.weight_N.square().sum() / self.weight_N.sum()
+        variance_P: Tensor = design * (((x_PF - self.mean_F) @ self.vectors_FF).square() @ self.shrunk_FL[:, ridge])
+        return variance_P
+
+
+@dataclass(frozen=True)
+class Average:
+    """A regression averaged over slopes and ridges: coefs (F, C) per slope, base_C, and each row's prediction without
+    itself, unseen_NC.
+    """
+
+    coefs: list[Tensor]
+    base_C: Tensor
+    unseen_NC: Tensor
+
+
+def average(groups: Sequence[tuple[Sequence[Ridge], Tensor]], rows: float) -> tuple[Tensor, list[Average]]:
+    """The weights (S, L) of slopes and ridges, one set for all groups, and each group's averaged regression.
+
+    groups: the ridges of every slope, and y (N, C). rows: how many independent ones there are, n in the weights
+    exp(−n/2·log(loss / least loss)).
+    """
+    loss_SL = torch.stack([_losses(ridges, y_NC).sum(2) for ridges, y_NC in groups]).sum(0)
+    share_SLW = shares(loss_SL[:, :, None], rows)
+    return share_SLW[:, :, 0], [_averaged(ridges, y_NC, share_SLW) for ridges, y_NC in groups]
+
+
+def _losses(ridges: Sequence[Ridge], y_NC: Tensor) -> Tensor:
+    """(S, L, C) squared leave-one-out errors."""
+    loss_SLC = y_NC.new_zeros(len(ridges), len(RIDGES), y_NC.shape[1])
+    for s, ridge in enumerate(ridges):
+        solved = ridge.solve(y_NC)
+        for i in range(len(RIDGES)):
+            loss_SLC[s, i] = ridge.weight_N @ ridge.errors(y_NC, *solved, i).square()
+    return loss_SLC
+
+
+def shares(loss_SLW: Tensor, rows: float) -> Tensor:
+    """(S, L, W) shares of slopes and ridges, which add up to 1, from their losses; rows as in `average`."""
+    log_loss = torch.log((loss_SLW + TINY) / (loss_SLW.amin((0, 1)) + TINY))
+    share_SLW = torch.softmax(-0.5 * rows * log_loss.flatten(0, 1), 0).view_as(loss_SLW)
+    share_SLW = torch.where(share_SLW > LEAST_SHARE, share_SLW, 0.0)
+    return share_SLW / share_SLW.sum((0, 1))
+
+
+def _averaged(ridges: Sequence[Ridge], y_NC: Tensor, share_SLW: Tensor) -> Average:
+    solved = [ridge.solve(y_NC) for ridge in ridges]
+    unseen_NC = torch.zeros_like(y_NC)
+    for s, i in torch.nonzero(share_SLW.sum(2)).tolist():
+        unseen_NC += share_SLW[s, i] * (y_NC - ridges[s].errors(y_NC, *solved[s], i))
+    coefs = [
+        ridge.coef(products_FC, share_LW)
+        for ridge, (_, products_FC), share_LW in zip(ridges, solved, share_SLW, strict=True)
+    ]
+    return Average(coefs, base(ridges, coefs, solved[0][0]), unseen_NC)
+
+
+def base(ridges: Sequence[Ridge], coefs: Sequence[Tensor], mean_C: Tensor) -> Tensor:
+    """(C,) what is foretold at the origin of the features, from coefs (F, C) per slope and the means there were."""
+    return mean_C - torch.stack([ridge.mean_F @ coef for ridge, coef in zip(ridges, coefs, strict=True)]).sum(0)
