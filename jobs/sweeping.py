@@ -26,12 +26,13 @@ log = logging.getLogger("rb_gpu")
 
 
 class Sweep:
-    """The members that ran in this process."""
+    """The members that ran in this process. rehearsed: of each dry run, whether it could be trained."""
 
     def __init__(self) -> None:
         self.stages = Stages(sharing=True)
         self.configs: dict[str, TrainConfig] = {}
         self.folder: Path | None = None
+        self.rehearsed: list[bool] = []
 
     def member(self, config: TrainConfig) -> float:
         """Runs one member and keeps its result. Returns its utility, which a sweeper maximises; NaN where it failed:
@@ -42,8 +43,10 @@ class Sweep:
             print(" ".join(settings) or "as configured")
             try:
                 print(f"\n{told(rehearse(config), config)}\n")
+                self.rehearsed.append(True)
             except RbGpuError as error:
                 log.error("%s", error)
+                self.rehearsed.append(False)
             return float("nan")
         self.folder, self.configs[folder.name] = folder.parent, config
         check_tracker(config.track)
@@ -62,9 +65,11 @@ class Sweep:
         return member.utility
 
     def finish(self) -> int:
-        """Shows all members and publishes the best as a candidate, which a person may promote."""
+        """Shows all members and publishes the best as a candidate, which a person may promote. Returns the exit code:
+        an error where every member failed, also of those that were only rehearsed.
+        """
         if self.folder is None:
-            return 0
+            return EXIT_ERROR if self.rehearsed and not any(self.rehearsed) else 0
         members = read_members(self.folder)
         print(f"\n{show(self.folder, members)}")
         best = best_of(members)

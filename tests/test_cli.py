@@ -173,6 +173,19 @@ def test_a_dry_sweep_rehearses_every_run_and_writes_nothing(tmp_path):
     assert "cluster.k=5000 exceeds" in done.stdout + done.stderr
 
 
+def test_a_dry_sweep_none_of_whose_runs_could_be_trained_is_an_error(tmp_path):
+    # it ended with 0, and a schedule that rehearses first went on to train
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.train", "-m", "data=files", f"data.path={tmp_path}/nowhere.parquet",
+         "cluster.k=8,16", "dry_run=true", "--quiet"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and "Traceback" not in said, said
+    assert said.count("nowhere.parquet does not exist") == 2, said
+
+
 def test_a_sweep_under_torchrun_is_refused_before_anything_is_made(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "jobs.train", "-m", "cluster.k=8,16"], cwd=tmp_path, capture_output=True, text=True,
