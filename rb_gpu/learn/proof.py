@@ -2,7 +2,7 @@
 
 Where it does not, the default stands everywhere. All tests are cross-fitted: levels and choices come without the fold
 on which they are valued.
-Suffixes: Q queries, N rows, C configs, O outcomes, G draws.
+Suffixes: Q queries, N rows, C configs, O outcomes, G draws, F folds.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ class Pseudo:
     """What is known of every query and config without having seen the query, and of each row beyond that.
 
     away_QC: utility foretold. left_N: what a row's utility has more than that. share_N: its weight, which adds up to Q
-    over the rows of each config.
+    over the rows of each config. rounding: utility that may be nothing but the rounding of outcomes of this size.
     """
 
     away_QC: Tensor
     left_N: Tensor
     share_N: Tensor
+    rounding: float
 
 
 def pays(fits: dict[int, Fit], rows: Rows, y_NO: Tensor, objective: Objective, default: int, seed: int) -> bool:
@@ -69,7 +70,8 @@ def pays(fits: dict[int, Fit], rows: Rows, y_NO: Tensor, objective: Objective, d
         left_QC = left_N.new_zeros(rows.queries, rows.configs)
         left_QC[rows.query_N, rows.config_N] = left_N
         left_N = left_N - left_QC[rows.query_N, default]
-    pseudo = Pseudo(away_QC, left_N, share_N * rows.queries)
+    size = float((y_NO.abs() @ weighed_O.abs()).mean())
+    pseudo = Pseudo(away_QC, left_N, share_N * rows.queries, ROUNDING * size)
     generator = torch.Generator().manual_seed(seed)
     by_query_QC, alike_QC = _shares(pseudo, rows, default, generator)
     if rows.full:
@@ -142,17 +144,17 @@ def _from_place_to_place(shares_QC: Tensor) -> Tensor:
 def _p_value(moved_QC: Tensor, pseudo: Pseudo, rows: Rows) -> float:
     """Of a one-sided t test of what moving shares from config to config gains, doubly robust where each query ran one
     config (Dudík, Langford & Li 2011), with Satterthwaite's degrees of freedom: a config of few rows does not know its
-    own variance.
+    own variance. 1 where nothing is gained.
     """
     moved_N = moved_QC[rows.query_N, rows.config_N] * pseudo.share_N * pseudo.left_N
     gain_Q = (moved_QC * pseudo.away_QC).sum(1).index_add(0, rows.query_N, moved_N)
     variance_C = by_config(rows, moved_N.square())
     freedom_C = (torch.bincount(rows.config_N, minlength=rows.configs) - 1).clamp(min=1)
     freedom = float(variance_C.sum().square() / (variance_C.square() / freedom_C).sum().clamp(min=TINY))
-    error = float(gain_Q.std()) / math.sqrt(rows.queries)
-    if error == 0.0 or freedom == 0.0:
+    gain, error = float(gain_Q.mean()), float(gain_Q.std()) / math.sqrt(rows.queries)
+    if gain <= pseudo.rounding or error == 0.0 or freedom == 0.0:
         return 1.0
-    return float(students_t.sf(float(gain_Q.mean()) / error, freedom))
+    return float(students_t.sf(gain / error, freedom))
 
 
 def by_config(rows: Rows, v_N: Tensor) -> Tensor:
