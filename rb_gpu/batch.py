@@ -1,6 +1,7 @@
 """Many queries at once: what `vote.answer` computes for one, in columns.
 
-Suffixes: B queries, K nearest leaves, D dims, U leaves and what stands for no leaf, C configs, E blocks of C columns.
+Suffixes: B queries, K nearest leaves, D dims, M landmarks, U leaves and what stands for no leaf, C configs, E blocks of
+C columns.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """How one query is answered: the vote of the nearest patterns over tried configs, or the reference's interpolation.
 
-Suffixes: B queries, K nearest leaves, D dims, P leaves, U = P + 1 leaves and what stands for no leaf, C configs.
+Suffixes: B queries, K nearest leaves, D dims, P leaves, U = P + 1 leaves and what stands for no leaf, C configs,
+E blocks of C columns.
 """
 
 from __future__ import annotations

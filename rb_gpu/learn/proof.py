@@ -15,7 +15,7 @@ from scipy.stats import t as students_t
 from torch import Tensor
 
 from rb_gpu.learn.field import ROUNDING, Fit, Rows
-from rb_gpu.learn.ridge import FOLDS, TINY, folds
+from rb_gpu.learn.ridge import FOLDS, TINY, folds_in_turn
 from rb_gpu.objective import Objective
 
 DRAWS = 64
@@ -90,7 +90,7 @@ def pays(fits: dict[int, Fit], rows: Rows, y_NO: Tensor, objective: Objective, d
 def _shares(pseudo: Pseudo, rows: Rows, default: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """How often each config is the best under the posterior, (Q, C) twice: by query, and for all queries together."""
     by_query_QC, alike_QC = torch.zeros_like(pseudo.away_QC), torch.zeros_like(pseudo.away_QC)
-    fold_Q = folds(rows.queries, alike_QC.device)
+    fold_Q = folds_in_turn(rows.queries, alike_QC.device)
     fold_N = fold_Q[rows.query_N]
     for fold in range(FOLDS):
         mine_Q, weight_N = fold_Q == fold, rows.importance_N * (fold_N != fold)
@@ -135,7 +135,7 @@ def _surest_single(pseudo: Pseudo, rows: Rows, default: int) -> float:
 
 def _from_place_to_place(shares_QC: Tensor) -> Tensor:
     """How far each query's shares lie from their mean over its fold."""
-    fold_Q = folds(len(shares_QC), shares_QC.device)
+    fold_Q = folds_in_turn(len(shares_QC), shares_QC.device)
     sum_FC = shares_QC.new_zeros(FOLDS, shares_QC.shape[1]).index_add_(0, fold_Q, shares_QC)
     count_F = torch.bincount(fold_Q, minlength=FOLDS).clamp(min=1)
     return shares_QC - (sum_FC / count_F[:, None])[fold_Q]

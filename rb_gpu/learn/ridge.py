@@ -25,8 +25,8 @@ TINY = 1e-300
 FOLDS = 5
 
 
-def folds(queries: int, device: torch.device) -> Tensor:
-    """(queries,) in [0, FOLDS)."""
+def folds_in_turn(queries: int, device: torch.device) -> Tensor:
+    """(queries,) in [0, FOLDS), one after the other: all of the same size, which those by id are not."""
     return torch.arange(queries, device=device) % FOLDS
 
 
