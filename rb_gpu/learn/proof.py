@@ -98,7 +98,7 @@ def _shares(pseudo: Pseudo, rows: Rows, default: int, generator: torch.Generator
         total_C = by_config(rows, weight_N)
         left_C = by_config(rows, weight_N * pseudo.left_N) / total_C.clamp(min=TINY)
         error_N = weight_N * (pseudo.left_N - left_C[rows.config_N])
-        error_C = by_config(rows, error_N.square()) / total_C.clamp(min=TINY).square()
+        error_C = by_config(rows, error_N.square()) / total_C.square().clamp(min=TINY)
         known_C = (total_C > 0) & (error_C > 0)
         gain_C = mean_C + left_C - (mean_C + left_C)[default]
         kept_C = torch.zeros_like(gain_C)
