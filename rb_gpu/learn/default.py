@@ -22,18 +22,21 @@ DOMINANT = 2.0
 ERRORS = 2.0
 
 
+def is_experiment(trajectories: Trajectories, objective: Objective) -> bool:
+    """Whether no default was given, and no config ran so often that it must be the one in use."""
+    if not trajectories.auto_default or objective.kind != "utility" or len(trajectories.configs) < 2:
+        return False
+    rows_C = np.sort(np.bincount(trajectories.config_id, minlength=len(trajectories.configs)))
+    return bool(rows_C[-1] < DOMINANT * rows_C[-2])
+
+
 def settle_default(trajectories: Trajectories, evidence: Evidence, objective: Objective) -> Trajectories:
-    """The same rows, whose default is another config where the log is an experiment and none was given.
+    """The same rows of an experiment, whose default may be another config.
 
     No config of an experiment is the one in use, and what abstains should fall back to what one would choose without a
     bank: the config of highest utility over all rows, each weighted by 1 / propensity, less two standard errors, so
     that few lucky rows do not decide (a lower confidence bound, as in Rashidinejad et al. 2021).
     """
-    if not trajectories.auto_default or objective.kind != "utility" or len(trajectories.configs) < 2:
-        return trajectories
-    rows_C = np.sort(np.bincount(trajectories.config_id, minlength=len(trajectories.configs)))
-    if rows_C[-1] >= DOMINANT * rows_C[-2]:
-        return trajectories
     root = evidence.regroup(np.zeros(len(evidence.rows), dtype=np.int64), 1)
     mean, variance, size = linear_moments(root.w, root.w2, root.mean, root.comoment, objective.direction)
     known_C = np.isfinite(variance[0]) & (size[0] > 1)

@@ -70,10 +70,10 @@ class Foretold:
     unseen: Unseen | None
     trial: Trial
 
-    def pays(self, objective: Objective, default: int, seed: int) -> bool:
+    def pays(self, objective: Objective, default: int, seed: int, in_use: bool) -> bool:
         """Whether its choices for unseen queries beat the default (rb_gpu.learn.proof); a floor is not tested."""
         return objective.kind != "utility" or pays_unseen(
-            self.trial.fits, self.trial.rows, self.trial.y_NO, objective, default, seed
+            self.trial.fits, self.trial.rows, self.trial.y_NO, objective, default, seed, in_use
         )
 
     def field(self, evidence: Evidence, left: Evidence) -> Field:

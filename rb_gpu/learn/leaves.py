@@ -5,7 +5,6 @@ Suffixes: Q queries, N rows, P leaves, D dims.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +25,6 @@ from rb_gpu.learn.stages import Stages, digest
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.objective import Objective
 from rb_gpu.posterior import Beliefs, believe
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,11 +62,17 @@ class LeafMaking:
         return [self.read, digest(leaves.label_Q), default, objective.kind, objective.quality, self.config.seed, method]
 
     def foretold(
-        self, leaves: Leaves, trajectories: Trajectories, objective: Objective, pays: bool | None = None
+        self,
+        leaves: Leaves,
+        trajectories: Trajectories,
+        objective: Objective,
+        pays: bool | None = None,
+        in_use: bool = True,
     ) -> Leaves:
         """The leaves with the field, where it says more than they do; only eb, for a utility or a floor, can use one.
 
-        pays: whether its choices were shown to pay by a test that these rows have had already; None to test.
+        pays: whether its choices were shown to pay by a test that these rows have had already; None to test. in_use:
+        whether a service runs the default, as `proof.pays` asks.
         """
         seed, default = self.config.seed, trajectories.configs.default
         if self.config.judge.method != "eb" or objective.kind == "bound":
@@ -93,12 +96,7 @@ class LeafMaking:
                 return leaves
             found, field = told
             if pays is None:
-                pays = found.pays(objective, default, seed)
-        if not pays:
-            log.warning(
-                "no choice of configs is sure to pay on unseen queries: the default stands everywhere (%s)",
-                trajectories.configs.describe(default),
-            )
+                pays = found.pays(objective, default, seed, in_use)
         return replace(leaves, field=field, foretold_NO=found.unseen_NO, pays=pays, unseen=found.unseen)
 
 

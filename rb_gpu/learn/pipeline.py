@@ -24,7 +24,7 @@ from rb_gpu.learn.checks import is_auto
 from rb_gpu.learn.clustering import cluster_queries, drop_labels
 from rb_gpu.learn.config import IndexConfig, RouterConfig, TrainConfig
 from rb_gpu.learn.decay import auto_half_life
-from rb_gpu.learn.default import settle_default
+from rb_gpu.learn.default import is_experiment, settle_default
 from rb_gpu.learn.devices import full_precision, reproducible, resolve_device
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.evidence import row_weights
@@ -119,14 +119,15 @@ def _learned(
         leaves = making.gathered(label_Q, trajectories)
         objective = resolve_objective(judging, config.quality, trajectories, leaves.evidence)
         leaves = making.foretold(leaves, trajectories, objective)
-        if leaves.field is not None and not leaves.pays:
-            asked, trajectories = trajectories, settle_default(trajectories, leaves.evidence, objective)
-            if trajectories is not asked:
-                leaves = making.gathered(label_Q, trajectories)
-                objective = resolve_objective(judging, config.quality, trajectories, leaves.evidence)
-                # what does not beat a poor default is not asked again whether it beats a better one
-                leaves = making.foretold(leaves, trajectories, objective, pays=False)
+        if leaves.field is not None and not leaves.pays and is_experiment(trajectories, objective):
+            trajectories = settle_default(trajectories, leaves.evidence, objective)
+            leaves = making.gathered(label_Q, trajectories)
+            objective = resolve_objective(judging, config.quality, trajectories, leaves.evidence)
+            leaves = making.foretold(leaves, trajectories, objective, in_use=False)
         default = trajectories.configs.default
+        if leaves.field is not None and not leaves.pays:
+            standing = trajectories.configs.describe(default)
+            log.warning("no choice of configs is sure to pay on unseen queries: %s stands everywhere", standing)
         past = gather_past(parent, before_Q, trajectories, leaves.evidence, judging.half_life)
         leaves = with_past(leaves, past)
         judging = replace(judging, min_probability=leaves.least_probability(judging))

@@ -22,8 +22,10 @@ DRAWS = 64
 # 5 % less what folds that share rows take for known: without it 5 to 6 % of worlds without a better config passed
 FAMILY_ERROR = 0.04
 # of the test whether choices by place beat the same choices regardless of it. The field of a log deviates from place to
-# place only where unseen rows bear it out, which those of 1 world in 100 do without cause: any gain will do there
-FULL_PLACE_ERROR, LOG_PLACE_ERROR = 0.01, 0.5
+# place only where unseen rows bear it out, so that it errs in 1 world of 100; one of a full table does in 1 of 10
+LOG_PLACE_ERROR, FULL_PLACE_ERROR = 0.05, 0.01
+# of an estimate that is a gain, however unsure
+LIKELIER = 0.5
 # a row that makes most of its config's mean says little of how far it lies from it
 LEAST_KEPT = 0.1
 
@@ -42,7 +44,9 @@ class Pseudo:
     rounding: float
 
 
-def pays(fits: dict[int, Fit], rows: Rows, y_NO: Tensor, objective: Objective, default: int, seed: int) -> bool:
+def pays(
+    fits: dict[int, Fit], rows: Rows, y_NO: Tensor, objective: Objective, default: int, seed: int, in_use: bool = True
+) -> bool:
     """Whether choices by the field, or one choice for all queries, beat the default: false in 5 % of worlds at most.
 
     What is valued is not the best guess, on which folds of a small log disagree, but every config as often as it is the
@@ -53,8 +57,8 @@ def pays(fits: dict[int, Fit], rows: Rows, y_NO: Tensor, objective: Objective, d
 
     Where the default is better on the whole, shares lose by every doubt that is left, and small logs do not show that
     it is worse in places. It is enough there that shares by place beat the same shares dealt out regardless of it, as
-    in the test for heterogeneity of Chernozhukov, Demirer, Duflo & Fernández-Val (2018): effects that differ as
-    foretold are what the posterior chooses by.
+    in the test for heterogeneity of Chernozhukov, Demirer, Duflo & Fernández-Val (2018), and seem worth more than the
+    default. in_use: whether a service runs the default; of a log that is an experiment both need but seem so.
     """
     direction_O = torch.from_numpy(objective.direction).to(y_NO)
     weighed_O = torch.zeros_like(direction_O)
@@ -74,17 +78,18 @@ def pays(fits: dict[int, Fit], rows: Rows, y_NO: Tensor, objective: Objective, d
     pseudo = Pseudo(away_QC, left_N, share_N * rows.queries, ROUNDING * size)
     generator = torch.Generator().manual_seed(seed)
     by_query_QC, alike_QC = _shares(pseudo, rows, default, generator)
+    default_C = torch.zeros_like(by_query_QC[0])
+    default_C[default] = 1.0
+    by_query, alike = (_p_value(shares_QC - default_C, pseudo, rows) for shares_QC in (by_query_QC, alike_QC))
     if rows.full:
         beaten = _surest_single(pseudo, rows, default) < FAMILY_ERROR
     else:
-        default_C = torch.zeros_like(by_query_QC[0])
-        default_C[default] = 1.0
         # one that sees a loss says no more against the other than one that sees nothing
-        tests = [min(_p_value(shares_QC - default_C, pseudo, rows), 0.5) for shares_QC in (by_query_QC, alike_QC)]
-        joined = sum(math.tan((0.5 - p) * math.pi) for p in tests) / len(tests)
+        joined = sum(math.tan((0.5 - min(p, 0.5)) * math.pi) for p in (by_query, alike)) / 2
         beaten = joined > math.tan((0.5 - FAMILY_ERROR) * math.pi)
+    place_error = FULL_PLACE_ERROR if rows.full else LOG_PLACE_ERROR if in_use else LIKELIER
     by_place = _p_value(_from_place_to_place(by_query_QC), pseudo, rows)
-    return beaten or by_place < (FULL_PLACE_ERROR if rows.full else LOG_PLACE_ERROR)
+    return beaten or (by_place < place_error and by_query < LIKELIER)
 
 
 def _shares(pseudo: Pseudo, rows: Rows, default: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
