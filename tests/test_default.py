@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -72,21 +70,3 @@ def test_few_lucky_rows_make_no_default():
 def test_a_default_that_is_surely_beaten_is_kept_to_be_measured_against():
     trajectories = log_of(0, [0.2, 0.5, 0.5, 0.5, 0.8], SHARES, n=2000)
     assert default_of(trajectories) == 0
-
-
-def test_an_experiment_is_chosen_by_place_where_that_only_seems_to_gain():
-    # nobody runs its default, so that nothing need be proven: what such logs foretold was left unused
-    rng = np.random.default_rng(5)
-    worth = []
-    for seed in range(8):
-        trajectories = log_of(seed, [0.5, 0.5], [0.5, 0.5], n=240)
-        better = np.where(trajectories.x_QD[:, 0] > 0, 1, 0)
-        quality = 0.4 + 0.2 * (trajectories.config_id == better) + 0.4 * rng.normal(size=240)
-        quality = np.clip(quality, 0, 1).astype(np.float32)
-        trajectories = replace(trajectories, precision=quality, recall=quality)
-        chosen = learned(trajectories).optimized_params_batch(trajectories.x_QD)["ef_search"] // 16 - 1
-        given = replace(trajectories, auto_default=False)
-        kept = learned(given).optimized_params_batch(trajectories.x_QD)["ef_search"] // 16 - 1
-        worth.append(((chosen == better).mean(), (kept == better).mean()))
-    experiment, in_use = np.mean(worth, axis=0)
-    assert experiment > in_use + 0.02

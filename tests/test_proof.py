@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from rb_gpu.evidence import OUTCOMES  # noqa: E402
-from rb_gpu.learn.field import Regressions, Rows, fit  # noqa: E402
+from rb_gpu.learn.field import Fit, Regressions, Rows, fit  # noqa: E402
 from rb_gpu.learn.proof import pays, shrinkage  # noqa: E402
 from rb_gpu.objective import Objective  # noqa: E402
 
@@ -16,7 +16,7 @@ QUALITY = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
 F1 = OUTCOMES.index("f1")
 
 
-def world(seed, effect_C, propensity_C, n=800, local=0.0, full=False, noise=0.2):
+def world(seed, effect_C, propensity_C, n=800, local=0.0, full=False, noise=0.2, in_use=True):
     """Whether a log pays: one feature, whose sign the last config's effect of size `local` follows."""
     rng = np.random.default_rng(seed)
     configs = len(effect_C)
@@ -31,7 +31,7 @@ def world(seed, effect_C, propensity_C, n=800, local=0.0, full=False, noise=0.2)
     y_NO = torch.zeros(len(y), len(OUTCOMES), dtype=torch.float64)
     y_NO[:, F1] = torch.as_tensor(y)
     fits = {F1: fit(Regressions([torch.as_tensor(x)[:, None]], rows), y_NO[:, F1])}
-    return pays(fits, rows, y_NO, QUALITY, 0, seed)
+    return pays(fits, rows, y_NO, QUALITY, 0, seed, in_use)
 
 
 def share(worlds: int, *args, **kwargs) -> float:
@@ -120,6 +120,26 @@ def test_a_config_that_is_worse_on_the_whole_passes_where_it_is_better_in_places
     effect = np.array([0.0, -0.1])
     assert share(40, effect, np.array([0.9, 0.1]), local=0.15) >= 0.9
     assert share(40, effect, np.array([0.9, 0.1]), local=0.0) <= 0.1
+
+
+def test_choices_by_place_of_an_experiment_need_but_seem_to_gain():
+    # nobody runs its default: what such logs foretold was left unused unless it was sure
+    def passes(seed, effect, in_use):
+        rng = np.random.default_rng(seed)
+        x, config = np.sign(rng.normal(size=400)), rng.integers(2, size=400)
+        y_NO = torch.zeros(400, len(OUTCOMES), dtype=torch.float64)
+        y_NO[:, F1] = torch.as_tensor(effect * x * config + 0.3 * rng.normal(size=400))
+        ones, foretold_QC = torch.ones(400, dtype=torch.float64), torch.as_tensor(np.c_[0.0 * x, 0.03 * x])
+        rows = Rows(torch.arange(400), torch.as_tensor(config), ones, ones, 400, 2)
+        told = Fit([], foretold_QC[0], foretold_QC[rows.query_N, rows.config_N], foretold_QC, True, ones, {})
+        return pays({F1: told}, rows, y_NO, QUALITY, 0, seed, in_use)
+
+    def passed(effect, in_use):
+        return np.mean([passes(seed, effect, in_use) for seed in range(60)])
+
+    assert passed(0.03, in_use=False) > passed(0.03, in_use=True) + 0.2
+    # what was foretold the wrong way round does not seem to gain
+    assert passed(-0.06, in_use=False) < 0.1
 
 
 def test_differences_of_a_full_table_are_paired():

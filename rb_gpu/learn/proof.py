@@ -157,8 +157,10 @@ def _p_value(moved_QC: Tensor, pseudo: Pseudo, rows: Rows) -> float:
     freedom_C = (torch.bincount(rows.config_N, minlength=rows.configs) - 1).clamp(min=1)
     freedom = float(variance_C.sum().square() / (variance_C.square() / freedom_C).sum().clamp(min=TINY))
     gain, error = float(gain_Q.mean()), float(gain_Q.std()) / math.sqrt(rows.queries)
-    if gain <= pseudo.rounding or error == 0.0 or freedom == 0.0:
+    if gain <= pseudo.rounding or freedom == 0.0:
         return 1.0
+    if error == 0.0:
+        return 0.0
     return float(students_t.sf(gain / error, freedom))
 
 
