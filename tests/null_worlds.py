@@ -17,7 +17,13 @@ from rb_gpu.learn.config import JudgeConfig, ParamsConfig, TrainConfig
 from rb_gpu.learn.trajectories import Source, Trajectories, assemble
 
 CONFIGS, DEFAULT, DIM, NOISE = 6, 2, 32, 0.15
-KINDS = ("no config differs", "one bad config", "95 % of traffic on the default", "hard queries go to dear configs")
+KINDS = (
+    "no config differs",
+    "one bad config",
+    "95 % of traffic on the default",
+    "hard queries go to dear configs",
+    "the default is best everywhere, in places by more",
+)
 
 
 def world(kind: str, rows: int, rng: np.random.Generator) -> Trajectories:
@@ -37,6 +43,8 @@ def world(kind: str, rows: int, rng: np.random.Generator) -> Trajectories:
     quality = quality + NOISE * rng.normal(size=rows)
     if kind == "one bad config":
         quality -= 0.2 * (config == CONFIGS - 1)
+    elif kind == "the default is best everywhere, in places by more":
+        quality -= (0.02 + 0.15 * (x[:, 1] > 0)) * (config != DEFAULT)
     found = np.clip(quality, 0.0, 1.0).astype(np.float32)
     columns = {
         "id": np.arange(rows, dtype=np.uint64), "query_id": np.arange(rows, dtype=np.uint64), "x_QD": x,
@@ -66,7 +74,7 @@ def main() -> None:
     for kind in KINDS:
         count = sum(acts(kind, options.rows, seed) for seed in range(options.worlds))
         share = 100 * count / options.worlds
-        sys.stdout.write(f"{kind:35} the bank acts in {count:3} of {options.worlds} worlds, {share:.1f} %\n")
+        sys.stdout.write(f"{kind:50} the bank acts in {count:3} of {options.worlds} worlds, {share:.1f} %\n")
         sys.stdout.flush()
 
 
