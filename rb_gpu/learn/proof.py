@@ -58,7 +58,8 @@ def pays(
     Where the default is better on the whole, shares lose by every doubt that is left, and small logs do not show that
     it is worse in places. It is enough there that shares by place beat the same shares dealt out regardless of it, as
     in the test for heterogeneity of Chernozhukov, Demirer, Duflo & Fernández-Val (2018), and seem worth more than the
-    default. in_use: whether a service runs the default; of a log that is an experiment the first need but seem so.
+    default. in_use: whether a service runs the default. Where the best single config of an experiment stands in for one
+    that nothing surely beat, that is not asked again, and choices by place need but seem a gain.
     """
     direction_O = torch.from_numpy(objective.direction).to(y_NO)
     weighed_O = torch.zeros_like(direction_O)
@@ -88,8 +89,8 @@ def pays(
         joined = sum(math.tan((0.5 - min(p, 0.5)) * math.pi) for p in (by_query, alike)) / 2
         beaten = joined > math.tan((0.5 - FAMILY_ERROR) * math.pi)
     by_place = _p_value(_from_place_to_place(by_query_QC), pseudo, rows)
-    if not in_use and not rows.full:
-        return beaten or by_place < LIKELIER
+    if not in_use:
+        return by_place < (FULL_PLACE_ERROR if rows.full else LIKELIER)
     return beaten or (by_place < (FULL_PLACE_ERROR if rows.full else LOG_PLACE_ERROR) and by_query < LIKELIER)
 
 
