@@ -39,7 +39,7 @@ def average_coordinates(ridges: Sequence[Ridge], y_QC: Tensor) -> tuple[Tensor, 
 
     ridges: of every slope, over all queries. y_QC: every query's outcome under every config. Each coordinate has
     weights of its own. A query is foretold in coordinates, and with weights, that the other folds chose: such as looked
-    at it found signal in noise, and of tables of 9 configs that do not differ 28 % seemed to pay.
+    at it found signal in noise, and tables of configs that do not differ seemed to pay.
     """
     queries = len(y_QC)
     _, [first] = average([(ridges, y_QC)], queries)

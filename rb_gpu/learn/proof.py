@@ -52,8 +52,8 @@ def pays(
     What is valued is not the best guess, on which folds of a small log disagree, but every config as often as it is the
     best under the posterior (Thompson 1933): near equals are then valued by the rows of all of them. The two tests,
     which lean on each other, are joined by the Cauchy combination (Liu & Xie 2020). Of a full table, where every config
-    is known by every query, it is enough to name one that beats the default (shares of its folds all lean on the
-    default's own noise, and 10 % of tables passed in which no config differs).
+    is known by every query, it is enough to name one that beats the default: shares of its folds all lean on the
+    default's own noise, and too many tables passed in which no config differs.
 
     Where the default is better on the whole, shares lose by every doubt that is left, and small logs do not show that
     it is worse in places. It is enough there that shares by place beat the same shares dealt out regardless of it, as
@@ -82,16 +82,17 @@ def pays(
     default_C = torch.zeros_like(by_query_QC[0])
     default_C[default] = 1.0
     by_query, alike = (_p_value(shares_QC - default_C, pseudo, rows) for shares_QC in (by_query_QC, alike_QC))
-    if rows.full:
-        beaten = _surest_single(pseudo, rows, default) < FAMILY_ERROR
-    else:
-        # one that sees a loss says no more against the other than one that sees nothing
-        joined = sum(math.tan((0.5 - min(p, 0.5)) * math.pi) for p in (by_query, alike)) / 2
-        beaten = joined > math.tan((0.5 - FAMILY_ERROR) * math.pi)
     by_place = _p_value(_from_place_to_place(by_query_QC), pseudo, rows)
+    place_error = FULL_PLACE_ERROR if rows.full else LOG_PLACE_ERROR if in_use else LIKELIER
     if not in_use:
-        return by_place < (FULL_PLACE_ERROR if rows.full else LIKELIER)
-    return beaten or (by_place < (FULL_PLACE_ERROR if rows.full else LOG_PLACE_ERROR) and by_query < LIKELIER)
+        return by_place < place_error
+    if by_place < place_error and by_query < LIKELIER:
+        return True
+    if rows.full:
+        return _surest_single(pseudo, rows, default) < FAMILY_ERROR
+    # one that sees a loss says no more against the other than one that sees nothing
+    joined = sum(math.tan((0.5 - min(p, 0.5)) * math.pi) for p in (by_query, alike)) / 2
+    return joined > math.tan((0.5 - FAMILY_ERROR) * math.pi)
 
 
 def _shares(pseudo: Pseudo, rows: Rows, default: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
