@@ -157,16 +157,20 @@ def test_a_dry_run_tells_what_would_be_and_writes_nothing(tmp_path):
     assert "[INFO]" not in done.stdout, "--quiet shows warnings only"
 
 
+def dry_sweep(folder: Path, table: str, swept: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.train", "-m", "data=files", f"data.path={folder}/{table}", swept, "dry_run=true",
+         "--quiet"],
+        cwd=folder, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
 def test_a_dry_sweep_rehearses_every_run_and_writes_nothing(tmp_path):
     # its members used to be trained all the same
     synthesize(SynthesizeConfig(out=str(tmp_path / "planted"), n=4000, dim=16, patterns=8, configs=3))
     before = sorted(tmp_path.rglob("*"))
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.train", "-m", "data=files", f"data.path={tmp_path}/planted/trajectories.parquet",
-         "cluster.k=8,5000,16", "dry_run=true", "--quiet"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    done = dry_sweep(tmp_path, "planted/trajectories.parquet", "cluster.k=8,5000,16")
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(tmp_path.rglob("*")) == before
     assert [f"with {k} clusters" in done.stdout for k in (8, 16)] == [True, True], done.stdout
@@ -175,12 +179,7 @@ def test_a_dry_sweep_rehearses_every_run_and_writes_nothing(tmp_path):
 
 def test_a_dry_sweep_none_of_whose_runs_could_be_trained_is_an_error(tmp_path):
     # it ended with 0, and a schedule that rehearses first went on to train
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.train", "-m", "data=files", f"data.path={tmp_path}/nowhere.parquet",
-         "cluster.k=8,16", "dry_run=true", "--quiet"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    done = dry_sweep(tmp_path, "nowhere.parquet", "cluster.k=8,16")
     said = done.stdout + done.stderr
     assert done.returncode == 1 and "Traceback" not in said, said
     assert said.count("nowhere.parquet does not exist") == 2, said
