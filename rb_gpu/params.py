@@ -185,7 +185,7 @@ def _unique_rows(columns: Sequence[npt.NDArray[np.int64]]) -> tuple[npt.NDArray[
             continue
         # codes per column keep it fast for millions of rows; recoding to those in use keeps them far from int64's end
         inverse, values = _codes(column)
-        code, count = _codes(code * values + inverse)
+        code, count = (inverse, values) if count == 1 else _codes(code * values + inverse)
     of_code = np.empty(count, dtype=np.int64)
     of_code[code] = np.arange(len(code))  # whichever row of a code: they are equal
     return np.stack([column[of_code] for column in columns], axis=1), code

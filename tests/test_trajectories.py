@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn import sources
+from rb_gpu.learn.blocks import block_threads, row_hashes
 from rb_gpu.learn.config import DataConfig, ParamsConfig
 from rb_gpu.learn.recorded import from_trajectories
-from rb_gpu.learn.trajectories import Trajectories, load, split_by_time
+from rb_gpu.learn.trajectories import Trajectories, _fingerprint, load, split_by_time
 from rb_gpu.params import SearchParams
 from rb_gpu.trajectory_log import TrajectoryLog
 from rb_gpu.types import QueryTrajectory, UserFeedback
@@ -650,6 +651,38 @@ def test_fingerprint_is_that_of_the_content():
         assert from_trajectories(log).source.fingerprint != changed()
 
 
+@pytest.mark.parametrize("lists", [False, True])
+def test_hashes_follow_their_embeddings_through_bad_rows_repeats_and_time(tmp_path, lists):
+    rng = np.random.default_rng(9)
+    n, q = 300, 60
+    query = rng.permutation(np.repeat(np.arange(q), n // q)).astype(np.uint64)
+    x = rng.normal(size=(q, D)).astype(np.float32)
+    x[[4, 30]] = 0
+    outcomes = {
+        "id": np.arange(n, dtype=np.uint64), "query_id": query, "precision": np.full(n, 0.5), "recall": np.full(n, 0.5),
+        "latency_us": np.full(n, 9), "ef_search": rng.integers(1, 4, n),
+    }  # fmt: skip
+    kind = pa.list_(pa.float32()) if lists else pa.list_(pa.float32(), D)
+    times = EARLY + rng.permutation(q)
+    per_query = {
+        "query_id": np.arange(q, dtype=np.uint64),
+        "query_embedding": pa.array(list(x), kind),
+        "timestamp": times,
+    }
+    rows = outcomes | {"query_embedding": pa.array(list(x[query]), kind), "timestamp": times[query]}
+    pq.write_table(pa.table(outcomes), tmp_path / "outcomes.parquet")
+    pq.write_table(pa.table(per_query), tmp_path / "queries.parquet")
+    pq.write_table(pa.table(rows), tmp_path / "rows.parquet")
+    joined = read(str(tmp_path / "outcomes.parquet"), queries=str(tmp_path / "queries.parquet"), max_bad_fraction=0.5)
+    one = read(str(tmp_path / "rows.parquet"), max_bad_fraction=0.5)
+    newest = read(str(tmp_path / "rows.parquet"), max_bad_fraction=0.5, capacity=90)
+    for loaded in (joined, one, newest):
+        with block_threads() as pool:
+            again = _fingerprint(loaded, row_hashes(loaded.x_QD, pool))
+        assert loaded.source.fingerprint == again
+    assert len(joined.x_QD) == q - 2 and not np.array_equal(joined.query_id, np.arange(q - 2))
+
+
 def test_source_says_what_was_read(tmp_path):
     folder = split_files(tmp_path / "day", one_table(LOG))
     source = read(folder, capacity=45).source
@@ -703,6 +736,7 @@ def test_default_pairs_need_the_default_once_and_another_config_in_every_query()
 MEASURE = """
 import sys
 from pathlib import Path
+from rb_gpu.learn.blocks import block_threads, row_hashes
 from rb_gpu.learn.config import DataConfig, ParamsConfig
 from rb_gpu.learn.trajectories import load
 

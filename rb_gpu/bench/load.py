@@ -1,4 +1,4 @@
-"""The suite load: a whole checked load of every format beside pyarrow's bare read and beside memcpy, in one run.
+"""The suite load: every format read and checked, and loaded whole, beside pyarrow's bare read and memcpy, in one run.
 
 Suffixes: N rows, D dims.
 """
@@ -18,7 +18,9 @@ import pyarrow.parquet as pq
 
 from rb_gpu.bench.runner import answer, fresh_median, in_process, interleaved, machine, seconds
 from rb_gpu.learn.config import DataConfig, ParamsConfig
-from rb_gpu.learn.trajectories import Trajectories, load
+from rb_gpu.learn.quarantine import BadRows
+from rb_gpu.learn.tables import Reading, Table, read_table
+from rb_gpu.learn.trajectories import OUTCOME_OPTIONAL, OUTCOME_REQUIRED, QUERY_REQUIRED, Trajectories, load
 
 Matrix = npt.NDArray[np.float32]
 
@@ -71,6 +73,11 @@ def write_tables(folder: Path, x_ND: Matrix) -> dict[str, Path]:
     return paths
 
 
+def read_checked(path: Path) -> Table:
+    """Every row read, decoded and checked, the embeddings in one matrix."""
+    return read_table(str(path), (*OUTCOME_REQUIRED, *QUERY_REQUIRED), OUTCOME_OPTIONAL, BadRows(), Reading())
+
+
 def load_table(path: Path) -> Trajectories:
     """What a job does with its table: read, check, join, find the configs, take the fingerprint."""
     return load(DataConfig(path=str(path)), ParamsConfig())
@@ -104,6 +111,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
                 raise RuntimeError(f"{path.name} was read wrongly")
         calls: dict[str, Callable[[], object]] = {"memcpy": x_ND.copy}
         calls |= {name: partial(load_table, path) for name, path in paths.items()}
+        calls |= {f"read, {name}": partial(read_checked, path) for name, path in paths.items()}
         calls |= {f"pyarrow, {name}": partial(read_bare, path, dim) for name, path in paths.items()}
         taken_s = interleaved({name: partial(_seconds, call) for name, call in calls.items()}, rounds, seed)
         formats = {}
@@ -112,6 +120,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
             formats[name] = {
                 "gb_per_s": x_ND.nbytes / 1e9 / float(np.median(taken_s[name])),
                 "of_memcpy": float(np.median(taken_s["memcpy"] / taken_s[name])),
+                "read_of_memcpy": float(np.median(taken_s["memcpy"] / taken_s[f"read, {name}"])),
                 "of_pyarrow": float(np.median(taken_s[f"pyarrow, {name}"] / taken_s[name])),
                 "of_list": float(np.median(taken_s[LIST] / taken_s[name])),
                 # of Linux only

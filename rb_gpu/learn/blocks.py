@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rb_gpu.learn.kernels import hash_rows
+from rb_gpu.learn.kernels import squares_and_hashes
 
 Matrix = npt.NDArray[np.float32]
 Copy = Callable[[Matrix, npt.NDArray[np.floating[Any]]], None]
@@ -33,41 +33,44 @@ def start_blocks(pool: Executor, work: Callable[[int, int], object], rows: int, 
 
 
 class Copying:
-    """Rows that are being copied by the threads of a pool."""
+    """Rows that are being copied by the threads of a pool, which take the squared norm and the hash of each as well."""
 
     def __init__(self, from_ND: npt.NDArray[np.floating[Any]], to_ND: Matrix, copy: Copy, pool: Executor) -> None:
-        self._norm2_N = np.empty(len(to_ND))
+        self._norm2_N, self._hash_N = np.empty(len(to_ND)), np.empty(len(to_ND), np.uint64)
+        bits_ND, key_D = to_ND.view(np.uint32), _hash_key(to_ND.shape[1])
 
         def block(start: int, stop: int) -> None:
-            x_ND, norm2 = to_ND[start:stop], self._norm2_N[start:stop]
-            copy(x_ND, from_ND[start:stop])
-            norm2[:] = np.einsum("nd,nd->n", x_ND, x_ND)
+            copy(to_ND[start:stop], from_ND[start:stop])
+            squares_and_hashes(to_ND, bits_ND, key_D, start, stop, self._norm2_N, self._hash_N)
             # float32 squares are several times as fast; those that leave its range are taken again
-            unsure = ~((norm2 > 0) & (norm2 < np.inf))
-            if unsure.any():
-                some_ND = x_ND[unsure]
-                norm2[unsure] = np.einsum("nd,nd->n", some_ND, some_ND, dtype=np.float64)
+            unsure = start + np.flatnonzero(~((self._norm2_N[start:stop] > 0) & (self._norm2_N[start:stop] < np.inf)))
+            if len(unsure):
+                some_ND = to_ND[unsure]
+                self._norm2_N[unsure] = np.einsum("nd,nd->n", some_ND, some_ND, dtype=np.float64)
 
         self._blocks = start_blocks(pool, block, len(to_ND), to_ND.strides[0])
 
-    def norm2(self) -> npt.NDArray[np.float64]:
-        """The squared norms (N,) once all is copied: not finite where a value is not, 0 only where all values are.
-
-        Raises what copying raised.
+    def norms_and_hashes(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]]:
+        """The squared norms (N,) once all is copied: not finite where a value is not, 0 only where all values are; and
+        the hashes (N,), as `row_hashes` takes them. Raises what copying raised.
         """
         for block in self._blocks:
             block.result()
-        return self._norm2_N
+        return self._norm2_N, self._hash_N
+
+
+def _hash_key(dim: int) -> npt.NDArray[np.uint64]:
+    # NumPy keeps the raw numbers of its bit generators the same in all versions
+    return np.random.PCG64(0).random_raw(dim)
 
 
 def row_hashes(x_ND: Matrix, pool: Executor) -> npt.NDArray[np.uint64]:
     """A hash of each row's bits (N,), at the speed of memory: rows that differ share it once in billions of times."""
-    # NumPy keeps the raw numbers of its bit generators the same in all versions
-    key_D = np.random.PCG64(0).random_raw(x_ND.shape[1])
-    bits_ND, hash_N = np.ascontiguousarray(x_ND).view(np.uint32), np.empty(len(x_ND), np.uint64)
+    x_ND, key_D = np.ascontiguousarray(x_ND), _hash_key(x_ND.shape[1])
+    norm2_N, hash_N = np.empty(len(x_ND)), np.empty(len(x_ND), np.uint64)
 
     def block(start: int, stop: int) -> None:
-        hash_rows(bits_ND, key_D, start, stop, hash_N)
+        squares_and_hashes(x_ND, x_ND.view(np.uint32), key_D, start, stop, norm2_N, hash_N)
 
     for started in start_blocks(pool, block, len(x_ND), x_ND.strides[0]):
         started.result()

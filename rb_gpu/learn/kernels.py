@@ -297,16 +297,18 @@ def nearer_halves(x_ND: Any, start: int, stop: int, halves_2KD: Any, labels_N: A
         d2_N[i] = min(to_left, to_right)
 
 
-@_compiled()
-def hash_rows(bits_ND: Any, key_D: Any, start: int, stop: int, hash_N: Any) -> None:
-    """Multilinear hash of rows start to stop: Σ key·bits modulo 2^64, of uint32 words with uint64 keys.
-
-    Two rows that differ share the upper half of it with probability 2^-32 over the keys (Lemire & Kaser 2014).
+@_compiled(fastmath=_SUMS)
+def squares_and_hashes(x_ND: Any, bits_ND: Any, key_D: Any, start: int, stop: int, norm2_N: Any, hash_N: Any) -> None:
+    """Of rows start to stop, the squared norm in float32, and the multilinear hash Σ key·bits modulo 2^64, of uint32
+    words with uint64 keys: two rows that differ share its upper half with probability 2^-32 over the keys (Lemire &
+    Kaser 2014). bits_ND is x viewed as uint32.
     """
     for i in range(start, stop):
-        total = np.uint64(0)
-        for t in range(bits_ND.shape[1]):
+        total, squares = np.uint64(0), np.float32(0)
+        for t in range(x_ND.shape[1]):
+            squares += x_ND[i, t] * x_ND[i, t]
             total += np.uint64(bits_ND[i, t]) * key_D[t]
+        norm2_N[i] = squares
         hash_N[i] = total
 
 

@@ -40,6 +40,8 @@ from rb_gpu.learn.sources import BATCH_ROWS, Source, Span, ahead, guarded, share
 
 log = logging.getLogger(__name__)
 
+# the column of a table that no file has: the hashes of its embeddings, taken while each was in the cache
+HASH = "embedding_hash"
 # of embeddings at a time; Arrow takes several times as much to read them from Parquet
 CHUNK_BYTES = 3 << 21
 
@@ -99,8 +101,8 @@ def read_table(
 ) -> Table:
     """Reads the required and optional columns of every file of `path`, sets bad rows aside, and joins the rest.
 
-    Returns query_embedding as (N, D) float32. Raises DataError naming the file and the column: missing file or column,
-    a type that cannot be read, a dimension that differs between files, no rows.
+    Returns query_embedding as (N, D) float32, and HASH beside it. Raises DataError naming the file and the column:
+    missing file or column, a type that cannot be read, a dimension that differs between files, no rows.
     """
     sources, version = open_table(path, reading.store, reading.key)
     label = path if isinstance(path, str) else ", ".join(path)
@@ -140,6 +142,7 @@ def check_sources(
     for column in wanted:
         if x_ND is not None and column == "query_embedding":
             part.columns[column] = x_ND[before : before + size]
+            part.columns[HASH] = np.empty(size, np.uint64)
         else:
             part.columns[column] = np.empty(size, np.int32 if column == "model_tier" else rule_of(column).dtype)
     for span in spans:
@@ -148,7 +151,7 @@ def check_sources(
     if x_ND is not None:
         filled = np.concatenate([np.arange(first, first + n) for first, n in ranks.gathered((before, part.filled))])
         columns["query_embedding"] = room.keep(x_ND, filled)
-    columns = {name: columns[name] for name in wanted}
+    columns = {name: columns[name] for name in (*wanted, *((HASH,) if x_ND is not None else ()))}
     table = Table(columns, tier_names, kept, label, files, file_id, file_row, room)
     unique = reading.unique
     if unique in columns and not distinct(columns[unique]):
@@ -183,7 +186,8 @@ def _read_span(
 ) -> None:
     """Adds the good rows of the span. keep_N: whether the span's rows, and those that follow, are wanted."""
     row, bad = 0, BadRows(part.bad_parts)
-    batches = guarded(span.source, list(part.columns), batch_rows, reading.key, span.groups)
+    wanted = [name for name in part.columns if name != HASH]
+    batches = guarded(span.source, wanted, batch_rows, reading.key, span.groups)
     # closed: the threads end with an error too
     with block_threads() as pool, closing(ahead(batches)) as coming:
         for batch in coming:
@@ -296,9 +300,11 @@ def _check_batch(
         matrix, right_length = decode_embeddings(batch.column("query_embedding"), x_ND.shape[1])
         copying = Copying(matrix, x_ND, source.copy, pool)  # goes on while the other columns are checked
     for name, out in place.items():  # not the batch's order: reasons go by the contract's, whatever the file's
+        if name == HASH:  # taken with the embeddings
+            continue
         column, where = batch.column(name), f"{reading.key}={source.name}: column {name}"
         if name == "query_embedding":
-            norm2 = copying.norm2()
+            norm2, place[HASH][:] = copying.norms_and_hashes()
             refuse(~right_length, f"query_embedding has not {out.shape[1]} values")
             refuse(~np.isfinite(norm2), "query_embedding is not finite")
             refuse(norm2 == 0, "query_embedding has norm 0")

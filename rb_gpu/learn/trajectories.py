@@ -21,7 +21,7 @@ from rb_gpu.learn.config import DataConfig, ParamsConfig
 from rb_gpu.learn.decode import CONTRACT
 from rb_gpu.learn.quarantine import BadRows
 from rb_gpu.learn.room import Room
-from rb_gpu.learn.tables import Columns, Reading, Table, distinct, read_table
+from rb_gpu.learn.tables import HASH, Columns, Reading, Table, distinct, read_table
 from rb_gpu.params import PARAMETERS, ConfigTable, SearchParams, quantise
 
 log = logging.getLogger(__name__)
@@ -171,17 +171,19 @@ def load(
     versions = {"path": outcomes.version} | ({"queries": queries.version} if queries else {})
     source = Source(outcomes.source, files, seen, bad.by_reason(), versions=versions)
     _by_time(columns, room, features)
-    return assemble(columns, outcomes.tier_names, params, source, room, features)
+    return assemble(columns, outcomes.tier_names, params, source, features)
 
 
 def _by_time(columns: Columns, room: Room, features: Sequence[str]) -> None:
     """Puts the queries in the order of time, so that those of any span of time are consecutive; ties stay in order."""
+    if (np.diff(columns["query_time"]) >= 0).all():
+        return
     order = np.argsort(columns["query_time"], kind="stable")
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     room.sort(columns["x_QD"], order)
     columns["query_row"] = place[columns["query_row"]]
-    for name in ("query_id", "query_time", *QUERY_OPTIONAL, *features):
+    for name in ("hash_Q", "query_id", "query_time", *QUERY_OPTIONAL, *features):
         if name in columns:
             columns[name] = columns[name][order]
 
@@ -189,21 +191,21 @@ def _by_time(columns: Columns, room: Room, features: Sequence[str]) -> None:
 def join(
     outcomes: Table, queries: Table | None, bad: BadRows, capacity: int | None, features: Sequence[str] = ()
 ) -> Columns:
-    """Rows with the row of their query: adds query_row (N,) and the queries' x_QD, query_id, query_time, and session
-    and features where they are there. What a query's rows tell of it apart from its time, its first row tells.
+    """Rows with the row of their query: adds query_row (N,) and the queries' x_QD, hash_Q, query_id, query_time, and
+    session and features where they are there. What a query's rows tell of it apart from its time, its first row tells.
     """
     columns = outcomes.columns
     if queries is None:
         told = {name: columns.pop(name) for name in (*QUERY_OPTIONAL, *features) if name in columns}
-        group, x = columns.pop("query_id", columns["id"]), columns.pop("query_embedding")
+        group, x, hash_N = columns.pop("query_id", columns["id"]), columns.pop("query_embedding"), columns.pop(HASH)
         if group is columns["id"] or distinct(group):
-            columns["x_QD"], columns["query_id"], columns["query_row"] = x, group, np.arange(len(group))
+            columns |= {"x_QD": x, "hash_Q": hash_N, "query_id": group, "query_row": np.arange(len(group))}
         else:
             query_id, first, row = np.unique(group, return_index=True, return_inverse=True)
             order = np.argsort(first, kind="stable")  # queries stay in the order of the file, not of their ids
             rank = np.empty_like(order)
             rank[order] = np.arange(len(order))
-            columns["x_QD"] = outcomes.room.keep(x, first[order])
+            columns["x_QD"], columns["hash_Q"] = outcomes.room.keep(x, first[order]), hash_N[first[order]]
             columns["query_id"], columns["query_row"] = query_id[order], rank[row]
             told = {name: values[first[order]] for name, values in told.items()}
     else:
@@ -221,9 +223,10 @@ def join(
             newest = np.sort(np.argsort(columns["timestamp"], kind="stable")[-capacity:])
             columns = {name: array[newest] for name, array in columns.items()}
         used, columns["query_row"] = np.unique(columns["query_row"], return_inverse=True)
-        columns["x_QD"], columns["query_id"] = table["query_embedding"], table["query_id"]
+        columns |= {"x_QD": table["query_embedding"], "hash_Q": table[HASH], "query_id": table["query_id"]}
         if len(used) < len(table["query_id"]):
-            columns["x_QD"], columns["query_id"] = queries.room.keep(columns["x_QD"], used), columns["query_id"][used]
+            columns["x_QD"] = queries.room.keep(columns["x_QD"], used)
+            columns |= {name: columns[name][used] for name in ("hash_Q", "query_id")}
             told = {name: values[used] for name, values in told.items()}
     columns |= told
     columns["query_time"] = np.full(len(columns["query_id"]), np.iinfo(np.int64).min)
@@ -232,10 +235,9 @@ def join(
 
 
 def assemble(
-    columns: Columns, tier_names: Sequence[str], params: ParamsConfig, source: Source, room: Room | None = None,
-    features: Sequence[str] = (),
-) -> Trajectories:  # fmt: skip
-    """Quantises parameters to configs, orders tiers, finds the default. Columns as `join` leaves them."""
+    columns: Columns, tier_names: Sequence[str], params: ParamsConfig, source: Source, features: Sequence[str] = ()
+) -> Trajectories:
+    """Quantises parameters to configs, orders tiers, finds the default. Columns as `join` leaves them, or no hash_Q."""
     n = len(columns["id"])
     given = {} if params.default == "auto" else dict(params.default)
     base = SearchParams(**given)
@@ -270,7 +272,7 @@ def assemble(
         session=columns.get("session"),
         feature_QF=np.stack([columns[name] for name in features], axis=1) if features else None,
     )
-    return replace(trajectories, source=replace(source, fingerprint=_fingerprint(trajectories, room or Room())))
+    return replace(trajectories, source=replace(source, fingerprint=_fingerprint(trajectories, columns.get("hash_Q"))))
 
 
 def _order_tiers(
@@ -332,8 +334,8 @@ def _with_default(
     return ConfigTable.from_params([*table, wanted], table.tiers, len(table)), config_id
 
 
-def _fingerprint(trajectories: Trajectories, room: Room) -> str:
-    """sha256 of every column; of the embeddings, of each row's hash, which takes a fraction of the time."""
+def _fingerprint(trajectories: Trajectories, hash_Q: npt.NDArray[np.uint64] | None) -> str:
+    """sha256 of every column; of the embeddings, of each row's hash, which the loader has taken or is taken here."""
     columns = {
         column.name: getattr(part, column.name)
         for part in (trajectories, trajectories.configs)
@@ -342,8 +344,7 @@ def _fingerprint(trajectories: Trajectories, room: Room) -> str:
     }
     x_QD = columns.pop("x_QD")
     with block_threads() as pool:
-        hash_Q = row_hashes(x_QD[room.ranks.share(len(x_QD))], pool)
-        columns["x_QD"] = np.concatenate(room.ranks.gathered(hash_Q))
+        columns["x_QD"] = row_hashes(x_QD, pool) if hash_Q is None else hash_Q
         digests = pool.map(lambda column: hashlib.sha256(np.ascontiguousarray(column).data).digest(), columns.values())
         digest = hashlib.sha256(b"".join(digests))
     digest.update(repr((list(columns), trajectories.configs.tiers, trajectories.configs.default)).encode())
