@@ -14,7 +14,7 @@ from rb_gpu.learn import assign, kernels
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, encode, integer_products, principal_bases, project
-from rb_gpu.learn.workers import workers
+from rb_gpu.learn.workers import Workers, workers
 
 
 def brute_force(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
@@ -23,13 +23,21 @@ def brute_force(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def bases(x: torch.Tensor, middle: torch.Tensor) -> list[Basis]:
+def bases(x: torch.Tensor, middle: torch.Tensor) -> list[Basis | None]:
+    """Every way to assign; None is all products at once."""
     dims = x.shape[1]
     widths = sorted({1, dims // 3, dims // 2, dims} - {0}) if dims <= 100 else [1, 32, 96]
     found = [Basis(middle), *principal_bases(x, middle, widths)]
     if integer_products(dims):
         found.append(Basis(middle, integers=True))
-    return found + [replace(basis, integers=False) for basis in found if basis.integers]
+    return [None, *found, *(replace(basis, integers=False) for basis in found if basis.integers)]
+
+
+def using(way: str, x: torch.Tensor, crew: Workers, code_budget: int = 0) -> Assignment:
+    """An assignment by all products at once ("direct"), or by tiles of products in float32 or of int8 codes."""
+    points = Assignment(x, x.mean(0), crew, code_budget)
+    points.use(None if way == "direct" else Basis(x.mean(0), integers=way == "int8"))
+    return points
 
 
 def shapes() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -67,6 +75,7 @@ def test_labels_are_those_of_float64_brute_force(name, kept):
     x, centroids = shapes()[name]
     truth = brute_force(x, centroids)
     middle = x[::7].mean(0)
+    distances = None
     with workers() as crew:
         for basis in bases(x[:200], middle):
             points = Assignment(x, middle, crew, 2**40 if kept else 0)
@@ -74,6 +83,8 @@ def test_labels_are_those_of_float64_brute_force(name, kept):
             points.assign(centroids)
             assert torch.equal(points.labels_N, truth.argmin(1)), f"{name}: {basis}"
             np.testing.assert_allclose(points.d2_N, truth.min(1).values, rtol=1e-4)
+            distances = points.d2_N.clone() if distances is None else distances
+            assert torch.equal(points.d2_N, distances), f"{name}: {basis} tells other distances"
             # from any other labels it comes to the same
             points.labels_N.copy_(torch.randint(len(centroids), (len(x),)))
             points.assign(centroids)
@@ -108,24 +119,54 @@ def test_no_bound_exceeds_the_true_distance(seed, n, k, dims, scale, offset, int
         assert bool((bound <= true + 1e-30).all()), f"{basis}: {float((bound - true).max())}"
 
 
-def test_blocks_and_tiles_do_not_change_a_bit(monkeypatch):
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 2**31), st.integers(1, 90), st.integers(1, 150), st.integers(1, 40),
+    st.floats(-30, 30), st.sampled_from([0.0, 1e-6, 1.0, 300.0]), st.floats(0, 1),
+)  # fmt: skip
+def test_all_products_at_once_never_lose_the_nearest(seed, n, k, dims, scale, offset, near):
+    # centroids that are near copies of each other are told apart by float64 alone
+    g = torch.Generator().manual_seed(seed)
+    spread = torch.rand(dims, generator=g).pow(6) * 2.0 ** (scale / 2)
+    x = torch.randn(n, dims, generator=g) * spread + offset
+    c = torch.randn(k, dims, generator=g) * spread + offset
+    copied = torch.rand(k, generator=g) < near
+    c[copied] = (c[torch.randint(k, (k,), generator=g)] * (1 + 2.0**-23 * torch.randn(k, 1, generator=g)))[copied]
+    truth = brute_force(x, c)
+    with workers() as crew:
+        for middle in (x.mean(0), torch.zeros(dims)):
+            points = Assignment(x, middle, crew, 0)
+            points.assign(c)
+            assert torch.equal(points.labels_N, truth.argmin(1))
+            points.reset()
+            points.lower(c[: k // 2 + 1], 0)
+            points.lower(c, k // 2 + 1) if k // 2 + 1 < k else None
+            assert torch.equal(points.labels_N, truth.argmin(1))
+
+
+@pytest.mark.parametrize("way", ["direct", "float32", "int8"])
+def test_blocks_and_tiles_do_not_change_a_bit(monkeypatch, way):
     x, centroids = shapes()["plain"]
     with workers() as crew:
-        whole = Assignment(x, x.mean(0), crew, 2**40)
+        whole = using(way, x, crew, 2**40)
         whole.assign(centroids)
-        for block, tile in ((64, 5), (100, 1), (1024, 2048)):
+        for block, tile, turns in ((64, 5, 100), (100, 4, 1), (1024, 2048, 7)):
             monkeypatch.setattr(assign, "BLOCK", block)
             monkeypatch.setattr(assign, "LARGEST_TILE", tile)
-            parts = Assignment(x, x.mean(0), crew, 2**40)
+            monkeypatch.setattr(assign, "LEAST_TILE", min(tile, 64))
+            monkeypatch.setattr(assign, "TURNS", turns)
+            parts = using(way, x, crew, 2**40)
             parts.assign(centroids)
             assert torch.equal(parts.labels_N, whole.labels_N)
             assert torch.equal(parts.d2_N, whole.d2_N)
 
 
-def test_centroids_that_come_one_after_the_other_end_where_all_at_once_do():
+@pytest.mark.parametrize("way", ["direct", "float32", "int8"])
+@pytest.mark.parametrize("kept", [2**40, 0])
+def test_centroids_that_come_one_after_the_other_end_where_all_at_once_do(way, kept):
     x, centroids = shapes()["plain"]
     with workers() as crew:
-        once, later = Assignment(x, x.mean(0), crew, 0), Assignment(x, x.mean(0), crew, 0)
+        once, later = using(way, x, crew, kept), using(way, x, crew, kept)
         once.assign(centroids)
         for first, stop in ((0, 1), (1, 2), (2, 9), (9, 150)):
             later.lower(centroids[:stop], first)
@@ -151,8 +192,8 @@ def test_the_twin_for_a_gpu_agrees():
         np.testing.assert_allclose(theirs[1], ours[1], rtol=1e-4)
 
 
-def test_the_basis_is_chosen_by_what_it_costs(monkeypatch, caplog):
-    # 30 of 96 dims carry the data: codes of all of them cost more than codes of the leading ones
+def test_what_is_chosen_is_what_costs_least(monkeypatch, caplog):
+    # 30 of 96 dims carry the data: products of all of them cost more than codes of the leading ones
     g = torch.Generator().manual_seed(0)
     x = torch.randn(6000, 30, generator=g) @ torch.randn(30, 96, generator=g)
     monkeypatch.setattr(assign, "SMALL_WORK", 0)
@@ -167,7 +208,9 @@ def test_the_basis_is_chosen_by_what_it_costs(monkeypatch, caplog):
         lean = Assignment(x, x.mean(0), crew, 0)
         lean.choose(x[:512])
         lean.assign(x[:512])
-        assert "coded as they are read" in caplog.text
+        few = Assignment(x, x.mean(0), crew, 2**40)
+        few.choose(x[:3])
+        assert few.direct and not points.direct
     assert torch.equal(points.labels_N, lean.labels_N)
 
 
@@ -191,7 +234,8 @@ def test_products_are_used_only_where_they_are_exact(width):
         assert torch.equal(torch._int_mm(x, c.T), x.int() @ c.int().T)
 
 
-def test_float32_ties_are_decided_in_float64():
+@pytest.mark.parametrize("way", ["direct", "float32", "int8"])
+def test_float32_ties_are_decided_in_float64(way):
     # two centroids whose distances round to the same float32; the second is nearer by 1e-9 of it
     x = torch.tensor([[1.0, 0.0]])
     far, near = torch.tensor([3.0, 0.0]), torch.tensor([3.0 - 2**-22, 2**-11 * 1.2])
@@ -199,7 +243,7 @@ def test_float32_ties_are_decided_in_float64():
     for order in ((far, near), (near, far)):
         centroids = torch.stack(order)
         with workers() as crew:
-            points = Assignment(x, torch.zeros(2), crew, 0)
+            points = using(way, x, crew)
             points.assign(centroids)
         assert int(points.labels_N[0]) == int(brute_force(x, centroids)[0].argmin()), d2
 
@@ -213,5 +257,5 @@ def test_kernels_without_a_place_for_their_cache_still_run(monkeypatch, caplog):
         return real(**options)
 
     monkeypatch.setattr(kernels.numba, "njit", refusing)
-    assert kernels._compiled()(lambda a: a + 1)(1) == 2
+    assert kernels.compiled()(lambda a: a + 1)(1) == 2
     assert "every process" in caplog.text

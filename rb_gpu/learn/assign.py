@@ -1,4 +1,5 @@
-"""The exact nearest centroid of every point, on the CPU: coarse products in tiles, then only the distances in doubt.
+"""The exact nearest centroid of every point, on the CPU: coarse products in tiles, then only the distances in doubt;
+or, where centroids or dims are few, all distances.
 
 No float N x K matrix is ever held. Points stay where they are, memory-mapped files too; what is added is `Codes`, where
 they fit the budget, or nothing, where every tile is coded as it is read. What is chosen here changes the time and never
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, encode, integer_products, principal_bases, project
+from rb_gpu.learn.direct import Columns, nearest_rows
 from rb_gpu.learn.kernels import lower_rows, nearer_halves, own_distances
 from rb_gpu.learn.workers import Workers
 
@@ -25,15 +27,21 @@ log = logging.getLogger(__name__)
 # products of one tile: they stay in a core's second cache
 TILE_PRODUCTS = 2**19
 LEAST_TILE, LARGEST_TILE = 64, 2048
+# spans of one worker where no tile must stay in a cache: enough to even out what each takes
+TURNS = 4
 # centroids of one block: their columns stay in its first cache
 BLOCK = 1024
 # multiplications of one assignment below which a choice takes longer than it saves
-SMALL_WORK = 2**28
+SMALL_WORK = 2**30
+# centroids that are lowered by all their distances where points would have to be coded for it
+FEW = 32
 WIDTHS = (32, 64, 96, 128, 192, 256)
 SAMPLE_ROWS = 2048
 TRIAL_ROWS, TRIALS = 256, 2
-# iterations over which coding all points anew must pay
-WORTH_ITERATIONS = 5
+# a trial ends where these few rows take longer than all did before
+PROBE_ROWS = 32
+# iterations over which coding all points must pay
+WORTH_ITERATIONS = 10
 
 
 @dataclass
@@ -53,18 +61,16 @@ class Assignment:
     """labels (N,) int64 and d2 (N,) float32: each point's nearest centroid so far, -1 and infinity before the first.
 
     x_ND: (N, D) float32 in host memory, only read. middle_D: any point amid the data. code_budget: bytes that codes of
-    all points may take; 0 keeps none.
+    all points may take; 0 keeps none. direct: whether all distances are computed; else basis is that of the products.
     """
 
     def __init__(self, x_ND: Tensor, middle_D: Tensor, crew: Workers, code_budget: int) -> None:
         self.x_ND, self.crew, self.code_budget = x_ND, crew, code_budget
         self.labels_N = torch.full((len(x_ND),), -1, dtype=torch.int64)
         self.d2_N = torch.full((len(x_ND),), torch.inf)
-        self.basis = Basis(middle_D)
+        self.basis, self.direct = Basis(middle_D), True
         self.work = Work()
         self._candidates: list[Basis] | None = None
-        self._chosen = False
-        self._coding_seconds = 0.0
         self._codes: Codes | None = None
         self._buffers: list[Tensor] = [torch.empty(0) for _ in range(crew.count)]
 
@@ -82,6 +88,16 @@ class Assignment:
         self._run(centroids_KD, 0, refresh=bool(self.labels_N[0] >= 0))
 
     def _run(self, centroids_KD: Tensor, first: int, *, refresh: bool) -> None:
+        self.work.all += len(self.x_ND) * (len(centroids_KD) - first)
+        if self.direct or (self._codes is None and len(centroids_KD) - first <= FEW):
+            columns = Columns(centroids_KD[first:], self.basis.middle_D)
+
+            def rows(_worker: int, start: int, stop: int) -> None:
+                self._direct(start, stop, columns, centroids_KD, first, refresh)
+
+            self.crew.each(len(self.x_ND), max(LEAST_TILE, -(-len(self.x_ND) // (TURNS * self.crew.count))), rows)
+            self.work.computed += len(self.x_ND) * (len(centroids_KD) - first)
+            return
         blocks = coded_blocks(*project(centroids_KD[first:], self.basis), first, self.basis)
         step = tile_rows(blocks)
         computed = [0] * self.crew.count
@@ -92,7 +108,14 @@ class Assignment:
 
         self.crew.each(len(self.x_ND), LARGEST_TILE, span)
         self.work.computed += sum(computed)
-        self.work.all += len(self.x_ND) * (len(centroids_KD) - first)
+
+    def _direct(self, start: int, stop: int, columns: Columns, centroids_KD: Tensor, first: int, refresh: bool) -> None:
+        """Lowers rows start to stop by all products with the centroids from row `first` on, which are the columns."""
+        nearest_rows(
+            self.x_ND.numpy(), start, stop, self.basis.middle_D.numpy(), columns.columns_BDW.numpy(),
+            columns.half_C.numpy(), columns.slack, first, centroids_KD.numpy(), refresh, self.labels_N.numpy(),
+            self.d2_N.numpy(),
+        )  # fmt: skip
 
     def _tile(
         self, start: int, stop: int, blocks: list[CodedBlock], centroids_KD: Tensor, worker: int, refresh: bool
@@ -135,9 +158,8 @@ class Assignment:
         self.crew.each(len(self.x_ND), LARGEST_TILE, span)
 
     def choose(self, centroids_KD: Tensor) -> None:
-        """Takes the basis that answers fastest on a sample of the points against these centroids (K, D) float32.
-
-        Once a basis is taken, a change must pay for coding all points anew.
+        """Takes what answers fastest on a sample of the points against these centroids (K, D) float32: all distances,
+        or a basis, which must pay for coding all points anew within WORTH_ITERATIONS.
         """
         n, dims = self.x_ND.shape
         if n * dims * len(centroids_KD) < SMALL_WORK:
@@ -146,17 +168,22 @@ class Assignment:
         trial = _Trial(self, centroids_KD)
         if self._candidates is None:
             self._candidates = self._bases(dims)
-        taken = {basis: trial.seconds_per_row(basis) for basis in self._candidates}
+        kept = None if self.direct else self.basis
+        taken: dict[Basis | None, float] = {}
+        for basis in [None, *self._candidates]:
+            taken[basis] = trial.seconds_per_row(basis, basis is kept, min(taken.values(), default=torch.inf))
         best = min(taken, key=taken.__getitem__)
-        gain = taken.get(self.basis, torch.inf) - taken[best]
-        if self._chosen and gain * n * WORTH_ITERATIONS <= self._coding_seconds:
+        if best is kept:
             return
-        self._chosen = True
         self.use(best)
+        codes = (
+            "codes made as points are read"
+            if self._codes is None
+            else f"{self.basis.row_bytes * n / 2**20:.0f} MiB of codes"
+        )
         log.info(
-            "%s: %.1f us a point; %s; chosen and coded in %.2f s", best, taken[best] * 1e6,
-            "coded as they are read" if self._codes is None else f"{best.row_bytes * n / 2**20:.0f} MiB of codes",
-            time.perf_counter() - started,
+            "%s: %.1f us a point; chosen and coded in %.2f s", "all distances" if best is None else f"{best}, {codes}",
+            taken[best] * 1e6, time.perf_counter() - started,
         )  # fmt: skip
 
     def _bases(self, dims: int) -> list[Basis]:
@@ -170,10 +197,14 @@ class Assignment:
             bases = principal_bases(sample_SD, middle_D, widths) + bases
         return bases
 
-    def use(self, basis: Basis) -> None:
-        """Codes by this basis from now on: all points at once, where that fits the budget and is no plain copy."""
-        self.basis, self._codes = basis, None
-        started, n = time.perf_counter(), len(self.x_ND)
+    def use(self, basis: Basis | None) -> None:
+        """All distances from now on, or codes by this basis: all points at once, where that fits the budget and is no
+        plain copy.
+        """
+        self.direct, self._codes = basis is None, None
+        if basis is None:
+            return
+        self.basis, n = basis, len(self.x_ND)
         if basis.row_bytes * n > self.code_budget or not (basis.integers or basis.axes_DP is not None):
             return
         codes = Codes(n, basis)
@@ -182,7 +213,7 @@ class Assignment:
             encode(*project(self.x_ND[start:stop], basis), basis, codes, start)
 
         self.crew.each(n, LARGEST_TILE // 4, span)
-        self._codes, self._coding_seconds = codes, time.perf_counter() - started
+        self._codes = codes
 
 
 def coded_blocks(y_KP: Tensor, half_K: Tensor, first: int, basis: Basis) -> list[CodedBlock]:
@@ -200,7 +231,7 @@ def tile_rows(blocks: list[CodedBlock]) -> int:
 
 
 class _Trial(Assignment):
-    """Evenly spaced points and their true labels, on which bases are timed by one worker."""
+    """Evenly spaced points and their true labels, on which ways to assign are timed by one worker."""
 
     def __init__(self, of: Assignment, centroids_KD: Tensor) -> None:
         x_SD = of.x_ND[:: max(1, len(of.x_ND) // TRIAL_ROWS)][:TRIAL_ROWS].contiguous()
@@ -208,15 +239,30 @@ class _Trial(Assignment):
         self.assign(centroids_KD)
         self.centroids_KD, self.of = centroids_KD, of
 
-    def seconds_per_row(self, basis: Basis) -> float:
-        """The least time of one assignment by this basis, labels known, codes kept where all points' would be."""
-        self.code_budget = self.of.code_budget // max(1, len(self.of.x_ND) // len(self.x_ND))
+    def seconds_per_row(self, basis: Basis | None, coded: bool, least: float) -> float:
+        """The least time of one assignment, labels known, with codes kept where all points' would be; and of coding
+        them, unless they are coded, its share of WORTH_ITERATIONS. Infinity where it is far above `least`.
+        """
+        rows = len(self.x_ND)
+        self.code_budget = self.of.code_budget // max(1, len(self.of.x_ND) // rows)
+        started = time.perf_counter()
         self.use(basis)
-        blocks = coded_blocks(*project(self.centroids_KD, basis), 0, basis)
-        step, times = tile_rows(blocks), []
-        for _ in range(TRIALS):
-            start = time.perf_counter()
-            for at in range(0, len(self.x_ND), step):
-                self._tile(at, min(at + step, len(self.x_ND)), blocks, self.centroids_KD, 0, True)
-            times.append(time.perf_counter() - start)
-        return min(times) / len(self.x_ND)
+        coding = 0.0 if coded or self._codes is None else (time.perf_counter() - started) / WORTH_ITERATIONS
+        if basis is None:
+            columns = Columns(self.centroids_KD, self.basis.middle_D)
+        else:
+            blocks = coded_blocks(*project(self.centroids_KD, basis), 0, basis)
+            step = tile_rows(blocks)
+
+        def seconds(stop: int) -> float:
+            started = time.perf_counter()
+            if basis is None:
+                self._direct(0, stop, columns, self.centroids_KD, 0, True)
+            else:
+                for at in range(0, stop, step):
+                    self._tile(at, min(at + step, stop), blocks, self.centroids_KD, 0, True)
+            return time.perf_counter() - started
+
+        if seconds(min(PROBE_ROWS, rows)) > least * rows:
+            return torch.inf
+        return (min(seconds(rows) for _ in range(TRIALS)) + coding) / rows

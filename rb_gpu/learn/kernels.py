@@ -29,10 +29,10 @@ _FLOATS = ir.VectorType(_FLOAT, LANES)
 _INTS = ir.VectorType(ir.IntType(32), LANES)
 _MASK = ir.IntType(LANES)
 # sums may be taken in any order, which is what lets a compiler use vectors; NaN and infinity keep their meaning
-_SUMS = {"reassoc", "contract", "nsz"}
+SUMS = {"reassoc", "contract", "nsz"}
 
 
-def _compiled(**options: Any) -> Callable[[Any], Any]:
+def compiled(**options: Any) -> Callable[[Any], Any]:
     """numba.njit that keeps its machine code beside the module, or where a user's caches lie, where it may."""
 
     def decorate(function: Any) -> Any:
@@ -104,7 +104,7 @@ def _least(
 
 
 @intrinsic
-def _lowest_bit(_context: Any, mask: Any) -> Any:
+def lowest_bit(_context: Any, mask: Any) -> Any:
     """The number of the lowest bit that is set; the mask is not 0."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -113,35 +113,37 @@ def _lowest_bit(_context: Any, mask: Any) -> Any:
     return types.int64(types.uint64), generate
 
 
-@_compiled(fastmath=_SUMS)
-def squared_distance(x_D: Any, c_D: Any) -> Any:
-    """||x − c||² in float32, from differences: a copy is at 0 exactly. Its relative error is at most (D + 2)·2^-24."""
+@compiled(fastmath=SUMS)
+def squared_distance(x_ND: Any, i: int, c_KD: Any, j: int) -> Any:
+    """||x − c||² of two rows in float32, from differences: a copy is at 0 exactly. Its relative error is at most
+    (D + 2)·2^-24. Rows are not given as slices: to make one takes as long as the distance of a few dims.
+    """
     total = np.float32(0)
-    for t in range(x_D.shape[0]):
-        difference = x_D[t] - c_D[t]
+    for t in range(x_ND.shape[1]):
+        difference = x_ND[i, t] - c_KD[j, t]
         total += difference * difference
     return total
 
 
-@_compiled()
-def _nearer(x_D: Any, one_D: Any, other_D: Any) -> Any:
-    """Sign of ||x − one||² − ||x − other||² in float64: −1, 0 or 1."""
-    one, other = 0.0, 0.0
-    for t in range(x_D.shape[0]):
-        x = np.float64(x_D[t])
-        one += (x - one_D[t]) ** 2
-        other += (x - other_D[t]) ** 2
-    return (one > other) - (one < other)
+@compiled()
+def nearer(x_ND: Any, i: int, c_KD: Any, one: int, other: int) -> Any:
+    """Sign of ||x − one||² − ||x − other||² of rows in float64: −1, 0 or 1."""
+    to_one, to_other = 0.0, 0.0
+    for t in range(x_ND.shape[1]):
+        x = np.float64(x_ND[i, t])
+        to_one += (x - c_KD[one, t]) ** 2
+        to_other += (x - c_KD[other, t]) ** 2
+    return (to_one > to_other) - (to_one < to_other)
 
 
-@_compiled()
+@compiled()
 def own_distances(x_ND: Any, start: int, stop: int, centroids_KD: Any, labels_N: Any, d2_N: Any) -> None:
     """d2 of rows start to stop, float32, to the centroid of each point's label, written in place."""
     for i in range(start, stop):
-        d2_N[i] = squared_distance(x_ND[i], centroids_KD[labels_N[i]])
+        d2_N[i] = squared_distance(x_ND, i, centroids_KD, labels_N[i])
 
 
-@_compiled()
+@compiled()
 def lower_rows(
     product_TC: Any,
     c_scale: Any,
@@ -186,7 +188,6 @@ def lower_rows(
     sample = product_TC[0, 0]
     computed = 0
     for i in range(start, stop):
-        x_D = x_ND[i]
         at = code_start + i - start
         a, n, r, half = x_scale[at], x_norm[at], x_rest[at], x_half[at]
         best, label = d2_N[i], labels_N[i]
@@ -200,15 +201,15 @@ def lower_rows(
                     least, block = bound, z
             o = 4 * block
             mask = _below(sample, row + o, scales + o, spreads + o, rests + o, halves + o, a, n, r, least)
-            label = first + block + (_lowest_bit(mask) if mask != 0 else 0)
-            best = squared_distance(x_D, centroids_KD[label])
+            label = first + block + (lowest_bit(mask) if mask != 0 else 0)
+            best = squared_distance(x_ND, i, centroids_KD, label)
             computed += 1
         limit = np.float32(best * np.float32(0.5) * (np.float32(1) + slack) - half)
         for z in range(0, width, LANES):
             o = 4 * z
             mask = _below(sample, row + o, scales + o, spreads + o, rests + o, halves + o, a, n, r, limit)
             while mask != 0:
-                j = z + _lowest_bit(mask)
+                j = z + lowest_bit(mask)
                 mask &= mask - np.uint64(1)
                 other = first + j
                 if other == label:
@@ -217,10 +218,10 @@ def lower_rows(
                 if c_half[j] - upper > limit:
                     continue
                 computed += 1
-                d2 = squared_distance(x_D, centroids_KD[other])
+                d2 = squared_distance(x_ND, i, centroids_KD, other)
                 closer = d2 < best
                 if abs(d2 - best) <= slack * best:
-                    sign = _nearer(x_D, centroids_KD[other], centroids_KD[label])
+                    sign = nearer(x_ND, i, centroids_KD, other, label)
                     closer = sign < 0 or (sign == 0 and other < label)
                 if closer:
                     best, label = d2, other
@@ -229,7 +230,7 @@ def lower_rows(
     return computed
 
 
-@_compiled(fastmath=_SUMS)
+@compiled(fastmath=SUMS)
 def centre_rows(x_TD: Any, middle_D: Any, out_TD: Any, half_T: Any) -> None:
     """X − middle into out (T, D), and half its squared norm into half (T,), both float32."""
     for i in range(x_TD.shape[0]):
@@ -241,7 +242,7 @@ def centre_rows(x_TD: Any, middle_D: Any, out_TD: Any, half_T: Any) -> None:
         half_T[i] = total * np.float32(0.5)
 
 
-@_compiled(fastmath=_SUMS)
+@compiled(fastmath=SUMS)
 def code_rows(y_TP: Any, code_TP: Any, scale_T: Any, norm_T: Any, error_T: Any) -> None:
     """Rows of y (T, P) to int8 codes with y ≈ scale·code; norm is ||scale·code||, error ||y − scale·code||."""
     for i in range(y_TP.shape[0]):
@@ -261,43 +262,67 @@ def code_rows(y_TP: Any, code_TP: Any, scale_T: Any, norm_T: Any, error_T: Any) 
         scale_T[i], norm_T[i], error_T[i] = scale, np.sqrt(squares), np.sqrt(errors)
 
 
-@_compiled()
+@compiled()
+def changed_rows(old_N: Any, new_N: Any, rows_N: Any) -> Any:
+    """Writes the rows whose labels differ into the front of rows (N,) int64, and says how many there are."""
+    count = 0
+    for i in range(old_N.shape[0]):
+        rows_N[count] = i
+        count += old_N[i] != new_N[i]
+    return count
+
+
+@compiled()
+def move_masses(weight_N: Any, rows_M: Any, old_N: Any, new_N: Any, unit: float, mass_K: Any, counts_K: Any) -> None:
+    """Takes the weights of rows (M,), in multiples of 1/unit, from the mass of their old label to that of the new."""
+    for m in range(rows_M.shape[0]):
+        i = rows_M[m]
+        amount = np.int64(np.rint(np.float64(weight_N[i]) * unit))
+        mass_K[new_N[i]] += amount
+        counts_K[new_N[i]] += 1
+        if old_N[i] >= 0:
+            mass_K[old_N[i]] -= amount
+            counts_K[old_N[i]] -= 1
+
+
+@compiled()
 def move_rows(
-    x_ND: Any, weight_N: Any, rows_M: Any, from_M: Any, to_M: Any, unit: float, left: int, right: int, sums_KD: Any
+    x_ND: Any, weight_N: Any, rows_M: Any, old_N: Any, new_N: Any, unit: float, left: int, right: int, sums_KD: Any
 ) -> None:
-    """Takes the weighted points of rows (M,) from the sums of one label and adds them to another's, in place.
+    """Takes the weighted points of rows (M,) from the sums of their old label to those of the new, in place.
 
     Only columns left to right, so that workers share no number. sums (K, D) int64 count multiples of 1/unit: integers
     add up to the same total in every order. A label to leave that is below 0 has no sum.
     """
     units = np.empty(right - left, np.int64)
     for m in range(rows_M.shape[0]):
-        x_C = x_ND[rows_M[m], left:right]
-        weight = np.float64(weight_N[rows_M[m]]) * unit
+        i = rows_M[m]
+        x_C = x_ND[i, left:right]
+        weight = np.float64(weight_N[i]) * unit
         # loops over one array each, which a compiler can turn into vectors
         for t in range(units.shape[0]):
             units[t] = np.int64(np.rint(x_C[t] * weight))
-        sums_C = sums_KD[to_M[m], left:right]
+        sums_C = sums_KD[new_N[i], left:right]
         for t in range(units.shape[0]):
             sums_C[t] += units[t]
-        if from_M[m] >= 0:
-            sums_C = sums_KD[from_M[m], left:right]
+        if old_N[i] >= 0:
+            sums_C = sums_KD[old_N[i], left:right]
             for t in range(units.shape[0]):
                 sums_C[t] -= units[t]
 
 
-@_compiled()
+@compiled()
 def nearer_halves(x_ND: Any, start: int, stop: int, halves_2KD: Any, labels_N: Any, half_N: Any, d2_N: Any) -> None:
     """Of the halves 2l and 2l + 1 of each point's cluster l, the nearer, and its squared distance; start to stop."""
     for i in range(start, stop):
         left = 2 * labels_N[i]
-        to_left = squared_distance(x_ND[i], halves_2KD[left])
-        to_right = squared_distance(x_ND[i], halves_2KD[left + 1])
+        to_left = squared_distance(x_ND, i, halves_2KD, left)
+        to_right = squared_distance(x_ND, i, halves_2KD, left + 1)
         half_N[i] = left + (to_right < to_left)
         d2_N[i] = min(to_left, to_right)
 
 
-@_compiled(fastmath=_SUMS)
+@compiled(fastmath=SUMS)
 def squares_and_hashes(x_ND: Any, bits_ND: Any, key_D: Any, start: int, stop: int, norm2_N: Any, hash_N: Any) -> None:
     """Of rows start to stop, the squared norm in float32, and the multilinear hash Σ key·bits modulo 2^64, of uint32
     words with uint64 keys: two rows that differ share its upper half with probability 2^-32 over the keys (Lemire &
@@ -312,7 +337,7 @@ def squares_and_hashes(x_ND: Any, bits_ND: Any, key_D: Any, start: int, stop: in
         hash_N[i] = total
 
 
-@_compiled(fastmath=_SUMS)
+@compiled(fastmath=SUMS)
 def row_peaks(x_ND: Any, bits_ND: Any, start: int, stop: int, peak_bits_N: Any, norm_N: Any) -> None:
     """The largest |x| of each row as its bits, and its norm; rows start to stop.
 
@@ -327,7 +352,7 @@ def row_peaks(x_ND: Any, bits_ND: Any, start: int, stop: int, peak_bits_N: Any, 
         norm_N[i] = np.sqrt(squares)
 
 
-@_compiled()
+@compiled()
 def permute_rows(x_ND: Any, order_N: Any, spare_D: Any) -> None:
     """Puts row order[i] of x into row i, in place, by following the cycles; order (N,) int64 ends as the identity."""
     for first in range(order_N.shape[0]):

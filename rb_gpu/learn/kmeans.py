@@ -31,7 +31,7 @@ from rb_gpu.learn.workers import Workers, workers
 log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any] | Tensor
-MIDDLE_ROWS = 4096
+MIDDLE_ROWS = 1024
 # share of the free memory that codes of the points take where nothing else is said
 CODE_SHARE = 0.25
 
@@ -208,8 +208,11 @@ def nearest(x_ND: Tensor, centroids_KD: Tensor, device: torch.device, engine: st
 def _middle(shard: Shard) -> tuple[Tensor, float]:
     """Per-dimension median, and the median distance to it: from evenly spaced rows, and unmoved by outliers."""
     sample_SD = shard.sample(MIDDLE_ROWS)
-    # the lower median by sorting: torch's own has no deterministic form on a GPU
-    middle_D = sample_SD.sort(dim=0).values[(len(sample_SD) - 1) // 2]
+    middle = (len(sample_SD) - 1) // 2
+    if sample_SD.device.type == "cpu":  # where torch's sort takes as long as ten iterations of a small table
+        middle_D = torch.from_numpy(np.partition(sample_SD.T.contiguous().numpy(), middle, axis=1)[:, middle].copy())
+    else:  # torch's own median has no deterministic form on a GPU
+        middle_D = sample_SD.sort(dim=0).values[middle]
     distance_S = (sample_SD - middle_D).norm(dim=1)
     typical = float(distance_S.median())
     return middle_D, typical if typical > 0 else float(distance_S.mean())

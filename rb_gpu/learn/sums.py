@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rb_gpu.learn.distributed import Ranks
-from rb_gpu.learn.kernels import move_rows
+from rb_gpu.learn.kernels import changed_rows, move_masses, move_rows
 from rb_gpu.learn.segments import differences, run_sums, runs
 from rb_gpu.learn.shard import Shard
 from rb_gpu.learn.streaming import chunks
@@ -22,6 +23,8 @@ from rb_gpu.learn.workers import Workers
 
 # sums stay below 2^62, which leaves a bit for what rounding adds
 SUM_BITS = 62
+# of the sums that workers have to themselves, all together; and the rows one of them takes at a time
+OWN_BYTES, OWN_ROWS = 2**26, 4096
 # a mean that rounding may have moved by more than this share of the largest coordinate is not taken
 LEAST_PRECISION = 2.0**-20
 
@@ -83,6 +86,9 @@ class ClusterSums:
 
     def _sum_differences(self, labels_N: Tensor) -> None:
         """Only the points whose label changed: the others need not be read."""
+        if self.crew is not None:
+            self._move_by_workers(labels_N, self.crew)
+            return
         rows_M = torch.nonzero(labels_N != self.labels_N).squeeze(1)
         old_M, new_M = self.labels_N[rows_M], labels_N[rows_M]
         units_M = (self.weight_N[rows_M].double() * self.weight_unit).round().to(torch.int64)
@@ -90,16 +96,29 @@ class ClusterSums:
         for totals_K, amount_M in ((self.mass_K, units_M), (self.counts_K, ones_M)):
             totals_K.index_add_(0, new_M, amount_M)
             totals_K.index_add_(0, old_M[leaves_M], -amount_M[leaves_M])
-        if self.crew is None:
-            self._move(rows_M, old_M, new_M)
-        else:
-            arrays = [t.numpy() for t in (self.x_ND, self.weight_N, rows_M, old_M, new_M)]
-            dims, sums_KD = self.x_ND.shape[1], self.sums_KD.numpy()
+        self._move(rows_M, old_M, new_M)
 
-            def columns(_worker: int, left: int, right: int) -> None:
-                move_rows(*arrays, self.unit, left, right, sums_KD)
+    def _move_by_workers(self, labels_N: Tensor, crew: Workers) -> None:
+        """The same by workers that share no number: each has sums of its own, or columns where those would be large."""
+        x, weight, old, new = (t.numpy() for t in (self.x_ND, self.weight_N, self.labels_N, labels_N))
+        rows_N = np.empty(len(new), np.int64)
+        rows_M = rows_N[: changed_rows(old, new, rows_N)]
+        move_masses(weight, rows_M, old, new, self.weight_unit, self.mass_K.numpy(), self.counts_K.numpy())
+        dims, sums_KD = x.shape[1], self.sums_KD.numpy()
+        if len(rows_M) >= crew.count * len(sums_KD) and crew.count * sums_KD.nbytes <= OWN_BYTES:
+            own_WKD = np.zeros((crew.count, *sums_KD.shape), np.int64)
 
-            self.crew.each(dims, -(-dims // self.crew.count), columns)
+            def rows(worker: int, start: int, stop: int) -> None:
+                move_rows(x, weight, rows_M[start:stop], old, new, self.unit, 0, dims, own_WKD[worker])
+
+            crew.each(len(rows_M), OWN_ROWS, rows)
+            sums_KD += own_WKD.sum(0)
+            return
+
+        def columns(_worker: int, left: int, right: int) -> None:
+            move_rows(x, weight, rows_M, old, new, self.unit, left, right, sums_KD)
+
+        crew.each(dims, -(-dims // crew.count), columns)
 
     def _move(self, rows_M: Tensor, old_M: Tensor, new_M: Tensor) -> None:
         """The same by torch, for points on the host whose sums are on the device."""

@@ -1,0 +1,204 @@
+"""Every product of a point with a centroid in float32, and the least distance at once: no tile of products is written.
+
+The fastest way where centroids or dims are few. With y = x − middle, half_x + half_c − y·c is half the squared distance
+up to `slack`·(half_x + half_c) (see `coarse`), so that few distances must be taken exactly.
+Suffixes: N points, T points of one tile, K centroids, C of them padded to whole masks, B blocks of W of these, D dims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from torch import Tensor
+
+from rb_gpu.learn.kernels import LANES, ROUNDOFF, SUMS, compiled, intrinsic, lowest_bit, nearer, squared_distance
+
+# points whose bounds stay in a core's second cache; a block of centroids stays in its first
+TILE = 32
+# points and centroids of one step, in blocks, whose sums fill the registers of this processor
+POINTS, WIDTH = 4, 16
+BLOCKS = 2 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 1
+_alloca: Callable[[Any, Any], Any] = cgutils.alloca_once_value
+_FLOAT, _INT = ir.FloatType(), ir.IntType(64)
+_PART, _WHOLE = ir.VectorType(_FLOAT, WIDTH), ir.VectorType(_FLOAT, LANES)
+
+
+class Columns:
+    """Centroids (K, D) about the middle as the columns of blocks (B, D, W), and half their squared norms less the slack
+    (C,); those that pad them are infinitely far.
+    """
+
+    def __init__(self, centroids_KD: Tensor, middle_D: Tensor) -> None:
+        k, dims = centroids_KD.shape
+        width = -(-k // LANES) * LANES
+        about_KD = centroids_KD - middle_D
+        self.slack = (4 * dims + 64) * ROUNDOFF
+        self.half_C = torch.full((width,), torch.inf)
+        self.half_C[:k] = about_KD.square().sum(1) * (0.5 * (1 - self.slack))
+        padded_CD = torch.nn.functional.pad(about_KD, (0, 0, 0, -(-k // WIDTH) * WIDTH - k))
+        self.columns_BDW = padded_CD.view(-1, WIDTH, dims).transpose(1, 2).contiguous()
+
+
+def _address(builder: Any, base: Any, offset: Any, kind: Any) -> Any:
+    return builder.inttoptr(builder.add(base, offset), kind.as_pointer())
+
+
+def _repeated(builder: Any, scalar: Any, kind: Any) -> Any:
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
+    places = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), [0] * kind.count)
+    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), places)
+
+
+def _products(blocks: int) -> Any:
+    """A function that puts half norms plus the products of POINTS points with all columns of some blocks to out."""
+
+    @intrinsic
+    def add(_context: Any, x: Any, dims: Any, columns: Any, half: Any, out: Any, out_step: Any) -> Any:
+        signature = types.void(*[types.uintp] * 6)
+
+        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            x, dims, columns, half, out, out_step = arguments
+
+            def places(base: Any, step: Any, count: int, kind: Any) -> list[Any]:
+                return [_address(builder, base, builder.mul(step, ir.Constant(_INT, i)), kind) for i in range(count)]
+
+            size = ir.Constant(_INT, 4 * WIDTH)
+            begun = [builder.load(place, align=4) for place in places(half, size, blocks, _PART)]
+            sums = [
+                [_alloca(builder, zeros) for zeros in [ir.Constant(_PART, [0.0] * WIDTH)] * blocks]
+                for _ in range(POINTS)
+            ]
+            for row in sums:
+                for value, place in zip(begun, row, strict=True):
+                    builder.store(value, place)
+            with cgutils.for_range(builder, dims, intp=_INT) as loop:
+                here = builder.add(columns, builder.mul(loop.index, size))
+                parts = [builder.load(place, align=4) for place in places(here, builder.mul(dims, size), blocks, _PART)]
+                four = ir.Constant(_INT, 4)
+                here = builder.add(x, builder.mul(loop.index, four))
+                for point, row in zip(places(here, builder.mul(dims, four), POINTS, _FLOAT), sums, strict=True):
+                    repeated = _repeated(builder, builder.load(point, align=4), _PART)
+                    for part, place in zip(parts, row, strict=True):
+                        product = builder.fmul(repeated, part, flags=("contract",))
+                        builder.store(builder.fadd(builder.load(place), product, flags=("contract",)), place)
+            for i, row in enumerate(sums):
+                start = builder.add(out, builder.mul(out_step, ir.Constant(_INT, i)))
+                for place, to in zip(row, places(start, size, blocks, _PART), strict=True):
+                    builder.store(builder.load(place), to, align=4)
+
+        return signature, generate
+
+    return add
+
+
+_one_block, _some_blocks = _products(1), _products(BLOCKS)
+
+
+@intrinsic
+def _smallest(_context: Any, values: Any) -> Any:
+    """The least of LANES float32 at an address."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        found = builder.load(builder.inttoptr(arguments[0], _WHOLE.as_pointer()), align=4)
+        name = f"llvm.vector.reduce.fmin.v{LANES}f32"
+        reduce = builder.module.globals.get(name) or ir.Function(
+            builder.module, ir.FunctionType(_FLOAT, [_WHOLE]), name
+        )
+        return builder.call(reduce, [found], fastmath=("nnan",))
+
+    return types.float32(types.uintp), generate
+
+
+@intrinsic
+def _at_most(_context: Any, values: Any, limit: Any) -> Any:
+    """Bits of the LANES float32 at an address that are at most the limit."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        found = builder.load(builder.inttoptr(arguments[0], _WHOLE.as_pointer()), align=4)
+        below = builder.fcmp_ordered("<=", found, _repeated(builder, arguments[1], _WHOLE))
+        return builder.bitcast(below, ir.IntType(LANES))
+
+    return types.uint64(types.uintp, types.float32), generate
+
+
+@compiled(fastmath=SUMS)
+def _less_middle(x_ND: Any, i: int, middle_D: Any, out_TD: Any, p: int) -> Any:
+    """Middle − row i of x into row p of out, and half its squared norm."""
+    total = np.float32(0)
+    for t in range(x_ND.shape[1]):
+        value = middle_D[t] - x_ND[i, t]
+        out_TD[p, t] = value
+        total += value * value
+    return total * np.float32(0.5)
+
+
+@compiled()
+def nearest_rows(
+    x_ND: Any, start: int, stop: int, middle_D: Any, columns_BDW: Any, half_C: Any, slack: float, first: int,
+    centroids_KD: Any, refresh: bool, labels_N: Any, d2_N: Any,
+) -> None:  # fmt: skip
+    """Labels int64 and d2 float32 of rows start to stop, lowered by centroids_KD[first:], whose `Columns` are given.
+
+    refresh: forget what was. The result is that of `kernels.lower_rows` to the bit, for the same reasons.
+    """
+    dims, width, count = x_ND.shape[1], half_C.shape[0], centroids_KD.shape[0] - first
+    near = np.float32(2 * (dims + 2) * ROUNDOFF)
+    kept = np.float32(1 - slack)
+    bounds_TC = np.full((TILE, width), np.inf, np.float32)
+    about_TD = np.zeros((TILE, dims), np.float32)
+    half_T = np.empty(TILE, np.float32)
+    about, columns, halves, bounds = (
+        about_TD.ctypes.data,
+        columns_BDW.ctypes.data,
+        half_C.ctypes.data,
+        bounds_TC.ctypes.data,
+    )
+    for tile in range(start, stop, TILE):
+        points = min(TILE, stop - tile)
+        for p in range(points):
+            half_T[p] = _less_middle(x_ND, tile + p, middle_D, about_TD, p)
+        b = 0
+        while b < columns_BDW.shape[0]:
+            o, several = 4 * WIDTH * b, b + BLOCKS <= columns_BDW.shape[0]
+            for p in range(0, points, POINTS):
+                y, to = about + 4 * dims * p, bounds + 4 * width * p + o
+                if several:
+                    _some_blocks(y, dims, columns + o * dims, halves + o, to, 4 * width)
+                else:
+                    _one_block(y, dims, columns + o * dims, halves + o, to, 4 * width)
+            b += BLOCKS if several else 1
+        for p in range(points):
+            i, row = tile + p, bounds + 4 * width * p
+            label, best = labels_N[i], d2_N[i]
+            if refresh or label < 0:
+                least, block = np.float32(np.inf), 0
+                for z in range(0, width, LANES):
+                    smallest = _smallest(row + 4 * z)
+                    if smallest < least:
+                        least, block = smallest, z
+                mask = _at_most(row + 4 * block, least)
+                label = first + block + (lowest_bit(mask) if mask != 0 else 0)
+                best = squared_distance(x_ND, i, centroids_KD, label)
+            limit = np.float32(best * np.float32(0.5) * (np.float32(1) + near) - half_T[p] * kept)
+            for z in range(0, width, LANES):
+                mask = _at_most(row + 4 * z, limit)
+                while mask != 0:
+                    other = first + z + lowest_bit(mask)
+                    mask &= mask - np.uint64(1)
+                    if other == label or other - first >= count:
+                        continue
+                    d2 = squared_distance(x_ND, i, centroids_KD, other)
+                    closer = d2 < best
+                    if abs(d2 - best) <= near * best:
+                        sign = nearer(x_ND, i, centroids_KD, other, label)
+                        closer = sign < 0 or (sign == 0 and other < label)
+                    if closer:
+                        best, label = d2, other
+            labels_N[i], d2_N[i] = label, best
