@@ -102,18 +102,24 @@ _one_block, _some_blocks = _products(1), _products(BLOCKS)
 
 
 @intrinsic
-def _smallest(_context: Any, values: Any) -> Any:
-    """The least of LANES float32 at an address."""
+def _smallest(_context: Any, values: Any, count: Any) -> Any:
+    """The least of count times LANES float32 at an address."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        found = builder.load(builder.inttoptr(arguments[0], _WHOLE.as_pointer()), align=4)
+        place = _alloca(builder, ir.Constant(_WHOLE, [float("inf")] * LANES))
+        builder.store(ir.Constant(_WHOLE, [float("inf")] * LANES), place)
+        with cgutils.for_range(builder, arguments[1], intp=_INT) as loop:
+            offset = builder.mul(loop.index, ir.Constant(_INT, 4 * LANES))
+            these, least = builder.load(_address(builder, arguments[0], offset, _WHOLE), align=4), builder.load(place)
+            builder.store(builder.select(builder.fcmp_ordered("<", these, least), these, least), place)
+        found = builder.load(place)
         name = f"llvm.vector.reduce.fmin.v{LANES}f32"
         reduce = builder.module.globals.get(name) or ir.Function(
             builder.module, ir.FunctionType(_FLOAT, [_WHOLE]), name
         )
         return builder.call(reduce, [found], fastmath=("nnan",))
 
-    return types.float32(types.uintp), generate
+    return types.float32(types.uintp, types.uintp), generate
 
 
 @intrinsic
@@ -178,13 +184,11 @@ def nearest_rows(
             i, row = tile + p, bounds + 4 * width * p
             label, best = labels_N[i], d2_N[i]
             if refresh or label < 0:
-                least, block = np.float32(np.inf), 0
-                for z in range(0, width, LANES):
-                    smallest = _smallest(row + 4 * z)
-                    if smallest < least:
-                        least, block = smallest, z
-                mask = _at_most(row + 4 * block, least)
-                label = first + block + (lowest_bit(mask) if mask != 0 else 0)
+                least, mask, z = _smallest(row, width // LANES), np.uint64(0), -LANES
+                while mask == 0 and z + LANES < width:
+                    z += LANES
+                    mask = _at_most(row + 4 * z, least)
+                label = first + (z + lowest_bit(mask) if mask != 0 else 0)
                 best = squared_distance(x_ND, i, centroids_KD, label)
             limit = np.float32(best * np.float32(0.5) * (np.float32(1) + near) - half_T[p] * kept)
             for z in range(0, width, LANES):
