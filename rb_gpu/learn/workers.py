@@ -11,12 +11,16 @@ import torch
 
 
 class Workers:
-    """As many threads as torch would use. `each` gives them tiles; what they write must not depend on which does."""
+    """As many threads as torch would use, the caller's among them. `each` gives them tiles; what they write must not
+    depend on which does.
+    """
 
     def __init__(self) -> None:
         self.count = torch.get_num_threads()
         # a thread's own setting too: what has not called torch's loops would start as many threads as there are cores
-        self._pool = ThreadPoolExecutor(self.count, "rb_gpu-kmeans", initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(
+            max(1, self.count - 1), "rb_gpu-kmeans", initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     def each(self, n: int, step: int, work: Callable[[int, int, int], None]) -> None:
         """work(worker, start, stop) over all slices of n rows; the first error is raised when all have stopped."""
@@ -33,8 +37,11 @@ class Workers:
         if n <= step:
             run(0)
             return
-        futures = [self._pool.submit(run, worker) for worker in range(self.count)]
-        wait(futures)
+        futures = [self._pool.submit(run, worker) for worker in range(1, self.count)]
+        try:
+            run(0)
+        finally:
+            wait(futures)
         for future in futures:
             future.result()
 
