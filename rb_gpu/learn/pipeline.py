@@ -40,7 +40,7 @@ from rb_gpu.learn.stages import Stages, digest
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.tuning import tune_lookup
 from rb_gpu.learn.valuation import Choice
-from rb_gpu.learn.verdicts import judge, resolve_objective
+from rb_gpu.learn.verdicts import chosen_p, judge, resolve_objective
 from rb_gpu.objective import Objective
 from rb_gpu.router import FastGRNNRouter
 
@@ -141,12 +141,13 @@ def _learned(
                     f"prune.min_confidence={config.prune.min_confidence:g} removes all {len(kept_P)} patterns "
                     f"(the highest confidence is {confidence_P.max():.3f}); lower it"
                 )
+            gone_p = chosen_p(leaves.evidence, trajectories.configs, objective, judging, verdicts.config_id)[~kept_P]
             pays, leaves = leaves.pays, making.gathered(drop_labels(leaves.label_Q, kept_P), trajectories)
             leaves = with_past(making.foretold(leaves, trajectories, objective, pays), past)
             beliefs = believed(leaves, objective, default, config)
             # a test's correction counts all that were tested, those that went as well
             verdicts = (
-                judge(leaves.evidence, trajectories.configs, objective, beliefs, judging)
+                judge(leaves.evidence, trajectories.configs, objective, beliefs, judging, gone_p)
                 if judging.method == "eb"
                 else verdicts.of(kept_P)
             )

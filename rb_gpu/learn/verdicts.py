@@ -151,11 +151,19 @@ def benjamini_hochberg(p_P: Floats) -> Floats:
     return out
 
 
+def chosen_p(
+    evidence: Evidence, configs: ConfigTable, objective: Objective, config: JudgeConfig, chosen_P: Rows
+) -> Floats:
+    """(P,) p-value of each pattern's chosen config, Holm's over the configs of the pattern."""
+    return _pick(holm(compare(evidence, objective.direction, configs.default, config.min_samples).p_value), chosen_P)
+
+
 def judge(
-    evidence: Evidence, configs: ConfigTable, objective: Objective, beliefs: Beliefs, config: JudgeConfig
-) -> VerdictColumns:
-    """The verdict of every pattern by `judge.method`; judge.min_probability is a number by now. Only eb
-    knows the objectives bound and floor.
+    evidence: Evidence, configs: ConfigTable, objective: Objective, beliefs: Beliefs, config: JudgeConfig,
+    gone_p: Floats | tuple[()] = (),
+) -> VerdictColumns:  # fmt: skip
+    """The verdict of every pattern by `judge.method`; judge.min_probability is a number by now. Only eb knows the
+    objectives bound and floor, and corrects for gone_p: `chosen_p` of patterns that were judged and are no more.
     """
     comparison = compare(evidence, objective.direction, configs.default, config.min_samples)
     adjusted, peeked = holm(comparison.p_value), sequential(comparison, config.half_life)
@@ -173,7 +181,7 @@ def judge(
     improvement = _relative(_pick(quality, chosen), quality[:, configs.default], evidence.rows[:, configs.default] > 0)
     return _columns(
         evidence, objective, configs, chosen, comparison, adjusted, peeked, probability, probability, effect, half,
-        improvement,
+        improvement, gone_p,
     )  # fmt: skip
 
 
@@ -260,6 +268,7 @@ def _columns(
     effect: Floats,
     half: Floats,
     improvement: Floats,
+    gone_p: Floats | tuple[()],
 ) -> VerdictColumns:
     stands = chosen == configs.default
     quality, variance, _ = linear_moments(
@@ -276,7 +285,7 @@ def _columns(
         effect_low=np.where(stands, 0.0, effect - half),
         effect_high=np.where(stands, 0.0, effect + half),
         p_value=_pick(comparison.p_value, chosen),
-        p_adjusted=benjamini_hochberg(_pick(adjusted, chosen)),
+        p_adjusted=benjamini_hochberg(np.concatenate([_pick(adjusted, chosen), gone_p]))[: len(chosen)],
         p_sequential=_pick(peeked, chosen),
         improvement=np.where(stands & np.isfinite(improvement), 0.0, improvement),
         consistency=consistency,
