@@ -39,6 +39,7 @@ class Columns:
         k, dims = centroids_KD.shape
         width = -(-k // LANES) * LANES
         about_KD = centroids_KD - middle_D
+        # 3·dims + 10 roundings of half norms, centring and products (Higham 2002, section 3.1), and some to spare
         self.slack = (4 * dims + 64) * ROUNDOFF
         self.half_C = torch.full((width,), torch.inf)
         self.half_C[:k] = about_KD.square().sum(1) * (0.5 * (1 - self.slack))
