@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rb_gpu.learn.kernels import squares_and_hashes
+from rb_gpu.learn.row_kernels import squares_and_hashes
 
 Matrix = npt.NDArray[np.float32]
 Copy = Callable[[Matrix, npt.NDArray[np.floating[Any]]], None]

@@ -18,7 +18,16 @@ from numba import types
 from numba.core import cgutils
 from torch import Tensor
 
-from rb_gpu.learn.kernels import LANES, ROUNDOFF, SUMS, compiled, intrinsic, lowest_bit, nearer, squared_distance
+from rb_gpu.learn.kernels import (
+    LANES,
+    ROUNDOFF,
+    SUMS,
+    compiled,
+    intrinsic,
+    lowest_bit,
+    nearest_of_two,
+    squared_distance,
+)
 
 # points whose bounds stay in a core's second cache; a block of centroids stays in its first
 TILE = 32
@@ -199,11 +208,5 @@ def nearest_rows(
                     mask &= mask - np.uint64(1)
                     if other == label or other - first >= count:
                         continue
-                    d2 = squared_distance(x_ND, i, centroids_KD, other)
-                    closer = d2 < best
-                    if abs(d2 - best) <= near * best:
-                        sign = nearer(x_ND, i, centroids_KD, other, label)
-                        closer = sign < 0 or (sign == 0 and other < label)
-                    if closer:
-                        best, label = d2, other
+                    label, best = nearest_of_two(x_ND, i, centroids_KD, label, best, other, near)
             labels_N[i], d2_N[i] = label, best

@@ -1,7 +1,8 @@
 """Row kernels on the CPU, compiled by numba: no product is done here, only what decides after one.
 
 Suffixes: T points of one tile, C centroids of one block (padded to whole masks), D dims, P dims of the code.
-Every kernel releases the GIL; workers are Python threads that own disjoint rows or columns.
+Every kernel releases the GIL; workers are Python threads that own disjoint rows or columns. numba's cache knows a
+kernel's own file alone: who changes what `direct` calls here must touch that file too.
 """
 
 from __future__ import annotations
@@ -137,6 +138,19 @@ def nearer(x_ND: Any, i: int, c_KD: Any, one: int, other: int) -> Any:
 
 
 @compiled()
+def nearest_of_two(x_ND: Any, i: int, c_KD: Any, label: int, best: Any, other: int, slack: Any) -> Any:
+    """Label and d2 of the nearer of two rows of c, of which the first lies at `best`: float64 decides between such as
+    float32 cannot tell apart, and of equal ones the lower label stays.
+    """
+    d2 = squared_distance(x_ND, i, c_KD, other)
+    closer = d2 < best
+    if abs(d2 - best) <= slack * best:
+        sign = nearer(x_ND, i, c_KD, other, label)
+        closer = sign < 0 or (sign == 0 and other < label)
+    return (other, d2) if closer else (label, best)
+
+
+@compiled()
 def own_distances(x_ND: Any, start: int, stop: int, centroids_KD: Any, labels_N: Any, d2_N: Any) -> None:
     """d2 of rows start to stop, float32, to the centroid of each point's label, written in place."""
     for i in range(start, stop):
@@ -218,13 +232,9 @@ def lower_rows(
                 if c_half[j] - upper > limit:
                     continue
                 computed += 1
-                d2 = squared_distance(x_ND, i, centroids_KD, other)
-                closer = d2 < best
-                if abs(d2 - best) <= slack * best:
-                    sign = nearer(x_ND, i, centroids_KD, other, label)
-                    closer = sign < 0 or (sign == 0 and other < label)
-                if closer:
-                    best, label = d2, other
+                before = label
+                label, best = nearest_of_two(x_ND, i, centroids_KD, label, best, other, slack)
+                if label != before:
                     limit = np.float32(best * np.float32(0.5) * (np.float32(1) + slack) - half)
         labels_N[i], d2_N[i] = label, best
     return computed
@@ -263,55 +273,6 @@ def code_rows(y_TP: Any, code_TP: Any, scale_T: Any, norm_T: Any, error_T: Any) 
 
 
 @compiled()
-def changed_rows(old_N: Any, new_N: Any, rows_N: Any) -> Any:
-    """Writes the rows whose labels differ into the front of rows (N,) int64, and says how many there are."""
-    count = 0
-    for i in range(old_N.shape[0]):
-        rows_N[count] = i
-        count += old_N[i] != new_N[i]
-    return count
-
-
-@compiled()
-def move_masses(weight_N: Any, rows_M: Any, old_N: Any, new_N: Any, unit: float, mass_K: Any, counts_K: Any) -> None:
-    """Takes the weights of rows (M,), in multiples of 1/unit, from the mass of their old label to that of the new."""
-    for m in range(rows_M.shape[0]):
-        i = rows_M[m]
-        amount = np.int64(np.rint(np.float64(weight_N[i]) * unit))
-        mass_K[new_N[i]] += amount
-        counts_K[new_N[i]] += 1
-        if old_N[i] >= 0:
-            mass_K[old_N[i]] -= amount
-            counts_K[old_N[i]] -= 1
-
-
-@compiled()
-def move_rows(
-    x_ND: Any, weight_N: Any, rows_M: Any, old_N: Any, new_N: Any, unit: float, left: int, right: int, sums_KD: Any
-) -> None:
-    """Takes the weighted points of rows (M,) from the sums of their old label to those of the new, in place.
-
-    Only columns left to right, so that workers share no number. sums (K, D) int64 count multiples of 1/unit: integers
-    add up to the same total in every order. A label to leave that is below 0 has no sum.
-    """
-    units = np.empty(right - left, np.int64)
-    for m in range(rows_M.shape[0]):
-        i = rows_M[m]
-        x_C = x_ND[i, left:right]
-        weight = np.float64(weight_N[i]) * unit
-        # loops over one array each, which a compiler can turn into vectors
-        for t in range(units.shape[0]):
-            units[t] = np.int64(np.rint(x_C[t] * weight))
-        sums_C = sums_KD[new_N[i], left:right]
-        for t in range(units.shape[0]):
-            sums_C[t] += units[t]
-        if old_N[i] >= 0:
-            sums_C = sums_KD[old_N[i], left:right]
-            for t in range(units.shape[0]):
-                sums_C[t] -= units[t]
-
-
-@compiled()
 def nearer_halves(x_ND: Any, start: int, stop: int, halves_2KD: Any, labels_N: Any, half_N: Any, d2_N: Any) -> None:
     """Of the halves 2l and 2l + 1 of each point's cluster l, the nearer, and its squared distance; start to stop."""
     for i in range(start, stop):
@@ -320,50 +281,3 @@ def nearer_halves(x_ND: Any, start: int, stop: int, halves_2KD: Any, labels_N: A
         to_right = squared_distance(x_ND, i, halves_2KD, left + 1)
         half_N[i] = left + (to_right < to_left)
         d2_N[i] = min(to_left, to_right)
-
-
-@compiled(fastmath=SUMS)
-def squares_and_hashes(x_ND: Any, bits_ND: Any, key_D: Any, start: int, stop: int, norm2_N: Any, hash_N: Any) -> None:
-    """Of rows start to stop, the squared norm in float32, and the multilinear hash Σ key·bits modulo 2^64, of uint32
-    words with uint64 keys: two rows that differ share its upper half with probability 2^-32 over the keys (Lemire &
-    Kaser 2014). bits_ND is x viewed as uint32.
-    """
-    for i in range(start, stop):
-        total, squares = np.uint64(0), np.float32(0)
-        for t in range(x_ND.shape[1]):
-            squares += x_ND[i, t] * x_ND[i, t]
-            total += np.uint64(bits_ND[i, t]) * key_D[t]
-        norm2_N[i] = squares
-        hash_N[i] = total
-
-
-@compiled(fastmath=SUMS)
-def row_peaks(x_ND: Any, bits_ND: Any, start: int, stop: int, peak_bits_N: Any, norm_N: Any) -> None:
-    """The largest |x| of each row as its bits, and its norm; rows start to stop.
-
-    bits_ND is x viewed as int32: without their sign, the bits of floats order as the floats do, NaN above all.
-    """
-    for i in range(start, stop):
-        peak, squares = np.int32(0), np.float32(0)
-        for t in range(x_ND.shape[1]):
-            peak = max(peak, bits_ND[i, t] & np.int32(0x7FFFFFFF))
-            squares += x_ND[i, t] * x_ND[i, t]
-        peak_bits_N[i] = peak
-        norm_N[i] = np.sqrt(squares)
-
-
-@compiled()
-def permute_rows(x_ND: Any, order_N: Any, spare_D: Any) -> None:
-    """Puts row order[i] of x into row i, in place, by following the cycles; order (N,) int64 ends as the identity."""
-    for first in range(order_N.shape[0]):
-        if order_N[first] == first:
-            continue
-        spare_D[:] = x_ND[first]
-        to = first
-        while order_N[to] != first:
-            source = order_N[to]
-            x_ND[to] = x_ND[source]
-            order_N[to] = to
-            to = source
-        x_ND[to] = spare_D
-        order_N[to] = to

@@ -20,7 +20,7 @@ from rb_gpu.errors import DataError
 from rb_gpu.learn.blocks import Matrix
 from rb_gpu.learn.devices import free_memory
 from rb_gpu.learn.distributed import Ranks
-from rb_gpu.learn.kernels import permute_rows
+from rb_gpu.learn.row_kernels import permute_rows
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rb_gpu.learn.distributed import Ranks
-from rb_gpu.learn.kernels import row_peaks
+from rb_gpu.learn.row_kernels import row_peaks
 from rb_gpu.learn.streaming import chunks
 from rb_gpu.learn.workers import Workers
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rb_gpu.learn.distributed import Ranks
-from rb_gpu.learn.kernels import changed_rows, move_masses, move_rows
+from rb_gpu.learn.row_kernels import changed_rows, move_masses, move_rows
 from rb_gpu.learn.segments import differences, run_sums, runs
 from rb_gpu.learn.shard import Shard
 from rb_gpu.learn.streaming import chunks
