@@ -33,6 +33,13 @@ def bases(x: torch.Tensor, middle: torch.Tensor) -> list[Basis | None]:
     return [None, *found, *(replace(basis, integers=False) for basis in found if basis.integers)]
 
 
+def uneven(seed: int, n: int, k: int, dims: int, scale: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points and centroids whose dims differ in spread by orders of magnitude, away from the origin."""
+    g = torch.Generator().manual_seed(seed)
+    spread = torch.rand(dims, generator=g).pow(6) * 2.0 ** (scale / 2)
+    return tuple(torch.randn(rows, dims, generator=g) * spread + offset for rows in (n, k))
+
+
 def using(way: str, x: torch.Tensor, crew: Workers, code_budget: int = 0) -> Assignment:
     """An assignment by all products at once ("direct"), or by tiles of products in float32 or of int8 codes."""
     points = Assignment(x, x.mean(0), crew, code_budget)
@@ -98,10 +105,7 @@ def test_labels_are_those_of_float64_brute_force(name, kept):
 )  # fmt: skip
 def test_no_bound_exceeds_the_true_distance(seed, n, k, dims, scale, offset, integers):
     # the proof in `coarse`, put to the test: every lower bound, in exact arithmetic, is below the float64 distance
-    g = torch.Generator().manual_seed(seed)
-    spread = torch.rand(dims, generator=g).pow(6) * 2.0 ** (scale / 2)
-    x = torch.randn(n, dims, generator=g) * spread + offset
-    c = torch.randn(k, dims, generator=g) * spread + offset
+    x, c = uneven(seed, n, k, dims, scale, offset)
     middle = x.mean(0)
     width = max(1, dims // 2)
     [axes] = principal_bases(x, middle, [width])
@@ -126,10 +130,8 @@ def test_no_bound_exceeds_the_true_distance(seed, n, k, dims, scale, offset, int
 )  # fmt: skip
 def test_all_products_at_once_never_lose_the_nearest(seed, n, k, dims, scale, offset, near):
     # centroids that are near copies of each other are told apart by float64 alone
+    x, c = uneven(seed, n, k, dims, scale, offset)
     g = torch.Generator().manual_seed(seed)
-    spread = torch.rand(dims, generator=g).pow(6) * 2.0 ** (scale / 2)
-    x = torch.randn(n, dims, generator=g) * spread + offset
-    c = torch.randn(k, dims, generator=g) * spread + offset
     copied = torch.rand(k, generator=g) < near
     c[copied] = (c[torch.randint(k, (k,), generator=g)] * (1 + 2.0**-23 * torch.randn(k, 1, generator=g)))[copied]
     truth = brute_force(x, c)
@@ -139,8 +141,9 @@ def test_all_products_at_once_never_lose_the_nearest(seed, n, k, dims, scale, of
             points.assign(c)
             assert torch.equal(points.labels_N, truth.argmin(1))
             points.reset()
-            points.lower(c[: k // 2 + 1], 0)
-            points.lower(c, k // 2 + 1) if k // 2 + 1 < k else None
+            for first, stop in ((0, k // 2 + 1), (k // 2 + 1, k)):
+                if first < stop:
+                    points.lower(c[:stop], first)
             assert torch.equal(points.labels_N, truth.argmin(1))
 
 
@@ -192,26 +195,45 @@ def test_the_twin_for_a_gpu_agrees():
         np.testing.assert_allclose(theirs[1], ours[1], rtol=1e-4)
 
 
-def test_what_is_chosen_is_what_costs_least(monkeypatch, caplog):
-    # 30 of 96 dims carry the data: products of all of them cost more than codes of the leading ones
+def test_every_way_that_may_be_chosen_gives_the_same_labels(monkeypatch, caplog):
+    # what costs least depends on the machine: here it is decided
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(6000, 30, generator=g) @ torch.randn(30, 96, generator=g)
+    x = torch.randn(3000, 30, generator=g) @ torch.randn(30, 96, generator=g)
     monkeypatch.setattr(assign, "SMALL_WORK", 0)
     caplog.set_level("INFO")
+    asked = []
+
+    def cost(_trial: object, basis: Basis | None, coded: bool, _least: float) -> float:
+        asked.append((basis, coded))
+        return 1.0 if str(basis) == cheap else 2.0
+
     with workers() as crew:
         points = Assignment(x, x.mean(0), crew, 2**40)
-        points.choose(x[:512])
-        points.assign(x[:512])
-        assert "us a point" in caplog.text
-        assert torch.equal(points.labels_N[:512], torch.arange(512))
-        assert points.work.share < 0.5
-        lean = Assignment(x, x.mean(0), crew, 0)
-        lean.choose(x[:512])
-        lean.assign(x[:512])
-        few = Assignment(x, x.mean(0), crew, 2**40)
-        few.choose(x[:3])
-        assert few.direct and not points.direct
-    assert torch.equal(points.labels_N, lean.labels_N)
+        points.choose(x[:200])
+        ways = [None, *points._candidates]
+        monkeypatch.setattr(assign._Trial, "seconds_per_row", cost)
+        for way in (*ways[1:], None):
+            cheap = str(way)
+            before = None if points.direct else points.basis
+            asked.clear()
+            points.choose(x[:200])
+            assert [basis for basis, _ in asked] == ways
+            assert [basis for basis, coded in asked if coded] == [before], "what is in use has its codes"
+            assert points.direct == (way is None) and (way is None or points.basis is way)
+            assert (points._codes is not None) == (way is not None and (way.integers or way.axes_DP is not None))
+            points.assign(x[:200])
+            assert torch.equal(points.labels_N[:200], torch.arange(200))
+        assert "all products" in caplog.text
+
+
+def test_what_a_trial_takes_is_known_unless_it_is_hopeless():
+    x = torch.randn(600, 40, generator=torch.Generator().manual_seed(0))
+    with workers() as crew:
+        points = Assignment(x, x.mean(0), crew, 2**40)
+        trial = assign._Trial(points, x[:70])
+        for basis in bases(x, x.mean(0)):
+            assert 0 < trial.seconds_per_row(basis, False, torch.inf) < torch.inf
+            assert trial.seconds_per_row(basis, False, 0.0) == torch.inf
 
 
 def test_products_that_saturate_are_not_used(monkeypatch):

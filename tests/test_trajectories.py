@@ -736,7 +736,6 @@ def test_default_pairs_need_the_default_once_and_another_config_in_every_query()
 MEASURE = """
 import sys
 from pathlib import Path
-from rb_gpu.learn.blocks import block_threads, row_hashes
 from rb_gpu.learn.config import DataConfig, ParamsConfig
 from rb_gpu.learn.trajectories import load
 

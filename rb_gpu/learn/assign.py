@@ -1,5 +1,5 @@
 """The exact nearest centroid of every point, on the CPU: coarse products in tiles, then only the distances in doubt;
-or, where centroids or dims are few, all distances.
+or, where centroids or dims are few, all products.
 
 No float N x K matrix is ever held. Points stay where they are, memory-mapped files too; what is added is `Codes`, where
 they fit the budget, or nothing, where every tile is coded as it is read. What is chosen here changes the time and never
@@ -33,7 +33,7 @@ TURNS = 4
 BLOCK = 1024
 # multiplications of one assignment below which a choice takes longer than it saves
 SMALL_WORK = 2**30
-# centroids that are lowered by all their distances where points would have to be coded for it
+# centroids that are lowered by all their products where points would have to be coded for it
 FEW = 32
 WIDTHS = (32, 64, 96, 128, 192, 256)
 SAMPLE_ROWS = 2048
@@ -61,7 +61,7 @@ class Assignment:
     """labels (N,) int64 and d2 (N,) float32: each point's nearest centroid so far, -1 and infinity before the first.
 
     x_ND: (N, D) float32 in host memory, only read. middle_D: any point amid the data. code_budget: bytes that codes of
-    all points may take; 0 keeps none. direct: whether all distances are computed; else basis is that of the products.
+    all points may take; 0 keeps none. direct: whether all products are taken at once; else basis tells which.
     """
 
     def __init__(self, x_ND: Tensor, middle_D: Tensor, crew: Workers, code_budget: int) -> None:
@@ -158,7 +158,7 @@ class Assignment:
         self.crew.each(len(self.x_ND), LARGEST_TILE, span)
 
     def choose(self, centroids_KD: Tensor) -> None:
-        """Takes what answers fastest on a sample of the points against these centroids (K, D) float32: all distances,
+        """Takes what answers fastest on a sample of the points against these centroids (K, D) float32: all products,
         or a basis, which must pay for coding all points anew within WORTH_ITERATIONS.
         """
         n, dims = self.x_ND.shape
@@ -182,7 +182,7 @@ class Assignment:
             else f"{self.basis.row_bytes * n / 2**20:.0f} MiB of codes"
         )
         log.info(
-            "%s: %.1f us a point; chosen and coded in %.2f s", "all distances" if best is None else f"{best}, {codes}",
+            "%s: %.1f us a point; chosen and coded in %.2f s", "all products" if best is None else f"{best}, {codes}",
             taken[best] * 1e6, time.perf_counter() - started,
         )  # fmt: skip
 
@@ -198,7 +198,7 @@ class Assignment:
         return bases
 
     def use(self, basis: Basis | None) -> None:
-        """All distances from now on, or codes by this basis: all points at once, where that fits the budget and is no
+        """All products from now on, or codes by this basis: all points at once, where that fits the budget and is no
         plain copy.
         """
         self.direct, self._codes = basis is None, None

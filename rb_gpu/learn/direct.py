@@ -24,8 +24,10 @@ from rb_gpu.learn.kernels import (
     SUMS,
     compiled,
     intrinsic,
+    least_of,
     lowest_bit,
     nearest_of_two,
+    splat,
     squared_distance,
 )
 
@@ -60,12 +62,6 @@ def _address(builder: Any, base: Any, offset: Any, kind: Any) -> Any:
     return builder.inttoptr(builder.add(base, offset), kind.as_pointer())
 
 
-def _repeated(builder: Any, scalar: Any, kind: Any) -> Any:
-    one = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
-    places = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), [0] * kind.count)
-    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), places)
-
-
 def _products(blocks: int) -> Any:
     """A function that puts half norms plus the products of POINTS points with all columns of some blocks to out."""
 
@@ -94,7 +90,7 @@ def _products(blocks: int) -> Any:
                 four = ir.Constant(_INT, 4)
                 here = builder.add(x, builder.mul(loop.index, four))
                 for point, row in zip(places(here, builder.mul(dims, four), POINTS, _FLOAT), sums, strict=True):
-                    repeated = _repeated(builder, builder.load(point, align=4), _PART)
+                    repeated = splat(builder, builder.load(point, align=4), _PART)
                     for part, place in zip(parts, row, strict=True):
                         product = builder.fmul(repeated, part, flags=("contract",))
                         builder.store(builder.fadd(builder.load(place), product, flags=("contract",)), place)
@@ -122,12 +118,7 @@ def _smallest(_context: Any, values: Any, count: Any) -> Any:
             offset = builder.mul(loop.index, ir.Constant(_INT, 4 * LANES))
             these, least = builder.load(_address(builder, arguments[0], offset, _WHOLE), align=4), builder.load(place)
             builder.store(builder.select(builder.fcmp_ordered("<", these, least), these, least), place)
-        found = builder.load(place)
-        name = f"llvm.vector.reduce.fmin.v{LANES}f32"
-        reduce = builder.module.globals.get(name) or ir.Function(
-            builder.module, ir.FunctionType(_FLOAT, [_WHOLE]), name
-        )
-        return builder.call(reduce, [found], fastmath=("nnan",))
+        return least_of(builder, builder.load(place))
 
     return types.float32(types.uintp, types.uintp), generate
 
@@ -138,7 +129,7 @@ def _at_most(_context: Any, values: Any, limit: Any) -> Any:
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         found = builder.load(builder.inttoptr(arguments[0], _WHOLE.as_pointer()), align=4)
-        below = builder.fcmp_ordered("<=", found, _repeated(builder, arguments[1], _WHOLE))
+        below = builder.fcmp_ordered("<=", found, splat(builder, arguments[1], _WHOLE))
         return builder.bitcast(below, ir.IntType(LANES))
 
     return types.uint64(types.uintp, types.float32), generate

@@ -46,10 +46,18 @@ def compiled(**options: Any) -> Callable[[Any], Any]:
     return decorate
 
 
-def _splat(builder: Any, scalar: Any) -> Any:
-    one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
-    zeros = ir.Constant(_INTS, [0] * LANES)
-    return builder.shuffle_vector(one, ir.Constant(_FLOATS, ir.Undefined), zeros)
+def splat(builder: Any, scalar: Any, kind: Any) -> Any:
+    """A vector of that kind, all of whose numbers are the scalar."""
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
+    places = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), [0] * kind.count)
+    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), places)
+
+
+def least_of(builder: Any, floats: Any) -> Any:
+    """The least number of a vector of LANES, none of which is NaN."""
+    name = f"llvm.vector.reduce.fmin.v{LANES}f32"
+    least = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(_FLOAT, [_FLOATS]), name)
+    return builder.call(least, [floats], fastmath=("nnan",))
 
 
 def _load(builder: Any, address: Any, kind: Any) -> Any:
@@ -61,9 +69,9 @@ def _bounds(builder: Any, integers: bool, arguments: Any) -> Any:
     product, scale_c, spread_c, rest_c, half_c, scale, norm, rest = arguments
     raw = _load(builder, product, _INTS if integers else _FLOATS)
     raw = builder.sitofp(raw, _FLOATS) if integers else raw
-    upper = builder.fmul(builder.fmul(raw, _load(builder, scale_c, _FLOATS)), _splat(builder, scale))
+    upper = builder.fmul(builder.fmul(raw, _load(builder, scale_c, _FLOATS)), splat(builder, scale, _FLOATS))
     for of_c, of_point in ((spread_c, norm), (rest_c, rest)):
-        term = builder.fmul(_load(builder, of_c, _FLOATS), _splat(builder, of_point), flags=("contract",))
+        term = builder.fmul(_load(builder, of_c, _FLOATS), splat(builder, of_point, _FLOATS), flags=("contract",))
         upper = builder.fadd(upper, term, flags=("contract",))
     return builder.fsub(_load(builder, half_c, _FLOATS), upper)
 
@@ -79,7 +87,7 @@ def _below(
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         bounds = _bounds(builder, integers, arguments[1:9])
-        return builder.bitcast(builder.fcmp_ordered("<=", bounds, _splat(builder, arguments[9])), _MASK)
+        return builder.bitcast(builder.fcmp_ordered("<=", bounds, splat(builder, arguments[9], _FLOATS)), _MASK)
 
     return signature, generate
 
@@ -95,11 +103,7 @@ def _least(
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         bounds = _bounds(builder, integers, arguments[1:9])
-        name = f"llvm.vector.reduce.fmin.v{LANES}f32"
-        least = builder.module.globals.get(name) or ir.Function(
-            builder.module, ir.FunctionType(_FLOAT, [_FLOATS]), name
-        )
-        return builder.call(least, [bounds], fastmath=("nnan",))
+        return least_of(builder, bounds)
 
     return signature, generate
 
