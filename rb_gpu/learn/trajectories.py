@@ -179,10 +179,8 @@ def _by_time(columns: Columns, room: Room, features: Sequence[str]) -> None:
     if (np.diff(columns["query_time"]) >= 0).all():
         return
     order = np.argsort(columns["query_time"], kind="stable")
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
     room.sort(columns["x_QD"], order)
-    columns["query_row"] = place[columns["query_row"]]
+    columns["query_row"] = np.argsort(order)[columns["query_row"]]
     for name in ("hash_Q", "query_id", "query_time", *QUERY_OPTIONAL, *features):
         if name in columns:
             columns[name] = columns[name][order]
