@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,10 +13,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rb_gpu.learn import assign, kernels
+from rb_gpu.learn import assign, bounded, direct, kernels, row_kernels
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
-from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, encode, integer_products, principal_bases, project
+from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, encode, principal_bases, project
+from rb_gpu.learn.kernels import LANES, compiled
+from rb_gpu.learn.products import (
+    AMX,
+    FEATURES,
+    FLOAT32,
+    GROUP,
+    VNNI,
+    WIDTH,
+    Product,
+    begin_products,
+    end_products,
+    group_products,
+    integer_product,
+)
 from rb_gpu.learn.workers import Workers, workers
 
 
@@ -23,14 +40,17 @@ def brute_force(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     return torch.cat(rows)
 
 
+# what this machine can run: all that a lesser one could choose, too
+INTEGERS = [p for p in (AMX, VNNI) if p is integer_product() or (p is VNNI and "+avx512vnni" in FEATURES)]
+PRODUCTS = [FLOAT32, *INTEGERS]
+
+
 def bases(x: torch.Tensor, middle: torch.Tensor) -> list[Basis | None]:
     """Every way to assign; None is all products at once."""
     dims = x.shape[1]
     widths = sorted({1, dims // 3, dims // 2, dims} - {0}) if dims <= 100 else [1, 32, 96]
-    found = [Basis(middle), *principal_bases(x, middle, widths)]
-    if integer_products(dims):
-        found.append(Basis(middle, integers=True))
-    return [None, *found, *(replace(basis, integers=False) for basis in found if basis.integers)]
+    found = [Basis(middle), *principal_bases(x, middle, widths, FLOAT32)]
+    return [None, *(replace(basis, product=product) for basis in found for product in PRODUCTS)]
 
 
 def uneven(seed: int, n: int, k: int, dims: int, scale: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,11 +60,29 @@ def uneven(seed: int, n: int, k: int, dims: int, scale: float, offset: float) ->
     return tuple(torch.randn(rows, dims, generator=g) * spread + offset for rows in (n, k))
 
 
-def using(way: str, x: torch.Tensor, crew: Workers, code_budget: int = 0) -> Assignment:
-    """An assignment by all products at once ("direct"), or by tiles of products in float32 or of int8 codes."""
+def using(way: str | Product, x: torch.Tensor, crew: Workers, code_budget: int = 0) -> Assignment:
+    """An assignment by all products at once ("direct"), or by tiles of such products."""
     points = Assignment(x, x.mean(0), crew, code_budget)
-    points.use(None if way == "direct" else Basis(x.mean(0), integers=way == "int8"))
+    points.use(None if way == "direct" else Basis(x.mean(0), product=way))
     return points
+
+
+@compiled()
+def multiplied(code_NP, columns, begin_C, count, product_GL):
+    """The products of all codes with all columns, group by group, as `bounded` reads them."""
+    out = np.zeros((count, len(begin_C)), np.float64)
+    begin_products(code_NP[0, 0])
+    step = code_NP.strides[0]
+    for at in range(0, count, GROUP):
+        points = min(GROUP, count - at)
+        for z in range(0, len(begin_C), LANES):
+            group_products(
+                code_NP[0, 0], points, code_NP.ctypes.data + at * step, step, columns.ctypes.data + z * step,
+                WIDTH * step, begin_C.ctypes.data + 4 * z, product_GL.ctypes.data,
+            )  # fmt: skip
+            out[at : at + points, z : z + LANES] = product_GL[:points]
+    end_products(code_NP[0, 0])
+    return out
 
 
 def shapes() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -101,22 +139,22 @@ def test_labels_are_those_of_float64_brute_force(name, kept):
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 2**31), st.integers(1, 90), st.integers(1, 70), st.integers(1, 40),
-    st.floats(-30, 30), st.sampled_from([0.0, 1e-6, 1.0, 300.0]), st.booleans(),
+    st.floats(-30, 30), st.sampled_from([0.0, 1e-6, 1.0, 300.0]), st.sampled_from([FLOAT32, AMX, VNNI]),
 )  # fmt: skip
-def test_no_bound_exceeds_the_true_distance(seed, n, k, dims, scale, offset, integers):
+def test_no_bound_exceeds_the_true_distance(seed, n, k, dims, scale, offset, product):
     # the proof in `coarse`, put to the test: every lower bound, in exact arithmetic, is below the float64 distance
     x, c = uneven(seed, n, k, dims, scale, offset)
     middle = x.mean(0)
     width = max(1, dims // 2)
-    [axes] = principal_bases(x, middle, [width])
-    for basis in (Basis(middle, integers=integers), replace(axes, integers=integers)):
+    for basis in (Basis(middle, product=product), *principal_bases(x, middle, [width], product)):
         codes = Codes(n, basis)
         encode(*project(x, basis), basis, codes, 0)
         block = CodedBlock.of(*project(c, basis), 0, basis).codes
-        product = codes.code.double() @ block.code[:k].double().T
+        zero = product.zero
+        products = (codes.code.double() - zero) @ (block.code[:k].double() - zero).T
         widest = (codes.error / codes.norm.clamp(min=1e-45)).double().nan_to_num().max()
         spread_c = block.error + widest * (block.norm + block.error)
-        upper = codes.scale[:, None].double() * block.scale[:k].double() * product
+        upper = codes.scale[:, None].double() * block.scale[:k].double() * products
         upper += codes.norm[:, None].double() * spread_c[:k].double() + codes.rest[:, None].double() * block.rest[:k]
         bound = codes.half[:, None].double() + block.half[:k].double() - upper
         true = (x[:, None].double() - c[None].double()).square().sum(2) / 2
@@ -147,7 +185,7 @@ def test_all_products_at_once_never_lose_the_nearest(seed, n, k, dims, scale, of
             assert torch.equal(points.labels_N, truth.argmin(1))
 
 
-@pytest.mark.parametrize("way", ["direct", "float32", "int8"])
+@pytest.mark.parametrize("way", ["direct", *PRODUCTS], ids=str)
 def test_blocks_and_tiles_do_not_change_a_bit(monkeypatch, way):
     x, centroids = shapes()["plain"]
     with workers() as crew:
@@ -164,7 +202,7 @@ def test_blocks_and_tiles_do_not_change_a_bit(monkeypatch, way):
             assert torch.equal(parts.d2_N, whole.d2_N)
 
 
-@pytest.mark.parametrize("way", ["direct", "float32", "int8"])
+@pytest.mark.parametrize("way", ["direct", *PRODUCTS], ids=str)
 @pytest.mark.parametrize("kept", [2**40, 0])
 def test_centroids_that_come_one_after_the_other_end_where_all_at_once_do(way, kept):
     x, centroids = shapes()["plain"]
@@ -175,6 +213,51 @@ def test_centroids_that_come_one_after_the_other_end_where_all_at_once_do(way, k
             later.lower(centroids[:stop], first)
     assert torch.equal(once.labels_N, later.labels_N)
     assert torch.equal(once.d2_N, later.d2_N)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(0, 2**31), st.integers(1, 300), st.integers(1, 150), st.integers(1, 150), st.floats(-30, 30),
+    st.sampled_from([0.0, 1.0, 300.0]), st.lists(st.sampled_from([0.0, 1e-7, 1e-3, 0.1, 10.0]), min_size=1, max_size=4),
+)  # fmt: skip
+def test_centroids_that_move_need_not_be_compared_with_all_points(seed, n, k, dims, scale, offset, steps):
+    # the centroids go on by ever other steps, some of them; what is known of the last is only a bound
+    x, c = uneven(seed, n, k, dims, scale, offset)
+    g = torch.Generator().manual_seed(seed)
+    ways = [None, *(Basis(x.mean(0), product=product) for product in PRODUCTS)]
+    places = [c]
+    for step in steps:
+        moves = torch.rand(k, 1, generator=g) < 0.5
+        places.append(places[-1] + moves * step * torch.randn(k, dims, generator=g) * c.std(correction=0))
+    with workers() as crew:
+        for way in ways:
+            points, anew = (Assignment(x, x.mean(0), crew, 2**40) for _ in range(2))
+            points.use(way)
+            points.assign(c)
+            for before, now in pairwise(places):
+                points.assign(now, (now - before).double().norm(dim=1))
+                assert torch.equal(points.labels_N, brute_force(x, now).argmin(1)), way
+            points.settle(now)
+            anew.assign(now)
+            assert torch.equal(points.d2_N, anew.d2_N), way
+
+
+def test_a_point_that_stays_where_it_is_need_not_be_read():
+    # far apart clusters, of which every point is its own bound: no distance is taken but where the codes leave a doubt
+    g = torch.Generator().manual_seed(0)
+    c = torch.randn(70, 40, generator=g) * 100
+    x = c.repeat(5, 1) + torch.randn(350, 40, generator=g)
+    with workers() as crew:
+        points = using(integer_product() or FLOAT32, x, crew, 2**40)
+        points.assign(c)
+        seen = points.work.computed
+        points.assign(c + 0.1, torch.full((70,), 0.1 * 40**0.5))
+        assert points.work.computed == seen
+        known = points.d2_N.clone()
+        points.settle(c + 0.1)
+    true = (x - c.repeat(5, 1) - 0.1).square().sum(1)
+    assert bool((known >= true).all()) and bool((known > 1.001 * true).any())
+    torch.testing.assert_close(points.d2_N, true, rtol=1e-5, atol=0)
 
 
 def test_the_twin_for_a_gpu_agrees():
@@ -210,9 +293,9 @@ def test_every_way_that_may_be_chosen_gives_the_same_labels(monkeypatch, caplog)
     with workers() as crew:
         points = Assignment(x, x.mean(0), crew, 2**40)
         points.choose(x[:200])
-        ways = [None, *points._candidates]
+        ways = [*points._candidates, None]
         monkeypatch.setattr(assign._Trial, "seconds_per_row", cost)
-        for way in (*ways[1:], None):
+        for way in ways:
             cheap = str(way)
             before = None if points.direct else points.basis
             asked.clear()
@@ -220,7 +303,9 @@ def test_every_way_that_may_be_chosen_gives_the_same_labels(monkeypatch, caplog)
             assert [basis for basis, _ in asked] == ways
             assert [basis for basis, coded in asked if coded] == [before], "what is in use has its codes"
             assert points.direct == (way is None) and (way is None or points.basis is way)
-            assert (points._codes is not None) == (way is not None and (way.integers or way.axes_DP is not None))
+            assert (points._codes is not None) == (
+                way is not None and (way.product.integers or way.axes_DP is not None)
+            )
             points.assign(x[:200])
             assert torch.equal(points.labels_N[:200], torch.arange(200))
         assert "all products" in caplog.text
@@ -236,27 +321,24 @@ def test_what_a_trial_takes_is_known_unless_it_is_hopeless():
             assert trial.seconds_per_row(basis, False, 0.0) == torch.inf
 
 
-def test_products_that_saturate_are_not_used(monkeypatch):
-    # x86 without VNNI adds two int8 products into 16 bits, which saturate
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.int() @ b.int()).clamp(-(2**15), 2**15 - 1))
-    integer_products.cache_clear()
-    try:
-        assert not integer_products(64)
-    finally:
-        monkeypatch.undo()
-        integer_products.cache_clear()
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+@pytest.mark.parametrize("width", [1, 2, 3, 24, 64, 65, 384, 4096])
+def test_products_of_codes_are_exact(product, width):
+    # the largest codes, whose products add up to more than 16 bits in pairs; rows that are no whole group; scales of 1
+    g, largest = torch.Generator().manual_seed(width), 127 if product.integers else 15
+    x, c = (torch.randint(-largest, largest + 1, (rows, width), generator=g).float() for rows in (71, 130))
+    x[:, 0], c[:, 0] = largest, -largest
+    x[:3], c[:2], c[2] = largest, largest, -largest
+    basis = Basis(torch.zeros(width), product=product)
+    codes = Codes(len(x), basis)
+    encode(*project(x, basis), basis, codes, 0)
+    block = CodedBlock.of(*project(c, basis), 0, basis)
+    room = block.begin_C.new_empty(GROUP, LANES).numpy()
+    found = multiplied(codes.code.numpy(), block.columns.numpy(), block.begin_C.numpy(), len(x), room)
+    np.testing.assert_array_equal(found[:, :130], x.double() @ c.double().T)
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 24, 64, 384, 1000])
-def test_products_are_used_only_where_they_are_exact(width):
-    # torch 2.13 multiplies int8 matrices of one column wrongly
-    x = torch.randint(-127, 128, (300, width), dtype=torch.int8)
-    c = torch.randint(-127, 128, (64, width), dtype=torch.int8)
-    if integer_products(width):
-        assert torch.equal(torch._int_mm(x, c.T), x.int() @ c.int().T)
-
-
-@pytest.mark.parametrize("way", ["direct", "float32", "int8"])
+@pytest.mark.parametrize("way", ["direct", *PRODUCTS], ids=str)
 def test_float32_ties_are_decided_in_float64(way):
     # two centroids whose distances round to the same float32; the second is nearer by 1e-9 of it
     x = torch.tensor([[1.0, 0.0]])
@@ -281,3 +363,15 @@ def test_kernels_without_a_place_for_their_cache_still_run(monkeypatch, caplog):
     monkeypatch.setattr(kernels.numba, "njit", refusing)
     assert kernels.compiled()(lambda a: a + 1)(1) == 2
     assert "every process" in caplog.text
+
+
+@pytest.mark.parametrize("module", [bounded, direct, kernels, row_kernels], ids=lambda module: module.__name__)
+def test_kernels_take_the_address_of_arguments_alone(module):
+    # numba frees an array after its last use by name: bounds of all products were once written to memory that was free
+    for function in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(function, ast.FunctionDef):
+            arguments = {argument.arg for argument in function.args.args}
+            for node in ast.walk(function):
+                if isinstance(node, ast.Attribute) and node.attr == "ctypes":
+                    assert isinstance(node.value, ast.Name), f"{function.name}: an array without a name"
+                    assert node.value.id in arguments, f"{function.name}: {node.value.id} is its own"

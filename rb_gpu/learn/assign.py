@@ -17,15 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, encode, integer_products, principal_bases, project
+from rb_gpu.learn.bounded import lower_rows
+from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, encode, principal_bases, project
 from rb_gpu.learn.direct import Columns, nearest_rows
-from rb_gpu.learn.kernels import lower_rows, nearer_halves, own_distances
+from rb_gpu.learn.kernels import LANES, ROUNDOFF, nearer_halves, own_distances
+from rb_gpu.learn.products import FLOAT32, GROUP, integer_product
 from rb_gpu.learn.workers import Workers
 
 log = logging.getLogger(__name__)
 
-# products of one tile: they stay in a core's second cache
-TILE_PRODUCTS = 2**19
+# points whose rows and codes stay in a core's second cache while blocks of centroids pass
+TILE = 1024
 LEAST_TILE, LARGEST_TILE = 64, 2048
 # spans of one worker where no tile must stay in a cache: enough to even out what each takes
 TURNS = 4
@@ -35,11 +37,13 @@ BLOCK = 1024
 SMALL_WORK = 2**30
 # centroids that are lowered by all their products where points would have to be coded for it
 FEW = 32
-WIDTHS = (32, 64, 96, 128, 192, 256)
+WIDTHS = (32, 64, 128, 256)
 SAMPLE_ROWS = 2048
-TRIAL_ROWS, TRIALS = 256, 2
-# a trial ends where these few rows take longer than all did before
-PROBE_ROWS = 32
+TRIAL_ROWS, TRIALS = 1024, 2
+# a trial ends where a row of these few takes so many times as long as what was tried before
+PROBE_ROWS, HOPELESS = 128, 2
+# what is in use stays unless another takes less than this share of its time: trials are short
+BETTER = 0.85
 # iterations over which coding all points must pay
 WORTH_ITERATIONS = 10
 
@@ -72,24 +76,52 @@ class Assignment:
         self.work = Work()
         self._candidates: list[Basis] | None = None
         self._codes: Codes | None = None
-        self._buffers: list[Tensor] = [torch.empty(0) for _ in range(crew.count)]
+        self._loose = False
 
     def reset(self) -> None:
         """Forgets labels and distances."""
         self.labels_N.fill_(-1)
         self.d2_N.fill_(torch.inf)
+        self._loose = False
 
     def lower(self, centroids_KD: Tensor, first: int) -> None:
         """Lowers labels and distances by the centroids (K, D) float32 from row `first` on; the earlier are known."""
         self._run(centroids_KD, first, refresh=False)
 
-    def assign(self, centroids_KD: Tensor) -> None:
-        """The exact assignment to these centroids (K, D) float32; the labels so far, where any, are first guesses."""
-        self._run(centroids_KD, 0, refresh=bool(self.labels_N[0] >= 0))
+    def assign(self, centroids_KD: Tensor, moved_K: Tensor | None = None) -> None:
+        """The exact assignment to these centroids (K, D) float32; the labels so far, where any, are first guesses.
+
+        moved_K: how far each centroid lies from the one that labels and d2 are of. d2 may then be too large until
+        `settle`: the point of a label that no other is as near to need not be read.
+        """
+        if moved_K is None or self._at_once(len(centroids_KD)):
+            self._run(centroids_KD, 0, refresh=bool(self.labels_N[0] >= 0))
+            self._loose = False
+            return
+        # the triangle inequality, and what rounding may take from it: d2 errs by D + 2 units, its root by half of that
+        more = 1 + (2 * self.x_ND.shape[1] + 8) * ROUNDOFF
+        self.d2_N.sqrt_().add_(moved_K.float()[self.labels_N]).mul_(more).square_()
+        self._loose = True
+        self._run(centroids_KD, 0, refresh=False)
+
+    def settle(self, centroids_KD: Tensor) -> None:
+        """Makes d2 exact, which is that to these centroids (K, D) float32 of the last assignment."""
+        if self._loose:
+            x, centroids, labels, d2 = (t.numpy() for t in (self.x_ND, centroids_KD, self.labels_N, self.d2_N))
+
+            def span(_worker: int, start: int, stop: int) -> None:
+                own_distances(x, start, stop, centroids, labels, d2)
+
+            self.crew.each(len(x), LARGEST_TILE, span)
+            self._loose = False
+
+    def _at_once(self, count: int) -> bool:
+        """Whether all products with so many centroids are taken."""
+        return self.direct or (self._codes is None and count <= FEW)
 
     def _run(self, centroids_KD: Tensor, first: int, *, refresh: bool) -> None:
         self.work.all += len(self.x_ND) * (len(centroids_KD) - first)
-        if self.direct or (self._codes is None and len(centroids_KD) - first <= FEW):
+        if self._at_once(len(centroids_KD) - first):
             columns = Columns(centroids_KD[first:], self.basis.middle_D)
 
             def rows(_worker: int, start: int, stop: int) -> None:
@@ -99,27 +131,26 @@ class Assignment:
             self.work.computed += len(self.x_ND) * (len(centroids_KD) - first)
             return
         blocks = coded_blocks(*project(centroids_KD[first:], self.basis), first, self.basis)
-        step = tile_rows(blocks)
+        step = TILE
         computed = [0] * self.crew.count
 
         def span(worker: int, start: int, stop: int) -> None:
             for at in range(start, stop, step):
-                computed[worker] += self._tile(at, min(at + step, stop), blocks, centroids_KD, worker, refresh)
+                computed[worker] += self._tile(at, min(at + step, stop), blocks, centroids_KD, refresh)
 
         self.crew.each(len(self.x_ND), LARGEST_TILE, span)
         self.work.computed += sum(computed)
 
     def _direct(self, start: int, stop: int, columns: Columns, centroids_KD: Tensor, first: int, refresh: bool) -> None:
         """Lowers rows start to stop by all products with the centroids from row `first` on, which are the columns."""
+        bounds_TC, about_TD = columns.room()
         nearest_rows(
             self.x_ND.numpy(), start, stop, self.basis.middle_D.numpy(), columns.columns_BDW.numpy(),
             columns.half_C.numpy(), columns.slack, first, centroids_KD.numpy(), refresh, self.labels_N.numpy(),
-            self.d2_N.numpy(),
+            self.d2_N.numpy(), bounds_TC.numpy(), about_TD.numpy(),
         )  # fmt: skip
 
-    def _tile(
-        self, start: int, stop: int, blocks: list[CodedBlock], centroids_KD: Tensor, worker: int, refresh: bool
-    ) -> int:
+    def _tile(self, start: int, stop: int, blocks: list[CodedBlock], centroids_KD: Tensor, refresh: bool) -> int:
         """Lowers rows start to stop by the blocks and says how many distances that took."""
         codes, code_start = self._codes, start
         if codes is None:
@@ -130,23 +161,14 @@ class Assignment:
         if refresh:
             own_distances(x, start, stop, centroids, labels, d2)
             computed = stop - start
-        code_TP = codes.code[code_start : code_start + stop - start]
         for block in blocks:
-            product_TC = self._product(code_TP, block.codes.code, worker)
+            product_GL, spread_C = block.begin_C.new_empty(GROUP, LANES), torch.empty(len(block.begin_C))
             computed += lower_rows(
-                product_TC.numpy(), *block.codes.columns, block.first, *codes.columns, code_start,
-                x, start, stop, centroids, labels, d2,
+                block.columns.numpy(), block.begin_C.numpy(), *block.codes.columns, block.first,
+                codes.code.numpy(), *codes.columns, code_start, x, start, stop, centroids, labels, d2, self._loose,
+                product_GL.numpy(), spread_C.numpy(),
             )  # fmt: skip
         return computed
-
-    def _product(self, points: Tensor, centroids: Tensor, worker: int) -> Tensor:
-        kind = torch.int32 if self.basis.integers else torch.float32
-        needed = len(points) * len(centroids)
-        if self._buffers[worker].numel() < needed or self._buffers[worker].dtype != kind:
-            self._buffers[worker] = torch.empty(needed, dtype=kind)
-        out = self._buffers[worker][:needed].view(len(points), len(centroids))
-        multiply = torch._int_mm if self.basis.integers else torch.mm
-        return multiply(points, centroids.T, out=out)
 
     def nearer_halves(self, halves_2KD: Tensor, half_N: Tensor, d2_N: Tensor) -> None:
         """Of the halves 2l and 2l + 1 of each point's cluster l, the nearer, and its squared distance, in place."""
@@ -170,10 +192,10 @@ class Assignment:
             self._candidates = self._bases(dims)
         kept = None if self.direct else self.basis
         taken: dict[Basis | None, float] = {}
-        for basis in [None, *self._candidates]:
+        for basis in [*self._candidates, None]:
             taken[basis] = trial.seconds_per_row(basis, basis is kept, min(taken.values(), default=torch.inf))
         best = min(taken, key=taken.__getitem__)
-        if best is kept:
+        if best is kept or taken[best] > BETTER * taken[kept]:
             return
         self.use(best)
         codes = (
@@ -187,14 +209,13 @@ class Assignment:
         )  # fmt: skip
 
     def _bases(self, dims: int) -> list[Basis]:
-        """What may be chosen, the most exact last: codes of ever more axes, of all dims, and the plain product form."""
-        middle_D = self.basis.middle_D
-        plain = Basis(middle_D)
-        bases = [Basis(middle_D, integers=True), plain] if integer_products(dims) else [plain]
-        widths = [width for width in WIDTHS if width <= 0.75 * dims]
+        """What may be chosen but all products: codes of all dims, or of ever more axes."""
+        middle_D, product = self.basis.middle_D, integer_product() or FLOAT32
+        bases = [Basis(middle_D, product=product)] if product.integers else []
+        widths = [width for width in WIDTHS if width <= 0.75 * dims and width % product.depth == 0]
         if widths:
             sample_SD = self.x_ND[:: max(1, len(self.x_ND) // SAMPLE_ROWS)][:SAMPLE_ROWS]
-            bases = principal_bases(sample_SD, middle_D, widths) + bases
+            bases += principal_bases(sample_SD, middle_D, widths, product)
         return bases
 
     def use(self, basis: Basis | None) -> None:
@@ -205,7 +226,7 @@ class Assignment:
         if basis is None:
             return
         self.basis, n = basis, len(self.x_ND)
-        if basis.row_bytes * n > self.code_budget or not (basis.integers or basis.axes_DP is not None):
+        if basis.row_bytes * n > self.code_budget or not (basis.product.integers or basis.axes_DP is not None):
             return
         codes = Codes(n, basis)
 
@@ -224,12 +245,6 @@ def coded_blocks(y_KP: Tensor, half_K: Tensor, first: int, basis: Basis) -> list
     ]
 
 
-def tile_rows(blocks: list[CodedBlock]) -> int:
-    """Rows of a tile whose products with the largest block fit TILE_PRODUCTS."""
-    widest = max(len(block.codes.code) for block in blocks)
-    return min(LARGEST_TILE, max(LEAST_TILE, TILE_PRODUCTS // widest))
-
-
 class _Trial(Assignment):
     """Evenly spaced points and their true labels, on which ways to assign are timed by one worker."""
 
@@ -237,6 +252,7 @@ class _Trial(Assignment):
         x_SD = of.x_ND[:: max(1, len(of.x_ND) // TRIAL_ROWS)][:TRIAL_ROWS].contiguous()
         super().__init__(x_SD, of.basis.middle_D, of.crew, 0)
         self.assign(centroids_KD)
+        self._loose = True
         self.centroids_KD, self.of = centroids_KD, of
 
     def seconds_per_row(self, basis: Basis | None, coded: bool, least: float) -> float:
@@ -252,7 +268,7 @@ class _Trial(Assignment):
             columns = Columns(self.centroids_KD, self.basis.middle_D)
         else:
             blocks = coded_blocks(*project(self.centroids_KD, basis), 0, basis)
-            step = tile_rows(blocks)
+            step = TILE
 
         def seconds(stop: int) -> float:
             started = time.perf_counter()
@@ -260,9 +276,10 @@ class _Trial(Assignment):
                 self._direct(0, stop, columns, self.centroids_KD, 0, True)
             else:
                 for at in range(0, stop, step):
-                    self._tile(at, min(at + step, stop), blocks, self.centroids_KD, 0, True)
+                    self._tile(at, min(at + step, stop), blocks, self.centroids_KD, False)
             return time.perf_counter() - started
 
-        if seconds(min(PROBE_ROWS, rows)) > least * rows:
+        few = min(PROBE_ROWS, rows)
+        if seconds(few) > HOPELESS * least * few:
             return torch.inf
         return (min(seconds(rows) for _ in range(TRIALS)) + coding) / rows

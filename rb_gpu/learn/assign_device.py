@@ -55,10 +55,13 @@ class DeviceAssignment:
         else:
             lower_distances(*held, centroids_KD[first:], first, self.budget)
 
-    def assign(self, centroids_KD: Tensor) -> None:
-        """The nearest of these centroids (K, D) float32."""
+    def assign(self, centroids_KD: Tensor, moved_K: Tensor | None = None) -> None:
+        """The nearest of these centroids (K, D) float32; how far they moved saves nothing here."""
         self.reset()
         self.lower(centroids_KD, 0)
+
+    def settle(self, centroids_KD: Tensor) -> None:
+        """Nothing to do: d2 is always that to these."""
 
     def choose(self, centroids_KD: Tensor) -> None:
         """Nothing to choose: the whole product is regular work."""

@@ -13,12 +13,12 @@ Suffixes: N points, T points of one tile, C centroids, D dims, P dims of the cod
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from rb_gpu.learn.kernels import LANES, ROUNDOFF, centre_rows, code_rows
+from rb_gpu.learn.products import FLOAT32, GROUP, Product, columns_of
 
 SUBSPACE_STEPS = 2
 
@@ -29,13 +29,18 @@ class Basis:
 
     middle_D: Tensor
     axes_DP: Tensor | None = None
-    integers: bool = False
+    product: Product = FLOAT32
     defect: float = 0.0
 
     @property
     def width(self) -> int:
         """P, the dims of a code."""
         return len(self.middle_D) if self.axes_DP is None else int(self.axes_DP.shape[1])
+
+    @property
+    def stored(self) -> int:
+        """Dims of a code with the zeros that fill its last step."""
+        return self.product.padded(self.width)
 
     @property
     def slack(self) -> float:
@@ -47,20 +52,20 @@ class Basis:
     @property
     def row_bytes(self) -> int:
         """Bytes that the codes of one point take."""
-        return self.width * (1 if self.integers else 4) + 5 * 4
+        return self.stored * self.product.code.itemsize + 5 * 4
 
     def __str__(self) -> str:
-        kind = "int8" if self.integers else "float32"
-        return f"{kind} products over {'all' if self.axes_DP is None else 'the leading'} {self.width} axes"
+        return f"{self.product.name} products over {'all' if self.axes_DP is None else 'the leading'} {self.width} axes"
 
 
 class Codes:
-    """Codes of rows (rows, P) int8 or float32, and per row, float32: scale, norm of what the code says, its error, what
-    lies outside the axes, and half the squared norm less the slack. `columns` are those five for the kernels.
+    """Codes of rows (rows, P') as the product wants them, filled up, and per row, float32: scale, norm of what the code
+    says, its error, what lies outside the axes, and half the squared norm less the slack. `columns` are those five for
+    the kernels. Behind the last row lies what a kernel may read of a group's.
     """
 
     def __init__(self, rows: int, basis: Basis) -> None:
-        self.code = torch.empty(rows, basis.width, dtype=torch.int8 if basis.integers else torch.float32)
+        self.code = torch.empty(rows + GROUP, basis.stored, dtype=basis.product.code)[:rows]
         self.scale, self.norm, self.error, self.rest, self.half = torch.empty(5, rows).unbind()
         self.columns = tuple(c.numpy() for c in (self.scale, self.norm, self.error, self.rest, self.half))
 
@@ -75,29 +80,31 @@ def project(x_TD: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
 def encode(y_TP: Tensor, half_T: Tensor, basis: Basis, out: Codes, at: int) -> None:
     """Writes the codes of what `project` gave to rows at, at + 1, ... of `out`."""
     rows = slice(at, at + len(y_TP))
+    if basis.product.integers:
+        square_T = torch.empty(len(y_TP))
+        columns = (column[rows].numpy() for column in (out.code, out.scale, out.norm, out.error))
+        code_rows(y_TP.numpy(), basis.product.zero, square_T.numpy(), *columns)
+    else:
+        square_T = y_TP.square().sum(1)
+        out.code[rows], out.scale[rows], out.norm[rows], out.error[rows] = y_TP, 1, 0, 0
     if basis.axes_DP is None:
         out.rest[rows] = 0
     else:
-        outside_T = (2 * half_T - y_TP.square().sum(1)).clamp_(min=0)
+        outside_T = (2 * half_T - square_T).clamp_(min=0)
         out.rest[rows] = torch.sqrt(outside_T + 2 * basis.slack * half_T)
-    if basis.integers:
-        columns = (column[rows].numpy() for column in (out.code, out.scale, out.norm, out.error))
-        code_rows(y_TP.numpy(), *columns)
-        out.error[rows] *= 1 + 2 * (basis.width + 4) * ROUNDOFF
-    else:
-        out.code[rows] = y_TP
-        out.scale[rows] = 1
-        out.norm[rows] = 0
-        out.error[rows] = 0
     out.half[rows] = half_T * (1 - basis.slack)
 
 
 @dataclass(frozen=True, eq=False)
 class CodedBlock:
-    """Centroids `first` and on, padded to whole masks of the kernel by centroids that are infinitely far."""
+    """Centroids `first` and on, padded to whole masks of the kernel by centroids that are infinitely far; their codes,
+    also as the columns of a product, and what its sums begin with.
+    """
 
     first: int
     codes: Codes
+    columns: Tensor
+    begin_C: Tensor
 
     @staticmethod
     def of(y_CP: Tensor, half_C: Tensor, first: int, basis: Basis) -> CodedBlock:
@@ -109,12 +116,11 @@ class CodedBlock:
             column[count:] = 0
         encode(y_CP, half_C, basis, codes, 0)
         codes.half[count:] = torch.inf
-        return CodedBlock(first, codes)
+        return CodedBlock(first, codes, *columns_of(codes.code, basis.product))
 
 
-def principal_bases(sample_SD: Tensor, middle_D: Tensor, widths: list[int]) -> list[Basis]:
-    """Codes over so many of the leading principal axes of the sample about the middle, for each width, ascending; int8
-    where this machine multiplies them exactly.
+def principal_bases(sample_SD: Tensor, middle_D: Tensor, widths: list[int], product: Product) -> list[Basis]:
+    """Codes over so many of the leading principal axes of the sample about the middle, for each width, ascending.
 
     Subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4): any orthonormal axes give valid bounds, those of
     the leading subspace give tight ones. Within it they are turned at random, so that no coordinate stands out and a
@@ -135,22 +141,5 @@ def principal_bases(sample_SD: Tensor, middle_D: Tensor, widths: list[int]) -> l
         gram_PP = axes_DP.double().T @ axes_DP.double()
         # the Frobenius norm is never below the spectral norm that the bound needs
         defect = float((gram_PP - torch.eye(width, dtype=torch.float64)).norm())
-        bases.append(Basis(middle_D, axes_DP, integer_products(width), defect))
+        bases.append(Basis(middle_D, axes_DP, product, defect))
     return bases
-
-
-@cache
-def integer_products(width: int) -> bool:
-    """Whether this machine multiplies int8 codes of so many dims exactly, laid out as codes are.
-
-    Some kernels saturate between two products; torch 2.13 is wrong for one dim.
-    """
-    generator = torch.Generator().manual_seed(0)
-    left = torch.randint(-127, 128, (LANES + 1, width), dtype=torch.int8, generator=generator)
-    right = torch.randint(-127, 128, (LANES, width), dtype=torch.int8, generator=generator)
-    left[0], right[0], right[1] = 127, 127, -127
-    try:
-        product = torch._int_mm(left, right.T)
-    except (RuntimeError, AttributeError, NotImplementedError):
-        return False
-    return torch.equal(product, (left.double() @ right.double().T).to(torch.int32))

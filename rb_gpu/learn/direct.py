@@ -7,10 +7,8 @@ Suffixes: N points, T points of one tile, K centroids, C of them padded to whole
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 import torch
 from llvmlite import ir
@@ -22,6 +20,8 @@ from rb_gpu.learn.kernels import (
     LANES,
     ROUNDOFF,
     SUMS,
+    address,
+    alloca,
     compiled,
     intrinsic,
     least_of,
@@ -30,15 +30,12 @@ from rb_gpu.learn.kernels import (
     splat,
     squared_distance,
 )
+from rb_gpu.learn.products import POINTS, VECTORS, WIDTH, write_sums
 
 # points whose bounds stay in a core's second cache; a block of centroids stays in its first
 TILE = 32
-# points and centroids of one step, in blocks, whose sums fill the registers of this processor
-POINTS, WIDTH = 4, 16
-BLOCKS = 2 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 1
-_alloca: Callable[[Any, Any], Any] = cgutils.alloca_once_value
 _FLOAT, _INT = ir.FloatType(), ir.IntType(64)
-_PART, _WHOLE = ir.VectorType(_FLOAT, WIDTH), ir.VectorType(_FLOAT, LANES)
+_WHOLE = ir.VectorType(_FLOAT, LANES)
 
 
 class Columns:
@@ -57,54 +54,26 @@ class Columns:
         padded_CD = torch.nn.functional.pad(about_KD, (0, 0, 0, -(-k // WIDTH) * WIDTH - k))
         self.columns_BDW = padded_CD.view(-1, WIDTH, dims).transpose(1, 2).contiguous()
 
+    def room(self) -> tuple[Tensor, Tensor]:
+        """What one call of `nearest_rows` writes: bounds (TILE, C), infinite, and points about the middle (TILE, D)."""
+        return torch.full((TILE, len(self.half_C)), torch.inf), torch.zeros(TILE, self.columns_BDW.shape[1])
 
-def _address(builder: Any, base: Any, offset: Any, kind: Any) -> Any:
-    return builder.inttoptr(builder.add(base, offset), kind.as_pointer())
 
-
-def _products(blocks: int) -> Any:
-    """A function that puts half norms plus the products of POINTS points with all columns of some blocks to out."""
+def _halves(vectors: int) -> Any:
+    """A function that writes half norms plus the products of POINTS points with the columns of so many blocks."""
 
     @intrinsic
-    def add(_context: Any, x: Any, dims: Any, columns: Any, half: Any, out: Any, out_step: Any) -> Any:
-        signature = types.void(*[types.uintp] * 6)
+    def write(_context: Any, x: Any, columns: Any, half: Any, out: Any, x_step: Any, c_step: Any, o_step: Any) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> None:
+            steps = builder.udiv(arguments[4], ir.Constant(_INT, 4))
+            write_sums(builder, torch.float32, vectors, list(arguments), steps)
 
-        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            x, dims, columns, half, out, out_step = arguments
+        return types.void(*[types.uintp] * 7), generate
 
-            def places(base: Any, step: Any, count: int, kind: Any) -> list[Any]:
-                return [_address(builder, base, builder.mul(step, ir.Constant(_INT, i)), kind) for i in range(count)]
-
-            size = ir.Constant(_INT, 4 * WIDTH)
-            begun = [builder.load(place, align=4) for place in places(half, size, blocks, _PART)]
-            sums = [
-                [_alloca(builder, zeros) for zeros in [ir.Constant(_PART, [0.0] * WIDTH)] * blocks]
-                for _ in range(POINTS)
-            ]
-            for row in sums:
-                for value, place in zip(begun, row, strict=True):
-                    builder.store(value, place)
-            with cgutils.for_range(builder, dims, intp=_INT) as loop:
-                here = builder.add(columns, builder.mul(loop.index, size))
-                parts = [builder.load(place, align=4) for place in places(here, builder.mul(dims, size), blocks, _PART)]
-                four = ir.Constant(_INT, 4)
-                here = builder.add(x, builder.mul(loop.index, four))
-                for point, row in zip(places(here, builder.mul(dims, four), POINTS, _FLOAT), sums, strict=True):
-                    repeated = splat(builder, builder.load(point, align=4), _PART)
-                    for part, place in zip(parts, row, strict=True):
-                        product = builder.fmul(repeated, part, flags=("contract",))
-                        builder.store(builder.fadd(builder.load(place), product, flags=("contract",)), place)
-            for i, row in enumerate(sums):
-                start = builder.add(out, builder.mul(out_step, ir.Constant(_INT, i)))
-                for place, to in zip(row, places(start, size, blocks, _PART), strict=True):
-                    builder.store(builder.load(place), to, align=4)
-
-        return signature, generate
-
-    return add
+    return write
 
 
-_one_block, _some_blocks = _products(1), _products(BLOCKS)
+_one_block, _some_blocks = _halves(1), _halves(VECTORS)
 
 
 @intrinsic
@@ -112,11 +81,11 @@ def _smallest(_context: Any, values: Any, count: Any) -> Any:
     """The least of count times LANES float32 at an address."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        place = _alloca(builder, ir.Constant(_WHOLE, [float("inf")] * LANES))
+        place = alloca(builder, ir.Constant(_WHOLE, [float("inf")] * LANES))
         builder.store(ir.Constant(_WHOLE, [float("inf")] * LANES), place)
         with cgutils.for_range(builder, arguments[1], intp=_INT) as loop:
             offset = builder.mul(loop.index, ir.Constant(_INT, 4 * LANES))
-            these, least = builder.load(_address(builder, arguments[0], offset, _WHOLE), align=4), builder.load(place)
+            these, least = builder.load(address(builder, arguments[0], offset, _WHOLE), align=4), builder.load(place)
             builder.store(builder.select(builder.fcmp_ordered("<", these, least), these, least), place)
         return least_of(builder, builder.load(place))
 
@@ -149,17 +118,16 @@ def _less_middle(x_ND: Any, i: int, middle_D: Any, out_TD: Any, p: int) -> Any:
 @compiled()
 def nearest_rows(
     x_ND: Any, start: int, stop: int, middle_D: Any, columns_BDW: Any, half_C: Any, slack: float, first: int,
-    centroids_KD: Any, refresh: bool, labels_N: Any, d2_N: Any,
+    centroids_KD: Any, refresh: bool, labels_N: Any, d2_N: Any, bounds_TC: Any, about_TD: Any,
 ) -> None:  # fmt: skip
-    """Labels int64 and d2 float32 of rows start to stop, lowered by centroids_KD[first:], whose `Columns` are given.
+    """Labels int64 and d2 float32 of rows start to stop, lowered by centroids_KD[first:]. Their `Columns` are given,
+    and these columns' `room`.
 
-    refresh: forget what was. The result is that of `kernels.lower_rows` to the bit, for the same reasons.
+    refresh: forget what was. The result is that of `bounded.lower_rows` to the bit, for the same reasons.
     """
     dims, width, count = x_ND.shape[1], half_C.shape[0], centroids_KD.shape[0] - first
     near = np.float32(2 * (dims + 2) * ROUNDOFF)
     kept = np.float32(1 - slack)
-    bounds_TC = np.full((TILE, width), np.inf, np.float32)
-    about_TD = np.zeros((TILE, dims), np.float32)
     half_T = np.empty(TILE, np.float32)
     about, columns, halves, bounds = (
         about_TD.ctypes.data,
@@ -173,14 +141,14 @@ def nearest_rows(
             half_T[p] = _less_middle(x_ND, tile + p, middle_D, about_TD, p)
         b = 0
         while b < columns_BDW.shape[0]:
-            o, several = 4 * WIDTH * b, b + BLOCKS <= columns_BDW.shape[0]
+            o, several = 4 * WIDTH * b, b + VECTORS <= columns_BDW.shape[0]
             for p in range(0, points, POINTS):
                 y, to = about + 4 * dims * p, bounds + 4 * width * p + o
                 if several:
-                    _some_blocks(y, dims, columns + o * dims, halves + o, to, 4 * width)
+                    _some_blocks(y, columns + o * dims, halves + o, to, 4 * dims, 4 * WIDTH * dims, 4 * width)
                 else:
-                    _one_block(y, dims, columns + o * dims, halves + o, to, 4 * width)
-            b += BLOCKS if several else 1
+                    _one_block(y, columns + o * dims, halves + o, to, 4 * dims, 4 * WIDTH * dims, 4 * width)
+            b += VECTORS if several else 1
         for p in range(points):
             i, row = tile + p, bounds + 4 * width * p
             label, best = labels_N[i], d2_N[i]

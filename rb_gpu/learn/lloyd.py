@@ -111,6 +111,7 @@ class Solver:
         while n_iter < self.max_iter:
             n_iter += 1
             if empty > 0:
+                self.points.settle(centroids_KD)
                 self._fill_empty(len(centroids_KD))
             sums = self._summed(len(centroids_KD))
             means_KD, mass_K, lost_K = sums.means()
@@ -125,7 +126,8 @@ class Solver:
             centroids_KD = updated_KD
             if n_iter == CHOOSE_AGAIN:
                 self.points.choose(centroids_KD)
-            self.points.assign(centroids_KD)
+            # who fills an empty cluster is at no known distance from where it was
+            self.points.assign(centroids_KD, moved_K.sqrt() if empty == 0 else None)
             changes, empties_K = self.points.labels_N != sums.labels_N, self._empty(len(centroids_KD))
             # all that the host must know, at once: each time it asks, a GPU runs dry
             told = torch.stack([squared_shift, changes.any().double(), empties_K.sum().double()]).tolist()
@@ -135,6 +137,7 @@ class Solver:
                 break
             if self.checkpoint is not None and n_iter % self.checkpoint.every == 0:
                 self._save(self.checkpoint, centroids_KD, n_iter)
+        self.points.settle(centroids_KD)
         return Run(centroids_KD, self._inertia(), n_iter)
 
     def _repaired(self, run: Run) -> Run:

@@ -1,0 +1,187 @@
+"""Which distances to coded centroids must be taken: those whose lower bound, by a product of codes, is no more than the
+best so far. Products are read as they are made, of a few points with a few centroids, and never kept.
+
+Suffixes: N points, C centroids of one block (padded to whole masks), D dims, P dims of the code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from rb_gpu.learn.kernels import (
+    LANES,
+    ROUNDOFF,
+    compiled,
+    intrinsic,
+    least_of,
+    lowest_bit,
+    nearest_of_two,
+    splat,
+    squared_distance,
+)
+from rb_gpu.learn.products import GROUP, WIDTH, begin_products, end_products, group_products
+
+# points for which the columns of LANES centroids stay in the first cache
+BATCH = 128
+_FLOATS, _INTS = (ir.VectorType(kind, LANES) for kind in (ir.FloatType(), ir.IntType(32)))
+
+
+def _load(builder: Any, address: Any, kind: Any) -> Any:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
+
+
+def _bounds(builder: Any, integers: bool, arguments: Any) -> Any:
+    """The lower bounds of LANES half squared distances less the point's own half norm, as one vector."""
+    product, scale_c, spread_c, rest_c, half_c, scale, norm, rest = arguments
+    raw = _load(builder, product, _INTS if integers else _FLOATS)
+    raw = builder.sitofp(raw, _FLOATS) if integers else raw
+    upper = builder.fmul(builder.fmul(raw, _load(builder, scale_c, _FLOATS)), splat(builder, scale, _FLOATS))
+    for of_c, of_point in ((spread_c, norm), (rest_c, rest)):
+        term = builder.fmul(_load(builder, of_c, _FLOATS), splat(builder, of_point, _FLOATS), flags=("contract",))
+        upper = builder.fadd(upper, term, flags=("contract",))
+    return builder.fsub(_load(builder, half_c, _FLOATS), upper)
+
+
+@intrinsic
+def _below(
+    _context: Any, sample: Any, product: Any, scales: Any, spreads: Any, rests: Any, halves: Any,
+    scale: Any, norm: Any, rest: Any, limit: Any,
+) -> Any:  # fmt: skip
+    """Bits of the LANES centroids whose lower bound is at most the limit. sample tells the products' type."""
+    integers = isinstance(sample, types.Integer)
+    signature = types.uint64(sample, *[types.uintp] * 5, *[types.float32] * 4)
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        bounds = _bounds(builder, integers, arguments[1:9])
+        return builder.bitcast(
+            builder.fcmp_ordered("<=", bounds, splat(builder, arguments[9], _FLOATS)), ir.IntType(LANES)
+        )
+
+    return signature, generate
+
+
+@intrinsic
+def _least(
+    _context: Any, sample: Any, product: Any, scales: Any, spreads: Any, rests: Any, halves: Any,
+    scale: Any, norm: Any, rest: Any,
+) -> Any:  # fmt: skip
+    """The least of LANES lower bounds."""
+    integers = isinstance(sample, types.Integer)
+    signature = types.float32(sample, *[types.uintp] * 5, *[types.float32] * 3)
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        bounds = _bounds(builder, integers, arguments[1:9])
+        return least_of(builder, bounds)
+
+    return signature, generate
+
+
+@compiled()
+def lower_rows(
+    columns: Any,
+    begin_C: Any,
+    c_scale: Any,
+    c_norm: Any,
+    c_error: Any,
+    c_rest: Any,
+    c_half: Any,
+    first: int,
+    code_NP: Any,
+    x_scale: Any,
+    x_norm: Any,
+    x_error: Any,
+    x_rest: Any,
+    x_half: Any,
+    code_start: int,
+    x_ND: Any,
+    start: int,
+    stop: int,
+    centroids_KD: Any,
+    labels_N: Any,
+    d2_N: Any,
+    loose: bool,
+    product_GL: Any,
+    c_spread: Any,
+) -> Any:
+    """Lowers labels int64 and d2 float32 of rows start to stop by a block of centroids; returns the distances computed.
+
+    The block is centroids_KD[first : first + C]; a label is a row of centroids_KD. columns and begin are its
+    `columns_of`; codes of points lie in rows of code from code_start on, as many again as a group has must be there to
+    read. With the other columns of both the product of codes bounds every distance from below (see `coarse`), and only
+    where the bound does not exceed the best distance so far is that distance computed. Of two centroids nearer to each
+    other than float32 can tell, float64 decides, and of equal ones the lower label stays, so that the result is the
+    exact assignment in any order of blocks. A label of -1 says that nothing is known: the least bound of the block is
+    then looked at first. loose: d2 is no less than the distance to the label's centroid, and stays so where no other
+    bound is as low; else that distance is taken first. product (GROUP, LANES) of the type of begin, and spread (C,) are
+    written.
+    """
+    width, depth = c_half.shape[0], code_NP.strides[0]
+    slack = np.float32(2 * (x_ND.shape[1] + 2) * ROUNDOFF)
+    widest_error = np.float32(0)
+    for i in range(code_start, code_start + stop - start):
+        if x_norm[i] > 0:
+            widest_error = max(widest_error, x_error[i] / x_norm[i])
+    for j in range(width):
+        c_spread[j] = c_error[j] + widest_error * (c_norm[j] + c_error[j])
+    limit_B, least_B, label_B = np.empty(BATCH, np.float32), np.empty(BATCH, np.float32), np.empty(BATCH, np.int64)
+    guessed_B = np.empty(BATCH, np.bool_)
+    products, codes, begin = product_GL.ctypes.data, code_NP.ctypes.data, begin_C.ctypes.data
+    scales, spreads, rests, halves = c_scale.ctypes.data, c_spread.ctypes.data, c_rest.ctypes.data, c_half.ctypes.data
+    kind, sample = code_NP[0, 0], begin_C[0]
+    begin_products(kind)
+    computed = 0
+    for batch in range(start, stop, BATCH):
+        count, at = min(BATCH, stop - batch), code_start + batch - start
+        if labels_N[batch] < 0:
+            least_B[:], label_B[:] = np.inf, 0
+            for z in range(0, width, LANES):
+                o, column = 4 * z, columns.ctypes.data + z * depth
+                for g in range(0, count, GROUP):
+                    code, points = codes + (at + g) * depth, min(GROUP, count - g)
+                    group_products(kind, points, code, depth, column, WIDTH * depth, begin + o, products)
+                    for b in range(g, g + points):
+                        row, a, n, r = products + (b - g) * LANES * 4, x_scale[at + b], x_norm[at + b], x_rest[at + b]
+                        least = _least(sample, row, scales + o, spreads + o, rests + o, halves + o, a, n, r)
+                        if least < least_B[b]:
+                            mask = _below(sample, row, scales + o, spreads + o, rests + o, halves + o, a, n, r, least)
+                            least_B[b], label_B[b] = least, z + lowest_bit(mask)
+            for b in range(count):
+                labels_N[batch + b] = first + label_B[b]
+                d2_N[batch + b] = squared_distance(x_ND, batch + b, centroids_KD, labels_N[batch + b])
+            computed += count
+        guessed_B[:] = loose
+        for b in range(count):
+            limit_B[b] = d2_N[batch + b] * np.float32(0.5) * (np.float32(1) + slack) - x_half[at + b]
+        for z in range(0, width, LANES):
+            o, column = 4 * z, columns.ctypes.data + z * depth
+            for g in range(0, count, GROUP):
+                code, points = codes + (at + g) * depth, min(GROUP, count - g)
+                group_products(kind, points, code, depth, column, WIDTH * depth, begin + o, products)
+                for b in range(g, g + points):
+                    i, limit, guessed = batch + b, limit_B[b], guessed_B[b]
+                    row, a, n, r = products + (b - g) * LANES * 4, x_scale[at + b], x_norm[at + b], x_rest[at + b]
+                    mask = _below(sample, row, scales + o, spreads + o, rests + o, halves + o, a, n, r, limit)
+                    while mask != 0:
+                        other = first + z + lowest_bit(mask)
+                        if other == labels_N[i]:
+                            mask &= mask - np.uint64(1)
+                            continue
+                        computed += 1
+                        if guessed:
+                            best = squared_distance(x_ND, i, centroids_KD, labels_N[i])
+                            guessed, d2_N[i] = False, best
+                        else:
+                            mask &= mask - np.uint64(1)
+                            label, best = nearest_of_two(x_ND, i, centroids_KD, labels_N[i], d2_N[i], other, slack)
+                            if label != other:
+                                continue
+                            labels_N[i], d2_N[i] = label, best
+                        limit = best * np.float32(0.5) * (np.float32(1) + slack) - x_half[at + b]
+                        mask &= _below(sample, row, scales + o, spreads + o, rests + o, halves + o, a, n, r, limit)
+                    limit_B[b], guessed_B[b] = limit, guessed
+    end_products(kind)
+    return computed

@@ -1,0 +1,218 @@
+"""Products of a few points with 64 centroids at a time, left in a core's first cache: of int8 codes exactly, where this
+processor multiplies such at once (Intel's AMX tiles, VNNI), and of float32.
+
+numba chooses by the type of the points: int8 is for AMX, uint8 (128 more) for VNNI, float32 for all.
+Suffixes: C centroids padded to whole blocks of LANES, P dims of a code padded to whole steps of the product.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+from torch import Tensor
+
+from rb_gpu.learn.kernels import LANES, address, alloca, intrinsic, splat
+
+# centroids of one vector; points whose products are made at once; points and vectors of one step of the others than AMX
+WIDTH, GROUP, POINTS = 16, 32, 4
+_target: Callable[[], Any] = cpu_target.target_context.codegen
+FEATURES = frozenset(_target().magic_tuple()[2].split(","))
+VECTORS = 2 if "+avx512f" in FEATURES else 1
+# rows of a tile and bytes of each: all that AMX has
+_ROWS, _BYTES = 16, 64
+# arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): Linux gives the tiles' registers only to who asks
+_ARCH_PRCTL, _ASK, _TILES = 158, 0x1023, 18
+_FLOAT, _INT, _BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(8)
+_NUMBERS = {torch.float32: _FLOAT, torch.uint8: ir.IntType(32)}
+
+
+@dataclass(frozen=True)
+class Product:
+    """How codes are multiplied: `depth` dims at once; how those of points are kept, and what stands for 0 in them."""
+
+    name: str
+    depth: int
+    code: torch.dtype
+    zero: int = 0
+
+    @property
+    def integers(self) -> bool:
+        """Whether codes are whole numbers from -127 to 127, with a scale."""
+        return self.code != torch.float32
+
+    def padded(self, width: int) -> int:
+        """Dims of a code that is stored for so many."""
+        return -(-width // self.depth) * self.depth
+
+
+FLOAT32 = Product("float32", 1, torch.float32)
+VNNI = Product("int8 (VNNI)", 4, torch.uint8, 128)
+AMX = Product("int8 (AMX)", _BYTES, torch.int8)
+
+
+@cache
+def integer_product() -> Product | None:
+    """The fastest exact product of int8 codes that this processor, and what numba compiles for, have; None: none."""
+    if {"+amx-int8", "+avx512f"} <= FEATURES and sys.platform == "linux" and platform.machine() == "x86_64":
+        if ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK, _TILES) == 0:
+            return AMX
+    return VNNI if "+avx512vnni" in FEATURES else None
+
+
+def columns_of(code_CP: Tensor, product: Product) -> tuple[Tensor, Tensor]:
+    """Codes (C, P) of centroids as columns (C / WIDTH, P / beside, WIDTH, beside), four dims side by side where
+    they are integers; and what their sums begin with (C,): less what the zero of points adds, which is 0 but for VNNI.
+    """
+    if product is VNNI:
+        code_CP = (code_CP ^ product.zero).view(torch.int8)
+    beside = 4 if product.integers else 1
+    columns = code_CP.view(-1, WIDTH, code_CP.shape[1] // beside, beside).transpose(1, 2).contiguous()
+    if product.zero > 0:
+        return columns, code_CP.sum(1, dtype=torch.int32) * -product.zero
+    return columns, torch.zeros(len(code_CP), dtype=torch.int32 if product.integers else torch.float32)
+
+
+def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    kinds = ir.FunctionType(result, [argument.type for argument in arguments])
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kinds, name)
+    return builder.call(function, arguments)
+
+
+def _bytes(count: int) -> Any:
+    return ir.Constant(_INT, count)
+
+
+def _add(builder: Any, code: torch.dtype, total: Any, point: Any, column: Any) -> Any:
+    """Total + the products of a point's dims with a column's."""
+    if code == torch.float32:
+        return builder.fadd(total, builder.fmul(point, column, flags=("contract",)), flags=("contract",))
+    return _call(builder, "llvm.x86.avx512.vpdpbusd.512", total.type, [total, point, column])
+
+
+def write_sums(builder: Any, code: torch.dtype, vectors: int, places: list[Any], steps: Any) -> None:
+    """Writes what so many vectors' sums begin with, plus their products with POINTS points.
+
+    places: addresses of points, columns, begin and out, then bytes from a point, a vector's columns and a row of out to
+    the next. steps: of the product. All are whole numbers of 64 bits.
+    """
+    x, columns, begin, out, x_step, c_step, o_step = places
+    vector = ir.VectorType(_NUMBERS[code], WIDTH)
+
+    def spread(base: Any, step: Any, count: int, kind: Any) -> list[Any]:
+        return [address(builder, base, builder.mul(step, _bytes(i)), kind) for i in range(count)]
+
+    begun = [builder.load(place, align=4) for place in spread(begin, _bytes(4 * WIDTH), vectors, vector)]
+    sums = [[alloca(builder, ir.Constant(vector, [0] * WIDTH)) for _ in begun] for _ in range(POINTS)]
+    for row in sums:
+        for value, place in zip(begun, row, strict=True):
+            builder.store(value, place)
+    with cgutils.for_range(builder, steps, intp=_INT) as loop:
+        here = builder.add(columns, builder.mul(loop.index, _bytes(4 * WIDTH)))
+        parts = [builder.load(place, align=4) for place in spread(here, c_step, vectors, vector)]
+        here = builder.add(x, builder.mul(loop.index, _bytes(4)))
+        for point, row in zip(spread(here, x_step, POINTS, vector.element), sums, strict=True):
+            repeated = splat(builder, builder.load(point, align=4), vector)
+            for part, place in zip(parts, row, strict=True):
+                builder.store(_add(builder, code, builder.load(place), repeated, part), place)
+    for i, row in enumerate(sums):
+        start = builder.add(out, builder.mul(o_step, _bytes(i)))
+        for place, to in zip(row, spread(start, _bytes(4 * WIDTH), vectors, vector), strict=True):
+            builder.store(builder.load(place), to, align=4)
+
+
+def _write_tiles(builder: Any, x: Any, x_step: Any, columns: Any, c_step: Any, out: Any, steps: Any) -> None:
+    """The products of GROUP points with two vectors of centroids, by AMX: two tiles of each, four of sums."""
+
+    def tile(name: str, *arguments: Any) -> None:
+        wanted = [ir.Constant(_BYTE, a) if isinstance(a, int) else a for a in arguments]
+        _call(builder, f"llvm.x86.{name}", ir.VoidType(), wanted)
+
+    def place(base: Any, offset: Any) -> Any:
+        return address(builder, base, offset, _BYTE)
+
+    for total in range(4):
+        tile("tilezero", total)
+    lower = builder.mul(x_step, _bytes(_ROWS))
+    with cgutils.for_range(builder, steps, intp=_INT) as loop:
+        here = builder.mul(loop.index, _bytes(_BYTES))
+        there = builder.mul(loop.index, _bytes(_ROWS * _BYTES))
+        tile("tileloadd64", 4, place(x, here), x_step)
+        tile("tileloadd64", 6, place(columns, there), _bytes(_BYTES))
+        tile("tdpbssd", 0, 4, 6)
+        tile("tileloadd64", 7, place(builder.add(columns, c_step), there), _bytes(_BYTES))
+        tile("tdpbssd", 1, 4, 7)
+        tile("tileloadd64", 5, place(builder.add(x, lower), here), x_step)
+        tile("tdpbssd", 2, 5, 6)
+        tile("tdpbssd", 3, 5, 7)
+    for total, offset in enumerate((0, _BYTES, 4 * LANES * _ROWS, 4 * LANES * _ROWS + _BYTES)):
+        tile("tilestored64", total, place(out, _bytes(offset)), _bytes(4 * LANES))
+
+
+@intrinsic
+def begin_products(_context: Any, sample: Any) -> Any:
+    """Before the first `group_products` of a thread; sample: a number of the points' type."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, _arguments: Any) -> None:
+        if sample == types.int8:
+            # palette 1; for each of eight tiles the bytes of a row, then its rows (Intel SDM, LDTILECFG)
+            shape = bytes([1]) + bytes(15) + bytes([_BYTES, 0]) * 8 + bytes(16) + bytes([_ROWS] * 8) + bytes(8)
+            kind = ir.ArrayType(_BYTE, len(shape))
+            place = alloca(builder, ir.Constant(kind, bytearray(shape)))
+            builder.store(ir.Constant(kind, bytearray(shape)), place)
+            pointer = builder.bitcast(place, _BYTE.as_pointer())
+            _call(builder, "llvm.x86.ldtilecfg", ir.VoidType(), [pointer])
+
+    return types.void(sample), generate
+
+
+@intrinsic
+def end_products(_context: Any, sample: Any) -> Any:
+    """After the last `group_products` of a thread."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, _arguments: Any) -> None:
+        if sample == types.int8:
+            _call(builder, "llvm.x86.tilerelease", ir.VoidType(), [])
+
+    return types.void(sample), generate
+
+
+@intrinsic
+def group_products(
+    _context: Any, sample: Any, count: Any, x: Any, x_step: Any, columns: Any, c_step: Any, begin: Any, out: Any,
+) -> Any:  # fmt: skip
+    """Products of GROUP points at x, of which `count` matter, with the LANES centroids whose columns are given, to out
+    (GROUP, LANES); see `write_sums`. x_step is also the bytes of a code.
+    """
+    code = {types.int8: torch.int8, types.uint8: torch.uint8, types.float32: torch.float32}[sample]
+    signature = types.void(sample, *[types.uintp] * 7)
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> None:
+        _, count, x, x_step, columns, c_step, begin, out = arguments
+        if code == torch.int8:
+            steps = builder.udiv(x_step, _bytes(_BYTES))
+            for half in range(0, LANES, 2 * WIDTH):
+                at = builder.add(columns, builder.mul(c_step, _bytes(half // WIDTH)))
+                _write_tiles(builder, x, x_step, at, c_step, builder.add(out, _bytes(4 * half)), steps)
+            return
+        vectors = LANES // WIDTH if code == torch.uint8 else VECTORS
+        groups = builder.udiv(builder.add(count, _bytes(POINTS - 1)), _bytes(POINTS))
+        with cgutils.for_range(builder, groups, intp=_INT) as loop:
+            point = builder.add(x, builder.mul(builder.mul(loop.index, x_step), _bytes(POINTS)))
+            to = builder.add(out, builder.mul(loop.index, _bytes(POINTS * 4 * LANES)))
+            for v in range(0, LANES // WIDTH, vectors):
+                past, at = _bytes(4 * WIDTH * v), builder.add(columns, builder.mul(c_step, _bytes(v)))
+                places = [point, at, builder.add(begin, past), builder.add(to, past), x_step, c_step, _bytes(4 * LANES)]
+                write_sums(builder, code, vectors, places, builder.udiv(x_step, _bytes(4)))
+
+    return signature, generate
