@@ -286,7 +286,7 @@ def test_every_way_that_may_be_chosen_gives_the_same_labels(monkeypatch, caplog)
     caplog.set_level("INFO")
     asked = []
 
-    def cost(_trial: object, basis: Basis | None, coded: bool, _least: float) -> float:
+    def cost(_trial: object, basis: Basis | None, coded: bool) -> float:
         asked.append((basis, coded))
         return 1.0 if str(basis) == cheap else 2.0
 
@@ -317,8 +317,10 @@ def test_what_a_trial_takes_is_known_unless_it_is_hopeless():
         points = Assignment(x, x.mean(0), crew, 2**40)
         trial = assign._Trial(points, x[:70])
         for basis in bases(x, x.mean(0)):
-            assert 0 < trial.seconds_per_row(basis, False, torch.inf) < torch.inf
-            assert trial.seconds_per_row(basis, False, 0.0) == torch.inf
+            trial.few_seconds = torch.inf
+            assert 0 < trial.seconds_per_row(basis, False) < torch.inf
+            trial.few_seconds = 0.0
+            assert trial.seconds_per_row(basis, False) == torch.inf
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)

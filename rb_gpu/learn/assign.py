@@ -26,9 +26,9 @@ from rb_gpu.learn.workers import Workers
 
 log = logging.getLogger(__name__)
 
-# points whose rows and codes stay in a core's second cache while blocks of centroids pass
-TILE = 1024
 LEAST_TILE, LARGEST_TILE = 64, 2048
+# numbers of the points that are coded at once: they stay in a core's second cache
+CODED_NUMBERS = 2**18
 # spans of one worker where no tile must stay in a cache: enough to even out what each takes
 TURNS = 4
 # centroids of one block: their columns stay in its first cache
@@ -40,7 +40,7 @@ FEW = 32
 WIDTHS = (32, 64, 128, 256)
 SAMPLE_ROWS = 2048
 TRIAL_ROWS, TRIALS = 1024, 2
-# a trial ends where a row of these few takes so many times as long as what was tried before
+# a trial ends where these few rows take so many times as long as with what was tried before
 PROBE_ROWS, HOPELESS = 128, 2
 # what is in use stays unless another takes less than this share of its time: trials are short
 BETTER = 0.85
@@ -131,7 +131,7 @@ class Assignment:
             self.work.computed += len(self.x_ND) * (len(centroids_KD) - first)
             return
         blocks = coded_blocks(*project(centroids_KD[first:], self.basis), first, self.basis)
-        step = TILE
+        step = LARGEST_TILE if self._codes is not None else self._coded_rows()
         computed = [0] * self.crew.count
 
         def span(worker: int, start: int, stop: int) -> None:
@@ -193,7 +193,7 @@ class Assignment:
         kept = None if self.direct else self.basis
         taken: dict[Basis | None, float] = {}
         for basis in [*self._candidates, None]:
-            taken[basis] = trial.seconds_per_row(basis, basis is kept, min(taken.values(), default=torch.inf))
+            taken[basis] = trial.seconds_per_row(basis, basis is kept)
         best = min(taken, key=taken.__getitem__)
         if best is kept or taken[best] > BETTER * taken[kept]:
             return
@@ -233,8 +233,11 @@ class Assignment:
         def span(_worker: int, start: int, stop: int) -> None:
             encode(*project(self.x_ND[start:stop], basis), basis, codes, start)
 
-        self.crew.each(n, LARGEST_TILE // 4, span)
+        self.crew.each(n, self._coded_rows(), span)
         self._codes = codes
+
+    def _coded_rows(self) -> int:
+        return min(LARGEST_TILE, max(LEAST_TILE, CODED_NUMBERS // self.x_ND.shape[1]))
 
 
 def coded_blocks(y_KP: Tensor, half_K: Tensor, first: int, basis: Basis) -> list[CodedBlock]:
@@ -253,11 +256,11 @@ class _Trial(Assignment):
         super().__init__(x_SD, of.basis.middle_D, of.crew, 0)
         self.assign(centroids_KD)
         self._loose = True
-        self.centroids_KD, self.of = centroids_KD, of
+        self.centroids_KD, self.of, self.few_seconds = centroids_KD, of, torch.inf
 
-    def seconds_per_row(self, basis: Basis | None, coded: bool, least: float) -> float:
+    def seconds_per_row(self, basis: Basis | None, coded: bool) -> float:
         """The least time of one assignment, labels known, with codes kept where all points' would be; and of coding
-        them, unless they are coded, its share of WORTH_ITERATIONS. Infinity where it is far above `least`.
+        them, unless they are coded, its share of WORTH_ITERATIONS. Infinity where few rows took far longer than before.
         """
         rows = len(self.x_ND)
         self.code_budget = self.of.code_budget // max(1, len(self.of.x_ND) // rows)
@@ -268,7 +271,7 @@ class _Trial(Assignment):
             columns = Columns(self.centroids_KD, self.basis.middle_D)
         else:
             blocks = coded_blocks(*project(self.centroids_KD, basis), 0, basis)
-            step = TILE
+            step = LARGEST_TILE if self._codes is not None else self._coded_rows()
 
         def seconds(stop: int) -> float:
             started = time.perf_counter()
@@ -279,7 +282,8 @@ class _Trial(Assignment):
                     self._tile(at, min(at + step, stop), blocks, self.centroids_KD, False)
             return time.perf_counter() - started
 
-        few = min(PROBE_ROWS, rows)
-        if seconds(few) > HOPELESS * least * few:
+        few = seconds(min(PROBE_ROWS, rows))
+        if few > HOPELESS * self.few_seconds:
             return torch.inf
+        self.few_seconds = min(self.few_seconds, few)
         return (min(seconds(rows) for _ in range(TRIALS)) + coding) / rows
