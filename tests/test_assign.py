@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rb_gpu.learn import assign, bounded, direct, kernels, row_kernels
+from rb_gpu.learn import assign, bounded, direct, kernels, products, row_kernels
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, encode, principal_bases, project
@@ -338,6 +338,27 @@ def test_products_of_codes_are_exact(product, width):
     room = block.begin_C.new_empty(GROUP, LANES).numpy()
     found = multiplied(codes.code.numpy(), block.columns.numpy(), block.begin_C.numpy(), len(x), room)
     np.testing.assert_array_equal(found[:, :130], x.double() @ c.double().T)
+
+
+def test_codes_whose_product_could_overflow_are_not_tried(monkeypatch):
+    x = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
+    with workers() as crew:
+        points = Assignment(x, x.mean(0), crew, 0)
+        assert any(basis.axes_DP is None for basis in points._bases(40)) == bool(INTEGERS)
+        monkeypatch.setattr(assign, "MOST_DIMS", 39)
+        assert all(basis.axes_DP is not None for basis in points._bases(40))
+    assert 127**2 * products.MOST_DIMS < 2**31 <= 127**2 * (products.MOST_DIMS + 1)
+
+
+@pytest.mark.parametrize("way", ["direct", *PRODUCTS], ids=str)
+def test_squared_distances_that_overflow_find_no_centroid_that_is_none(way):
+    # what pads a block of 64 is infinitely far, as far as these
+    x = torch.rand(200, 30, generator=torch.Generator().manual_seed(0)) * 4e18
+    with workers() as crew:
+        points = using(way, x, crew, 2**40)
+        points.assign(-x[:70])
+        points.assign(-x[:70], torch.zeros(70))
+    assert set(points.labels_N.tolist()) <= set(range(70))
 
 
 @pytest.mark.parametrize("way", ["direct", *PRODUCTS], ids=str)

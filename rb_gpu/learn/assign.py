@@ -21,7 +21,7 @@ from rb_gpu.learn.bounded import lower_rows
 from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, encode, principal_bases, project
 from rb_gpu.learn.direct import Columns, nearest_rows
 from rb_gpu.learn.kernels import LANES, ROUNDOFF, nearer_halves, own_distances
-from rb_gpu.learn.products import FLOAT32, GROUP, integer_product
+from rb_gpu.learn.products import FLOAT32, GROUP, MOST_DIMS, integer_product
 from rb_gpu.learn.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ class Assignment:
     def _bases(self, dims: int) -> list[Basis]:
         """What may be chosen but all products: codes of all dims, or of ever more axes."""
         middle_D, product = self.basis.middle_D, integer_product() or FLOAT32
-        bases = [Basis(middle_D, product=product)] if product.integers else []
+        bases = [Basis(middle_D, product=product)] if product.integers and dims <= MOST_DIMS else []
         widths = [width for width in WIDTHS if width <= 0.75 * dims and width % product.depth == 0]
         if widths:
             sample_SD = self.x_ND[:: max(1, len(self.x_ND) // SAMPLE_ROWS)][:SAMPLE_ROWS]

@@ -27,6 +27,7 @@ from rb_gpu.learn.products import GROUP, WIDTH, begin_products, end_products, gr
 
 # points for which the columns of LANES centroids stay in the first cache
 BATCH = 128
+LARGEST = np.finfo(np.float32).max
 _FLOATS, _INTS = (ir.VectorType(kind, LANES) for kind in (ir.FloatType(), ir.IntType(32)))
 
 
@@ -78,6 +79,14 @@ def _least(
         return least_of(builder, bounds)
 
     return signature, generate
+
+
+@compiled()
+def _limit(best: Any, slack: Any, half: Any) -> Any:
+    """Half the best squared distance less the point's half norm, rounding allowed for; finite where a square overflows,
+    unlike the bounds of what pads a block.
+    """
+    return min(best * np.float32(0.5) * (np.float32(1) + slack) - half, LARGEST)
 
 
 @compiled()
@@ -155,7 +164,7 @@ def lower_rows(
             computed += count
         guessed_B[:] = loose
         for b in range(count):
-            limit_B[b] = d2_N[batch + b] * np.float32(0.5) * (np.float32(1) + slack) - x_half[at + b]
+            limit_B[b] = _limit(d2_N[batch + b], slack, x_half[at + b])
         for z in range(0, width, LANES):
             o, column = 4 * z, columns.ctypes.data + z * depth
             for g in range(0, count, GROUP):
@@ -180,7 +189,7 @@ def lower_rows(
                             if label != other:
                                 continue
                             labels_N[i], d2_N[i] = label, best
-                        limit = best * np.float32(0.5) * (np.float32(1) + slack) - x_half[at + b]
+                        limit = _limit(best, slack, x_half[at + b])
                         mask &= _below(sample, row, scales + o, spreads + o, rests + o, halves + o, a, n, r, limit)
                     limit_B[b], guessed_B[b] = limit, guessed
     end_products(kind)

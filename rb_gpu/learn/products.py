@@ -56,6 +56,8 @@ class Product:
         return -(-width // self.depth) * self.depth
 
 
+# dims of codes whose product 32 bits hold
+MOST_DIMS = 2**31 // 127**2
 FLOAT32 = Product("float32", 1, torch.float32)
 VNNI = Product("int8 (VNNI)", 4, torch.uint8, 128)
 AMX = Product("int8 (AMX)", _BYTES, torch.int8)
