@@ -123,10 +123,10 @@ def lower_rows(
     read. With the other columns of both the product of codes bounds every distance from below (see `coarse`), and only
     where the bound does not exceed the best distance so far is that distance computed. Of two centroids nearer to each
     other than float32 can tell, float64 decides, and of equal ones the lower label stays, so that the result is the
-    exact assignment in any order of blocks. A label of -1 says that nothing is known: the least bound of the block is
-    then looked at first. loose: d2 is no less than the distance to the label's centroid, and stays so where no other
-    bound is as low; else that distance is taken first. product (GROUP, LANES) of the type of begin, and spread (C,) are
-    written.
+    exact assignment in any order of blocks. A label of -1 says that nothing is known: the least of the first LANES
+    bounds is then looked at first. loose: d2 is no less than the distance to the label's centroid, and stays so where
+    no other bound is as low; else that distance is taken first. product (GROUP, LANES) of the type of begin, and
+    spread (C,) are written.
     """
     width, depth = c_half.shape[0], code_NP.strides[0]
     slack = np.float32(2 * (x_ND.shape[1] + 2) * ROUNDOFF)
@@ -136,8 +136,7 @@ def lower_rows(
             widest_error = max(widest_error, x_error[i] / x_norm[i])
     for j in range(width):
         c_spread[j] = c_error[j] + widest_error * (c_norm[j] + c_error[j])
-    limit_B, least_B, label_B = np.empty(BATCH, np.float32), np.empty(BATCH, np.float32), np.empty(BATCH, np.int64)
-    guessed_B = np.empty(BATCH, np.bool_)
+    limit_B, guessed_B = np.empty(BATCH, np.float32), np.empty(BATCH, np.bool_)
     products, codes, begin = product_GL.ctypes.data, code_NP.ctypes.data, begin_C.ctypes.data
     scales, spreads, rests, halves = c_scale.ctypes.data, c_spread.ctypes.data, c_rest.ctypes.data, c_half.ctypes.data
     kind, sample = code_NP[0, 0], begin_C[0]
@@ -145,23 +144,6 @@ def lower_rows(
     computed = 0
     for batch in range(start, stop, BATCH):
         count, at = min(BATCH, stop - batch), code_start + batch - start
-        if labels_N[batch] < 0:
-            least_B[:], label_B[:] = np.inf, 0
-            for z in range(0, width, LANES):
-                o, column = 4 * z, columns.ctypes.data + z * depth
-                for g in range(0, count, GROUP):
-                    code, points = codes + (at + g) * depth, min(GROUP, count - g)
-                    group_products(kind, points, code, depth, column, WIDTH * depth, begin + o, products)
-                    for b in range(g, g + points):
-                        row, a, n, r = products + (b - g) * LANES * 4, x_scale[at + b], x_norm[at + b], x_rest[at + b]
-                        least = _least(sample, row, scales + o, spreads + o, rests + o, halves + o, a, n, r)
-                        if least < least_B[b]:
-                            mask = _below(sample, row, scales + o, spreads + o, rests + o, halves + o, a, n, r, least)
-                            least_B[b], label_B[b] = least, z + lowest_bit(mask)
-            for b in range(count):
-                labels_N[batch + b] = first + label_B[b]
-                d2_N[batch + b] = squared_distance(x_ND, batch + b, centroids_KD, labels_N[batch + b])
-            computed += count
         guessed_B[:] = loose
         for b in range(count):
             limit_B[b] = _limit(d2_N[batch + b], slack, x_half[at + b])
@@ -173,6 +155,13 @@ def lower_rows(
                 for b in range(g, g + points):
                     i, limit, guessed = batch + b, limit_B[b], guessed_B[b]
                     row, a, n, r = products + (b - g) * LANES * 4, x_scale[at + b], x_norm[at + b], x_rest[at + b]
+                    if labels_N[i] < 0:
+                        least = _least(sample, row, scales + o, spreads + o, rests + o, halves + o, a, n, r)
+                        mask = _below(sample, row, scales + o, spreads + o, rests + o, halves + o, a, n, r, least)
+                        labels_N[i] = first + z + (lowest_bit(mask) if mask != 0 else 0)
+                        d2_N[i] = squared_distance(x_ND, i, centroids_KD, labels_N[i])
+                        limit = _limit(d2_N[i], slack, x_half[at + b])
+                        computed += 1
                     mask = _below(sample, row, scales + o, spreads + o, rests + o, halves + o, a, n, r, limit)
                     while mask != 0:
                         other = first + z + lowest_bit(mask)
