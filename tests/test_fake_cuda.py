@@ -73,7 +73,7 @@ def test_the_host_waits_once_an_iteration(monkeypatch):
     assert waits_of(14) - waits_of(4) <= 10
     # and one that is planted shows
     real = DeviceAssignment.assign
-    monkeypatch.setattr(DeviceAssignment, "assign", lambda self, c: (real(self, c), self.d2_N.max().item())[0])
+    monkeypatch.setattr(DeviceAssignment, "assign", lambda self, *c: (real(self, *c), self.d2_N.max().item())[0])
     assert waits_of(14) - waits_of(4) == 20
 
 

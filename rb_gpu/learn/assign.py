@@ -31,7 +31,7 @@ LEAST_TILE, LARGEST_TILE = 64, 2048
 CODED_NUMBERS = 2**18
 # spans of one worker where no tile must stay in a cache: enough to even out what each takes
 TURNS = 4
-# centroids of one block: their columns stay in its first cache
+# centroids of one block: their codes stay in a core's second cache
 BLOCK = 1024
 # multiplications of one assignment below which a choice takes longer than it saves
 SMALL_WORK = 2**30
@@ -95,8 +95,8 @@ class Assignment:
         `settle`: the point of a label that no other is as near to need not be read.
         """
         if moved_K is None or self._at_once(len(centroids_KD)):
-            self._run(centroids_KD, 0, refresh=bool(self.labels_N[0] >= 0))
             self._loose = False
+            self._run(centroids_KD, 0, refresh=bool(self.labels_N[0] >= 0))
             return
         # the triangle inequality, and what rounding may take from it: d2 errs by D + 2 units, its root by half of that
         more = 1 + (2 * self.x_ND.shape[1] + 8) * ROUNDOFF
