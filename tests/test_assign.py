@@ -13,11 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rb_gpu.learn import assign, bounded, direct, kernels, products, row_kernels
+from rb_gpu.learn import assign, bounded, direct, kernels, products, row_kernels, vectors
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, encode, principal_bases, project
-from rb_gpu.learn.kernels import LANES, compiled
 from rb_gpu.learn.products import (
     AMX,
     FEATURES,
@@ -31,6 +30,7 @@ from rb_gpu.learn.products import (
     group_products,
     integer_product,
 )
+from rb_gpu.learn.vectors import LANES, compiled
 from rb_gpu.learn.workers import Workers, workers
 
 
@@ -376,15 +376,15 @@ def test_float32_ties_are_decided_in_float64(way):
 
 
 def test_kernels_without_a_place_for_their_cache_still_run(monkeypatch, caplog):
-    real = kernels.numba.njit
+    real = vectors.numba.njit
 
     def refusing(cache=False, **options):
         if cache:
             raise RuntimeError("no locator available")
         return real(**options)
 
-    monkeypatch.setattr(kernels.numba, "njit", refusing)
-    assert kernels.compiled()(lambda a: a + 1)(1) == 2
+    monkeypatch.setattr(vectors.numba, "njit", refusing)
+    assert vectors.compiled()(lambda a: a + 1)(1) == 2
     assert "every process" in caplog.text
 
 

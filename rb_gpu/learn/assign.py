@@ -20,8 +20,9 @@ from torch import Tensor
 from rb_gpu.learn.bounded import lower_rows
 from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, encode, principal_bases, project
 from rb_gpu.learn.direct import Columns, nearest_rows
-from rb_gpu.learn.kernels import LANES, ROUNDOFF, nearer_halves, own_distances
+from rb_gpu.learn.kernels import ROUNDOFF, nearer_halves, own_distances
 from rb_gpu.learn.products import FLOAT32, GROUP, MOST_DIMS, integer_product
+from rb_gpu.learn.vectors import LANES
 from rb_gpu.learn.workers import Workers
 
 log = logging.getLogger(__name__)

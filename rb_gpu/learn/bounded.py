@@ -12,23 +12,14 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from rb_gpu.learn.kernels import (
-    LANES,
-    ROUNDOFF,
-    compiled,
-    intrinsic,
-    least_of,
-    lowest_bit,
-    nearest_of_two,
-    splat,
-    squared_distance,
-)
+from rb_gpu.learn.kernels import ROUNDOFF, nearest_of_two, squared_distance
 from rb_gpu.learn.products import GROUP, WIDTH, begin_products, end_products, group_products
+from rb_gpu.learn.vectors import FLOATS, LANES, compiled, intrinsic, least_of, lowest_bit, splat
 
 # points for which the columns of LANES centroids stay in the first cache
 BATCH = 128
 LARGEST = np.finfo(np.float32).max
-_FLOATS, _INTS = (ir.VectorType(kind, LANES) for kind in (ir.FloatType(), ir.IntType(32)))
+_INTS = ir.VectorType(ir.IntType(32), LANES)
 
 
 def _load(builder: Any, address: Any, kind: Any) -> Any:
@@ -38,13 +29,13 @@ def _load(builder: Any, address: Any, kind: Any) -> Any:
 def _bounds(builder: Any, integers: bool, arguments: Any) -> Any:
     """The lower bounds of LANES half squared distances less the point's own half norm, as one vector."""
     product, scale_c, spread_c, rest_c, half_c, scale, norm, rest = arguments
-    raw = _load(builder, product, _INTS if integers else _FLOATS)
-    raw = builder.sitofp(raw, _FLOATS) if integers else raw
-    upper = builder.fmul(builder.fmul(raw, _load(builder, scale_c, _FLOATS)), splat(builder, scale, _FLOATS))
+    raw = _load(builder, product, _INTS if integers else FLOATS)
+    raw = builder.sitofp(raw, FLOATS) if integers else raw
+    upper = builder.fmul(builder.fmul(raw, _load(builder, scale_c, FLOATS)), splat(builder, scale, FLOATS))
     for of_c, of_point in ((spread_c, norm), (rest_c, rest)):
-        term = builder.fmul(_load(builder, of_c, _FLOATS), splat(builder, of_point, _FLOATS), flags=("contract",))
+        term = builder.fmul(_load(builder, of_c, FLOATS), splat(builder, of_point, FLOATS), flags=("contract",))
         upper = builder.fadd(upper, term, flags=("contract",))
-    return builder.fsub(_load(builder, half_c, _FLOATS), upper)
+    return builder.fsub(_load(builder, half_c, FLOATS), upper)
 
 
 @intrinsic
@@ -59,7 +50,7 @@ def _below(
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         bounds = _bounds(builder, integers, arguments[1:9])
         return builder.bitcast(
-            builder.fcmp_ordered("<=", bounds, splat(builder, arguments[9], _FLOATS)), ir.IntType(LANES)
+            builder.fcmp_ordered("<=", bounds, splat(builder, arguments[9], FLOATS)), ir.IntType(LANES)
         )
 
     return signature, generate

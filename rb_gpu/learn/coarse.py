@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rb_gpu.learn.kernels import LANES, ROUNDOFF, centre_rows, code_rows
+from rb_gpu.learn.kernels import ROUNDOFF, centre_rows, code_rows
 from rb_gpu.learn.products import FLOAT32, GROUP, Product, columns_of
+from rb_gpu.learn.vectors import LANES
 
 SUBSPACE_STEPS = 2
 
@@ -55,7 +56,7 @@ class Basis:
         return self.stored * self.product.code.itemsize + 5 * 4
 
     def __str__(self) -> str:
-        return f"{self.product.name} products over {'all' if self.axes_DP is None else 'the leading'} {self.width} axes"
+        return f"{self.product} products over {'all' if self.axes_DP is None else 'the leading'} {self.width} axes"
 
 
 class Codes:

@@ -16,9 +16,12 @@ from numba import types
 from numba.core import cgutils
 from torch import Tensor
 
-from rb_gpu.learn.kernels import (
+from rb_gpu.learn.kernels import ROUNDOFF, nearest_of_two, squared_distance
+from rb_gpu.learn.products import POINTS, VECTORS, WIDTH, write_sums
+from rb_gpu.learn.vectors import (
+    FLOATS,
+    INT,
     LANES,
-    ROUNDOFF,
     SUMS,
     address,
     alloca,
@@ -26,16 +29,11 @@ from rb_gpu.learn.kernels import (
     intrinsic,
     least_of,
     lowest_bit,
-    nearest_of_two,
     splat,
-    squared_distance,
 )
-from rb_gpu.learn.products import POINTS, VECTORS, WIDTH, write_sums
 
 # points whose bounds stay in a core's second cache; a block of centroids stays in its first
 TILE = 32
-_FLOAT, _INT = ir.FloatType(), ir.IntType(64)
-_WHOLE = ir.VectorType(_FLOAT, LANES)
 
 
 class Columns:
@@ -65,7 +63,7 @@ def _halves(vectors: int) -> Any:
     @intrinsic
     def write(_context: Any, x: Any, columns: Any, half: Any, out: Any, x_step: Any, c_step: Any, o_step: Any) -> Any:
         def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> None:
-            steps = builder.udiv(arguments[4], ir.Constant(_INT, 4))
+            steps = builder.udiv(arguments[4], ir.Constant(INT, 4))
             write_sums(builder, torch.float32, vectors, list(arguments), steps)
 
         return types.void(*[types.uintp] * 7), generate
@@ -81,11 +79,11 @@ def _smallest(_context: Any, values: Any, count: Any) -> Any:
     """The least of count times LANES float32 at an address."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        place = alloca(builder, ir.Constant(_WHOLE, [float("inf")] * LANES))
-        builder.store(ir.Constant(_WHOLE, [float("inf")] * LANES), place)
-        with cgutils.for_range(builder, arguments[1], intp=_INT) as loop:
-            offset = builder.mul(loop.index, ir.Constant(_INT, 4 * LANES))
-            these, least = builder.load(address(builder, arguments[0], offset, _WHOLE), align=4), builder.load(place)
+        place = alloca(builder, ir.Constant(FLOATS, [float("inf")] * LANES))
+        builder.store(ir.Constant(FLOATS, [float("inf")] * LANES), place)
+        with cgutils.for_range(builder, arguments[1], intp=INT) as loop:
+            offset = builder.mul(loop.index, ir.Constant(INT, 4 * LANES))
+            these, least = builder.load(address(builder, arguments[0], offset, FLOATS), align=4), builder.load(place)
             builder.store(builder.select(builder.fcmp_ordered("<", these, least), these, least), place)
         return least_of(builder, builder.load(place))
 
@@ -97,8 +95,8 @@ def _at_most(_context: Any, values: Any, limit: Any) -> Any:
     """Bits of the LANES float32 at an address that are at most the limit."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        found = builder.load(builder.inttoptr(arguments[0], _WHOLE.as_pointer()), align=4)
-        below = builder.fcmp_ordered("<=", found, splat(builder, arguments[1], _WHOLE))
+        found = builder.load(builder.inttoptr(arguments[0], FLOATS.as_pointer()), align=4)
+        below = builder.fcmp_ordered("<=", found, splat(builder, arguments[1], FLOATS))
         return builder.bitcast(below, ir.IntType(LANES))
 
     return types.uint64(types.uintp, types.float32), generate

@@ -2,84 +2,22 @@
 
 Suffixes: T points of one tile, C centroids of one block (padded to whole masks), D dims, P dims of the code.
 Every kernel releases the GIL; workers are Python threads that own disjoint rows or columns. An array whose address a
-kernel takes is an argument: one of its own numba frees after its last use by name. numba's cache knows a kernel's own
-file alone: who changes what `direct` and `bounded` call must touch those files too.
+kernel takes is an argument: one of its own numba frees after its last use by name.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
-from numba import extending, types
+from numba import types
 from numba.core import cgutils
 
-log = logging.getLogger(__name__)
+from rb_gpu.learn.vectors import FLOATS, INT, LANES, SUMS, address, alloca, compiled, intrinsic, sum_of
 
-# centroids whose bounds are compared in one step; their answers are the bits of one uint64
-LANES = 64
 # unit roundoff of float32
 ROUNDOFF = 2.0**-24
-
-# what it makes is called with values, not with the types that its functions are written for
-intrinsic: Callable[[Any], Any] = extending.intrinsic
-alloca: Callable[[Any, Any], Any] = cgutils.alloca_once_value
-_FLOAT, _INT = ir.FloatType(), ir.IntType(64)
-_FLOATS = ir.VectorType(_FLOAT, LANES)
-# sums may be taken in any order, which is what lets a compiler use vectors; NaN and infinity keep their meaning
-SUMS = {"reassoc", "contract", "nsz"}
-
-
-def compiled(**options: Any) -> Callable[[Any], Any]:
-    """numba.njit that keeps its machine code beside the module, or where a user's caches lie, where it may."""
-
-    def decorate(function: Any) -> Any:
-        try:
-            return numba.njit(cache=True, nogil=True, **options)(function)
-        except RuntimeError as error:
-            log.warning("%s is compiled anew in every process: %s", function.__name__, error)
-            return numba.njit(nogil=True, **options)(function)
-
-    return decorate
-
-
-def splat(builder: Any, scalar: Any, kind: Any) -> Any:
-    """A vector of that kind, all of whose numbers are the scalar."""
-    one = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
-    places = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), [0] * kind.count)
-    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), places)
-
-
-def _reduced(builder: Any, kind: str, arguments: list[Any], flag: str) -> Any:
-    """One number of a vector of LANES, the last argument."""
-    name = f"llvm.vector.reduce.{kind}.v{LANES}f32"
-    taken = ir.FunctionType(_FLOAT, [argument.type for argument in arguments])
-    reduce = builder.module.globals.get(name) or ir.Function(builder.module, taken, name)
-    return builder.call(reduce, arguments, fastmath=(flag,))
-
-
-def least_of(builder: Any, floats: Any) -> Any:
-    """The least number of a vector of LANES, none of which is NaN."""
-    return _reduced(builder, "fmin", [floats], "nnan")
-
-
-def address(builder: Any, base: Any, offset: Any, kind: Any) -> Any:
-    """A pointer to what lies so many bytes after the base."""
-    return builder.inttoptr(builder.add(base, offset), kind.as_pointer())
-
-
-@intrinsic
-def lowest_bit(_context: Any, mask: Any) -> Any:
-    """The number of the lowest bit that is set; the mask is not 0."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.int64(types.uint64), generate
 
 
 @intrinsic
@@ -87,17 +25,17 @@ def _squared_difference(_context: Any, x: Any, c: Any, dims: Any) -> Any:
     """The sum of squared differences of two rows at these addresses; dims is a multiple of LANES."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        zero = ir.Constant(_FLOATS, [0.0] * LANES)
+        zero = ir.Constant(FLOATS, [0.0] * LANES)
         place = alloca(builder, zero)
         builder.store(zero, place)
-        steps = builder.udiv(arguments[2], ir.Constant(_INT, LANES))
-        with cgutils.for_range(builder, steps, intp=_INT) as loop:
-            offset = builder.mul(loop.index, ir.Constant(_INT, 4 * LANES))
-            one, other = (builder.load(address(builder, row, offset, _FLOATS), align=4) for row in arguments[:2])
+        steps = builder.udiv(arguments[2], ir.Constant(INT, LANES))
+        with cgutils.for_range(builder, steps, intp=INT) as loop:
+            offset = builder.mul(loop.index, ir.Constant(INT, 4 * LANES))
+            one, other = (builder.load(address(builder, row, offset, FLOATS), align=4) for row in arguments[:2])
             difference = builder.fsub(one, other)
             square = builder.fmul(difference, difference, flags=("contract",))
             builder.store(builder.fadd(builder.load(place), square, flags=("contract",)), place)
-        return _reduced(builder, "fadd", [ir.Constant(_FLOAT, -0.0), builder.load(place)], "reassoc")
+        return sum_of(builder, builder.load(place))
 
     return types.float32(types.uintp, types.uintp, types.intp), generate
 

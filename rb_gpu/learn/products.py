@@ -22,7 +22,7 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from torch import Tensor
 
-from rb_gpu.learn.kernels import LANES, address, alloca, intrinsic, splat
+from rb_gpu.learn.vectors import FLOAT, INT, LANES, address, alloca, called, intrinsic, splat
 
 # centroids of one vector; points whose products are made at once; points and vectors of one step of the others than AMX
 WIDTH, GROUP, POINTS = 16, 32, 4
@@ -33,8 +33,8 @@ VECTORS = 2 if "+avx512f" in FEATURES else 1
 _ROWS, _BYTES = 16, 64
 # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): Linux gives the tiles' registers only to who asks
 _ARCH_PRCTL, _ASK, _TILES = 158, 0x1023, 18
-_FLOAT, _INT, _BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(8)
-_NUMBERS = {torch.float32: _FLOAT, torch.uint8: ir.IntType(32)}
+_BYTE = ir.IntType(8)
+_NUMBERS = {torch.float32: FLOAT, torch.uint8: ir.IntType(32)}
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class Product:
     depth: int
     code: torch.dtype
     zero: int = 0
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def integers(self) -> bool:
@@ -85,21 +88,15 @@ def columns_of(code_CP: Tensor, product: Product) -> tuple[Tensor, Tensor]:
     return columns, torch.zeros(len(code_CP), dtype=torch.int32 if product.integers else torch.float32)
 
 
-def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
-    kinds = ir.FunctionType(result, [argument.type for argument in arguments])
-    function = builder.module.globals.get(name) or ir.Function(builder.module, kinds, name)
-    return builder.call(function, arguments)
-
-
 def _bytes(count: int) -> Any:
-    return ir.Constant(_INT, count)
+    return ir.Constant(INT, count)
 
 
 def _add(builder: Any, code: torch.dtype, total: Any, point: Any, column: Any) -> Any:
     """Total + the products of a point's dims with a column's."""
     if code == torch.float32:
         return builder.fadd(total, builder.fmul(point, column, flags=("contract",)), flags=("contract",))
-    return _call(builder, "llvm.x86.avx512.vpdpbusd.512", total.type, [total, point, column])
+    return called(builder, "llvm.x86.avx512.vpdpbusd.512", total.type, [total, point, column])
 
 
 def write_sums(builder: Any, code: torch.dtype, vectors: int, places: list[Any], steps: Any) -> None:
@@ -119,7 +116,7 @@ def write_sums(builder: Any, code: torch.dtype, vectors: int, places: list[Any],
     for row in sums:
         for value, place in zip(begun, row, strict=True):
             builder.store(value, place)
-    with cgutils.for_range(builder, steps, intp=_INT) as loop:
+    with cgutils.for_range(builder, steps, intp=INT) as loop:
         here = builder.add(columns, builder.mul(loop.index, _bytes(4 * WIDTH)))
         parts = [builder.load(place, align=4) for place in spread(here, c_step, vectors, vector)]
         here = builder.add(x, builder.mul(loop.index, _bytes(4)))
@@ -138,7 +135,7 @@ def _write_tiles(builder: Any, x: Any, x_step: Any, columns: Any, c_step: Any, o
 
     def tile(name: str, *arguments: Any) -> None:
         wanted = [ir.Constant(_BYTE, a) if isinstance(a, int) else a for a in arguments]
-        _call(builder, f"llvm.x86.{name}", ir.VoidType(), wanted)
+        called(builder, f"llvm.x86.{name}", ir.VoidType(), wanted)
 
     def place(base: Any, offset: Any) -> Any:
         return address(builder, base, offset, _BYTE)
@@ -146,7 +143,7 @@ def _write_tiles(builder: Any, x: Any, x_step: Any, columns: Any, c_step: Any, o
     for total in range(4):
         tile("tilezero", total)
     lower = builder.mul(x_step, _bytes(_ROWS))
-    with cgutils.for_range(builder, steps, intp=_INT) as loop:
+    with cgutils.for_range(builder, steps, intp=INT) as loop:
         here = builder.mul(loop.index, _bytes(_BYTES))
         there = builder.mul(loop.index, _bytes(_ROWS * _BYTES))
         tile("tileloadd64", 4, place(x, here), x_step)
@@ -173,7 +170,7 @@ def begin_products(_context: Any, sample: Any) -> Any:
             place = alloca(builder, ir.Constant(kind, bytearray(shape)))
             builder.store(ir.Constant(kind, bytearray(shape)), place)
             pointer = builder.bitcast(place, _BYTE.as_pointer())
-            _call(builder, "llvm.x86.ldtilecfg", ir.VoidType(), [pointer])
+            called(builder, "llvm.x86.ldtilecfg", ir.VoidType(), [pointer])
 
     return types.void(sample), generate
 
@@ -184,7 +181,7 @@ def end_products(_context: Any, sample: Any) -> Any:
 
     def generate(_context: Any, builder: Any, _signature: Any, _arguments: Any) -> None:
         if sample == types.int8:
-            _call(builder, "llvm.x86.tilerelease", ir.VoidType(), [])
+            called(builder, "llvm.x86.tilerelease", ir.VoidType(), [])
 
     return types.void(sample), generate
 
@@ -209,7 +206,7 @@ def group_products(
             return
         vectors = LANES // WIDTH if code == torch.uint8 else VECTORS
         groups = builder.udiv(builder.add(count, _bytes(POINTS - 1)), _bytes(POINTS))
-        with cgutils.for_range(builder, groups, intp=_INT) as loop:
+        with cgutils.for_range(builder, groups, intp=INT) as loop:
             point = builder.add(x, builder.mul(builder.mul(loop.index, x_step), _bytes(POINTS)))
             to = builder.add(out, builder.mul(loop.index, _bytes(POINTS * 4 * LANES)))
             for v in range(0, LANES // WIDTH, vectors):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rb_gpu.learn.kernels import SUMS, compiled
+from rb_gpu.learn.vectors import SUMS, compiled
 
 
 @compiled()
