@@ -6,6 +6,7 @@ import ast
 import inspect
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -338,6 +339,20 @@ def test_products_of_codes_are_exact(product, width):
     room = block.begin_C.new_empty(GROUP, LANES).numpy()
     found = multiplied(codes.code.numpy(), block.columns.numpy(), block.begin_C.numpy(), len(x), room)
     np.testing.assert_array_equal(found[:, :130], x.double() @ c.double().T)
+
+
+@pytest.mark.parametrize("features", ["+amx-int8,+avx512f,+avx512vnni", "+amx-int8,+avx512f", "+avx512vnni", "+avx2"])
+def test_tiles_that_linux_refuses_are_not_used(monkeypatch, caplog, features):
+    # to use them all the same would end the process
+    monkeypatch.setattr(products, "FEATURES", frozenset(features.split(",")))
+    monkeypatch.setattr(products.sys, "platform", "linux")
+    monkeypatch.setattr(products.platform, "machine", lambda: "x86_64")
+    for answer in (0, -1):
+        monkeypatch.setattr(products.ctypes, "CDLL", lambda _, a=answer: SimpleNamespace(syscall=lambda *_: a))
+        caplog.clear()
+        found, amx = integer_product.__wrapped__(), "amx" in features
+        assert found is (AMX if amx and answer == 0 else VNNI if "vnni" in features else None)
+        assert ("refuses the tile registers" in caplog.text) == (amx and answer != 0)
 
 
 def test_codes_whose_product_could_overflow_are_not_tried(monkeypatch):

@@ -8,6 +8,7 @@ Suffixes: C centroids padded to whole blocks of LANES, P dims of a code padded t
 from __future__ import annotations
 
 import ctypes
+import logging
 import platform
 import sys
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from numba.core.registry import cpu_target
 from torch import Tensor
 
 from rb_gpu.learn.vectors import FLOAT, INT, LANES, address, alloca, called, intrinsic, splat
+
+log = logging.getLogger(__name__)
 
 # centroids of one vector; points whose products are made at once; points and vectors of one step of the others than AMX
 WIDTH, GROUP, POINTS = 16, 32, 4
@@ -72,6 +75,7 @@ def integer_product() -> Product | None:
     if {"+amx-int8", "+avx512f"} <= FEATURES and sys.platform == "linux" and platform.machine() == "x86_64":
         if ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK, _TILES) == 0:
             return AMX
+        log.warning("Linux refuses the tile registers that AMX needs (arch_prctl): int8 products will take longer")
     return VNNI if "+avx512vnni" in FEATURES else None
 
 
