@@ -38,9 +38,10 @@ def plot_cases(result: dict[str, Any], path: Path) -> bool:
 
 def plot_growth(result: dict[str, Any], path: Path) -> bool:
     """Milliseconds of an iteration over points and over clusters, with the slopes; False without matplotlib."""
+    grown = list(dict.fromkeys(series["axis"] for series in result["series"]))
 
     def draw(panels: Sequence[Any]) -> None:
-        for axes, along in zip(panels, ("points", "clusters"), strict=True):
+        for axes, along in zip(panels, grown, strict=True):
             for one in (series for series in result["series"] if series["axis"] == along):
                 label = f"{Path(one['data']).name}, {one['dim']} dims: slope {one['slope']:.2f}"
                 axes.plot(one["sizes"], [1e3 * s for s in one["seconds"]], marker="o", label=label)
@@ -48,7 +49,7 @@ def plot_growth(result: dict[str, Any], path: Path) -> bool:
             axes.grid(alpha=0.3)
             axes.legend()
 
-    return _picture(path, 2, (11, 4.5), draw)
+    return _picture(path, len(grown), (5.5 * len(grown), 4.5), draw)
 
 
 def plot_load(result: dict[str, Any], path: Path) -> bool:

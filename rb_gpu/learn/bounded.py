@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
 from rb_gpu.learn.kernels import ROUNDOFF, nearest_of_two, squared_distance
 from rb_gpu.learn.products import GROUP, WIDTH, begin_products, end_products, group_products
-from rb_gpu.learn.vectors import FLOATS, LANES, compiled, intrinsic, least_of, lowest_bit, splat
+from rb_gpu.learn.vectors import FLOATS, INT, LANES, address, called, compiled, intrinsic, least_of, lowest_bit, splat
 
 # points for which the columns of LANES centroids stay in the first cache
 BATCH = 128
+# bytes that a cache holds together, and those of a row that are asked for: the processor goes on by itself
+LINE, AHEAD = 64, 512
 LARGEST = np.finfo(np.float32).max
 _INTS = ir.VectorType(ir.IntType(32), LANES)
 
@@ -70,6 +73,21 @@ def _least(
         return least_of(builder, bounds)
 
     return signature, generate
+
+
+@intrinsic
+def _fetch(_context: Any, row: Any, count: Any) -> Any:
+    """Asks for so many bytes from this address on, which a later read then need not wait for."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> None:
+        lines = builder.udiv(builder.add(arguments[1], ir.Constant(INT, LINE - 1)), ir.Constant(INT, LINE))
+        # to be read, soon, into the cache of data
+        how = [ir.Constant(ir.IntType(32), code) for code in (0, 3, 1)]
+        with cgutils.for_range(builder, lines, intp=INT) as loop:
+            place = address(builder, arguments[0], builder.mul(loop.index, ir.Constant(INT, LINE)), ir.IntType(8))
+            called(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *how])
+
+    return types.void(types.uintp, types.uintp), generate
 
 
 @compiled()
@@ -128,6 +146,10 @@ def lower_rows(
     for j in range(width):
         c_spread[j] = c_error[j] + widest_error * (c_norm[j] + c_error[j])
     limit_B, guessed_B = np.empty(BATCH, np.float32), np.empty(BATCH, np.bool_)
+    # of a group, the points that may be nearer to another centroid, and to which: all are known before any is read
+    doubt_G, mask_G = np.empty(GROUP, np.int64), np.empty(GROUP, np.uint64)
+    x_rows, c_rows, x_step = x_ND.ctypes.data, centroids_KD.ctypes.data, x_ND.strides[0]
+    ahead = min(x_step, AHEAD)
     products, codes, begin = product_GL.ctypes.data, code_NP.ctypes.data, begin_C.ctypes.data
     scales, spreads, rests, halves = c_scale.ctypes.data, c_spread.ctypes.data, c_rest.ctypes.data, c_half.ctypes.data
     kind, sample = code_NP[0, 0], begin_C[0]
@@ -143,27 +165,39 @@ def lower_rows(
             for g in range(0, count, GROUP):
                 code, points = codes + (at + g) * depth, min(GROUP, count - g)
                 group_products(kind, points, code, depth, column, WIDTH * depth, begin + o, products)
+                doubtful = 0
                 for b in range(g, g + points):
-                    i, limit, guessed = batch + b, limit_B[b], guessed_B[b]
+                    i, limit = batch + b, limit_B[b]
                     row, a, n, r = products + (b - g) * LANES * 4, x_scale[at + b], x_norm[at + b], x_rest[at + b]
                     if labels_N[i] < 0:
                         least = _least(sample, row, scales + o, spreads + o, rests + o, halves + o, a, n, r)
                         mask = _below(sample, row, scales + o, spreads + o, rests + o, halves + o, a, n, r, least)
                         labels_N[i] = first + z + (lowest_bit(mask) if mask != 0 else 0)
                         d2_N[i] = squared_distance(x_ND, i, centroids_KD, labels_N[i])
-                        limit = _limit(d2_N[i], slack, x_half[at + b])
+                        limit_B[b] = limit = _limit(d2_N[i], slack, x_half[at + b])
                         computed += 1
                     mask = _below(sample, row, scales + o, spreads + o, rests + o, halves + o, a, n, r, limit)
+                    own = labels_N[i] - first - z
+                    if 0 <= own < LANES:
+                        mask &= ~(np.uint64(1) << np.uint64(own))
+                    if mask != 0:
+                        _fetch(x_rows + i * x_step, ahead)
+                        _fetch(c_rows + (first + z + lowest_bit(mask)) * x_step, ahead)
+                        if guessed_B[b]:
+                            _fetch(c_rows + labels_N[i] * x_step, ahead)
+                        doubt_G[doubtful], mask_G[doubtful] = b, mask
+                        doubtful += 1
+                for d in range(doubtful):
+                    b, mask = doubt_G[d], mask_G[d]
+                    i, limit, guessed = batch + b, limit_B[b], guessed_B[b]
+                    row, a, n, r = products + (b - g) * LANES * 4, x_scale[at + b], x_norm[at + b], x_rest[at + b]
                     while mask != 0:
-                        other = first + z + lowest_bit(mask)
-                        if other == labels_N[i]:
-                            mask &= mask - np.uint64(1)
-                            continue
                         computed += 1
                         if guessed:
                             best = squared_distance(x_ND, i, centroids_KD, labels_N[i])
                             guessed, d2_N[i] = False, best
                         else:
+                            other = first + z + lowest_bit(mask)
                             mask &= mask - np.uint64(1)
                             label, best = nearest_of_two(x_ND, i, centroids_KD, labels_N[i], d2_N[i], other, slack)
                             if label != other:
