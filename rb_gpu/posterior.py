@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from rb_gpu.bank_data import MAX_CELL
 from rb_gpu.evidence import OUTCOMES, Evidence, Floats, linear_moments
 from rb_gpu.field import Field
 from rb_gpu.homogeneity import differs, hidden, varies
@@ -26,6 +27,8 @@ PRIOR_ROWS = 4.0
 PRIOR_CONFIG_ROWS = 20.0
 # share of its variance that an effect keeps once it is taken as 0: not none, so that a precision stays finite
 SPIKE = 1e-6
+# a test that no place of a query can lift over 0: of a config of which nothing is known
+HOPELESS = -MAX_CELL
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Beliefs:
     gain, gain_variance: of the objective's difference to the default. probability: that it beats the default by the
     margin (bound: and keeps the bound; floor: that quality reaches the target). score: what is maximised among the
     configs that are probable enough. quality: expected quality. margin: (C,). test, test_sd: what the probability is
-    that of, a normal variable's exceeding 0; 0 and 0 where nothing is known, and where it is another probability.
+    that of, a normal variable's exceeding 0; HOPELESS and 0 where nothing is known.
     """
 
     gain: Floats
@@ -223,8 +226,11 @@ def believe(
     quality = np.where(np.isfinite(quality_var), quality, _fallback_quality(level, evidence.w))
     if field is not None:
         quality, quality_var = quality + (field.base + field.mean) @ direction, quality_var + field.quality_variance
+    # what a field says of a config that never ran is what it says of all others together
+    never_C = (evidence.rows == 0).all(0)
+    quality[:, never_C] = 0.0
     score = gain
-    test, test_sd = np.where(known, lead, 0.0), np.sqrt(np.where(known, gain_variance, 0.0))
+    test, test_sd = np.where(known, lead, HOPELESS), np.sqrt(np.where(known, gain_variance, 0.0))
     if objective.kind == "bound":
         keeps = _keeps_bound(evidence, objective)
         probability = np.where(keeps[:, [default]], probability, 1.0) * keeps
@@ -233,8 +239,10 @@ def believe(
         certain = np.isfinite(quality_var) & (quality_var > 0)
         z_PC = np.divide(quality - objective.target, np.sqrt(quality_var), out=np.zeros(quality.shape), where=certain)
         probability = np.where(certain, normal_cdf(z_PC), quality >= objective.target)
+        probability[:, never_C] = 0.0
         score = -_expense(evidence)
         test, test_sd = quality - objective.target, np.sqrt(np.where(certain, quality_var, 0.0))
+        test[:, never_C] = HOPELESS
     return Beliefs(gain, gain_variance, probability, score, quality, margin_C, test, test_sd)
 
 

@@ -205,6 +205,43 @@ def test_where_nothing_differs_the_default_stands():
     assert np.count_nonzero(acted) <= 1
 
 
+OBJECTIVES = [
+    {"objective": "utility"}, {"objective": "utility", "latency_weight": 0.05},
+    {"objective": "floor", "target": 0.45}, {"objective": "floor", "target": 0.9},
+    {"objective": "bound", "max_latency_us": 5000.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("judging", OBJECTIVES, ids=str)
+def test_a_config_that_never_ran_is_no_answer(judging):
+    # a slice of time may lack one: it was foretold the mean of all others, with a doubt of 0, and two queries in three
+    # got it where the default was bad
+    trajectories = table(0)
+    quick = np.where(trajectories.config_id == 2, 10, trajectories.latency_us)
+    trajectories = replace(trajectories, latency_us=quick)
+    bank = trained(trajectories.select_queries(trajectories.config_id != 2), **judging).bank()
+    found = bank.optimized_params_batch(trajectories.x_QD)["ef_search"]
+    assert len(bank.configs) == 3 and (found != 48).all()
+    assert judging.get("target") == 0.45 or (found == 32).any()  # which the default reaches
+    alone = [bank.optimized_params(x).params.ef_search for x in trajectories.x_QD[:20]]
+    assert alone == found[:20].tolist()
+
+
+def test_nothing_beats_a_default_that_never_ran(caplog):
+    trajectories = table(0)
+    learned = trained(trajectories.select_queries(trajectories.config_id != 0))
+    found = learned.bank().optimized_params_batch(trajectories.x_QD)
+    assert (found["ef_search"] == 16).all() and (found["confidence"] == 0).all()
+    assert "stands everywhere" in caplog.text
+
+
+def test_a_floor_needs_no_default():
+    trajectories = table(0)
+    bank = trained(trajectories.select_queries(trajectories.config_id != 0), objective="floor", target=0.45).bank()
+    found = bank.optimized_params_batch(trajectories.x_QD)["ef_search"]
+    assert (found != 16).all()
+
+
 def test_one_and_many_answers_agree(bank):
     assert bank.data.field is not None
     x = np.concatenate([table(7, n=200).x_QD, np.random.default_rng(0).normal(size=(50, 12)).astype(np.float32)])

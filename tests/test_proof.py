@@ -56,6 +56,13 @@ def test_nothing_to_gain_seldom_passes(effect, propensity):
     assert share(150, effect, propensity) <= 13 / 150
 
 
+@pytest.mark.parametrize("chance", [1e-12, 1.0 / 800])
+def test_nothing_is_known_to_beat_a_default_that_hardly_ran(chance):
+    # it was foretold the mean of all others, which the best of them beats, and so a bank acted on nothing
+    propensity = np.array([chance, 0.5, 0.5 - chance])
+    assert share(20, np.array([0.0, 0.3, 0.0]), propensity) <= 0.1
+
+
 def test_a_full_table_with_nothing_to_gain_seldom_passes():
     # the second regression undid the leaving out of the first, and every such table passed
     assert share(100, np.zeros(4), None, n=300, full=True) <= 0.09

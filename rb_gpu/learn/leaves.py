@@ -24,7 +24,7 @@ from rb_gpu.learn.landmarks import Foretold, foretell, tempered
 from rb_gpu.learn.stages import Stages, digest
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.objective import Objective
-from rb_gpu.posterior import Beliefs, believe
+from rb_gpu.posterior import HOPELESS, Beliefs, believe
 
 
 @dataclass(frozen=True)
@@ -109,4 +109,4 @@ def believed(leaves: Leaves, objective: Objective, default: int, config: TrainCo
     if leaves.field is None or leaves.pays:
         return beliefs
     nothing = np.zeros_like(beliefs.gain)
-    return replace(beliefs, probability=nothing, test=nothing - 1.0, test_sd=nothing)
+    return replace(beliefs, probability=nothing, test=nothing + HOPELESS, test_sd=nothing)

@@ -26,6 +26,8 @@ FAMILY_ERROR = 0.04
 LOG_PLACE_ERROR, FULL_PLACE_ERROR = 0.05, 0.01
 # of an estimate that is a gain, however unsure
 LIKELIER = 0.5
+# rows of the default below which nothing is known of how it varies, and so of what beats it
+LEAST_DEFAULT = 2
 # a row that makes most of its config's mean says little of how far it lies from it
 LEAST_KEPT = 0.1
 
@@ -60,11 +62,14 @@ def pays(
     in the test for heterogeneity of Chernozhukov, Demirer, Duflo & Fernández-Val (2018), and seem worth more than the
     default. in_use: whether a service runs the default. Where the best single config of an experiment stands in for one
     that nothing surely beat, that is not asked again, and choices by place need but seem a gain.
+    Nothing is known to beat a default that hardly ran: false.
     """
     direction_O = torch.from_numpy(objective.direction).to(y_NO)
     weighed_O = torch.zeros_like(direction_O)
     weighed_O[list(fits)] = direction_O[list(fits)]
     own_N = torch.stack([direction_O[o] * one.unseen_N for o, one in fits.items()]).sum(0)
+    if int((rows.config_N == default).sum()) < LEAST_DEFAULT:
+        return False
     total_C = by_config(rows, rows.importance_N).clamp(min=TINY)
     share_N = rows.importance_N / total_C[rows.config_N]
     # every config was recentred by its own rows: what a row leaves unexplained without itself (MacKinnon & White 1985)

@@ -328,7 +328,11 @@ def _with_default(
     known = table.id_of(wanted)
     if known is not None:
         return replace(table, default=known), config_id
-    log.warning("the default %s was never tried; improvement over it is unknown", wanted)
+    log.warning(
+        "the default %s was never tried: nothing can be shown to beat it; check params.default, log some queries under "
+        "it, or set params.default=auto, the config most logged",
+        wanted,
+    )
     return ConfigTable.from_params([*table, wanted], table.tiers, len(table)), config_id
 
 
