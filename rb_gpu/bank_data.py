@@ -81,6 +81,8 @@ ARRAYS: dict[str, tuple[str, str]] = {
 
 # a sum of a vote's cells must stay finite in float32
 MAX_CELL = 1e30
+# a test that no place of a query can lift over 0: of a config of which nothing is known
+NO_CHANCE = -MAX_CELL
 MAX_ID = 2**62
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from rb_gpu.bank_data import MAX_CELL, BankData
+from rb_gpu.bank_data import NO_CHANCE, BankData
 from rb_gpu.evidence import OUTCOMES, Floats
 from rb_gpu.field import SLOPES, kernels
 from rb_gpu.objective import Objective
@@ -56,7 +56,7 @@ class FieldCells:
             cells[:-1, block * configs : (block + 1) * configs] -= means[one][:-1]
         if not floor:
             # a default that beats itself would be an answer with a pattern behind it
-            cells[:, configs + default] = -MAX_CELL
+            cells[:, configs + default] = NO_CHANCE
         self._low_E, self._high_E = (np.concatenate(end).astype(np.float32) for end in (low, high))
         # columns in a row: the product of one query is then twice as fast
         self._shift_FE = np.asfortranarray(np.concatenate(shift, 1) * constant_F[:, None], dtype=np.float32)

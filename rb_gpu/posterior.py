@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rb_gpu.bank_data import MAX_CELL
+from rb_gpu.bank_data import NO_CHANCE
 from rb_gpu.evidence import OUTCOMES, Evidence, Floats, linear_moments
 from rb_gpu.field import Field
 from rb_gpu.homogeneity import differs, hidden, varies
@@ -27,8 +27,6 @@ PRIOR_ROWS = 4.0
 PRIOR_CONFIG_ROWS = 20.0
 # share of its variance that an effect keeps once it is taken as 0: not none, so that a precision stays finite
 SPIKE = 1e-6
-# a test that no place of a query can lift over 0: of a config of which nothing is known
-HOPELESS = -MAX_CELL
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,8 @@ class Beliefs:
     gain, gain_variance: of the objective's difference to the default. probability: that it beats the default by the
     margin (bound: and keeps the bound; floor: that quality reaches the target). score: what is maximised among the
     configs that are probable enough. quality: expected quality. margin: (C,). test, test_sd: what the probability is
-    that of, a normal variable's exceeding 0; HOPELESS and 0 where nothing is known.
+    that of, a normal variable's exceeding 0; NO_CHANCE and 0 where nothing is known (a bound is not
+    judged by them).
     """
 
     gain: Floats
@@ -230,7 +229,7 @@ def believe(
     never_C = (evidence.rows == 0).all(0)
     quality[:, never_C] = 0.0
     score = gain
-    test, test_sd = np.where(known, lead, HOPELESS), np.sqrt(np.where(known, gain_variance, 0.0))
+    test, test_sd = np.where(known, lead, NO_CHANCE), np.sqrt(np.where(known, gain_variance, 0.0))
     if objective.kind == "bound":
         keeps = _keeps_bound(evidence, objective)
         probability = np.where(keeps[:, [default]], probability, 1.0) * keeps
@@ -242,7 +241,7 @@ def believe(
         probability[:, never_C] = 0.0
         score = -_expense(evidence)
         test, test_sd = quality - objective.target, np.sqrt(np.where(certain, quality_var, 0.0))
-        test[:, never_C] = HOPELESS
+        test[:, never_C] = NO_CHANCE
     return Beliefs(gain, gain_variance, probability, score, quality, margin_C, test, test_sd)
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from rb_gpu.bank_data import NO_CHANCE
 from rb_gpu.normal import normal_cdf, normal_quantile
 from rb_gpu.objective import choose
-from rb_gpu.posterior import HOPELESS, Beliefs
+from rb_gpu.posterior import Beliefs
 
 Floats = npt.NDArray[np.float64]
 
@@ -44,7 +45,7 @@ def spend(beliefs: Beliefs, unseen: Unseen, target: float, min_probability: floa
     # as at a lookup: the leaf's belief, and how far the field says that the query is from its leaf
     quality_QC = quality_QC + (beliefs.quality[:-1] - mean_PC)[label_Q]
     sure_QC = quality_QC - least_z * beliefs.test_sd[:-1][label_Q]
-    sure_QC[(beliefs.test[:-1] == HOPELESS)[label_Q]] = -np.inf
+    sure_QC[(beliefs.test[:-1] == NO_CHANCE)[label_Q]] = -np.inf
     score_QC = beliefs.score[:-1][label_Q]
     each = np.arange(len(label_Q))
     low_P, high_P = np.full(leaves, 2 * target - 1.0), np.full(leaves, target)
@@ -55,7 +56,7 @@ def spend(beliefs: Beliefs, unseen: Unseen, target: float, min_probability: floa
         keeps_P = reached_P >= target
         high_P, low_P = np.where(keeps_P, middle_P, high_P), np.where(keeps_P, low_P, middle_P)
     spare_U = np.append(np.where(count_P > 0, target - high_P, 0.0), 0.0)
-    test = np.where(beliefs.test == HOPELESS, HOPELESS, beliefs.test + spare_U[:, None])
+    test = np.where(beliefs.test == NO_CHANCE, NO_CHANCE, beliefs.test + spare_U[:, None])
     certain = beliefs.test_sd > 0
     z = np.divide(test, beliefs.test_sd, out=np.zeros(test.shape), where=certain)
     return replace(beliefs, test=test, probability=np.where(certain, normal_cdf(z), test >= 0.0))

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rb_gpu.bank_data import NO_CHANCE
 from rb_gpu.field import Field
 from rb_gpu.learn.assemble import Leaves
 from rb_gpu.learn.config import TrainConfig
@@ -24,7 +25,7 @@ from rb_gpu.learn.landmarks import Foretold, foretell, tempered
 from rb_gpu.learn.stages import Stages, digest
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.objective import Objective
-from rb_gpu.posterior import HOPELESS, Beliefs, believe
+from rb_gpu.posterior import Beliefs, believe
 
 
 @dataclass(frozen=True)
@@ -109,4 +110,4 @@ def believed(leaves: Leaves, objective: Objective, default: int, config: TrainCo
     if leaves.field is None or leaves.pays:
         return beliefs
     nothing = np.zeros_like(beliefs.gain)
-    return replace(beliefs, probability=nothing, test=nothing + HOPELESS, test_sd=nothing)
+    return replace(beliefs, probability=nothing, test=nothing + NO_CHANCE, test_sd=nothing)

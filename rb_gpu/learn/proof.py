@@ -64,12 +64,12 @@ def pays(
     that nothing surely beat, that is not asked again, and choices by place need but seem a gain.
     Nothing is known to beat a default that hardly ran: false.
     """
+    if int((rows.config_N == default).sum()) < LEAST_DEFAULT:
+        return False
     direction_O = torch.from_numpy(objective.direction).to(y_NO)
     weighed_O = torch.zeros_like(direction_O)
     weighed_O[list(fits)] = direction_O[list(fits)]
     own_N = torch.stack([direction_O[o] * one.unseen_N for o, one in fits.items()]).sum(0)
-    if int((rows.config_N == default).sum()) < LEAST_DEFAULT:
-        return False
     total_C = by_config(rows, rows.importance_N).clamp(min=TINY)
     share_N = rows.importance_N / total_C[rows.config_N]
     # every config was recentred by its own rows: what a row leaves unexplained without itself (MacKinnon & White 1985)
