@@ -328,11 +328,8 @@ def _with_default(
     known = table.id_of(wanted)
     if known is not None:
         return replace(table, default=known), config_id
-    log.warning(
-        "the default %s was never tried: nothing can be shown to beat it; check params.default, log some queries under "
-        "it, or set params.default=auto, the config most logged",
-        wanted,
-    )
+    log.warning("params.default=%s was never tried: nothing can be shown to beat it; log some queries under it, "
+                "or set params.default=auto, the config most logged", wanted)  # fmt: skip
     return ConfigTable.from_params([*table, wanted], table.tiers, len(table)), config_id
 
 
