@@ -25,8 +25,8 @@ LARGEST = np.finfo(np.float32).max
 _INTS = ir.VectorType(ir.IntType(32), LANES)
 
 
-def _load(builder: Any, address: Any, kind: Any) -> Any:
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
+def _load(builder: Any, place: Any, kind: Any) -> Any:
+    return builder.load(builder.inttoptr(place, kind.as_pointer()), align=4)
 
 
 def _bounds(builder: Any, integers: bool, arguments: Any) -> Any:
