@@ -13,6 +13,7 @@ pytest.importorskip("torch")
 from jobs.tables import growth_tables
 from rb_gpu.bench import growth
 from rb_gpu.bench.plot import plot_growth
+from rb_gpu.errors import ConfigError
 
 SETTINGS = {
     "points": ["emb"], "dim": 40, "n": 3000, "growth_rows": [1500, 3000], "growth_clusters": [20, 40], "iterations": 2,
@@ -45,6 +46,12 @@ def test_an_iteration_is_what_a_longer_call_takes_longer(monkeypatch: pytest.Mon
     assert "1,500  3,000" in growth_tables(result)
     pytest.importorskip("matplotlib")
     assert plot_growth(result, tmp_path / "plot.png")
+
+
+def test_one_size_grows_nothing() -> None:
+    # it was measured, and then matplotlib refused a picture without panels
+    with pytest.raises(ConfigError, match="leave no two sizes of points=emb, which has 3000 rows"):
+        growth.measure(SETTINGS | {"growth_rows": [3000], "growth_clusters": [20]})
 
 
 def test_sizes_that_a_file_lacks_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from rb_gpu.bench.cluster import points
 from rb_gpu.bench.runner import in_process, interleaved, machine
+from rb_gpu.errors import ConfigError
 
 # clusters while the points grow; the points stay at `n` while the clusters do
 CLUSTERS = 1024
@@ -51,6 +52,11 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
             del x
             # of a file with fewer rows, the sizes that it has
             calls = {f"{n} {k}": partial(_iteration, path, n, k, settings) for n, k in wanted if k <= n <= most}
+            if not any(sum(f"{n} {k}" in calls for n, k in cases) > 1 for _, _, cases in axes.values()):
+                raise ConfigError(
+                    f"growth_rows={settings['growth_rows']} and growth_clusters={settings['growth_clusters']} leave no "
+                    f"two sizes of points={name}, which has {most} rows; give two of either, up to that many"
+                )
             samples = interleaved(calls, settings["rounds"], settings["seed"], warm=False)
             for axis, (fixed, grown, cases) in axes.items():
                 found = [(size, f"{n} {k}") for size, (n, k) in zip(grown, cases, strict=True) if f"{n} {k}" in samples]
