@@ -22,7 +22,7 @@ from rb_gpu.source import ArtifactSource
 from rb_gpu.types import OptimizedParams, PatternMatch, QueryTrajectory, ReasoningBankStats, Tradeoff, UserFeedback
 from rb_gpu.usage import Counts
 from rb_gpu.views import PatternView, VerdictView
-from rb_gpu.vote import BankState, answer, fallback, interpolate, unit_query
+from rb_gpu.vote import BankState, answer, fallback, interpolate, nearest
 
 if TYPE_CHECKING:
     from rb_gpu.trajectory_log import TrajectoryLog
@@ -197,7 +197,7 @@ class ReasoningBank:
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
             raise ValueError(f"k={k!r} is not an integer >= 1; ask for one pattern or more")
         state = self._state
-        rows, cosines = state.search.nearest_one(unit_query(query, state.dim), int(k))
+        rows, cosines = nearest(state, query, int(k))
         return [
             # a cosine of float32 vectors may round to just over 1
             PatternMatch(state.patterns.by_row(row), min(1.0, max(-1.0, cosine)))
@@ -264,7 +264,7 @@ class ReasoningBank:
         embedding, DataError or TypeError where another field does not fit the log.
         """
         state = self._state
-        rows, _ = state.search.nearest_one(unit_query(trajectory.query_embedding, state.dim), 1)
+        rows, _ = nearest(state, trajectory.query_embedding, 1)
         kept = self._log is None or self._log.record(trajectory)
         if rows:  # an inverted file may find nothing
             state.ratings.remember(trajectory.id, state.pattern_id[rows[0]])

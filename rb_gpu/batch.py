@@ -15,6 +15,7 @@ import numpy.typing as npt
 from rb_gpu.bank_data import LookupSettings
 from rb_gpu.normal import normal_cdf
 from rb_gpu.objective import choose
+from rb_gpu.search import EXACT_BATCH_QUERIES
 from rb_gpu.vote import BankState, Matrix, Vector, queries_of, scaled
 
 Rows = npt.NDArray[np.int64]
@@ -62,7 +63,8 @@ def look(state: BankState, values_BD: Matrix, k: int) -> tuple[Rows, Matrix, Mat
     (B, K) each, and what the field says of the queries, None where there is no field. Raises ValueError.
     """
     unit_BD, scale_B = scaled(values_BD)
-    rows_BK, cosine_BK = state.search.nearest(unit_BD, k)
+    search = state.search_many if len(unit_BD) >= EXACT_BATCH_QUERIES else state.search
+    rows_BK, cosine_BK = search.nearest(unit_BD, k)
     cosine_BK *= scale_B[:, None]
     if state.field is None:
         return rows_BK, cosine_BK, None
@@ -152,9 +154,5 @@ def _picked(state: BankState, block: int, config_B: Rows, voters: Voters) -> Vec
 def _mixed(cells_UE: Matrix, voters: Voters) -> Matrix:
     """Weighted means of rows of cells (B, E); row -1 is the last."""
     cells_UE = np.ascontiguousarray(cells_UE)  # once, not for every neighbour
-    mixed_BE = np.zeros((len(voters.rows_BK), cells_UE.shape[1]), np.float32)
-    for row_B, weight_B in zip(voters.rows_BK.T, voters.weight_BK.T, strict=True):
-        part_BE = cells_UE.take(row_B, 0, mode="wrap")
-        part_BE *= weight_B[:, None]
-        mixed_BE += part_BE
+    mixed_BE: Matrix = np.einsum("kb,kbe->be", voters.weight_BK.T, cells_UE.take(voters.rows_BK.T, 0, mode="wrap"))
     return mixed_BE

@@ -12,6 +12,7 @@ from rb_gpu.bank_data import NO_CHANCE, BankData
 from rb_gpu.evidence import OUTCOMES, Floats
 from rb_gpu.field import SLOPES, kernels
 from rb_gpu.objective import Objective
+from rb_gpu.search import in_lines
 
 Matrix = npt.NDArray[np.float32]
 
@@ -37,7 +38,7 @@ class FieldCells:
         said = [(gain_O, True), (quality_O, False), (expense, False)][: 3 if floor else 2]
         said_of_block = (2, 1, 0, 1) if floor else (0, 0, 0, 1)
         # times the first slope, and the kernels' constant put into what they are multiplied by
-        self.landmarks_MD = np.ascontiguousarray(field.landmarks * np.float32(SLOPES[0]))
+        self.landmarks_MD = in_lines(field.landmarks * np.float32(SLOPES[0]))
         constant_F = np.exp(-np.repeat(SLOPES, len(field.landmarks)))
         shift, means, low, high = [], [], [], []
         cells = cells_UE.astype(np.float64)
@@ -59,7 +60,7 @@ class FieldCells:
             cells[:, configs + default] = NO_CHANCE
         self._low_E, self._high_E = (np.concatenate(end).astype(np.float32) for end in (low, high))
         # columns in a row: the product of one query is then twice as fast
-        self._shift_FE = np.asfortranarray(np.concatenate(shift, 1) * constant_F[:, None], dtype=np.float32)
+        self._shift_FE = in_lines((np.concatenate(shift, 1) * constant_F[:, None]).T).T
         self.width, self.block = len(self._low_E), [slice(i * configs, (i + 1) * configs) for i in said_of_block]
         self.column_E = np.concatenate([np.arange(columns.start, columns.stop) for columns in self.block])
         self.cells_UE = np.concatenate([cells, test_sd_UC], 1).astype(np.float32)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
 
 from rb_gpu.artifact import (
     BANK_FILE,
@@ -24,6 +23,7 @@ from rb_gpu.artifact import (
 )
 from rb_gpu.bank_data import BankData, check_bank
 from rb_gpu.errors import ArtifactError
+from rb_gpu.tensor_file import tensors_content
 
 
 def file_digest(content: bytes) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def write_artifact(
             raise ArtifactError(f"{name!r} is no name for a further file of an artifact; choose another")
     if os.path.lexists(folder):
         raise ArtifactError(f"{folder} exists; artifacts are immutable, publish under another version")
-    files = {BANK_FILE: save({k: np.ascontiguousarray(v) for k, v in data.arrays.items()}), **extra_files}
+    files = {BANK_FILE: tensors_content(data.arrays), **extra_files}
     head = {"schema_version": SCHEMA_VERSION, "version": folder.name, **data.head()}
     # the facts of a bank that was loaded are a whole manifest, which may be another one's
     facts = {name: value for name, value in data.facts.items() if name not in head}

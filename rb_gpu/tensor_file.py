@@ -1,7 +1,7 @@
 """A safetensors file as NumPy arrays over its own bytes: nothing is copied, and nothing in its header is believed.
 
 The format: github.com/huggingface/safetensors, section Format. Its own loader copies every array, which a memory map
-exists to avoid.
+exists to avoid, and its own writer puts them where a product over the map is a fifth slower.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,36 @@ DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
 }  # fmt: skip
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+CACHE_LINE = 64
 
 
 def no_constant(name: str) -> Any:
     """For json.loads: NaN and Infinity are no JSON. Raises ValueError."""
     raise ValueError(f"{name} is no JSON")
+
+
+def tensors_content(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
+    """A file of these arrays that `map_tensors` and safetensors read, and that depends on nothing but them.
+
+    Arrays of float32 and other 4 bytes begin at a cache line of the mapped file where they fill whole ones, as matrices
+    of embeddings do. Raises ValueError for a dtype that has no name there.
+    """
+    header: dict[str, Any] = {}
+    parts, wide, end = [], 0, 0
+    # widest first, for none may begin off its own width; and what fills lines before what would move it off them
+    for name in sorted(arrays, key=lambda n: (-arrays[n].itemsize, arrays[n].nbytes % CACHE_LINE > 0, n)):
+        array = arrays[name]
+        code = CODES.get(array.dtype.newbyteorder("<"))
+        if code is None:
+            raise ValueError(f"array {name} is of {array.dtype}, which safetensors has no name for")
+        header[name] = {"dtype": code, "shape": array.shape, "data_offsets": (end, end + array.nbytes)}
+        parts.append(array.astype(DTYPES[code], copy=False).tobytes())
+        end += array.nbytes
+        wide = end if array.itemsize == 8 else wide
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text) + wide) % CACHE_LINE)
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
 def map_tensors(content: Any) -> dict[str, npt.NDArray[Any]]:

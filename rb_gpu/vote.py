@@ -18,7 +18,7 @@ from rb_gpu.evidence import OUTCOMES
 from rb_gpu.field_cells import FieldCells
 from rb_gpu.normal import normal_quantile
 from rb_gpu.params import ConfigTable, SearchParams, round_half_up, snap
-from rb_gpu.search import Search, open_search
+from rb_gpu.search import EXACT_BATCH_LEAVES, ExactSearch, Search, in_lines, open_search
 from rb_gpu.types import OptimizedParams, ParamSource, Tradeoff
 from rb_gpu.usage import Ratings
 from rb_gpu.views import PatternView, VerdictView
@@ -30,6 +30,11 @@ REMEMBERED_TRADEOFFS = 32
 FLOAT32 = np.dtype(np.float32)
 # a float32 square sum between these is exact enough to divide by; outside, float64 decides
 SAFE_SQUARES = (1e-30, 1e30)
+NO_SOURCE = ParamSource(None)
+BY_NEAR = "best config by the vote of the nearest patterns"
+BY_ALL = "best config by the vote of all patterns, for none is near"
+DEFAULT_BY_NEAR = "the default stands: no config is probable enough to beat it by the nearest patterns"
+DEFAULT_BY_ALL = "the default stands: no config is probable enough to beat it by all patterns, for none is near"
 
 
 class BankState:
@@ -39,7 +44,7 @@ class BankState:
         leaves = data.arrays["centroids"][: data.leaves]
         norm = np.sqrt(squared_norms(leaves))
         if np.abs(norm - 1.0).max() > 1e-6:  # else the mapped pages are searched as they lie
-            leaves = np.asarray(leaves / np.where(norm > 0, norm, 1.0)[:, None], dtype=np.float32)
+            leaves = in_lines(leaves / np.where(norm > 0, norm, 1.0)[:, None])
         self.data = data
         self.dim, self.settings, self.default = data.dim, data.lookup, data.default
         self.version = str(data.facts.get("version", ""))
@@ -47,6 +52,8 @@ class BankState:
         self.params: list[SearchParams] = list(self.configs)
         kind = str(data.facts.get("index", {}).get("kind", "flat"))
         self.search: Search = open_search(leaves, index, kind, search)
+        few = search == "auto" and len(leaves) <= EXACT_BATCH_LEAVES
+        self.search_many: Search = ExactSearch(leaves) if few else self.search
         self.pattern_id: list[int] = data.arrays["pattern_id"][: data.leaves].tolist()
         self.patterns = PatternView(data)
         self.verdicts = VerdictView(data)
@@ -98,15 +105,21 @@ class BankState:
         return other
 
 
-def unit_query(query: npt.ArrayLike, dim: int) -> Vector:
-    """One query (D,) as float32 of norm 1. Raises ValueError saying what came."""
+def one_query(query: npt.ArrayLike, dim: int) -> tuple[Vector, float]:
+    """One query (D,) as float32, and what it is multiplied by for norm 1. Raises ValueError saying what came."""
     if type(query) is np.ndarray and query.dtype == FLOAT32 and query.shape == (dim,):
         squares = float(np.vdot(query, query))  # dot would warn of an overflow
         if SAFE_SQUARES[0] < squares < SAFE_SQUARES[1]:
-            unit: Vector = np.multiply(query, 1.0 / math.sqrt(squares))
-            return unit
+            return query, 1.0 / math.sqrt(squares)
     values_1D, scale_1 = scaled(queries_of(query, dim, 1))
-    return np.asarray(values_1D[0] * scale_1[0])
+    return values_1D[0], float(scale_1[0])
+
+
+def nearest(state: BankState, query: npt.ArrayLike, k: int) -> tuple[list[int], list[float]]:
+    """Rows and cosines of the leaves nearest to one query (D,), best first. Raises ValueError saying what came."""
+    values_D, scale = one_query(query, state.dim)
+    rows, products = state.search.nearest_one(values_D, k)
+    return rows, [product * scale for product in products]
 
 
 def queries_of(query: npt.ArrayLike, dim: int, ndim: int) -> Matrix:
@@ -145,30 +158,37 @@ def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
     no leaf does: row -1 of the cells, the last, which stands for a query that is near no pattern.
     """
     settings, default, configs, field = state.settings, state.default, len(state.params), state.field
-    unit_D = unit_query(query, state.dim)
-    rows, cosine = state.search.nearest_one(unit_D, settings.top_k)
-    beta, floor, best = settings.beta, settings.floor, cosine[0] if cosine else -math.inf
-    weight = [math.exp(beta * (c - best)) for c in cosine if c >= floor]
+    values_D, scale = one_query(query, state.dim)
+    rows, product = state.search.nearest_one(values_D, settings.top_k)
+    # the search and the field multiply the query as it came; of its products, few are scaled
+    beta, floor, best = settings.beta * scale, settings.floor / scale, product[0] if product else -math.inf
+    weight = [math.exp(beta * (p - best)) for p in product if p >= floor]
     cells_UE = state.cells_UE if field is None else field.cells_UE
     if weight:
         total = sum(weight)
         share = np.array([w / total for w in weight], np.float32)
         mixed_E = share.dot(cells_UE.take(rows[: len(weight)], 0))
-        nearest = rows[0]
+        row = rows[0]
         if field is not None:
-            mixed_E[: 4 * configs] += field.shift(field.landmarks_MD.dot(unit_D))[field.column_E]
+            mixed_E[: 4 * configs] += field.shift(field.landmarks_MD.dot(values_D) * scale).take(field.column_E)
     else:
-        mixed_E, nearest = cells_UE[-1].copy(), -1
+        mixed_E, row = cells_UE[-1].copy(), -1
     score_C, sure_C = mixed_E[:configs], mixed_E[configs : 2 * configs]
     least = settings.min_probability if field is None else state.least_z * mixed_E[4 * configs :]
     score_C[sure_C < least] = -math.inf
     config = int(score_C.argmax())
     if score_C.item(config) == -math.inf:
         config = int(mixed_E[3 * configs : 4 * configs].argmax()) if settings.likeliest else default
+    if config == default:
+        quality, reason = mixed_E.item(3 * configs + config), DEFAULT_BY_NEAR if row >= 0 else DEFAULT_BY_ALL
+        return OptimizedParams(state.params[config], 0.0, NO_SOURCE, quality, 0.0, config, reason)
     sure = sure_C.item(config)
     if field is not None:
         sure = _probability(sure, mixed_E.item(4 * configs + config))
-    return _answer(state, nearest, config, sure, mixed_E.item(3 * configs + config), mixed_E.item(2 * configs + config))
+    source, reason = (ParamSource(state.pattern_id[row]), BY_NEAR) if row >= 0 else (NO_SOURCE, BY_ALL)
+    quality, gain = mixed_E.item(3 * configs + config), mixed_E.item(2 * configs + config)
+    # weights in float32 may add up to just over 1
+    return OptimizedParams(state.params[config], min(sure, 1.0), source, quality, gain, config, reason)
 
 
 def _probability(test: float, sd: float) -> float:
@@ -176,21 +196,10 @@ def _probability(test: float, sd: float) -> float:
     return 0.5 * math.erfc(-test / (sd * math.sqrt(2.0))) if sd > 0 else float(test > 0)
 
 
-def _answer(state: BankState, row: int, config: int, confidence: float, quality: float, gain: float) -> OptimizedParams:
-    near = "the nearest patterns" if row >= 0 else "all patterns, for none is near"
-    if config == state.default:
-        reason = f"the default stands: no config is probable enough to beat it by {near}"
-        return OptimizedParams(state.params[config], 0.0, ParamSource(None), quality, 0.0, config, reason)
-    source = ParamSource(state.pattern_id[row] if row >= 0 else None)
-    reason = f"best config by the vote of {near}"
-    # weights in float32 may add up to just over 1
-    return OptimizedParams(state.params[config], min(confidence, 1.0), source, quality, gain, config, reason)
-
-
 def fallback(state: BankState, reason: str) -> OptimizedParams:
     """The default, for a query that could not be read."""
     quality = state.cells_UE.item(-1, 3 * len(state.params) + state.default)
-    return OptimizedParams(state.params[state.default], 0.0, ParamSource(None), quality, 0.0, state.default, reason)
+    return OptimizedParams(state.params[state.default], 0.0, NO_SOURCE, quality, 0.0, state.default, reason)
 
 
 def interpolate(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
@@ -199,7 +208,7 @@ def interpolate(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
     Raises ValueError on a bad query.
     """
     arrays, configs = state.data.arrays, state.configs
-    rows_K, cosine_K = state.search.nearest_one(unit_query(query, state.dim), state.data.lookup.top_k)
+    rows_K, cosine_K = nearest(state, query, state.data.lookup.top_k)
     near = [(row, max(cosine, 0.0)) for row, cosine in zip(rows_K, cosine_K, strict=True)
             if cosine >= state.data.lookup.floor]  # fmt: skip
     rows = np.array([row for row, _ in near], dtype=np.int64)

@@ -111,6 +111,21 @@ def test_probability_has_to_reach_the_least_one_asked_for(data: BankData) -> Non
         assert answer.confidence == pytest.approx(0 if default else 0.75)
 
 
+@pytest.mark.parametrize("length", [1e-25, 1e-9, 0.3, 7.0, 1e9, 1e25])
+def test_the_length_of_a_query_changes_nothing(data: BankData, length: float) -> None:
+    # of queries near a pattern, and of those that the floor says are near none
+    bank = ReasoningBank(replace(data, lookup=replace(data.lookup, floor=0.5)))
+    for query in np.concatenate([queries_near(data, 50), np.random.default_rng(0).normal(size=(50, data.dim))]):
+        unit = (query / np.linalg.norm(query)).astype(np.float32)
+        expected, found = bank.optimized_params(unit), bank.optimized_params(unit * np.float32(length))
+        assert found.config_id == expected.config_id and found.source == expected.source
+        assert found.reason == expected.reason
+        for name in ("confidence", "expected_quality", "expected_gain"):
+            assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4, abs=1e-6)
+        for one, other in zip(*(bank.find_similar_patterns(q, 3) for q in (unit, unit * length)), strict=True):
+            assert one.pattern.id == other.pattern.id and one.similarity == pytest.approx(other.similarity, abs=1e-6)
+
+
 def test_a_batch_answers_as_single_lookups_do(bank: ReasoningBank) -> None:
     queries = queries_near(bank.data, 500)
     batch = bank.optimized_params_batch(queries)

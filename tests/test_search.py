@@ -16,7 +16,7 @@ from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ArtifactError
 from rb_gpu.publish import write_artifact
-from rb_gpu.search import ExactSearch, open_search
+from rb_gpu.search import EXACT_BATCH_QUERIES, ExactSearch, open_search
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -163,6 +163,19 @@ def test_a_bank_answers_alike_by_index(data: BankData, kind: str) -> None:
     exact, found = ReasoningBank(data).optimized_params_batch(queries), by_index.optimized_params_batch(queries)
     np.testing.assert_array_equal(exact["config_id"], found["config_id"])
     np.testing.assert_allclose(exact["confidence"], found["confidence"], rtol=1e-4)
+
+
+def test_a_large_batch_is_searched_exactly_where_a_product_is_faster_than_the_index(data: BankData) -> None:
+    index = index_of(data.arrays["centroids"][:12], kind="hnsw")
+    asked, chosen = (ReasoningBank(data, index, search=search) for search in ("index", "auto"))
+    assert asked._state.search_many is asked._state.search
+    chosen._state.search = asked._state.search  # which auto takes for more leaves than these
+    queries = queries_near(data, EXACT_BATCH_QUERIES)
+    expected, found = ReasoningBank(data).optimized_params_batch(queries), chosen.optimized_params_batch(queries)
+    for name, column in expected.items():
+        np.testing.assert_array_equal(found[name], column)
+    chosen._state.search_many = None  # type: ignore[assignment]
+    assert len(chosen.optimized_params_batch(queries[1:])["config_id"]) == EXACT_BATCH_QUERIES - 1
 
 
 def test_rows_that_an_inverted_file_does_not_find_have_no_vote(data: BankData) -> None:

@@ -28,7 +28,7 @@ from rb_gpu.serve.guard import Guard
 from rb_gpu.serve.metrics import Metrics
 from rb_gpu.serve.openapi import JSON, NO_LOG, PROBLEMS, RAW
 from rb_gpu.types import Tradeoff, UserFeedback
-from rb_gpu.vote import unit_query
+from rb_gpu.vote import one_query
 
 Model = TypeVar("Model", bound=BaseModel)
 Answer = TypeVar("Answer")
@@ -174,7 +174,7 @@ class _Routes:
         with _refusing():
             records = [one.record() for one in body.trajectories]
             for record in records:
-                unit_query(record.query_embedding, self._bank.dim)  # all are looked at before one is taken
+                one_query(record.query_embedding, self._bank.dim)  # all are looked at before one is taken
             accepted = sum(self._bank.record_trajectory(record) for record in records)
         if accepted < len(records):
             # what was taken is taken once: ids make a repetition harmless
