@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import logging
 import os
@@ -88,12 +89,29 @@ def job(
                 # Hydra would keep settings and a log of every run
                 nowhere = stack.enter_context(tempfile.TemporaryDirectory(prefix="rb_gpu-dry-"))
                 sys.argv += [f"hydra.run.dir={nowhere}", f"hydra.sweep.dir={nowhere}"]
+            stack.enter_context(lazy_help())
             composing()
         code = 0 if finish is None else finish()
         if code:
             sys.exit(code)
 
     return main
+
+
+@contextmanager
+def lazy_help() -> Iterator[None]:
+    """From Python 3.14 argparse reads an option's help when it is added, of which Hydra 1.3 has one that is no text
+    before it is shown (facebookresearch/hydra#3121); inside this it does not.
+    """
+    check = getattr(argparse.ArgumentParser, "_check_help", None)
+    if check is None:
+        yield
+        return
+    argparse.ArgumentParser._check_help = lambda self, action: None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser._check_help = check  # type: ignore[attr-defined]
 
 
 def run_folder() -> Path:

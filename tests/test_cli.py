@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import io
 import json
@@ -16,6 +17,9 @@ from rich.console import Console
 
 pytest.importorskip("torch")
 
+from hydra._internal.utils import get_args_parser
+
+from jobs.common import lazy_help
 from jobs.display import Bars, shown
 from jobs.manual import check_keys, is_dry, known_keys, page
 from rb_gpu.errors import ConfigError
@@ -192,3 +196,24 @@ def test_a_sweep_under_torchrun_is_refused_before_anything_is_made(tmp_path):
     )  # fmt: skip
     assert done.returncode == 1 and "without -m" in done.stderr, done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_jobs_read_their_settings_where_argparse_looks_at_every_help_text(monkeypatch):
+    # as Python 3.14's does, where every job ended in a traceback before it began
+    add_argument = argparse.ArgumentParser.add_argument
+
+    def check(self, action):
+        return action.help is None or "%" in action.help
+
+    def add_and_check(self, *names, **settings):
+        action = add_argument(self, *names, **settings)
+        self._check_help(action)
+        return action
+
+    monkeypatch.setattr(argparse.ArgumentParser, "_check_help", check, raising=False)
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", add_and_check)
+    with pytest.raises(TypeError, match="LazyCompletionHelp"):
+        get_args_parser()
+    with lazy_help():
+        assert get_args_parser().parse_args(["a=1"]).overrides == ["a=1"]
+    assert argparse.ArgumentParser._check_help is check
