@@ -19,10 +19,11 @@ Matrix = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 
-# up to here one product over all leaves beats a graph on one core (`python -m jobs.benchmark suite=lookup`)
-EXACT_LEAVES = 1024
+# up to so many floats a product with all leaves beats a graph on one core: what its own cache holds beside the rest of
+# an answer (`python -m jobs.benchmark suite=lookup`)
+EXACT_CELLS = 2**18
 # and up to here its product with so many queries beats a graph that is asked for each of them
-EXACT_BATCH_LEAVES, EXACT_BATCH_QUERIES = 4096, 256
+EXACT_BATCH_LEAVES, EXACT_BATCH_QUERIES = 4096, 64
 # up to so many neighbours, one pass for each beats a partition
 FEW = 16
 # candidates of an index that are compared exactly, at least: its own distances are of compressed vectors
@@ -195,14 +196,14 @@ class FaissSearch:
 
 
 def open_search(unit_PD: Matrix, index: Any, kind: str, wanted: str) -> Search:
-    """exact, index, or auto: exact up to EXACT_LEAVES leaves, beyond that the index where there is one and Faiss is.
+    """exact, index, or auto: exact up to EXACT_CELLS, beyond that the index where there is one and Faiss is.
 
     index: the content of index.faiss. Raises ArtifactError where `index` is wanted and cannot be had, ValueError on
     another word.
     """
     if wanted not in ("auto", "exact", "index"):
         raise ValueError(f"search={wanted!r} is not one of auto, exact, index; choose one of them")
-    if wanted == "exact" or (wanted == "auto" and (len(unit_PD) <= EXACT_LEAVES or index is None)):
+    if wanted == "exact" or (wanted == "auto" and (unit_PD.size <= EXACT_CELLS or index is None)):
         return ExactSearch(unit_PD)
     if index is None:
         raise ArtifactError("search=index, but the artifact has no index.faiss; train with index.kind=hnsw or use auto")

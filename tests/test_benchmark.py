@@ -18,7 +18,7 @@ from rb_gpu.bench.plot import plot_lookup
 from rb_gpu.bench.runner import clean_environment, fresh_median, in_process, interleaved
 
 SETTINGS = {
-    "patterns": [40, 1100], "dim": 24, "configs": 3, "distinct_queries": 60, "rounds": 2, "batch": 100, "threads": 2,
+    "patterns": [40, 1100], "dim": 240, "configs": 3, "distinct_queries": 60, "rounds": 2, "batch": 100, "threads": 2,
     "seed": 0,
 }  # fmt: skip
 

@@ -265,7 +265,7 @@ def test_without_faiss_auto_is_exact_and_index_says_what_to_install(data: BankDa
         return import_(name, *args)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    monkeypatch.setattr(module, "EXACT_LEAVES", 4)
+    monkeypatch.setattr(module, "EXACT_CELLS", 4 * 16)
     assert ReasoningBank(data, b"an index").search_name == "exact"
     with pytest.raises(ArtifactError, match=r"pip install 'rb_gpu\[index\]'"):
         ReasoningBank(data, b"an index", search="index")
@@ -275,7 +275,7 @@ def test_auto_takes_the_index_of_a_large_bank(monkeypatch: Any) -> None:
     data = make_bank(leaves=30)
     index = index_of(data.arrays["centroids"][:30])
     assert ReasoningBank(data, index).search_name == "exact"
-    monkeypatch.setattr(module, "EXACT_LEAVES", 29)
+    monkeypatch.setattr(module, "EXACT_CELLS", 29 * 16)
     assert ReasoningBank(data, index).search_name == "flat"
     assert ReasoningBank(data).search_name == "exact"
 
