@@ -17,7 +17,7 @@ from rb_gpu.evidence import Evidence, Floats
 
 Matrix = npt.NDArray[np.float32]
 
-# slopes of the kernels; the second is twice the first, so that one exponential makes both
+# slopes of the kernels; the second is twice the first, so that a lookup makes both of one exponential
 SLOPES = (2.0, 4.0)
 # the arrays of bank.safetensors where there is a field: dtype, and axes (P leaves, besides those of the legend)
 FIELD_ARRAYS: dict[str, tuple[str, str]] = {
@@ -78,13 +78,3 @@ class Field(NamedTuple):
             pair_mean=self.residual_pair_mean,
             pair_comoment=self.residual_pair_comoment,
         )
-
-
-def kernels(steep_BM: Matrix) -> Matrix:
-    """φ·exp(a), (..., F) float32, from SLOPES[0] times the cosines (..., M) of queries to landmarks."""
-    landmarks = steep_BM.shape[-1]
-    both: Matrix = np.empty((*steep_BM.shape[:-1], 2 * landmarks), np.float32)
-    wide = both[..., :landmarks]
-    np.exp(steep_BM, out=wide)
-    np.multiply(wide, wide, out=both[..., landmarks:])
-    return both

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from rb_gpu.bank_data import NO_CHANCE, BankData
 from rb_gpu.evidence import OUTCOMES, Floats
-from rb_gpu.field import SLOPES, kernels
+from rb_gpu.field import SLOPES
 from rb_gpu.objective import Objective
 from rb_gpu.search import in_lines
 
@@ -60,7 +60,9 @@ class FieldCells:
             cells[:, configs + default] = NO_CHANCE
         self._low_E, self._high_E = (np.concatenate(end).astype(np.float32) for end in (low, high))
         # columns in a row: the product of one query is then twice as fast
-        self._shift_FE = in_lines((np.concatenate(shift, 1) * constant_F[:, None]).T).T
+        self._first_ME, self._second_ME = (
+            in_lines(part_ME.T).T for part_ME in np.split(np.concatenate(shift, 1) * constant_F[:, None], 2)
+        )
         self.width, self.block = len(self._low_E), [slice(i * configs, (i + 1) * configs) for i in said_of_block]
         self.column_E = np.concatenate([np.arange(columns.start, columns.stop) for columns in self.block])
         self.cells_UE = np.concatenate([cells, test_sd_UC], 1).astype(np.float32)
@@ -69,6 +71,9 @@ class FieldCells:
         """(..., width) what the field says of queries with these products (..., M) with landmarks_MD, within what it
         said of training queries: a place unlike theirs is not foretold.
         """
-        found: Matrix = kernels(steep_M).dot(self._shift_FE)
+        kernel = np.exp(steep_M)
+        found: Matrix = kernel.dot(self._first_ME)
+        kernel *= kernel  # of the second slope
+        found += kernel.dot(self._second_ME)
         np.maximum(found, self._low_E, out=found)
         return np.minimum(found, self._high_E, out=found)

@@ -170,7 +170,9 @@ def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
         mixed_E = share.dot(cells_UE.take(rows[: len(weight)], 0))
         row = rows[0]
         if field is not None:
-            mixed_E[: 4 * configs] += field.shift(field.landmarks_MD.dot(values_D) * scale).take(field.column_E)
+            steep_M = field.landmarks_MD.dot(values_D)
+            steep_M *= scale
+            mixed_E[: 4 * configs] += field.shift(steep_M).take(field.column_E)
     else:
         mixed_E, row = cells_UE[-1].copy(), -1
     score_C, sure_C = mixed_E[:configs], mixed_E[configs : 2 * configs]

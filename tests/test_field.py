@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from rb_gpu.bank import ReasoningBank  # noqa: E402
 from rb_gpu.errors import ArtifactError  # noqa: E402
-from rb_gpu.field import FIELD_ARRAYS, SLOPES, kernels  # noqa: E402
+from rb_gpu.field import FIELD_ARRAYS, SLOPES  # noqa: E402
 from rb_gpu.learn import learn  # noqa: E402
 from rb_gpu.learn.canonical import average_coordinates, canonical  # noqa: E402
 from rb_gpu.learn.config import ClusterConfig, DeviceConfig, JudgeConfig, ParamsConfig, TrainConfig  # noqa: E402
@@ -344,12 +344,22 @@ def test_a_damaged_field_is_refused(bank, name, damage):
         ReasoningBank(replace(bank.data, arrays=arrays))
 
 
-def test_kernels_are_exponentials_of_both_slopes():
-    cosine = np.linspace(-1, 1, 7, dtype=np.float32)
-    expected = np.concatenate([np.exp(slope * cosine) for slope in SLOPES])
-    assert kernels(np.float32(SLOPES[0]) * cosine) == pytest.approx(expected, rel=1e-6)
-    both = kernels(np.float32(SLOPES[0]) * np.stack([cosine, -cosine]))
-    assert both.shape == (2, 14) and both[0] == pytest.approx(expected, rel=1e-6)
+def test_a_lookup_is_told_the_kernel_regression_within_what_training_queries_were_told(bank):
+    data, field, lookup = bank.data, bank.data.field, bank._state.field
+    direction, default, configs = data.objective.direction, data.default, len(data.configs)
+    rng = np.random.default_rng(0)
+    unit_BD = np.concatenate([field.landmarks[:20], rng.normal(size=(20, data.dim))])
+    unit_BD /= np.linalg.norm(unit_BD, axis=1, keepdims=True)
+    cosine_BM = unit_BD @ field.landmarks.T.astype(np.float64)
+    kernels_BF = np.concatenate([np.exp(slope * (cosine_BM - 1.0)) for slope in SLOPES], axis=1)
+    foretold_BC = kernels_BF @ (field.coef.astype(np.float64) @ direction)
+    ends = [end * direction for end in (field.gain_low, field.gain_high)]
+    low_C, high_C = np.minimum(*ends).sum(1), np.maximum(*ends).sum(1)
+    expected_BC = np.clip(foretold_BC - foretold_BC[:, [default]], low_C, high_C)
+    steep_BM = (SLOPES[0] * cosine_BM).astype(np.float32)
+    assert lookup.shift(steep_BM)[:, :configs] == pytest.approx(expected_BC, abs=1e-5)
+    assert lookup.shift(steep_BM[3])[:configs] == pytest.approx(expected_BC[3], abs=1e-5)
+    assert (expected_BC == low_C).any() and (low_C < expected_BC).any()  # some are beyond it, some are not
 
 
 def test_queries_that_repeat_need_no_more_landmarks_than_are_distinct():
