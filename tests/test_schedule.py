@@ -95,7 +95,8 @@ def programs(folder: Path, code: int) -> dict[str, str]:
         "rb-train": f'#!/bin/sh\necho "$@" > {folder}/said\nenv > {folder}/environment\nexit {code}\n',
         "torchrun": TORCHRUN.format(folder=folder),
         "srun": '#!/bin/sh\nwhile [ "$1" != torchrun ]; do shift; done\nexec "$@"\n',
-        "scontrol": '#!/bin/sh\n[ "$*" = "show hostnames node[3-4]" ] && printf "node3\\nnode4\\n"\n',
+        # a reader of the first line alone is gone when the second comes: a pipe's failure ended the job before it began
+        "scontrol": '#!/bin/sh\n[ "$*" = "show hostnames node[3-4]" ] && echo node3 && sleep 0.2 && echo node4\n',
     }
     for name, text in texts.items():
         (folder / name).write_text(text)
