@@ -22,8 +22,8 @@ Rows = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Votes = tuple[Rows, Rows, Vector, Vector, Vector]
 
-# queries whose votes are counted at once, which bounds the memory of a batch
-VOTE_ROWS = 4096
+# queries whose votes are counted at once, and the cells of their neighbours that are: both bound the memory of a batch
+VOTE_ROWS, VOTE_CELLS = 4096, 2**23
 # of these, queries that the field is asked about at once: their kernels stay in a core's cache
 FIELD_ROWS = 1024
 
@@ -114,10 +114,11 @@ def decide(state: BankState, voters: Voters) -> Votes:
 
 
 def _voters(state: BankState, queries: npt.ArrayLike) -> Iterator[Voters]:
-    """Who decides, for VOTE_ROWS queries after the other."""
-    values_BD = queries_of(queries, state.dim, 2)
-    for start in range(0, len(values_BD), VOTE_ROWS):
-        yield weigh(*look(state, values_BD[start : start + VOTE_ROWS], state.settings.top_k), state.settings)
+    """Who decides, for some queries after the other."""
+    values_BD, top_k = queries_of(queries, state.dim, 2), state.settings.top_k
+    few = max(EXACT_BATCH_QUERIES, min(VOTE_ROWS, VOTE_CELLS // (top_k * 2 * len(state.params))))
+    for start in range(0, len(values_BD), few):
+        yield weigh(*look(state, values_BD[start : start + few], top_k), state.settings)
 
 
 def _probability(test_B: Vector, sd_B: Vector, asked_B: Bools) -> Vector:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import OBJECTIVE, TIERS, A, B, make_bank, queries_near, trajectory
 
+from rb_gpu import batch
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ArtifactError
@@ -138,6 +139,16 @@ def test_a_batch_answers_as_single_lookups_do(bank: ReasoningBank) -> None:
         assert answer.params == bank.configs[answer.config_id]
         for name in ("confidence", "expected_quality", "expected_gain"):
             assert getattr(answer, name) == pytest.approx(float(batch[name][i]), rel=1e-4, abs=1e-6)
+
+
+def test_a_batch_of_many_configs_is_answered_in_small_blocks(bank: ReasoningBank, monkeypatch: Any) -> None:
+    queries, taken = queries_near(bank.data, 300), []
+    whole = bank.optimized_params_batch(queries)
+    weigh = batch.weigh
+    monkeypatch.setattr(batch, "weigh", lambda rows, *rest: taken.append(len(rows)) or weigh(rows, *rest))
+    monkeypatch.setattr(batch, "VOTE_CELLS", 130 * bank.data.lookup.top_k * 2 * len(bank.configs))
+    assert_same(bank.optimized_params_batch(queries), whole)
+    assert taken == [130, 130, 40]
 
 
 def test_a_batch_may_be_empty_or_larger_than_one_block(bank: ReasoningBank) -> None:
