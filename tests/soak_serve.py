@@ -172,6 +172,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--schemathesis")
     options = parser.parse_args()
+    if options.schemathesis is None and shutil.which("wrk") is None:
+        parser.error("wrk is not installed; apt-get install wrk, or give --schemathesis")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         registry = Registry(folder / "artifacts")
