@@ -24,6 +24,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 FORMAT_VERSION = 3
 MAX_ROUTER_BYTES = 2**26
 SPARSE_SHARE = 1 / 3
+# how many of its scales the 0 of a feature may lie from its mean, and how small a scale may be: 1 over this
+MAX_STANDARD = 1e30
 
 HEADS = ("tier", "context", "ef", "probes", "temperature", "utility", "confidence")
 # every array, with its axes: I = D + F inputs, V tiers, X contexts, E ef_search values, N n_probes values
@@ -112,8 +114,11 @@ def check_router(arrays: Mapping[str, npt.NDArray[Any]], configs: ConfigTable) -
                     f"router.safetensors: {name} has {size} along {axis}, expected {sizes.get(axis) or 'at least 1'}; "
                     "train again"
                 )
-    if sizes["I"] <= sizes["F"] or not (arrays["feature_scale"] > 0).all():
-        raise ArtifactError("router.safetensors: no embedding among its inputs, or a scale of 0; train again")
+    if sizes["I"] <= sizes["F"]:
+        raise ArtifactError("router.safetensors: no embedding among its inputs; train again")
+    mean, scale = (arrays[f"feature_{name}"].astype(np.float64) for name in ("mean", "scale"))
+    if not ((scale >= 1 / MAX_STANDARD) & (np.abs(mean) <= MAX_STANDARD * scale)).all():
+        raise ArtifactError("router.safetensors: features over such means and scales overflow float32; train again")
     return {name: sizes[axis] for axis, name in SIZES.items()}
 
 

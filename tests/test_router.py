@@ -275,9 +275,12 @@ def test_damaged_arrays_are_refused(arrays, message):
         FastGRNNRouter.from_bytes(content_with(net().export(), arrays))
 
 
-def test_a_scale_of_zero_is_refused():
-    with pytest.raises(ArtifactError, match="a scale of 0"):
-        FastGRNNRouter.from_bytes(content_with(net(0, 2).export(), {"feature_scale": np.zeros(2, np.float32)}))
+def test_a_feature_that_would_overflow_is_refused():
+    # the second let ordinary features overflow, which a service was told were bad
+    for mean, scale in ((0.0, 0.0), (0.0, 1e-40), (1e35, 1.0), (0.0, -1.0)):
+        damage = {"feature_mean": np.full(2, mean, np.float32), "feature_scale": np.full(2, scale, np.float32)}
+        with pytest.raises(ArtifactError, match="means and scales"):
+            FastGRNNRouter.from_bytes(content_with(net(0, 2).export(), damage))
 
 
 def test_unreadable_files_are_refused(tmp_path):
