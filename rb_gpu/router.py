@@ -26,6 +26,8 @@ LEAST_CONFIDENCE = 0.5
 # the bank's tier replaces the router's only where its verdict is this sure
 TIER_CONFIDENCE = 0.95
 NORM_EPSILON = 1e-5
+# a standardised feature over this might overflow the sums of a router's products, see router_file.MAX_WEIGHT
+MAX_NUMBER = 1e20
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,7 @@ class FastGRNNRouter:
         if steps.ndim != 2 or steps.shape[1] != self.inputs or len(steps) == 0:
             expected = f"({self.inputs},) or (T, {self.inputs})"
             raise ValueError(f"features have shape {np.shape(features)}, expected {expected}")
-        a, embedding_TD = self.arrays, steps[:, : self.dim]
+        a, embedding_TD, fits = self.arrays, steps[:, : self.dim], True
         with np.errstate(over="ignore", invalid="ignore"):  # refused below
             centred = embedding_TD - (np.add.reduce(embedding_TD, 1) / np.float32(self.dim))[:, None]
             variance = np.einsum("td,td->t", centred, centred) / np.float32(self.dim)
@@ -161,8 +163,8 @@ class FastGRNNRouter:
             if self.inputs > self.dim:
                 numbers_TF = (steps[:, self.dim :] - a["feature_mean"]) / a["feature_scale"]
                 normal_TI = np.concatenate([normal_TI, numbers_TF], axis=1)
-                variance = variance + numbers_TF.sum(1)
-        if not math.isfinite(variance.sum()):
+                fits = bool((np.abs(numbers_TF) <= MAX_NUMBER).all())  # false for NaN too
+        if not (fits and math.isfinite(variance.sum())):
             raise ValueError("features hold NaN, infinity or values too large for float32; check where they come from")
         input_TH = (normal_TI @ a["w1"]) @ a["w2"]
         h = np.zeros(self.hidden, dtype=np.float32)

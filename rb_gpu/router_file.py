@@ -24,8 +24,9 @@ Arrays = dict[str, npt.NDArray[Any]]
 FORMAT_VERSION = 3
 MAX_ROUTER_BYTES = 2**26
 SPARSE_SHARE = 1 / 3
-# how many of its scales the 0 of a feature may lie from its mean, and how small a scale may be: 1 over this
-MAX_STANDARD = 1e30
+# No training comes near these, and within them no sum of a router's products overflows float32: how many of its scales
+# the 0 of a feature may lie from its mean, how small a scale may be (1 over this), and how large a weight
+MAX_STANDARD, MAX_WEIGHT = 1e15, 1e5
 
 HEADS = ("tier", "context", "ef", "probes", "temperature", "utility", "confidence")
 # every array, with its axes: I = D + F inputs, V tiers, X contexts, E ef_search values, N n_probes values
@@ -116,6 +117,9 @@ def check_router(arrays: Mapping[str, npt.NDArray[Any]], configs: ConfigTable) -
                 )
     if sizes["I"] <= sizes["F"]:
         raise ArtifactError("router.safetensors: no embedding among its inputs; train again")
+    large = [name for name in ARRAYS if name[:8] != "feature_" and (np.abs(arrays[name]) > MAX_WEIGHT).any()]
+    if large:
+        raise ArtifactError(f"router.safetensors: {large[0]} holds weights over {MAX_WEIGHT:g}; train again")
     mean, scale = (arrays[f"feature_{name}"].astype(np.float64) for name in ("mean", "scale"))
     if not ((scale >= 1 / MAX_STANDARD) & (np.abs(mean) <= MAX_STANDARD * scale)).all():
         raise ArtifactError("router.safetensors: features over such means and scales overflow float32; train again")

@@ -275,6 +275,22 @@ def test_damaged_arrays_are_refused(arrays, message):
         FastGRNNRouter.from_bytes(content_with(net().export(), arrays))
 
 
+def test_weights_that_would_overflow_are_refused():
+    # a router of them answered with a confidence of NaN
+    arrays = {"w1": np.full_like(net().export().arrays["w1"], 3e38)}
+    with pytest.raises(ArtifactError, match="w1 holds weights over 100000"):
+        FastGRNNRouter.from_bytes(content_with(net().export(), arrays))
+
+
+def test_a_number_that_would_overflow_is_refused():
+    router = net(0, 2).export()
+    features = np.ones(router.inputs, np.float32)
+    assert 0.0 <= router.forward(features).router_confidence <= 1.0
+    features[-1] = 3e38
+    with pytest.raises(ValueError, match="too large for float32"):
+        router.forward(features)
+
+
 def test_a_feature_that_would_overflow_is_refused():
     # the second let ordinary features overflow, which a service was told were bad
     for mean, scale in ((0.0, 0.0), (0.0, 1e-40), (1e35, 1.0), (0.0, -1.0)):
