@@ -327,6 +327,7 @@ FORGERIES: dict[str, Callable[[Arrays], Any]] = {
     "NaN score": put("score", (12, 0), np.nan),
     "NaN quality": put("quality", 0, np.nan),
     "NaN evidence": put("evidence_mean", (0, 0, 0), np.nan),
+    "endless gain under another trade-off": put("evidence_mean", (0, 0, 0), -1e300),
     "NaN margin": put("margin", 0, np.nan),
     "probability over 1": put("probability", (0, 0), 1.5),
     "confidence below 0": put("confidence", 0, -0.5),
