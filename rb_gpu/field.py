@@ -2,8 +2,7 @@
 
 Outcomes are predicted by a kernel regression on M landmarks: y_c(q) = base_c + φ(q)·coef_c, where φ holds the kernels
 exp(a·(cos(q, landmark) − 1)) of every slope a (the Nyström method, Williams & Seeger 2001). NumPy only.
-Suffixes: B queries, M landmarks, D dims, F = M times the slopes, C configs, O outcomes, U leaves and what stands for
-none.
+Axes: M landmarks, D dims, F = M times the slopes, C configs, O outcomes, U leaves and what stands for none.
 """
 
 from __future__ import annotations

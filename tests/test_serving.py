@@ -334,11 +334,18 @@ shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 dtypes = st.sampled_from(["float64", "float32", "float16", "int64", "int32", "uint8", "uint64", "bool"])
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.dictionaries(names, st.tuples(dtypes, shapes), max_size=6))
-def test_what_safetensors_writes_is_mapped_as_it_reads_it(kinds: dict[str, Any]) -> None:
+tables = st.dictionaries(names, st.tuples(dtypes, shapes), max_size=6)
+
+
+def arrays_of(kinds: dict[str, Any]) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    arrays = {name: np.asarray(rng.random(shape) * 100).astype(dtype) for name, (dtype, shape) in kinds.items()}
+    return {name: np.asarray(rng.random(shape) * 100).astype(dtype) for name, (dtype, shape) in kinds.items()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(tables)
+def test_what_safetensors_writes_is_mapped_as_it_reads_it(kinds: dict[str, Any]) -> None:
+    arrays = arrays_of(kinds)
     content = save(arrays)
     found = map_tensors(content)
     expected = load(content)
@@ -349,10 +356,9 @@ def test_what_safetensors_writes_is_mapped_as_it_reads_it(kinds: dict[str, Any])
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.dictionaries(names, st.tuples(dtypes, shapes), max_size=6))
+@given(tables)
 def test_safetensors_reads_what_is_written_for_the_map(kinds: dict[str, Any]) -> None:
-    rng = np.random.default_rng(0)
-    arrays = {name: np.asarray(rng.random(shape) * 100).astype(dtype) for name, (dtype, shape) in kinds.items()}
+    arrays = arrays_of(kinds)
     content = tensors_content(arrays)
     assert content == tensors_content(dict(reversed(arrays.items())))
     for found in (load(content), map_tensors(content)):
