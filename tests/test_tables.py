@@ -326,7 +326,8 @@ REASONS = [
     ("temperature", 2.01, "temperature is outside [0, 2.0]"),
     ("temperature", -0.01, "temperature is outside [0, 2.0]"),
     ("temperature", np.nan, "temperature is null or not a number"),
-    ("cost", -1.0, "cost is outside [0, inf]"),
+    ("cost", -1.0, "cost is outside [0, 1e+24]"),
+    ("cost", 1e32, "cost is outside [0, 1e+24]"),  # was told of as a damaged artifact, at the end of the job
     ("cost", 1e39, "cost is null or not a number"),
     ("rating", 0, "rating is outside [1, 5]"),
     ("rating", 6, "rating is outside [1, 5]"),
@@ -376,7 +377,7 @@ def test_rows_are_counted_through_row_groups_and_batches(suffix, batch_rows, tmp
         ("temperature", [0.0, 2.0]),
         ("latency_us", [0, 2**63 - 1]),
         ("ef_search", [1, 2**32 - 1]),
-        ("cost", [0.0, 3e38]),
+        ("cost", [0.0, 1e24]),
         ("rating", [1, 5, None, np.nan]),
         ("propensity", [1e-30, 1.0]),
         ("timestamp", [-62_135_596_800, 253_402_300_799]),
@@ -473,7 +474,7 @@ def test_quarantine_file_holds_every_bad_row(tmp_path):
     assert rows.schema.names == ["file", "row", "id", "reason"]
     assert sorted(zip(*rows.to_pydict().values(), strict=True), key=lambda r: r[1]) == [
         (path, 3, 1003, "recall is outside [0, 1]"),
-        (path, 10, 1010, "cost is outside [0, inf]"),
+        (path, 10, 1010, "cost is outside [0, 1e+24]"),
         (path, 41, 1041, "recall is outside [0, 1]"),
     ]
     BadRows().write(tmp_path / "none.parquet")

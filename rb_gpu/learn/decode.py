@@ -15,6 +15,8 @@ from rb_gpu.params import MAX_COUNT, MAX_TEMPERATURE
 
 NULL_TIER, UNKNOWN_TIER = -1, -2
 MAX_INT64 = 2**63 - 1
+# far under what an artifact may hold (bank_data.MAX_CELL), which refuses only once all is learned
+MAX_COST = 1e24
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ CONTRACT: dict[str, Column] = {
     "precision": Column(np.float32, 0, 1),
     "recall": Column(np.float32, 0, 1),
     "latency_us": Column(np.int64, 0, MAX_INT64),
-    "cost": Column(np.float32, 0),
+    "cost": Column(np.float32, 0, MAX_COST),
     "rating": Column(np.int8, 1, 5, nullable=True),
     # the years 1 to 9999: milliseconds are outside
     "timestamp": Column(np.int64, -62_135_596_800, 253_402_300_799, unit=" in UTC seconds"),
