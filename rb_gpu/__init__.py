@@ -1,6 +1,6 @@
 """rb_gpu: which parameters should this query use, how sure is that, and how much better than the default.
 
-The root imports numpy, safetensors and the standard library only; `rb_gpu.learn` is the batch side.
+The root imports numpy and the standard library only; `rb_gpu.learn` is the batch side.
 """
 
 from importlib import import_module

@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
 from rb_gpu.errors import ArtifactError, ConfigError
 from rb_gpu.params import MAX_CONFIGS, PARAMETERS, ConfigTable, SearchParams
+from rb_gpu.tensor_file import map_tensors, tensors_content
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -64,16 +62,15 @@ def write_router(arrays: Mapping[str, npt.NDArray[np.float32]], configs: ConfigT
         stored[name] = values
     sizes = check_router(arrays, configs)
     rows = [[params[name] for name in PARAMETERS] for params in (one.as_dict() for one in configs)]
-    # one entry: safetensors writes several in an order that changes from run to run
     metadata = {"format_version": FORMAT_VERSION, **sizes, "tiers": configs.tiers, "default": configs.default,
                 "rows": rows}  # fmt: skip
-    return bytes(save_tensors(stored, {"router": json.dumps(metadata)}))
+    return tensors_content(stored, {"router": json.dumps(metadata)})
 
 
 def read_router(content: bytes) -> tuple[Arrays, ConfigTable]:
     """The float32 arrays and the configs in the content of a router.safetensors. Raises ArtifactError."""
     try:
-        stored = load_tensors(content)
+        stored = map_tensors(content)
         size = int.from_bytes(content[:8], "little")
         metadata = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["router"])
         if metadata["format_version"] != FORMAT_VERSION:
@@ -87,7 +84,7 @@ def read_router(content: bytes) -> tuple[Arrays, ConfigTable]:
             raise ValueError(f"sizes {said}")
         axes = {axis: said[name] for axis, name in SIZES.items()} | _choices(configs) | {"1": 1}
         arrays = {name: _unpacked(name, stored, axes) for name in MATRICES}
-    except (SafetensorError, ConfigError, KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
+    except (ConfigError, KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
         raise ArtifactError(f"router.safetensors cannot be read ({error!r}); train again") from error
     rest = {name: array for name, array in stored.items() if name.split(".")[0] not in MATRICES}
     arrays |= rest

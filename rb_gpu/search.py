@@ -29,7 +29,7 @@ FEW = 16
 # candidates of an index that are compared exactly, at least: its own distances are of compressed vectors
 CANDIDATES = 16
 # cosines of a batch that are held at once: enough for the product's full speed, little beside a service's memory
-TILE_CELLS = 2**20
+TILE_CELLS = 2**22
 # and of these, that are ranked at once: few enough to stay in a core's cache from one neighbour to the next
 RANKED_CELLS = 2**18
 # queries of a batch whose candidates' vectors are held at once

@@ -29,13 +29,13 @@ def no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
 
-def tensors_content(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
-    """A file of these arrays that `map_tensors` and safetensors read, and that depends on nothing but them.
+def tensors_content(arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """A file of these arrays that `map_tensors` and safetensors read, and that depends on nothing but what is given.
 
     Arrays of float32 and other 4 bytes begin at a cache line of the mapped file where they fill whole ones, as matrices
     of embeddings do. Raises ValueError for a dtype that has no name there.
     """
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     parts, wide, end = [], 0, 0
     # widest first, for none may begin off its own width; and what fills lines before what would move it off them
     for name in sorted(arrays, key=lambda n: (-arrays[n].itemsize, arrays[n].nbytes % CACHE_LINE > 0, n)):

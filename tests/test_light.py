@@ -1,4 +1,4 @@
-"""The light side in a process of its own, in which nothing but NumPy, safetensors and the standard library can load."""
+"""The light side in a process of its own, in which nothing but NumPy and the standard library can load."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ import numpy as np
 import pytest
 from conftest import queries_near
 
+from rb_gpu import router_file
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.publish import write_artifact
 from rb_gpu.trajectory_file import read_batches
 
-DENIED = ("torch", "scipy", "faiss", "hydra", "omegaconf", "pyarrow", "sklearn", "pandas", "cupy", "yaml")
+DENIED = (
+    "torch", "safetensors", "scipy", "faiss", "hydra", "omegaconf", "pyarrow", "sklearn", "pandas", "cupy", "yaml",
+)  # fmt: skip
 
 DENY = """
 import sys
 
-KNOWN = sys.stdlib_module_names | {"numpy", "safetensors", "rb_gpu"}
+KNOWN = sys.stdlib_module_names | {"numpy", "rb_gpu"}
 before = set(sys.modules)
 
 
@@ -38,7 +41,7 @@ SERVE = """
 from pathlib import Path
 import numpy as np
 import rb_gpu
-from rb_gpu import QueryTrajectory, ReasoningBank, SearchParams, UserFeedback
+from rb_gpu import FastGRNNRouter, QueryTrajectory, ReasoningBank, SearchParams, UserFeedback
 
 folder, artifact = Path(sys.argv[1]), Path(sys.argv[2])
 queries = np.load(folder / "queries.npy")
@@ -59,6 +62,9 @@ assert bank.record_feedback(1, UserFeedback(rating=5)) and not bank.record_feedb
 assert bank.stats().total_feedback == 1
 from rb_gpu.prometheus import bank_metrics
 assert f"rb_gpu_lookups_total {bank.stats().total_lookups}" in bank_metrics(bank).splitlines()
+router = FastGRNNRouter.load(folder / "router.safetensors")
+decision = router.forward_with_reasoning(queries[0], bank, query_embedding=queries[0])
+assert 0.0 <= decision.router_confidence <= 1.0 and list(router.configs) == list(bank.configs)
 bank.close()
 np.save(folder / "config_id.npy", batch["config_id"])
 
@@ -79,6 +85,16 @@ assert loaded <= KNOWN, loaded - KNOWN
 """
 
 
+def router_content(data: BankData) -> bytes:
+    """A router of random weights over the bank's configs."""
+    configs, rng = data.configs, np.random.default_rng(0)
+    tried = {"X": configs.context_tokens, "E": configs.ef_search, "N": configs.n_probes}
+    sizes = {axis: len(np.unique(values)) for axis, values in tried.items()}
+    sizes |= {"I": data.dim, "F": 0, "R": 2, "S": 2, "H": 3, "V": len(data.tiers), "C": len(configs), "1": 1}
+    arrays = {name: rng.normal(size=[sizes[axis] for axis in axes]) for name, axes in router_file.ARRAYS.items()}
+    return router_file.write_router({name: array.astype(np.float32) for name, array in arrays.items()}, configs, False)
+
+
 def run(code: str, *args: Path | str) -> None:
     command = [sys.executable, "-c", code, *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -86,9 +102,7 @@ def run(code: str, *args: Path | str) -> None:
 
 
 @pytest.mark.parametrize("which", ["made", "learned"])
-def test_a_service_needs_numpy_and_safetensors_only(
-    data: BankData, which: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_a_service_needs_numpy_only(data: BankData, which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     files = {}
     if which == "learned":
         learned = request.getfixturevalue("learned").bank
@@ -96,6 +110,7 @@ def test_a_service_needs_numpy_and_safetensors_only(
     write_artifact(tmp_path / "v", data, files)
     queries = queries_near(data, 50)
     np.save(tmp_path / "queries.npy", queries)
+    (tmp_path / "router.safetensors").write_bytes(router_content(data))
     run(DENY + SERVE, tmp_path, tmp_path / "v")
     expected = ReasoningBank(data).optimized_params_batch(queries)["config_id"]
     np.testing.assert_array_equal(np.load(tmp_path / "config_id.npy"), expected)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_bank, queries_near
+from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from rb_gpu.bank import ReasoningBank
@@ -184,7 +185,9 @@ def test_the_file_reads_back(tmp_path):
     again = FastGRNNRouter.load(path)
     x = np.random.default_rng(0).normal(size=(3, DIM + FEATURES))
     assert again.forward(x) == router.forward(x)
-    assert again.to_bytes() == router.to_bytes() == content_with(router)
+    assert again.to_bytes() == router.to_bytes() == FastGRNNRouter.from_bytes(content_with(router)).to_bytes()
+    read = load_tensors(router.to_bytes())  # safetensors reads it too
+    assert read.keys() == router.arrays.keys() and all((read[name] == a).all() for name, a in router.arrays.items())
     assert again.sizes == {
         "inputs": DIM + FEATURES, "features": FEATURES, "hidden": HIDDEN, "rank": RANK, "recurrent_rank": RANK,
         "configs": 4,
