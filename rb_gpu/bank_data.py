@@ -297,7 +297,9 @@ def _check_field(data: BankData) -> None:
     _require(data.method == "eb" and data.objective.kind != "bound", "a field stands where nothing asks it")
     _require(len(field.landmarks) > 0, "the field has no landmarks")
     _require(len(field.coef) == len(SLOPES) * len(field.landmarks), "field_coef does not fit the landmarks")
-    _require((np.abs(squared_norms(field.landmarks) - 1.0) < 1e-3).all(), "a landmark's norm is not 1")
+    for name in ("axes", "landmarks"):
+        norms = squared_norms(getattr(field, name))
+        _require((np.abs(norms - 1.0) < 1e-3).all(), f"the norm of one of field_{name} is not 1")
     _require((np.abs(field.coef) <= MAX_CELL).all(), f"field_coef is over {MAX_CELL:g}")
     for name in ("field_level_variance", "field_gain_variance", "field_quality_variance", "field_test_sd"):
         _require((data.arrays[name] >= 0).all(), f"{name} is negative")

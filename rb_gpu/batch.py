@@ -1,7 +1,6 @@
 """Many queries at once: what `vote.answer` computes for one, in columns.
 
-Suffixes: B queries, K nearest leaves, D dims, M landmarks, U leaves and what stands for no leaf, C configs, E blocks of
-C columns.
+Suffixes: B queries, K nearest leaves, D dims, U leaves and what stands for no leaf, C configs, E blocks of C columns.
 """
 
 from __future__ import annotations
@@ -71,9 +70,7 @@ def look(state: BankState, values_BD: Matrix, k: int) -> tuple[Rows, Matrix, Mat
     said_BE = np.empty((len(values_BD), state.field.width), np.float32)
     for start in range(0, len(values_BD), FIELD_ROWS):
         few = slice(start, start + FIELD_ROWS)
-        steep_BM = unit_BD[few] @ state.field.landmarks_MD.T
-        steep_BM *= scale_B[few, None]
-        said_BE[few] = state.field.shift(steep_BM)
+        said_BE[few] = state.field.shifts(unit_BD[few])
     return rows_BK, cosine_BK, said_BE
 
 

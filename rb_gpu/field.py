@@ -1,8 +1,10 @@
 """The field: what a query's place among the landmarks foretells of every config, beyond what its patterns say.
 
 Outcomes are predicted by a kernel regression on M landmarks: y_c(q) = base_c + φ(q)·coef_c, where φ holds the kernels
-exp(a·(cos(q, landmark) − 1)) of every slope a (the Nyström method, Williams & Seeger 2001). NumPy only.
-Axes: M landmarks, D dims, F = M times the slopes, C configs, O outcomes, U leaves and what stands for none.
+exp(a·(cos(q, landmark) − 1)) of every slope a (the Nyström method, Williams & Seeger 2001), and the cosine is that of
+their projections on the axes along which queries spread most. NumPy only.
+Axes: M landmarks, D dims, R of the projection, F = M times the slopes, C configs, O outcomes, U leaves and what stands
+for none.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ Matrix = npt.NDArray[np.float32]
 SLOPES = (2.0, 4.0)
 # the arrays of bank.safetensors where there is a field: dtype, and axes (P leaves, besides those of the legend)
 FIELD_ARRAYS: dict[str, tuple[str, str]] = {
-    "field_landmarks": ("float32", "MD"),
+    "field_axes": ("float32", "RD"),
+    "field_landmarks": ("float32", "MR"),
     "field_coef": ("float32", "FCO"),
     "field_base": ("float64", "CO"),
     "field_level_variance": ("float64", "CO"),
@@ -43,16 +46,17 @@ FIELD_ARRAYS: dict[str, tuple[str, str]] = {
 class Field(NamedTuple):
     """What BankData keeps of the field.
 
-    landmarks: (M, D) float32 of norm 1. coef: (F, C, O) float32, zeros for the outcomes that it does not foretell.
-    base: (C, O). level_variance: (C, O) of each config's difference to the default over all queries, 0 where unknown.
-    low, high: (C, O) least and greatest prediction of a training query, less base; gain_low, gain_high: of its
-    difference to the default's. Nothing beyond them is foretold. mean: (U, C, O) mean prediction over each leaf's
-    queries, less base; over all queries in the last row.
-    gain_variance: (U, C, O) of a config's difference to the default there, quality_variance: (U, C) of its quality,
-    both without what a leaf's own evidence says. residual_*: as in Evidence, the leaves' moments of outcomes less
-    what the field says of their queries without having seen them.
+    axes: (R, D) float32, orthonormal. landmarks: (M, R) float32 of norm 1. coef: (F, C, O) float32, zeros for the
+    outcomes that it does not foretell. base: (C, O). level_variance: (C, O) of each config's difference to the default
+    over all queries, 0 where unknown. low, high: (C, O) least and greatest prediction of a training query, less base;
+    gain_low, gain_high: of its difference to the default's. Nothing beyond them is foretold. mean: (U, C, O) mean
+    prediction over each leaf's queries, less base; over all queries in the last row. gain_variance: (U, C, O) of a
+    config's difference to the default there, quality_variance: (U, C) of its quality, both without what a leaf's own
+    evidence says. residual_*: as in Evidence, the leaves' moments of outcomes less what the field says of their queries
+    without having seen them.
     """
 
+    axes: Matrix
     landmarks: Matrix
     coef: Matrix
     base: Floats

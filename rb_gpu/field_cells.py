@@ -1,9 +1,12 @@
 """The field in the form that a lookup reads: one matrix for the query's landmarks, beside the cells of its leaves.
 
-Suffixes: M landmarks, D dims, F = M times the slopes, U leaves and what stands for no leaf, C configs, E columns.
+Suffixes: M landmarks, D dims, R of their projection, B queries, F = M times the slopes, U leaves and what stands for no
+leaf, C configs, E columns.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +41,7 @@ class FieldCells:
         said = [(gain_O, True), (quality_O, False), (expense, False)][: 3 if floor else 2]
         said_of_block = (2, 1, 0, 1) if floor else (0, 0, 0, 1)
         # times the first slope, and the kernels' constant put into what they are multiplied by
-        self.landmarks_MD = in_lines(field.landmarks * np.float32(SLOPES[0]))
+        self.axes_RD, self.landmarks_MR = in_lines(field.axes), in_lines(field.landmarks * np.float32(SLOPES[0]))
         constant_F = np.exp(-np.repeat(SLOPES, len(field.landmarks)))
         shift, means, low, high = [], [], [], []
         cells = cells_UE.astype(np.float64)
@@ -67,10 +70,27 @@ class FieldCells:
         self.column_E = np.concatenate([np.arange(columns.start, columns.stop) for columns in self.block])
         self.cells_UE = np.concatenate([cells, test_sd_UC], 1).astype(np.float32)
 
-    def shift(self, steep_M: Matrix) -> Matrix:
-        """(..., width) what the field says of queries with these products (..., M) with landmarks_MD, within what it
-        said of training queries: a place unlike theirs is not foretold.
+    def shift(self, x_D: Matrix) -> Matrix:
+        """(width,) what the field says of one query of any norm, within what it said of training queries: a place
+        unlike theirs is not foretold.
         """
+        place_R = self.axes_RD.dot(x_D)
+        norm = math.sqrt(place_R.dot(place_R))
+        steep_M: Matrix = self.landmarks_MR.dot(place_R)
+        steep_M *= 1.0 / norm if norm > 0 else 0.0
+        return self._said(steep_M)
+
+    def shifts(self, x_BD: Matrix) -> Matrix:
+        """The same of many, (B, width)."""
+        place_BR = x_BD @ self.axes_RD.T
+        norm_B: Matrix = np.sqrt(np.einsum("br,br->b", place_BR, place_BR))
+        norm_B[norm_B == 0] = np.inf
+        steep_BM: Matrix = place_BR @ self.landmarks_MR.T
+        np.divide(steep_BM, norm_B[:, None], out=steep_BM)
+        return self._said(steep_BM)
+
+    def _said(self, steep_M: Matrix) -> Matrix:
+        """(..., width) of the first slope times the cosines (..., M)."""
         kernel = np.exp(steep_M)
         found: Matrix = kernel.dot(self._first_ME)
         kernel *= kernel  # of the second slope

@@ -160,7 +160,7 @@ def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
     settings, default, configs, field = state.settings, state.default, len(state.params), state.field
     values_D, scale = one_query(query, state.dim)
     rows, product = state.search.nearest_one(values_D, settings.top_k)
-    # the search and the field multiply the query as it came; of its products, few are scaled
+    # the search multiplies the query as it came; of its products, few are scaled
     beta, floor, best = settings.beta * scale, settings.floor / scale, product[0] if product else -math.inf
     weight = [math.exp(beta * (p - best)) for p in product if p >= floor]
     cells_UE = state.cells_UE if field is None else field.cells_UE
@@ -170,9 +170,7 @@ def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
         mixed_E = share.dot(cells_UE.take(rows[: len(weight)], 0))
         row = rows[0]
         if field is not None:
-            steep_M = field.landmarks_MD.dot(values_D)
-            steep_M *= scale
-            mixed_E[: 4 * configs] += field.shift(steep_M).take(field.column_E)
+            mixed_E[: 4 * configs] += field.shift(values_D).take(field.column_E)
     else:
         mixed_E, row = cells_UE[-1].copy(), -1
     score_C, sure_C = mixed_E[:configs], mixed_E[configs : 2 * configs]

@@ -16,7 +16,7 @@ ARTIFACT = Path(sys.argv[1])
 
 
 def nothing_else_is_installed() -> None:
-    for name in ("torch", "scipy", "faiss", "hydra", "omegaconf", "pyarrow"):
+    for name in ("torch", "safetensors", "scipy", "faiss", "hydra", "omegaconf", "pyarrow"):
         assert importlib.util.find_spec(name) is None, name
 
 

@@ -16,6 +16,7 @@ from rb_gpu.learn import learn  # noqa: E402
 from rb_gpu.learn.canonical import average_coordinates, canonical  # noqa: E402
 from rb_gpu.learn.config import ClusterConfig, DeviceConfig, JudgeConfig, ParamsConfig, TrainConfig  # noqa: E402
 from rb_gpu.learn.field import Regressions, Rows, fit  # noqa: E402
+from rb_gpu.learn.landmarks import AXES, _axes  # noqa: E402
 from rb_gpu.learn.ridge import FOLDS, RIDGES, Ridge, average  # noqa: E402
 from rb_gpu.learn.trajectories import Source, assemble  # noqa: E402
 from rb_gpu.normal import normal_quantile  # noqa: E402
@@ -27,6 +28,11 @@ def tensor(x):
 
 def phi(cosine):
     return np.concatenate([np.exp(slope * (cosine - 1)) for slope in SLOPES], axis=-1)
+
+
+def places(field, x_BD):
+    place_BR = x_BD.astype(np.float64) @ field.axes.T
+    return place_BR / np.linalg.norm(place_BR, axis=1, keepdims=True)
 
 
 def rows_of(query, config, queries, configs, weight=None):
@@ -276,7 +282,7 @@ def test_a_query_gets_its_leaves_and_the_field(bank):
     share = np.exp(data.lookup.beta * (cosine[near] - cosine[near].max()))
     share /= share.sum()
     direction = data.objective.direction
-    said = np.einsum("f,fco->co", phi(field.landmarks @ x).astype(float), field.coef) @ direction
+    said = np.einsum("f,fco->co", phi(places(field, x[None])[0] @ field.landmarks.T), field.coef) @ direction
     expected_C = share @ (field.mean[near] @ direction)
     gain_C = said - said[default] - (expected_C - expected_C[default]) + share @ data.arrays["gain"][near]
     answer = bank.optimized_params(x)
@@ -300,10 +306,11 @@ def test_a_place_unlike_all_queries_is_not_foretold_beyond_them(bank):
     x = table(0).x_QD
     widest = np.abs(bank.optimized_params_batch(x)["expected_gain"]).max()
     centres = bank.optimized_params_batch(data.arrays["centroids"])["expected_gain"]
-    far = bank.optimized_params_batch(np.concatenate([field.landmarks, -field.landmarks]))["expected_gain"]
+    marks = field.landmarks @ field.axes
+    far = bank.optimized_params_batch(np.concatenate([marks, -marks]))["expected_gain"]
     spread = (field.gain_high - field.gain_low).max()
     assert max(np.abs(centres).max(), np.abs(far).max()) <= widest + spread
-    said = phi(x @ field.landmarks.T) @ field.coef[..., 0]
+    said = phi(places(field, x) @ field.landmarks.T) @ field.coef[..., 0]
     assert said.min(0) == pytest.approx(field.low[:, 0], abs=1e-3)
     assert said.max(0) == pytest.approx(field.high[:, 0], abs=1e-3)
 
@@ -328,6 +335,8 @@ def test_export_keeps_the_field(bank, tmp_path):
         ("field_coef", lambda a: a[:-1]),
         ("field_coef", lambda a: np.full_like(a, np.inf)),
         ("field_landmarks", lambda a: 2 * a),
+        ("field_axes", lambda a: 2 * a),
+        ("field_axes", lambda a: a[:-1]),
         ("field_gain_variance", lambda a: -1 - a),
         ("field_test", lambda a: np.full_like(a, np.nan)),
         ("field_mean", None),
@@ -348,18 +357,78 @@ def test_a_lookup_is_told_the_kernel_regression_within_what_training_queries_wer
     data, field, lookup = bank.data, bank.data.field, bank._state.field
     direction, default, configs = data.objective.direction, data.default, len(data.configs)
     rng = np.random.default_rng(0)
-    unit_BD = np.concatenate([field.landmarks[:20], rng.normal(size=(20, data.dim))])
-    unit_BD /= np.linalg.norm(unit_BD, axis=1, keepdims=True)
-    cosine_BM = unit_BD @ field.landmarks.T.astype(np.float64)
+    x_BD = np.concatenate([field.landmarks[:20] @ field.axes, rng.normal(size=(20, data.dim))])
+    cosine_BM = places(field, x_BD) @ field.landmarks.T.astype(np.float64)
     kernels_BF = np.concatenate([np.exp(slope * (cosine_BM - 1.0)) for slope in SLOPES], axis=1)
     foretold_BC = kernels_BF @ (field.coef.astype(np.float64) @ direction)
     ends = [end * direction for end in (field.gain_low, field.gain_high)]
     low_C, high_C = np.minimum(*ends).sum(1), np.maximum(*ends).sum(1)
     expected_BC = np.clip(foretold_BC - foretold_BC[:, [default]], low_C, high_C)
-    steep_BM = (SLOPES[0] * cosine_BM).astype(np.float32)
-    assert lookup.shift(steep_BM)[:, :configs] == pytest.approx(expected_BC, abs=1e-5)
-    assert lookup.shift(steep_BM[3])[:configs] == pytest.approx(expected_BC[3], abs=1e-5)
+    x_BD = x_BD.astype(np.float32)
+    assert lookup.shifts(x_BD)[:, :configs] == pytest.approx(expected_BC, abs=1e-5)
+    assert lookup.shift(7 * x_BD[3])[:configs] == pytest.approx(expected_BC[3], abs=1e-5)
     assert (expected_BC == low_C).any() and (low_C < expected_BC).any()  # some are beyond it, some are not
+
+
+def wide(seed, n=1500, dim=150):
+    """The same world in more dims than the landmarks have axes, most of which hold little."""
+    small = table(seed, n=n)
+    rng = np.random.default_rng(seed)
+    turn_DD = np.linalg.qr(np.random.default_rng(99).normal(size=(dim, dim)))[0]
+    noise = 0.03 * rng.normal(size=(n, dim - 12))
+    x_QD = (np.concatenate([small.x_QD, noise], axis=1) @ turn_DD).astype(np.float32)
+    return replace(small, x_QD=x_QD / np.linalg.norm(x_QD, axis=1, keepdims=True))
+
+
+def test_landmarks_lie_on_the_axes_along_which_queries_spread_most():
+    x_QD = wide(0).x_QD
+    axes_RD = _axes(torch.from_numpy(x_QD), torch.Generator().manual_seed(0), torch.device("cpu")).numpy()
+    assert axes_RD.shape == (AXES, 150)
+    assert axes_RD @ axes_RD.T == pytest.approx(np.eye(AXES), abs=1e-5)
+    values, vectors = np.linalg.eigh(x_QD.T.astype(np.float64) @ x_QD)
+    # the twelve axes of the world wholly, and of the rest, which are nearly alike, those that hold nearly the most
+    assert np.square(axes_RD @ vectors[:, -12:]).sum() == pytest.approx(12, abs=1e-4)
+    held = np.square(x_QD @ axes_RD.T).sum()
+    assert 0.995 * values[-AXES:].sum() < held <= values[-AXES:].sum() * (1 + 1e-5)
+
+
+def test_few_dims_are_all_axes():
+    x_QD = torch.from_numpy(table(0, n=50).x_QD)
+    axes_RD = _axes(x_QD, torch.Generator(), torch.device("cpu"))
+    assert torch.equal(axes_RD, torch.eye(12))
+
+
+def test_a_wide_world_is_learned_on_its_axes():
+    bank = trained(wide(0)).bank()
+    field, held_out = bank.data.field, wide(5, n=500)
+    assert field.axes.shape == (AXES, 150) and field.landmarks.shape[1] == AXES
+    batch = bank.optimized_params_batch(held_out.x_QD)
+    better = table(5, n=500).x_QD[:, 0] > 0
+    assert (batch["config_id"][better] == 1).mean() > 0.95 and (batch["config_id"][~better] != 1).mean() > 0.95
+    for i in range(20):
+        one = bank.optimized_params(3 * held_out.x_QD[i])
+        assert one.config_id == batch["config_id"][i]
+        assert one.expected_gain == pytest.approx(batch["expected_gain"][i], abs=1e-5)
+
+
+def test_a_query_off_all_axes_is_answered():
+    bank = trained(wide(0)).bank()
+    field = bank._state.field
+    off_D = np.linalg.svd(field.axes_RD)[2][-1].astype(np.float32)
+    off_D -= field.axes_RD.T @ (field.axes_RD @ off_D)
+    for x_D in (off_D, np.zeros_like(off_D)):
+        assert np.isfinite(field.shift(x_D)).all()
+        assert field.shifts(x_D[None])[0] == pytest.approx(field.shift(x_D), abs=1e-4)
+    assert np.isfinite(bank.optimized_params(off_D).expected_quality)
+
+
+def test_queries_that_no_axis_reaches_are_learned_from():
+    # embeddings of one word each: as many axes as words, of which most are rare
+    rng = np.random.default_rng(0)
+    word_Q = np.minimum(rng.geometric(0.03, size=2000) - 1, 149)
+    trajectories = replace(table(0, n=2000), x_QD=np.eye(150, dtype=np.float32)[word_Q])
+    bank = trained(trajectories).bank()
+    assert np.isfinite(bank.optimized_params_batch(np.eye(150, dtype=np.float32))["expected_quality"]).all()
 
 
 def test_queries_that_repeat_need_no_more_landmarks_than_are_distinct():

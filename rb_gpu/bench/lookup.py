@@ -1,6 +1,6 @@
 """The suite lookup: a whole answer beside what only searches, on the same patterns and queries, in one run.
 
-Suffixes: P patterns, Q queries, D dims, K neighbours.
+Suffixes: P patterns, Q queries, D dims, K neighbours, M landmarks, R axes that they lie on.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def embeddings(count: int, dim: int, seed: int) -> Matrix:
     return np.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), dtype=np.float32)
 
 
-def bank_of(centroids_PD: Matrix, configs: int, kind: str, seed: int, landmarks_MD: Matrix | None = None) -> BankData:
+def bank_of(centroids_PD: Matrix, configs: int, kind: str, seed: int, landmarks_MR: Matrix | None = None) -> BankData:
     """A bank over the given leaves whose configs have random scores, so that votes differ; with a field where there
     are landmarks.
     """
@@ -84,12 +84,14 @@ def bank_of(centroids_PD: Matrix, configs: int, kind: str, seed: int, landmarks_
     for prefix in ("config", "optimal"):
         for column in ("ef_search", "n_probes", "context_tokens"):
             arrays[f"{prefix}_{column}"] = np.maximum(arrays[f"{prefix}_{column}"], 1)
-    if landmarks_MD is not None:
-        sizes |= {"M": len(landmarks_MD), "F": len(SLOPES) * len(landmarks_MD)}
+    if landmarks_MR is not None:
+        landmarks, axes = landmarks_MR.shape
+        sizes |= {"M": landmarks, "F": len(SLOPES) * landmarks, "R": axes}
         arrays |= {
             name: np.zeros([sizes[axis] for axis in axes], dtype) for name, (dtype, axes) in FIELD_ARRAYS.items()
         }
-        arrays["field_landmarks"] = landmarks_MD
+        arrays["field_axes"] = np.linalg.qr(rng.normal(size=(dim, axes)))[0].T.astype(np.float32)
+        arrays["field_landmarks"] = landmarks_MR
         arrays["field_coef"] = rng.normal(0.0, 0.01, arrays["field_coef"].shape).astype(np.float32)
         for name, far in (("low", -1.0), ("high", 1.0), ("gain_low", -1.0), ("gain_high", 1.0), ("test_sd", 0.1)):
             arrays[f"field_{name}"][:] = far
@@ -150,12 +152,12 @@ def publish(folder: Path, centroids_PD: Matrix, queries_QD: Matrix, configs: int
     """Two artifacts, without and with a field, with the index that a job builds where the bank is served by one."""
     from rb_gpu.learn.config import IndexConfig
     from rb_gpu.learn.index import build_index
-    from rb_gpu.learn.landmarks import LANDMARKS
+    from rb_gpu.learn.landmarks import AXES, LANDMARKS
 
     kind = "hnsw" if centroids_PD.size > EXACT_CELLS and optional("faiss") is not None else "off"
     index = build_index(centroids_PD, IndexConfig(kind=kind), queries_QD, TOP_K)
     files = {} if index is None else {"index.faiss": index}
-    landmarks = embeddings(LANDMARKS, centroids_PD.shape[1], 2 * seed + 10**8)
+    landmarks = embeddings(LANDMARKS, min(AXES, centroids_PD.shape[1]), 2 * seed + 10**8)
     for name, beside in (("bank", None), ("field", landmarks)):
         write_artifact(folder / name, bank_of(centroids_PD, configs, kind, seed, beside), files)
     return folder / "bank", folder / "field"

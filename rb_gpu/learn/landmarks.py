@@ -1,7 +1,7 @@
 """The stage field: landmarks among the queries, and what a query's place among them foretells of every config.
 
-Suffixes: Q queries, N rows, M landmarks, F = M times the slopes, D dims, P leaves, U = P + 1 leaves and all queries
-together, C configs, O outcomes, S slopes.
+Suffixes: Q queries, N rows, M landmarks, F = M times the slopes, D dims, R of their projection, P leaves, U = P + 1
+leaves and all queries together, C configs, O outcomes, S slopes, T some of the queries.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from rb_gpu.objective import Objective
 
 log = logging.getLogger(__name__)
 
-LANDMARKS = 256
+LANDMARKS = 512
+# axes on which the landmarks lie: more foretell no better, and a lookup multiplies with all of them
+AXES = 64
+POWERS = 6
 QUERIES_PER_LANDMARK = 8
 LEAST_LANDMARKS = 4
 # queries that the regressions see: far more than their coefficients need
@@ -58,7 +61,8 @@ class Foretold:
     reads.
     """
 
-    landmarks_MD: npt.NDArray[np.float32]
+    axes_RD: npt.NDArray[np.float32]
+    landmarks_MR: npt.NDArray[np.float32]
     coef_FCO: npt.NDArray[np.float32]
     base_CO: npt.NDArray[np.float64]
     level_variance_CO: npt.NDArray[np.float64]
@@ -80,8 +84,8 @@ class Foretold:
         """The field with the leaves' moments of what it left unexplained, as `with_residuals` takes them."""
         low, high, gain_low, gain_high = self.bounds
         bare = Field(
-            self.landmarks_MD, self.coef_FCO, self.base_CO, self.level_variance_CO, low, high, gain_low, gain_high,
-            self.mean_UCO, self.gain_variance_UCO, self.quality_variance_UC,
+            self.axes_RD, self.landmarks_MR, self.coef_FCO, self.base_CO, self.level_variance_CO, low, high, gain_low,
+            gain_high, self.mean_UCO, self.gain_variance_UCO, self.quality_variance_UC,
             left.mean, left.comoment, left.pair_mean, left.pair_comoment,
         )  # fmt: skip
         return with_residuals(bare, evidence, left)
@@ -126,14 +130,16 @@ def foretell(
     landmarks = min(LANDMARKS, len(unit_CD) // QUERIES_PER_LANDMARK)
     if landmarks < LEAST_LANDMARKS or configs < 2:
         return None
-    found = kmeans(unit_CD, landmarks, seed=seed, metric="cosine", device=device.type, engine="torch").centroids
-    landmarks_MD = torch.nn.functional.normalize(torch.as_tensor(found), dim=1).to(device)
-    landmarks = len(landmarks_MD)  # fewer, where not so many queries are distinct
-    factors = [_factor(landmarks_MD, slope) for slope in SLOPES]
+    axes_RD = _axes(unit_CD, generator, device)
+    place_CR = _places(unit_CD, axes_RD, device)
+    found = kmeans(place_CR, landmarks, seed=seed, metric="cosine", device=device.type, engine="torch").centroids
+    landmarks_MR = torch.nn.functional.normalize(torch.as_tensor(found), dim=1).to(device)
+    landmarks = len(landmarks_MR)  # fewer, where not so many queries are distinct
+    factors = [_factor(landmarks_MR, slope) for slope in SLOPES]
 
     rows, in_fit_N = _rows(chosen_Q, trajectories, weight_N, device)
     y_NO = outcomes(trajectories, device)
-    features = _features(unit_CD, landmarks_MD, factors, device)
+    features = _features(place_CR, landmarks_MR, factors)
     names = (objective.quality, "log2_latency", "cost")
     regressions = Regressions(features, rows)
     fits = {OUTCOMES.index(name): fit(regressions, y_NO[in_fit_N, OUTCOMES.index(name)]) for name in names}
@@ -162,7 +168,7 @@ def foretell(
              for bound in (torch.inf, -torch.inf, torch.inf, -torch.inf)]  # fmt: skip
     for tile in tiles(queries, 4 * landmarks * len(SLOPES), device):
         step("field", min(tile.stop, queries), queries, "queries")
-        part = _features(unit_QD[tile], landmarks_MD, factors, device)
+        part = _features(_places(unit_QD[tile], axes_RD, device), landmarks_MR, factors)
         slot = torch.where(label[tile] < 0, leaves, label[tile])
         mass_U.index_add_(0, slot, torch.ones_like(slot, dtype=torch.float64))
         for total, x in zip(sums, part, strict=True):
@@ -191,7 +197,8 @@ def foretell(
         fits, rows, y_NO[in_fit_N], means, default, OUTCOMES.index(objective.quality)
     )
     return Foretold(
-        landmarks_MD.cpu().numpy(),
+        axes_RD.cpu().numpy(),
+        landmarks_MR.cpu().numpy(),
         coef_SMCO.flatten(0, 1).float().cpu().numpy(),
         base_CO.cpu().numpy(),
         level_variance_CO.cpu().numpy(),
@@ -205,18 +212,42 @@ def foretell(
     )
 
 
-def _factor(landmarks_MD: Tensor, slope: float) -> Tensor:
+def _axes(unit_QD: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
+    """(R, D) orthonormal float32: where queries have most of their squares, by subspace iteration (Halko, Martinsson &
+    Tropp 2011, algorithm 4.4); all D where they are no more than AXES.
+    """
+    dim = unit_QD.shape[1]
+    if dim <= AXES:
+        return torch.eye(dim, device=device)
+    axes_DR: Tensor = torch.linalg.qr(torch.randn(dim, AXES, generator=generator, dtype=torch.float64)).Q.to(device)
+    for _ in range(POWERS):
+        moved_DR = torch.zeros_like(axes_DR)
+        for tile in tiles(len(unit_QD), 2 * dim, device):
+            x_TD = unit_QD[tile].to(device)
+            moved_DR += (x_TD.T @ (x_TD @ axes_DR.float())).double()
+        axes_DR = torch.linalg.qr(moved_DR).Q
+    axes_RD: Tensor = axes_DR.T.float().contiguous()
+    return axes_RD
+
+
+def _places(unit_TD: Tensor, axes_RD: Tensor, device: torch.device) -> Tensor:
+    """(T, R) projections on the axes, scaled to norm 1."""
+    place_TR: Tensor = torch.nn.functional.normalize(unit_TD.to(device) @ axes_RD.T, dim=1)
+    return place_TR
+
+
+def _factor(landmarks_MR: Tensor, slope: float) -> Tensor:
     """Cholesky factor (M, M) float64 of the landmarks' kernels."""
-    x = landmarks_MD.double()
+    x = landmarks_MR.double()
     kernel = torch.exp(slope * (x @ x.T - 1.0))
     kernel.diagonal().add_(NUGGET)
     factor: Tensor = torch.linalg.cholesky(kernel)
     return factor
 
 
-def _features(unit_TD: Tensor, landmarks_MD: Tensor, factors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def _features(place_TR: Tensor, landmarks_MR: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
     """(T, M) float64 for every slope: kernels, whitened so that a ridge is a Gaussian process's prior."""
-    cosine = (unit_TD.to(device) @ landmarks_MD.T).double()
+    cosine = (place_TR @ landmarks_MR.T).double()
     return [
         torch.linalg.solve_triangular(factor, torch.exp(slope * (cosine - 1.0)).T, upper=False).T
         for slope, factor in zip(SLOPES, factors, strict=True)
