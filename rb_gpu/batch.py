@@ -24,7 +24,7 @@ Votes = tuple[Rows, Rows, Vector, Vector, Vector]
 # queries whose votes are counted at once, and the cells of their neighbours that are: both bound the memory of a batch
 VOTE_ROWS, VOTE_CELLS = 4096, 2**23
 # of these, queries that the field is asked about at once: their kernels stay in a core's cache
-FIELD_ROWS = 1024
+FIELD_ROWS = 512
 
 
 class Voters(NamedTuple):

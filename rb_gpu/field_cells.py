@@ -82,7 +82,7 @@ class FieldCells:
 
     def shifts(self, x_BD: Matrix) -> Matrix:
         """The same of many, (B, width)."""
-        place_BR = x_BD @ self.axes_RD.T
+        place_BR: Matrix = x_BD @ self.axes_RD.T
         norm_B: Matrix = np.sqrt(np.einsum("br,br->b", place_BR, place_BR))
         norm_B[norm_B == 0] = np.inf
         steep_BM: Matrix = place_BR @ self.landmarks_MR.T
