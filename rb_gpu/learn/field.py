@@ -91,16 +91,16 @@ class Fit:
         return torch.stack([x @ w for x, w in zip(features, self.coefs, strict=True)]).sum(0) + self.base_C
 
     def leverage(self, spread: Spread, groups: int) -> Tensor:
-        """(G, C) variance of each config's deviation at one query of each group, in units of a row's noise,
-        averaged over models; 0 for a config without rows of its own.
+        """(G, C) variance of each config's deviation at one query of each group, in units of a row's noise, averaged
+        over models; 0 for a config without rows of its own.
 
-        A group's mean is foretold more surely than a query of it, and the likeliest model is surer than all together.
+        A group's mean is foretold more surely than a query of it, the likeliest model is surer than all together, and
+        where deviations foretell no better there may be some all the same.
         """
         out_GC = self.base_C.new_zeros(groups, len(self.base_C))
-        if self.deviates:
-            for c, ridges in self.ridges.items():
-                for ridge, squares_GF, share_L in zip(ridges, spread[c], self.share_SL, strict=True):
-                    out_GC[:, c] += ridge.variance(squares_GF, share_L)
+        for c, ridges in self.ridges.items():
+            for ridge, squares_GF, share_L in zip(ridges, spread[c], self.share_SL, strict=True):
+                out_GC[:, c] += ridge.variance(squares_GF, share_L)
         return out_GC
 
 
