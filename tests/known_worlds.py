@@ -32,7 +32,7 @@ CONFIGS, DEFAULT, DIM, CLUSTERS = 6, 2, 32, 40
 SPREAD, LEVEL, NOISE = 0.06, 0.03, 0.15
 KINDS = ("by cluster", "by direction", "by both")
 LOGS = ("uniform", "70 % on the default", "every config")
-QUERIES = (1000, 4000, 16000)
+QUERIES = (1000, 4000)
 FRESH_QUERIES, BINS = 3000, 10
 
 

@@ -371,7 +371,7 @@ def test_a_lookup_is_told_the_kernel_regression_within_what_training_queries_wer
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a_query_s_variance_is_a_gaussian_process_s_averaged_over_models_and_its_group(full):
+def test_a_deviation_s_variance_is_a_gaussian_process_s_averaged_over_models(full):
     rng = np.random.default_rng(0)
     x_QF, configs = rng.normal(size=(40, 3)), 2
     query = np.repeat(np.arange(40), configs) if full else np.arange(40)
@@ -379,26 +379,23 @@ def test_a_query_s_variance_is_a_gaussian_process_s_averaged_over_models_and_its
     weight = np.ones(len(query)) if full else rng.uniform(0.5, 2, 40)
     weight = weight / weight.mean()
     rows = rows_of(query, config, 40, configs, weight)
-    y = x_QF[query, 0] * (config == 1) + 0.3 * rng.normal(size=len(query))
-    regressions = Regressions([tensor(x_QF), tensor(x_QF[:, :2])], rows)
-    fitted = fit(regressions, tensor(y))
-    group_Q = rng.integers(3, size=40)
-    group_Q[group_Q == 1] = 2  # the group 1 has no queries, and 3 is for those of none
-    group_Q[:5] = 3
-    leverage_GC = fitted.leverage(regressions.spread(torch.as_tensor(group_Q), 4), 4).numpy()
-    for c in range(configs):
-        w = np.ones(40) if full else weight[config == c]
-        expected_Q = np.zeros(40)
-        for s, features in enumerate((x_QF, x_QF[:, :2])):
-            mine = features if full else features[query[config == c]]
-            mean = np.average(mine, axis=0, weights=w)
-            inner = ((mine - mean) * w[:, None]).T @ (mine - mean)
-            for share, ridge in zip(fitted.share_SL[s].numpy(), RIDGES[:-1], strict=False):
-                shrunk = np.linalg.inv(inner + ridge * np.eye(len(inner))) * (w**2).sum() / w.sum()
-                expected_Q += share * np.einsum("qf,fg,qg->q", features - mean, shrunk, features - mean)
-        means = [expected_Q[group_Q == g].mean() for g in (0, 2)]
-        assert leverage_GC[[0, 2], c] == pytest.approx(means)
-        assert leverage_GC[[1, 3], c] == pytest.approx(expected_Q.mean())
+    for differing in (0.0, 1.0):  # where configs do not seem to deviate they may all the same
+        y = differing * x_QF[query, 0] * (config == 1) + 0.3 * rng.normal(size=len(query))
+        fitted = fit(Regressions([tensor(x_QF), tensor(x_QF[:, :2])], rows), tensor(y))
+        assert fitted.deviates == (differing > 0)
+        place_PF = rng.normal(size=(6, 3))
+        leverage_PC = fitted.leverage([tensor(place_PF), tensor(place_PF[:, :2])]).numpy()
+        for c in range(configs):
+            w = np.ones(40) if full else weight[config == c]
+            expected_P = np.zeros(6)
+            for s, dims in enumerate((3, 2)):
+                mine = x_QF[:, :dims] if full else x_QF[query[config == c], :dims]
+                mean = np.average(mine, axis=0, weights=w)
+                inner, away = ((mine - mean) * w[:, None]).T @ (mine - mean), place_PF[:, :dims] - mean
+                for share, ridge in zip(fitted.share_SL[s].numpy(), RIDGES[:-1], strict=False):
+                    shrunk = np.linalg.inv(inner + ridge * np.eye(dims)) * (w**2).sum() / w.sum()
+                    expected_P += share * np.einsum("pf,fg,pg->p", away, shrunk, away)
+            assert leverage_PC[:, c] == pytest.approx(expected_P)
 
 
 def wide(seed, n=1500, dim=150):

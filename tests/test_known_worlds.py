@@ -27,7 +27,7 @@ def test_few_rows_of_a_config_do_not_make_it_sure() -> None:
     # 60 rows for each config but the default: confidence was .893 where .787 of the choices were better
     worlds = [acted(kind, "70 % on the default", 1000, seed) for kind in KINDS for seed in range(6)]
     confidence, better, _ = calibration_error(worlds)
-    assert confidence - better < 0.09
+    assert confidence - better < 0.1
 
 
 def test_the_error_is_of_confidence_beside_what_came() -> None:

@@ -1,7 +1,7 @@
 """Fits the field: kernel ridge regression on landmarks, shared by all configs, and each config's deviation from that.
 
 Every prediction of a training row comes without its query. Float64 torch on the device.
-Suffixes: Q queries, N rows, G groups of queries, P places, F features of one slope, C configs, L ridges, S slopes.
+Suffixes: Q queries, N rows, P places, F features of one slope, C configs, L ridges, S slopes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,7 @@ from torch import Tensor
 from rb_gpu.learn.canonical import average_coordinates
 from rb_gpu.learn.ridge import RIDGES, TINY, Ridge, average
 
-# mean squares of the places of queries (`Ridge.squares`), by config and slope
-Spread = dict[int, list[Tensor]]
-
 SWEEPS = 3
-# queries whose squares are averaged: enough for a mean
-SPREAD_QUERIES = 8192
 # rows that a config must have before it may deviate from the others
 LEAST_ROWS = 3
 # an outcome that varies less inside its configs, as a share of its size, is constant there
@@ -73,9 +68,9 @@ class Fit:
     """One outcome: y_c = base_c + Σ over slopes of features·coef_c.
 
     coefs: (F, C) per slope. base_C: (C,). unseen_N: each row's prediction without its query; unseen_QC: every query's,
-    but for what all configs share. deviates: whether configs
-    differ from place to place, as far as unseen rows tell; else all have the same coefficients. share_SL, ridges: the
-    models and their weights, from which a deviation's variance follows.
+    but for what all configs share. deviates: whether configs differ from place to place, as far as unseen rows tell;
+    else all have the same coefficients. share_SL, ridges: the models and their weights, from which a deviation's
+    variance follows.
     """
 
     coefs: list[Tensor]
@@ -90,18 +85,17 @@ class Fit:
         """(Q, C) of queries whose features (Q, F) are given for every slope."""
         return torch.stack([x @ w for x, w in zip(features, self.coefs, strict=True)]).sum(0) + self.base_C
 
-    def leverage(self, spread: Spread, groups: int) -> Tensor:
-        """(G, C) variance of each config's deviation at one query of each group, in units of a row's noise, averaged
-        over models; 0 for a config without rows of its own.
+    def leverage(self, features: Sequence[Tensor]) -> Tensor:
+        """(P, C) variance of each config's deviation at P places, in units of a row's noise, averaged over models; 0
+        for a config without rows of its own.
 
-        A group's mean is foretold more surely than a query of it, the likeliest model is surer than all together, and
-        where deviations foretell no better there may be some all the same.
+        Also where deviations foretold no better: that does not say that there are none.
         """
-        out_GC = self.base_C.new_zeros(groups, len(self.base_C))
+        out_PC = self.base_C.new_zeros(len(features[0]), len(self.base_C))
         for c, ridges in self.ridges.items():
-            for ridge, squares_GF, share_L in zip(ridges, spread[c], self.share_SL, strict=True):
-                out_GC[:, c] += ridge.variance(squares_GF, share_L)
-        return out_GC
+            for ridge, x_PF, share_L in zip(ridges, features, self.share_SL, strict=True):
+                out_PC[:, c] += ridge.variance(x_PF, share_L)
+        return out_PC
 
 
 @dataclass(frozen=True)
@@ -128,27 +122,6 @@ class Regressions:
             c: [Ridge(x[query_N[index]], weight_N[index]) for x in self.features]
             for c, index in self.rows.members.items()
         }
-
-    def spread(self, group_Q: Tensor, groups: int) -> Spread:
-        """Of every config and slope the mean squares of queries by group, (groups, F); the last one is of all queries,
-        and stands for a group without any. group_Q: the last for a query of no other.
-        """
-        some = slice(None, None, -(-self.rows.queries // SPREAD_QUERIES))
-        count_G = torch.bincount(group_Q[some], minlength=groups)
-        count_G[-1] = len(group_Q[some])
-
-        def of(ridges: Sequence[Ridge]) -> list[Tensor]:
-            return [mean(ridge.squares(x_QF[some])) for ridge, x_QF in zip(ridges, self.features, strict=True)]
-
-        def mean(squares_QF: Tensor) -> Tensor:
-            total_GF = squares_QF.new_zeros(groups, squares_QF.shape[1]).index_add_(0, group_Q[some], squares_QF)
-            total_GF[-1] = squares_QF.sum(0)
-            mean_GF = total_GF / count_G.clamp(min=1)[:, None]
-            return torch.where(count_G[:, None] > 0, mean_GF, mean_GF[-1])
-
-        if self.rows.full:
-            return dict.fromkeys(self.own, of(self.shared))
-        return {c: of(ridges) for c, ridges in self.own.items()}
 
 
 def fit(regressions: Regressions, y_N: Tensor) -> Fit:

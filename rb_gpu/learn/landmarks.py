@@ -19,7 +19,7 @@ from rb_gpu.evidence import OUTCOMES, Evidence
 from rb_gpu.field import SLOPES, Field
 from rb_gpu.learn.devices import tiles
 from rb_gpu.learn.evidence import outcomes
-from rb_gpu.learn.field import Fit, Regressions, Rows, Spread, fit
+from rb_gpu.learn.field import Fit, Regressions, Rows, fit
 from rb_gpu.learn.floor import Unseen
 from rb_gpu.learn.kmeans import kmeans
 from rb_gpu.learn.progress import step
@@ -151,11 +151,10 @@ def foretell(
     differing = [OUTCOMES[o] for o, one in fits.items() if one.deviates]
     log.info("field: %d landmarks, %d queries; configs differ from place to place in %s",
              landmarks, len(unit_CD), ", ".join(differing) or "nothing")  # fmt: skip
-    leaves = int(label_Q.max()) + 1
-    slot_Q = torch.from_numpy(np.where(label_Q < 0, leaves, label_Q)).to(device)
-    spread = regressions.spread(slot_Q[chosen_Q.to(device)], leaves + 1)
     del features, regressions
 
+    label = torch.from_numpy(label_Q).to(device)
+    leaves = int(label_Q.max()) + 1
     all_rows = torch.from_numpy(trajectories.query_row).to(device)
     config_N = torch.from_numpy(trajectories.config_id).to(device)
     unseen_NO = torch.zeros_like(y_NO)
@@ -170,7 +169,7 @@ def foretell(
     for tile in tiles(queries, 4 * landmarks * len(SLOPES), device):
         step("field", min(tile.stop, queries), queries, "queries")
         part = _features(_places(unit_QD[tile], axes_RD, device), landmarks_MR, factors)
-        slot = slot_Q[tile]
+        slot = torch.where(label[tile] < 0, leaves, label[tile])
         mass_U.index_add_(0, slot, torch.ones_like(slot, dtype=torch.float64))
         for total, x in zip(sums, part, strict=True):
             total.index_add_(0, slot, x)
@@ -195,7 +194,7 @@ def foretell(
         for s, (factor, coef) in enumerate(zip(factors, one.coefs, strict=True)):
             coef_SMCO[s, ..., o] = torch.linalg.solve_triangular(factor.T, coef, upper=True)
     level_variance_CO, gain_variance_UCO, quality_variance_UC = _variances(
-        fits, rows, y_NO[in_fit_N], spread, means, default, OUTCOMES.index(objective.quality)
+        fits, rows, y_NO[in_fit_N], means, default, OUTCOMES.index(objective.quality)
     )
     return Foretold(
         axes_RD.cpu().numpy(),
@@ -284,17 +283,11 @@ def tempered(weight_N: Tensor, trajectories: Trajectories) -> Tensor:
 
 
 def _variances(
-    fits: dict[int, Fit],
-    rows: Rows,
-    y_NO: Tensor,
-    spread: Spread,
-    means: Sequence[Tensor],
-    default: int,
-    quality: int,
+    fits: dict[int, Fit], rows: Rows, y_NO: Tensor, means: Sequence[Tensor], default: int, quality: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Variance of each config's difference to the default over all queries (C, O), and of how that differs at a query
-    of each leaf (U, C, O); and of how each config's quality differs at the leaf's mean features (U, C), since a floor
-    holds for the mean of a pattern. 0 of the default, and where nothing is known.
+    """Variance of each config's difference to the default over all queries (C, O), and of how that differs at each
+    leaf's mean features (U, C, O); and the latter of each config's quality (U, C). 0 of the default, and where nothing
+    is known.
     """
     like = y_NO.new_zeros(len(means[0]), rows.configs)
     gain_UCO = like.new_zeros(*like.shape, y_NO.shape[1])
@@ -303,7 +296,7 @@ def _variances(
     count_C = torch.bincount(rows.config_N, minlength=rows.configs)
     weight_C = y_NO.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.weight_N).clamp(min=1e-300)
     for o, one in fits.items():
-        leverage_UC = one.leverage(spread, len(like))
+        leverage_UC = one.leverage(means)
         error_N = y_NO[:, o] - one.unseen_N
         noise_C = y_NO.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.weight_N * error_N.square()) / weight_C
         own_UC = leverage_UC * noise_C
@@ -324,9 +317,5 @@ def _variances(
             gain_UCO[..., o] = own_UC + own_UC[:, [default]]
         gain_UCO[:, default, o] = level_CO[default, o] = 0.0
         if o == quality:
-            at_means = {
-                c: [ridge.squares(x) for ridge, x in zip(ridges, means, strict=True)]
-                for c, ridges in one.ridges.items()
-            }
-            quality_UC = one.leverage(at_means, len(like)) * noise_C
+            quality_UC = own_UC
     return level_CO, gain_UCO, quality_UC

@@ -60,19 +60,13 @@ class Ridge:
         coef_FC: Tensor = self.vectors_FF @ (products_FC * (self.shrunk_FL @ share_LW))
         return coef_FC
 
-    def squares(self, x_PF: Tensor) -> Tensor:
-        """(P, F) of places x, or the means of many: what `variance` is linear in."""
-        squares_PF: Tensor = ((x_PF - self.mean_F) @ self.vectors_FF).square()
-        return squares_PF
-
-    def variance(self, squares_PF: Tensor, share_L: Tensor) -> Tensor:
-        """(P,) variance of the prediction at such places, its mean apart, in units of a row's noise, averaged over
-        ridges by their shares.
+    def variance(self, x_PF: Tensor, share_L: Tensor) -> Tensor:
+        """(P,) variance of the prediction at x, its mean apart, in units of a row's noise, averaged over ridges.
 
         The posterior's of a Gaussian process, times Σw²/Σw since weighted rows say less.
         """
         design = self.weight_N.square().sum() / self.weight_N.sum()
-        variance_P: Tensor = design * (squares_PF @ (self.shrunk_FL @ share_L))
+        variance_P: Tensor = design * (((x_PF - self.mean_F) @ self.vectors_FF).square() @ (self.shrunk_FL @ share_L))
         return variance_P
 
 
