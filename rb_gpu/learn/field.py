@@ -86,15 +86,15 @@ class Fit:
         return torch.stack([x @ w for x, w in zip(features, self.coefs, strict=True)]).sum(0) + self.base_C
 
     def leverage(self, features: Sequence[Tensor]) -> Tensor:
-        """(P, C) variance of each config's deviation at P places, in units of a row's noise, averaged over models; 0
-        for a config without rows of its own.
+        """(P, C) variance of each config's deviation at P places, in units of a row's noise, under the likeliest model;
+        0 for a config without rows of its own.
 
         Also where deviations foretold no better: that does not say that there are none.
         """
         out_PC = self.base_C.new_zeros(len(features[0]), len(self.base_C))
+        slope, ridge = divmod(int(self.share_SL.argmax()), len(RIDGES))
         for c, ridges in self.ridges.items():
-            for ridge, x_PF, share_L in zip(ridges, features, self.share_SL, strict=True):
-                out_PC[:, c] += ridge.variance(x_PF, share_L)
+            out_PC[:, c] = ridges[slope].variance(features[slope], ridge)
         return out_PC
 
 

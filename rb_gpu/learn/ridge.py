@@ -60,13 +60,13 @@ class Ridge:
         coef_FC: Tensor = self.vectors_FF @ (products_FC * (self.shrunk_FL @ share_LW))
         return coef_FC
 
-    def variance(self, x_PF: Tensor, share_L: Tensor) -> Tensor:
-        """(P,) variance of the prediction at x, its mean apart, in units of a row's noise, averaged over ridges.
+    def variance(self, x_PF: Tensor, ridge: int) -> Tensor:
+        """(P,) variance of the prediction at x, its mean apart, in units of a row's noise.
 
         The posterior's of a Gaussian process, times Σw²/Σw since weighted rows say less.
         """
         design = self.weight_N.square().sum() / self.weight_N.sum()
-        variance_P: Tensor = design * (((x_PF - self.mean_F) @ self.vectors_FF).square() @ (self.shrunk_FL @ share_L))
+        variance_P: Tensor = design * (((x_PF - self.mean_F) @ self.vectors_FF).square() @ self.shrunk_FL[:, ridge])
         return variance_P
 
 
