@@ -132,11 +132,12 @@ def test_the_breadth_of_a_search_is_the_least_that_finds_enough(clustered: Any, 
 def test_a_breadth_never_exceeds_what_a_loader_takes_and_too_low_a_recall_is_told(
     clustered: Any, monkeypatch: Any, caplog: Any
 ) -> None:
+    faiss = pytest.importorskip("faiss")
     # half as much again as the loader's bound used to be written, and refused by every service
     monkeypatch.setattr("rb_gpu.learn.index.MAX_BREADTH", 5)
     leaves, _ = clustered
     content = index_of(leaves, kind="hnsw", m=2, ef_construction=4, recall=1.0)
-    index = pytest.importorskip("faiss").deserialize_index(np.frombuffer(content, np.uint8))
+    index = faiss.deserialize_index(np.frombuffer(content, np.uint8))
     assert index.hnsw.efSearch == 5
     (record,) = [record for record in caplog.records if record.name == "rb_gpu.learn.index"]
     assert record.levelname == "WARNING" and "(index.recall=1)" in record.message
