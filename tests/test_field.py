@@ -443,8 +443,9 @@ def test_a_query_off_all_axes_is_answered():
     off_D = np.linalg.svd(field.axes_RD)[2][-1].astype(np.float32)
     off_D -= field.axes_RD.T @ (field.axes_RD @ off_D)
     for x_D in (off_D, np.zeros_like(off_D)):
-        assert np.isfinite(field.shift(x_D)).all()
-        assert field.shifts(x_D[None])[0] == pytest.approx(field.shift(x_D), abs=1e-4)
+        assert np.isfinite(field.shift(x_D)).all() and np.isfinite(field.shifts(x_D[None])).all()
+    # what is left of the first is rounding; of the second nothing is, which is no direction rather than NaN
+    assert field.shifts(np.zeros((1, 150), np.float32))[0] == pytest.approx(field.shift(np.zeros(150, np.float32)))
     assert np.isfinite(bank.optimized_params(off_D).expected_quality)
 
 
@@ -454,6 +455,7 @@ def test_queries_that_no_axis_reaches_are_learned_from():
     word_Q = np.minimum(rng.geometric(0.03, size=2000) - 1, 149)
     trajectories = replace(table(0, n=2000), x_QD=np.eye(150, dtype=np.float32)[word_Q])
     bank = trained(trajectories).bank()
+    assert bank.data.field is not None
     assert np.isfinite(bank.optimized_params_batch(np.eye(150, dtype=np.float32))["expected_quality"]).all()
 
 

@@ -24,10 +24,10 @@ def test_a_choice_is_better_as_often_as_it_is_said_to_be(log: str, most: float) 
 
 
 def test_few_rows_of_a_config_do_not_make_it_sure() -> None:
-    # 60 rows for each config but the default: confidence was .893 where .787 of the choices were better
+    # 60 rows for each config but the default: confidence was .889 where .788 of the choices were better, now .878
     worlds = [acted(kind, "70 % on the default", 1000, seed) for kind in KINDS for seed in range(6)]
     confidence, better, _ = calibration_error(worlds)
-    assert confidence - better < 0.1
+    assert confidence - better < 0.097
 
 
 def test_the_error_is_of_confidence_beside_what_came() -> None:
