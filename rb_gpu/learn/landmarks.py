@@ -30,8 +30,9 @@ from rb_gpu.objective import Objective
 log = logging.getLogger(__name__)
 
 LANDMARKS = 512
-# axes on which the landmarks lie: more foretell no better, and a lookup multiplies with all of them
+# axes on which the landmarks lie: more foretell hardly better, and a lookup multiplies with all of them
 AXES = 64
+# rounds of the iteration that finds them: it matters what they hold together, not which is which
 POWERS = 6
 QUERIES_PER_LANDMARK = 8
 LEAST_LANDMARKS = 4
