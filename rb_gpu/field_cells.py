@@ -1,4 +1,4 @@
-"""The field in the form that a lookup reads: one matrix for the query's landmarks, beside the cells of its leaves.
+"""The field in the form that a lookup reads: axes, landmarks, and what they foretell, beside the cells of leaves.
 
 Suffixes: M landmarks, D dims, R of their projection, B queries, F = M times the slopes, U leaves and what stands for no
 leaf, C configs, E columns.
