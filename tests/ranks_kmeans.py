@@ -24,8 +24,9 @@ def share(ranks: Ranks, data: dict[str, np.ndarray], out: str, k: int, metric: s
     # ranks hold different numbers of rows
     edges = np.linspace(0, 1, ranks.size + 1) ** 1.3 * len(data["x"])
     rows = slice(int(edges[ranks.rank]), int(edges[ranks.rank + 1]))
+    start = torch.from_numpy(data["start"]) if "start" in data else "k-means++"
     result = kmeans(
-        torch.from_numpy(data["x"][rows]), k, metric=metric, seed=seed, weight=data["weight"][rows], n_init=2,
+        torch.from_numpy(data["x"][rows]), k, start, metric=metric, seed=seed, weight=data["weight"][rows], n_init=2,
         device="cpu", ranks=ranks,
     )  # fmt: skip
     labels = ranks.joined(result.labels)

@@ -26,13 +26,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(__file__).parent / "ranks_kmeans.py"
 
 
-@pytest.mark.parametrize(("processes", "metric"), [(2, "cosine"), (3, "l2")])
-def test_ranks_end_on_the_bits_of_one_process(tmp_path, processes, metric):
+@pytest.mark.parametrize(("processes", "metric", "copies"), [(2, "cosine", 0), (3, "l2", 0), (2, "l2", 30)])
+def test_ranks_end_on_the_bits_of_one_process(tmp_path, processes, metric, copies):
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(30, 12))[rng.integers(30, size=4000)] + 0.8 * rng.normal(size=(4000, 12))).astype(np.float32)
     weight = rng.exponential(size=len(x)).astype(np.float32)
     weight[::50] = 0
-    np.savez(tmp_path / "data.npz", x=x, weight=weight)
+    # of a start with copies, empty clusters are drawn anew
+    start = {"start": np.concatenate([x[: 37 - copies], np.repeat(x[:1], copies, axis=0)])} if copies else {}
+    np.savez(tmp_path / "data.npz", x=x, weight=weight, **start)
     command = [
         sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone",
         str(SCRIPT), str(tmp_path / "data.npz"), str(tmp_path / "out.npz"), "37", metric, "5",
@@ -40,7 +42,7 @@ def test_ranks_end_on_the_bits_of_one_process(tmp_path, processes, metric):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = np.load(tmp_path / "out.npz")
-    alone = kmeans(x, 37, metric=metric, seed=5, weight=weight, n_init=2, device="cpu")
+    alone = kmeans(x, 37, start.get("start", "k-means++"), metric=metric, seed=5, weight=weight, n_init=2, device="cpu")
     assert found["centroids"].tobytes() == alone.centroids.tobytes()
     assert np.array_equal(found["labels"], alone.labels)
     assert float(found["inertia"]) == alone.inertia

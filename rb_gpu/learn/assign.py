@@ -188,7 +188,8 @@ class Assignment:
         if n * dims * len(centroids_KD) < SMALL_WORK:
             return
         started = time.perf_counter()
-        trial = _Trial(self, centroids_KD)
+        # a point compared with copies would be so in float64
+        trial = _Trial(self, torch.unique(centroids_KD, dim=0))
         if self._candidates is None:
             self._candidates = self._bases(dims)
         kept = None if self.direct else self.basis

@@ -43,12 +43,6 @@ def lower_distances(
         labels_N[tile] = torch.where(better_T, which_T + first_label, labels_N[tile])
 
 
-def approach(x_ND: Tensor, d2_N: Tensor, point_1D: Tensor, budget: int | None = None) -> None:
-    """Lowers squared distances (N,), in place, to those to one point (1, D)."""
-    for tile, x_TD in chunks(x_ND, 4 * x_ND.shape[1], d2_N.device, budget=budget):
-        d2_N[tile] = torch.minimum(d2_N[tile], (x_TD - point_1D).square().sum(1))
-
-
 def label_sums(x_ND: Tensor, weight_N: Tensor, labels_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Weighted sum of the points of each label (K, D) and their weight (K,), float64 on the labels' device.
 

@@ -73,16 +73,17 @@ def kmeans(
     """Clusters the rows of x (N, D), NumPy or torch, into min(k, distinct rows) clusters.
 
     init: "k-means++" (Arthur & Vassilvitskii 2007, true D² sampling, then a repair of doubled centroids) or a (K, D)
-    array to start from (then n_init is 1 and nothing is repaired). epsilon: stop where the centroids' shifts, as a root
-    mean square over the points, are at most this, in units of the data's median distance to its middle. metric: "l2",
-    or "cosine": rows are normalised and centroids kept on the unit sphere. weight: (N,) >= 0. memory_budget: bytes of x
-    that may lie on a GPU; larger data stay on the host and travel in chunks. code_budget: bytes that codes of the
-    points may take on the host (None: a quarter of what is free; 0: none). ranks: the processes that hold the other
-    rows; labels are then of the rows here. checkpoint: where to go on from, if the same call was cut off. warm: up to k
-    centroids of an earlier clustering, the same on all ranks, with which the first of the n_init runs begins; k-means++
-    draws what they lack, and what is stale in them is repaired like bad luck. engine: of the assignment on CUDA:
-    triton, whose labels are exact, torch, or auto, triton where it runs; precision: of triton's coarse products, tf32,
-    bf16 or ieee. x is only read, and never copied if it is float32 and, for cosine, of norm 1.
+    array to start from (then n_init is 1 and nothing is repaired; a row without points is drawn anew). epsilon: stop
+    where the centroids' shifts, as a root mean square over the points, are at most this, in units of the data's median
+    distance to its middle. metric: "l2", or "cosine": rows are normalised and centroids kept on the unit sphere.
+    weight: (N,) >= 0. memory_budget: bytes of x that may lie on a GPU; larger data stay on the host and travel in
+    chunks. code_budget: bytes that codes of the points may take on the host (None: a quarter of what is free; 0: none).
+    ranks: the processes that hold the other rows; labels are then of the rows here. checkpoint: where to go on from, if
+    the same call was cut off. warm: up to k centroids of an earlier clustering, the same on all ranks, with which the
+    first of the n_init runs begins; k-means++ draws what they lack, and what is stale in them is repaired like bad
+    luck. engine: of the assignment on CUDA: triton, whose labels are exact, torch, or auto, triton where it runs;
+    precision: of triton's coarse products, tf32, bf16 or ieee. x is only read, and never copied if it is float32 and,
+    for cosine, of norm 1.
 
     The same seed gives the same bits on one kind of device, whatever the budgets, threads and ranks. Raises ValueError
     on a bad argument, ConfigError where the device is missing.

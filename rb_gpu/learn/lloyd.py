@@ -17,10 +17,10 @@ from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.blocks import block_threads, row_hashes
 from rb_gpu.learn.checkpoint import Checkpoint, fingerprint
-from rb_gpu.learn.distances import approach, normalise_
+from rb_gpu.learn.distances import normalise_
 from rb_gpu.learn.progress import step
 from rb_gpu.learn.repair import exchange
-from rb_gpu.learn.seeding import seed_plus_plus
+from rb_gpu.learn.seeding import more_seeds, seed_plus_plus
 from rb_gpu.learn.shard import Shard
 from rb_gpu.learn.sums import ClusterSums, exact_total
 from rb_gpu.learn.workers import Workers
@@ -97,13 +97,23 @@ class Solver:
 
     def _first_run(self, k: int, start: Tensor | None, warm: Tensor | None) -> Run:
         if start is not None:
-            self.points.reset()
-            self.points.assign(start)
+            self._assign_first(start)
             return self._lloyd(start, 0)
         started = time.perf_counter()
         seeds_KD = seed_plus_plus(self.points, self.shard, k, self.generator, warm)
         log.debug("%d seeds in %.2f s", len(seeds_KD), time.perf_counter() - started)
         return self._lloyd(seeds_KD, 0)
+
+    def _assign_first(self, centroids_KD: Tensor) -> None:
+        """The assignment to centroids of which some may be copies: a point takes the first, the others stay empty."""
+        _, which_K = torch.unique(centroids_KD, dim=0, return_inverse=True)
+        rows_K = torch.arange(len(which_K), device=which_K.device)
+        first_K = torch.full_like(rows_K, len(rows_K)).scatter_reduce(0, which_K, rows_K, "amin")
+        kept_U = first_K[first_K < len(rows_K)].sort().values
+        self.points.reset()
+        # a point compared with many copies would be so in float64
+        self.points.assign(centroids_KD[kept_U])
+        self.points.labels_N.copy_(kept_U[self.points.labels_N])
 
     def _lloyd(self, centroids_KD: Tensor, n_iter: int) -> Run:
         """Lloyd's iterations from centroids whose assignment is held; after, that to those returned is."""
@@ -111,8 +121,7 @@ class Solver:
         while n_iter < self.max_iter:
             n_iter += 1
             if empty > 0:
-                self.points.settle(centroids_KD)
-                self._fill_empty(len(centroids_KD))
+                centroids_KD = self._filled(centroids_KD)
             sums = self._summed(len(centroids_KD))
             means_KD, mass_K, lost_K = sums.means()
             if self.on_sphere:
@@ -126,8 +135,7 @@ class Solver:
             centroids_KD = updated_KD
             if n_iter == CHOOSE_AGAIN:
                 self.points.choose(centroids_KD)
-            # who fills an empty cluster is at no known distance from where it was
-            self.points.assign(centroids_KD, moved_K.sqrt() if empty == 0 else None)
+            self.points.assign(centroids_KD, moved_K.sqrt())
             changes, empties_K = self.points.labels_N != sums.labels_N, self._empty(len(centroids_KD))
             # all that the host must know, at once: each time it asks, a GPU runs dry
             told = torch.stack([squared_shift, changes.any().double(), empties_K.sum().double()]).tolist()
@@ -178,17 +186,17 @@ class Solver:
         self._sums.update(self.points.labels_N)
         return self._sums
 
-    def _fill_empty(self, k: int) -> None:
-        """Gives each empty cluster the point farthest from every centroid and from those given before it."""
-        for empty in torch.nonzero(self._empty(k)).squeeze(1).tolist():
-            row, d2 = self.shard.farthest(torch.where(self.shard.weight_N > 0, self.points.d2_N, 0))
-            if d2 <= 0:
-                return
-            rows_1 = torch.tensor([row], device=self.shard.device)
-            # the point's neighbours are near a centroid now, so that the next empty cluster goes elsewhere
-            approach(self.shard.x_ND, self.points.d2_N, self.shard.points(rows_1), self.shard.budget)
-            here_1, local_1 = self.shard.here(rows_1)
-            self.points.labels_N[local_1[here_1]] = empty
+    def _filled(self, centroids_KD: Tensor) -> Tensor:
+        """The centroids (K, D), of which those without a point are drawn anew as k-means++ would draw the last ones.
+
+        Drawn by D², as the farthest points are outliers, which as centroids keep none but themselves.
+        """
+        self.points.settle(centroids_KD)
+        k, empty_E = len(centroids_KD), torch.nonzero(self._empty(len(centroids_KD))).squeeze(1)
+        drawn_ED = more_seeds(self.points, self.shard, centroids_KD, k + len(empty_E), self.generator)[k:]
+        labels_N = self.points.labels_N
+        labels_N.copy_(torch.where(labels_N < k, labels_N, empty_E[(labels_N - k).clamp_(min=0)]))
+        return centroids_KD.index_copy(0, empty_E[: len(drawn_ED)], drawn_ED)
 
     def _empty(self, k: int) -> Tensor:
         """Which clusters (K,) have no point on any rank."""

@@ -28,16 +28,26 @@ def seed_plus_plus(
 ) -> Tensor:
     """k-means++ seeds (K, D) float32; `points` then holds the assignment to them.
 
-    A block draws M candidates independently from w·D² as it stood before the block, and accepts each with probability
-    D²_now / D²_before. That is rejection sampling from D²_now, so the seeds are distributed exactly as those of the
-    sequential algorithm (Arthur & Vassilvitskii 2007). Fewer than k seeds come back where fewer distinct points have
-    weight. given_KD: at most k seeds to begin with in place of one that is drawn.
+    Distributed exactly as those of the sequential algorithm (Arthur & Vassilvitskii 2007). Fewer than k seeds come back
+    where fewer distinct points have weight. given_KD: at most k seeds to begin with in place of one that is drawn.
     """
     points.reset()
     seeds_KD = shard.points(_draw(shard.weight_N.double(), 1, shard, generator)) if given_KD is None else given_KD
     points.lower(seeds_KD, 0)
+    return more_seeds(points, shard, seeds_KD, k, generator)
+
+
+def more_seeds(
+    points: Assignment | DeviceAssignment, shard: Shard, seeds_KD: Tensor, k: int, generator: torch.Generator
+) -> Tensor:
+    """The seeds to which `points` hold the assignment, and what k-means++ draws after them: up to k (K, D) float32.
+
+    A block draws M candidates independently from w·D² as it stood before the block, and accepts each with probability
+    D²_now / D²_before. That is rejection sampling from D²_now: the same law as drawing one seed after the other.
+    """
     while len(seeds_KD) < k:
-        drawn_M = _draw(points.d2_N.double() * shard.weight_N, min(len(seeds_KD), k - len(seeds_KD)), shard, generator)
+        count = min(len(seeds_KD), k - len(seeds_KD))
+        drawn_M = _draw(points.d2_N.double() * shard.weight_N, count, shard, generator)
         if len(drawn_M) == 0:
             break
         candidates_MD = shard.points(drawn_M)

@@ -52,14 +52,6 @@ class Shard:
         out_M[here_M] = of_N[local_M[here_M]]
         return self.ranks.total(out_M)
 
-    def farthest(self, values_N: Tensor) -> tuple[int, float]:
-        """The first row of the largest value (N,), counted over all ranks, and that value."""
-        largest = values_N.max()
-        row = int(torch.nonzero(values_N == largest)[0, 0]) + self.first
-        values = self.ranks.each(float(largest))
-        rows = self.ranks.each(row)
-        return min((-value, int(row)) for value, row in zip(values, rows, strict=True))[1], max(values)
-
     def first_of_each(self, clock_N: Tensor, labels_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The point (K, D) whose clock (N,) float64 is the least of its label, and which labels have a finite one."""
         least_K = torch.full((k,), torch.inf, dtype=clock_N.dtype, device=clock_N.device)
