@@ -251,10 +251,14 @@ def coded_blocks(y_KP: Tensor, half_K: Tensor, first: int, basis: Basis) -> list
 
 
 class _Trial(Assignment):
-    """Evenly spaced points and their true labels, on which ways to assign are timed by one worker."""
+    """Points drawn at random and their true labels, on which ways to assign are timed by one worker.
+
+    Not evenly spaced ones: centroids may be that, and a point that is a centroid is told from others by any bound.
+    """
 
     def __init__(self, of: Assignment, centroids_KD: Tensor) -> None:
-        x_SD = of.x_ND[:: max(1, len(of.x_ND) // TRIAL_ROWS)][:TRIAL_ROWS].contiguous()
+        rows_S = torch.randint(len(of.x_ND), (TRIAL_ROWS,), generator=torch.Generator().manual_seed(0))
+        x_SD = of.x_ND[rows_S.sort().values]
         super().__init__(x_SD, of.basis.middle_D, of.crew, 0)
         self.assign(centroids_KD)
         self._loose = True
