@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rb_gpu.learn.bounded import lower_rows
 from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, encode, principal_bases, project
-from rb_gpu.learn.direct import Columns, nearest_rows
+from rb_gpu.learn.direct import Columns, first_rows, least_gaps, nearer_rows
 from rb_gpu.learn.kernels import ROUNDOFF, nearer_halves, own_distances
 from rb_gpu.learn.products import FLOAT32, GROUP, MOST_DIMS, integer_product
 from rb_gpu.learn.vectors import LANES
@@ -45,6 +45,8 @@ TRIAL_ROWS, TRIALS = 1024, 2
 PROBE_ROWS, HOPELESS = 128, 2
 # what is in use stays unless another takes less than this share of its time: trials are short
 BETTER = 0.85
+# points a centroid from which on the way from each to the next is taken: as a share of all products it is nothing
+GAPS = 32
 # iterations over which coding all points must pay
 WORTH_ITERATIONS = 10
 
@@ -95,7 +97,7 @@ class Assignment:
         moved_K: how far each centroid lies from the one that labels and d2 are of. d2 may then be too large until
         `settle`: the point of a label that no other is as near to need not be read.
         """
-        if moved_K is None or self._at_once(len(centroids_KD)):
+        if moved_K is None:
             self._loose = False
             self._run(centroids_KD, 0, refresh=bool(self.labels_N[0] >= 0))
             return
@@ -124,12 +126,14 @@ class Assignment:
         self.work.all += len(self.x_ND) * (len(centroids_KD) - first)
         if self._at_once(len(centroids_KD) - first):
             columns = Columns(centroids_KD[first:], self.basis.middle_D)
+            gap2_K = self._gaps(columns, centroids_KD, len(self.x_ND) if first == 0 else 0)
+            compared = [0] * self.crew.count
 
-            def rows(_worker: int, start: int, stop: int) -> None:
-                self._direct(start, stop, columns, centroids_KD, first, refresh)
+            def rows(worker: int, start: int, stop: int) -> None:
+                compared[worker] += self._direct(start, stop, columns, gap2_K, centroids_KD, first, refresh)
 
             self.crew.each(len(self.x_ND), max(LEAST_TILE, -(-len(self.x_ND) // (TURNS * self.crew.count))), rows)
-            self.work.computed += len(self.x_ND) * (len(centroids_KD) - first)
+            self.work.computed += sum(compared) * (len(centroids_KD) - first)
             return
         blocks = coded_blocks(*project(centroids_KD[first:], self.basis), first, self.basis)
         step = LARGEST_TILE if self._codes is not None else self._coded_rows()
@@ -142,14 +146,38 @@ class Assignment:
         self.crew.each(len(self.x_ND), LARGEST_TILE, span)
         self.work.computed += sum(computed)
 
-    def _direct(self, start: int, stop: int, columns: Columns, centroids_KD: Tensor, first: int, refresh: bool) -> None:
-        """Lowers rows start to stop by all products with the centroids from row `first` on, which are the columns."""
-        bounds_TC, about_TD = columns.room()
-        nearest_rows(
-            self.x_ND.numpy(), start, stop, self.basis.middle_D.numpy(), columns.columns_BDW.numpy(),
-            columns.half_C.numpy(), columns.slack, first, centroids_KD.numpy(), refresh, self.labels_N.numpy(),
-            self.d2_N.numpy(), bounds_TC.numpy(), about_TD.numpy(),
-        )  # fmt: skip
+    def _gaps(self, columns: Columns, centroids_KD: Tensor, count: int) -> Tensor:
+        """What `nearer_rows` asks of each centroid (K,): 0 where it is no small share of what so many points take."""
+        gap2_K = torch.zeros(len(centroids_KD))
+        if GAPS * len(centroids_KD) <= count:
+            arrays = centroids_KD.numpy(), self.basis.middle_D.numpy(), columns.columns_BDW.numpy()
+
+            def rows(_worker: int, start: int, stop: int) -> None:
+                least_gaps(
+                    arrays[0], start, stop, *arrays[1:], columns.half_C.numpy(), columns.slack, gap2_K.numpy(),
+                    columns.bounds().numpy(), columns.about().numpy(),
+                )  # fmt: skip
+
+            self.crew.each(len(centroids_KD), LEAST_TILE, rows)
+        return gap2_K
+
+    def _direct(
+        self, start: int, stop: int, columns: Columns, gap2_K: Tensor, centroids_KD: Tensor, first: int, refresh: bool
+    ) -> int:
+        """Lowers rows start to stop by all products with the centroids from row `first` on, which are the columns, and
+        says with how many points.
+        """
+        x, middle, centroids, labels, d2 = (
+            t.numpy() for t in (self.x_ND, self.basis.middle_D, centroids_KD, self.labels_N, self.d2_N)
+        )
+        given = columns.columns_BDW.numpy(), columns.half_C.numpy(), columns.slack, first, centroids
+        if labels[start] < 0:
+            bounds, about = columns.bounds().numpy(), columns.about().numpy()
+            first_rows(x, start, stop, middle, *given, labels, d2, bounds, about)
+            return stop - start
+        masks, limits, about = [t.numpy() for t in (*columns.masks(), columns.about())]
+        known = refresh, self._loose, gap2_K.numpy()
+        return int(nearer_rows(x, start, stop, middle, *given, *known, labels, d2, masks, limits, about))
 
     def _tile(self, start: int, stop: int, blocks: list[CodedBlock], centroids_KD: Tensor, refresh: bool) -> int:
         """Lowers rows start to stop by the blocks and says how many distances that took."""
@@ -275,6 +303,7 @@ class _Trial(Assignment):
         coding = 0.0 if coded or self._codes is None else (time.perf_counter() - started) / WORTH_ITERATIONS
         if basis is None:
             columns = Columns(self.centroids_KD, self.basis.middle_D)
+            gap2_K = self._gaps(columns, self.centroids_KD, len(self.of.x_ND))
         else:
             blocks = coded_blocks(*project(self.centroids_KD, basis), 0, basis)
             step = LARGEST_TILE if self._codes is not None else self._coded_rows()
@@ -282,7 +311,7 @@ class _Trial(Assignment):
         def seconds(stop: int) -> float:
             started = time.perf_counter()
             if basis is None:
-                self._direct(0, stop, columns, self.centroids_KD, 0, True)
+                self._direct(0, stop, columns, gap2_K, self.centroids_KD, 0, False)
             else:
                 for at in range(0, stop, step):
                     self._tile(at, min(at + step, stop), blocks, self.centroids_KD, False)

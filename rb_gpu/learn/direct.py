@@ -1,8 +1,11 @@
-"""Every product of a point with a centroid in float32, and the least distance at once: no tile of products is written.
+"""Every product of a point with a centroid in float32, of a few points at a time: of what is compared with a point's
+best distance, only which are no more is written.
 
 The fastest way where centroids or dims are few. With y = x − middle, half_x + half_c − y·c is half the squared distance
-up to `slack`·(half_x + half_c) (see `coarse`), so that few distances must be taken exactly.
-Suffixes: N points, T points of one tile, K centroids, C of them padded to whole masks, B blocks of W of these, D dims.
+up to `slack`·(half_x + half_c) (see `coarse`), so that few distances must be taken exactly. Where they are fewer still,
+a point is not compared at all: one that is nearer to its centroid than half the way to the next (Hamerly 2010).
+Suffixes: N points, T points of one tile, K centroids, C of them padded to whole masks (M), B blocks of W of these,
+D dims.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from numba.core import cgutils
 from torch import Tensor
 
 from rb_gpu.learn.kernels import ROUNDOFF, nearest_of_two, squared_distance
-from rb_gpu.learn.products import POINTS, VECTORS, WIDTH, write_sums
+from rb_gpu.learn.products import POINTS, VECTORS, WIDTH, write_below, write_sums
 from rb_gpu.learn.vectors import (
     FLOATS,
     INT,
@@ -52,18 +55,26 @@ class Columns:
         padded_CD = torch.nn.functional.pad(about_KD, (0, 0, 0, -(-k // WIDTH) * WIDTH - k))
         self.columns_BDW = padded_CD.view(-1, WIDTH, dims).transpose(1, 2).contiguous()
 
-    def room(self) -> tuple[Tensor, Tensor]:
-        """What one call of `nearest_rows` writes: bounds (TILE, C), infinite, and points about the middle (TILE, D)."""
-        return torch.full((TILE, len(self.half_C)), torch.inf), torch.zeros(TILE, self.columns_BDW.shape[1])
+    def bounds(self) -> Tensor:
+        """What a call writes its bounds to (TILE, C), infinite."""
+        return torch.full((TILE, len(self.half_C)), torch.inf)
+
+    def masks(self) -> tuple[Tensor, Tensor]:
+        """What a call writes its masks to (TILE, M), none set, and its limits (TILE,)."""
+        return torch.zeros(TILE, len(self.half_C) // LANES, dtype=torch.uint64), torch.zeros(TILE)
+
+    def about(self) -> Tensor:
+        """What a call writes points about the middle to (TILE, D)."""
+        return torch.zeros(TILE, self.columns_BDW.shape[1])
 
 
 def _halves(vectors: int) -> Any:
     """A function that writes half norms plus the products of POINTS points with the columns of so many blocks."""
 
     @intrinsic
-    def write(_context: Any, x: Any, columns: Any, half: Any, out: Any, x_step: Any, c_step: Any, o_step: Any) -> Any:
+    def write(_context: Any, x: Any, columns: Any, half: Any, x_step: Any, c_step: Any, out: Any, o_step: Any) -> Any:
         def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> None:
-            steps = builder.udiv(arguments[4], ir.Constant(INT, 4))
+            steps = builder.udiv(arguments[3], ir.Constant(INT, 4))
             write_sums(builder, torch.float32, vectors, list(arguments), steps)
 
         return types.void(*[types.uintp] * 7), generate
@@ -71,7 +82,23 @@ def _halves(vectors: int) -> Any:
     return write
 
 
+def _compared(vectors: int) -> Any:
+    """A function that writes which of them are at most the points' limits."""
+
+    @intrinsic
+    def write(
+        _context: Any, x: Any, columns: Any, half: Any, x_step: Any, c_step: Any, limits: Any, out: Any, o_step: Any
+    ) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> None:
+            write_below(builder, vectors, list(arguments), builder.udiv(arguments[3], ir.Constant(INT, 4)))
+
+        return types.void(*[types.uintp] * 8), generate
+
+    return write
+
+
 _one_block, _some_blocks = _halves(1), _halves(VECTORS)
+_one_compared, _some_compared = _compared(1), _compared(VECTORS)
 
 
 @intrinsic
@@ -114,49 +141,54 @@ def _less_middle(x_ND: Any, i: int, middle_D: Any, out_TD: Any, p: int) -> Any:
 
 
 @compiled()
-def nearest_rows(
-    x_ND: Any, start: int, stop: int, middle_D: Any, columns_BDW: Any, half_C: Any, slack: float, first: int,
-    centroids_KD: Any, refresh: bool, labels_N: Any, d2_N: Any, bounds_TC: Any, about_TD: Any,
-) -> None:  # fmt: skip
-    """Labels int64 and d2 float32 of rows start to stop, lowered by centroids_KD[first:]. Their `Columns` are given,
-    and these columns' `room`.
-
-    refresh: forget what was. The result is that of `bounded.lower_rows` to the bit, for the same reasons.
-    """
-    dims, width, count = x_ND.shape[1], half_C.shape[0], centroids_KD.shape[0] - first
-    near = np.float32(2 * (dims + 2) * ROUNDOFF)
-    kept = np.float32(1 - slack)
-    half_T = np.empty(TILE, np.float32)
+def _write_bounds(points: int, columns_BDW: Any, half_C: Any, bounds_TC: Any, about_TD: Any) -> None:
+    """Half norms plus the products of so many points about the middle with all columns into the rows of bounds."""
+    dims, width = about_TD.shape[1], half_C.shape[0]
     about, columns, halves, bounds = (
         about_TD.ctypes.data,
         columns_BDW.ctypes.data,
         half_C.ctypes.data,
         bounds_TC.ctypes.data,
     )
+    b = 0
+    while b < columns_BDW.shape[0]:
+        o, several = 4 * WIDTH * b, b + VECTORS <= columns_BDW.shape[0]
+        for p in range(0, points, POINTS):
+            y, to = about + 4 * dims * p, bounds + 4 * width * p + o
+            if several:
+                _some_blocks(y, columns + o * dims, halves + o, 4 * dims, 4 * WIDTH * dims, to, 4 * width)
+            else:
+                _one_block(y, columns + o * dims, halves + o, 4 * dims, 4 * WIDTH * dims, to, 4 * width)
+        b += VECTORS if several else 1
+
+
+@compiled()
+def first_rows(
+    x_ND: Any, start: int, stop: int, middle_D: Any, columns_BDW: Any, half_C: Any, slack: float, first: int,
+    centroids_KD: Any, labels_N: Any, d2_N: Any, bounds_TC: Any, about_TD: Any,
+) -> None:  # fmt: skip
+    """Labels int64 and d2 float32 of rows start to stop, of which nothing was known: those of centroids_KD[first:].
+    Their `Columns` are given, and what these give to write to.
+
+    The result is that of `bounded.lower_rows` to the bit, for the same reasons.
+    """
+    width, count = half_C.shape[0], centroids_KD.shape[0] - first
+    near, kept = np.float32(2 * (x_ND.shape[1] + 2) * ROUNDOFF), np.float32(1 - slack)
+    half_T = np.empty(TILE, np.float32)
+    bounds = bounds_TC.ctypes.data
     for tile in range(start, stop, TILE):
         points = min(TILE, stop - tile)
         for p in range(points):
             half_T[p] = _less_middle(x_ND, tile + p, middle_D, about_TD, p)
-        b = 0
-        while b < columns_BDW.shape[0]:
-            o, several = 4 * WIDTH * b, b + VECTORS <= columns_BDW.shape[0]
-            for p in range(0, points, POINTS):
-                y, to = about + 4 * dims * p, bounds + 4 * width * p + o
-                if several:
-                    _some_blocks(y, columns + o * dims, halves + o, to, 4 * dims, 4 * WIDTH * dims, 4 * width)
-                else:
-                    _one_block(y, columns + o * dims, halves + o, to, 4 * dims, 4 * WIDTH * dims, 4 * width)
-            b += VECTORS if several else 1
+        _write_bounds(points, columns_BDW, half_C, bounds_TC, about_TD)
         for p in range(points):
             i, row = tile + p, bounds + 4 * width * p
-            label, best = labels_N[i], d2_N[i]
-            if refresh or label < 0:
-                least, mask, z = _smallest(row, width // LANES), np.uint64(0), -LANES
-                while mask == 0 and z + LANES < width:
-                    z += LANES
-                    mask = _at_most(row + 4 * z, least)
-                label = first + (z + lowest_bit(mask) if mask != 0 else 0)
-                best = squared_distance(x_ND, i, centroids_KD, label)
+            least, mask, z = _smallest(row, width // LANES), np.uint64(0), -LANES
+            while mask == 0 and z + LANES < width:
+                z += LANES
+                mask = _at_most(row + 4 * z, least)
+            label = first + (z + lowest_bit(mask) if mask != 0 else 0)
+            best = squared_distance(x_ND, i, centroids_KD, label)
             limit = np.float32(best * np.float32(0.5) * (np.float32(1) + near) - half_T[p] * kept)
             for z in range(0, width, LANES):
                 mask = _at_most(row + 4 * z, limit)
@@ -167,3 +199,92 @@ def nearest_rows(
                         continue
                     label, best = nearest_of_two(x_ND, i, centroids_KD, label, best, other, near)
             labels_N[i], d2_N[i] = label, best
+
+
+@compiled()
+def nearer_rows(
+    x_ND: Any, start: int, stop: int, middle_D: Any, columns_BDW: Any, half_C: Any, slack: float, first: int,
+    centroids_KD: Any, guessed: bool, loose: bool, gap2_K: Any, labels_N: Any, d2_N: Any, masks_TM: Any, limit_T: Any,
+    about_TD: Any,
+) -> Any:  # fmt: skip
+    """Lowers labels int64 and d2 float32 of rows start to stop, which have some, by centroids_KD[first:]; returns the
+    points that were compared. Their `Columns` are given, and what these give to write to.
+
+    guessed: d2 is not that of the label, and is taken first; loose: it is no less. A point whose d2 is below gap2 (K,)
+    of its label, which no other centroid can be as near to, is not compared. The result is that of `bounded.lower_rows`
+    to the bit, for the same reasons.
+    """
+    dims, count = x_ND.shape[1], centroids_KD.shape[0] - first
+    near, kept = np.float32(2 * (dims + 2) * ROUNDOFF), np.float32(1 - slack)
+    row_T = np.empty(TILE, np.int64)
+    about, columns, halves, masks, limits = (
+        about_TD.ctypes.data,
+        columns_BDW.ctypes.data,
+        half_C.ctypes.data,
+        masks_TM.ctypes.data,
+        limit_T.ctypes.data,
+    )
+    next_row, compared, m_step = start, 0, 8 * masks_TM.shape[1]
+    while next_row < stop:
+        points = 0
+        while points < TILE and next_row < stop:
+            i, next_row = next_row, next_row + 1
+            label, best = labels_N[i], d2_N[i]
+            if guessed or loose:
+                if loose and best < gap2_K[label]:
+                    continue
+                best = squared_distance(x_ND, i, centroids_KD, label)
+                d2_N[i] = best
+                if best < gap2_K[label]:
+                    continue
+            half = _less_middle(x_ND, i, middle_D, about_TD, points)
+            limit_T[points] = np.float32(best * np.float32(0.5) * (np.float32(1) + near) - half * kept)
+            row_T[points] = i
+            points += 1
+        compared += points
+        b = 0
+        while b < columns_BDW.shape[0]:
+            o, several = 4 * WIDTH * b, b + VECTORS <= columns_BDW.shape[0]
+            for p in range(0, points, POINTS):
+                y, to = about + 4 * dims * p, masks + m_step * p + WIDTH // 8 * b
+                c, h, limit = columns + o * dims, halves + o, limits + 4 * p
+                if several:
+                    _some_compared(y, c, h, 4 * dims, 4 * WIDTH * dims, limit, to, m_step)
+                else:
+                    _one_compared(y, c, h, 4 * dims, 4 * WIDTH * dims, limit, to, m_step)
+            b += VECTORS if several else 1
+        for p in range(points):
+            i = row_T[p]
+            label, best = labels_N[i], d2_N[i]
+            for z in range(masks_TM.shape[1]):
+                mask = masks_TM[p, z]
+                while mask != 0:
+                    other = first + LANES * z + lowest_bit(mask)
+                    mask &= mask - np.uint64(1)
+                    if other == label or other - first >= count:
+                        continue
+                    label, best = nearest_of_two(x_ND, i, centroids_KD, label, best, other, near)
+            labels_N[i], d2_N[i] = label, best
+    return compared
+
+
+@compiled()
+def least_gaps(
+    centroids_KD: Any, start: int, stop: int, middle_D: Any, columns_BDW: Any, half_C: Any, slack: float, gap2_K: Any,
+    bounds_TC: Any, about_TD: Any,
+) -> None:  # fmt: skip
+    """A float32 below the square of half the way from each of the centroids start to stop to the next; rounding of a
+    squared distance that is compared with it is allowed for. The `Columns` of all are given.
+    """
+    width = half_C.shape[0]
+    near, kept = np.float32(4 * (centroids_KD.shape[1] + 4) * ROUNDOFF), np.float32(1 - slack)
+    half_T = np.empty(TILE, np.float32)
+    for tile in range(start, stop, TILE):
+        points = min(TILE, stop - tile)
+        for p in range(points):
+            half_T[p] = _less_middle(centroids_KD, tile + p, middle_D, about_TD, p)
+        _write_bounds(points, columns_BDW, half_C, bounds_TC, about_TD)
+        for p in range(points):
+            bounds_TC[p, tile + p] = np.inf
+            half = _smallest(bounds_TC.ctypes.data + 4 * width * p, width // LANES) + half_T[p] * kept
+            gap2_K[tile + p] = max(np.float32(0), half * np.float32(0.5) * (np.float32(1) - near))

@@ -14,28 +14,56 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from rb_gpu.learn.vectors import FLOATS, INT, LANES, SUMS, address, alloca, compiled, intrinsic, sum_of
+from rb_gpu.learn.vectors import FLOAT, INT, LANES, SUMS, address, alloca, called, compiled, intrinsic, splat, sum_of
 
+# numbers of one vector
+WIDTH = 16
 # unit roundoff of float32
 ROUNDOFF = 2.0**-24
 
 
+def _squared_difference(lanes: int) -> Any:
+    """A function that sums squared differences of two rows, so many at a time."""
+    kind = ir.VectorType(FLOAT, lanes)
+
+    @intrinsic
+    def add(_context: Any, x: Any, c: Any, dims: Any) -> Any:
+        """The sum of the rows at these addresses; dims is a multiple of lanes."""
+
+        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            zero = ir.Constant(kind, [0.0] * lanes)
+            place = alloca(builder, zero)
+            builder.store(zero, place)
+            steps = builder.udiv(arguments[2], ir.Constant(INT, lanes))
+            with cgutils.for_range(builder, steps, intp=INT) as loop:
+                offset = builder.mul(loop.index, ir.Constant(INT, 4 * lanes))
+                one, other = (builder.load(address(builder, row, offset, kind), align=4) for row in arguments[:2])
+                difference = builder.fsub(one, other)
+                square = builder.fmul(difference, difference, flags=("contract",))
+                builder.store(builder.fadd(builder.load(place), square, flags=("contract",)), place)
+            return sum_of(builder, builder.load(place))
+
+        return types.float32(types.uintp, types.uintp, types.intp), generate
+
+    return add
+
+
+_of_many, _of_some = _squared_difference(LANES), _squared_difference(WIDTH)
+
+
 @intrinsic
-def _squared_difference(_context: Any, x: Any, c: Any, dims: Any) -> Any:
-    """The sum of squared differences of two rows at these addresses; dims is a multiple of LANES."""
+def _of_few(_context: Any, x: Any, c: Any, dims: Any) -> Any:
+    """The sum of squared differences of two rows at these addresses, of fewer numbers than a vector has."""
+    kind, places = ir.VectorType(FLOAT, WIDTH), ir.VectorType(INT, WIDTH)
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        zero = ir.Constant(FLOATS, [0.0] * LANES)
-        place = alloca(builder, zero)
-        builder.store(zero, place)
-        steps = builder.udiv(arguments[2], ir.Constant(INT, LANES))
-        with cgutils.for_range(builder, steps, intp=INT) as loop:
-            offset = builder.mul(loop.index, ir.Constant(INT, 4 * LANES))
-            one, other = (builder.load(address(builder, row, offset, FLOATS), align=4) for row in arguments[:2])
-            difference = builder.fsub(one, other)
-            square = builder.fmul(difference, difference, flags=("contract",))
-            builder.store(builder.fadd(builder.load(place), square, flags=("contract",)), place)
-        return sum_of(builder, builder.load(place))
+        count = splat(builder, arguments[2], places)
+        mask = builder.icmp_unsigned("<", ir.Constant(places, list(range(WIDTH))), count)
+        rest = [ir.Constant(ir.IntType(32), 4), mask, ir.Constant(kind, [0.0] * WIDTH)]
+        rows = [builder.inttoptr(row, kind.as_pointer()) for row in arguments[:2]]
+        one, other = (called(builder, f"llvm.masked.load.v{WIDTH}f32.p0", kind, [row, *rest]) for row in rows)
+        difference = builder.fsub(one, other)
+        return sum_of(builder, builder.fmul(difference, difference))
 
     return types.float32(types.uintp, types.uintp, types.intp), generate
 
@@ -47,14 +75,16 @@ def squared_distance(x_ND: Any, i: int, c_KD: Any, j: int) -> Any:
     """
     dims, begun = x_ND.shape[1], 0
     total = np.float32(0)
+    x, c = x_ND.ctypes.data + i * x_ND.strides[0], c_KD.ctypes.data + j * c_KD.strides[0]
     if dims >= 2 * LANES:
         begun = dims - dims % LANES
-        total = _squared_difference(
-            x_ND.ctypes.data + i * x_ND.strides[0], c_KD.ctypes.data + j * c_KD.strides[0], begun
-        )
-    for t in range(begun, dims):
-        difference = x_ND[i, t] - c_KD[j, t]
-        total += difference * difference
+        total = _of_many(x, c, begun)
+    if dims - begun >= WIDTH:
+        some = dims - begun - dims % WIDTH
+        total += _of_some(x + 4 * begun, c + 4 * begun, some)
+        begun += some
+    if begun < dims:
+        total += _of_few(x + 4 * begun, c + 4 * begun, dims - begun)
     return total
 
 

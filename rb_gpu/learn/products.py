@@ -103,35 +103,56 @@ def _add(builder: Any, code: torch.dtype, total: Any, point: Any, column: Any) -
     return called(builder, "llvm.x86.avx512.vpdpbusd.512", total.type, [total, point, column])
 
 
-def write_sums(builder: Any, code: torch.dtype, vectors: int, places: list[Any], steps: Any) -> None:
-    """Writes what so many vectors' sums begin with, plus their products with POINTS points.
+def _summed(builder: Any, code: torch.dtype, vectors: int, places: list[Any], steps: Any) -> list[list[Any]]:
+    """What so many vectors' sums begin with, plus their products with POINTS points, as vectors of WIDTH a point.
 
-    places: addresses of points, columns, begin and out, then bytes from a point, a vector's columns and a row of out to
-    the next. steps: of the product. All are whole numbers of 64 bits.
+    places: addresses of points, columns and begin, then bytes from a point and from a vector's columns to the next.
+    steps: of the product. All are whole numbers of 64 bits.
     """
-    x, columns, begin, out, x_step, c_step, o_step = places
+    x, columns, begin, x_step, c_step = places
     vector = ir.VectorType(_NUMBERS[code], WIDTH)
-
-    def spread(base: Any, step: Any, count: int, kind: Any) -> list[Any]:
-        return [address(builder, base, builder.mul(step, _bytes(i)), kind) for i in range(count)]
-
-    begun = [builder.load(place, align=4) for place in spread(begin, _bytes(4 * WIDTH), vectors, vector)]
+    begun = [builder.load(place, align=4) for place in _spread(builder, begin, _bytes(4 * WIDTH), vectors, vector)]
     sums = [[alloca(builder, ir.Constant(vector, [0] * WIDTH)) for _ in begun] for _ in range(POINTS)]
     for row in sums:
         for value, place in zip(begun, row, strict=True):
             builder.store(value, place)
     with cgutils.for_range(builder, steps, intp=INT) as loop:
         here = builder.add(columns, builder.mul(loop.index, _bytes(4 * WIDTH)))
-        parts = [builder.load(place, align=4) for place in spread(here, c_step, vectors, vector)]
+        parts = [builder.load(place, align=4) for place in _spread(builder, here, c_step, vectors, vector)]
         here = builder.add(x, builder.mul(loop.index, _bytes(4)))
-        for point, row in zip(spread(here, x_step, POINTS, vector.element), sums, strict=True):
+        for point, row in zip(_spread(builder, here, x_step, POINTS, vector.element), sums, strict=True):
             repeated = splat(builder, builder.load(point, align=4), vector)
             for part, place in zip(parts, row, strict=True):
                 builder.store(_add(builder, code, builder.load(place), repeated, part), place)
-    for i, row in enumerate(sums):
+    return [[builder.load(place) for place in row] for row in sums]
+
+
+def _spread(builder: Any, base: Any, step: Any, count: int, kind: Any) -> list[Any]:
+    """So many addresses from the base on, a step apart."""
+    return [address(builder, base, builder.mul(step, _bytes(i)), kind) for i in range(count)]
+
+
+def write_sums(builder: Any, code: torch.dtype, vectors: int, places: list[Any], steps: Any) -> None:
+    """Writes sums (see `_summed`): places has, last, the addresses of out and the bytes of a row of it."""
+    *places, out, o_step = places
+    for i, row in enumerate(_summed(builder, code, vectors, places, steps)):
         start = builder.add(out, builder.mul(o_step, _bytes(i)))
-        for place, to in zip(row, spread(start, _bytes(4 * WIDTH), vectors, vector), strict=True):
-            builder.store(builder.load(place), to, align=4)
+        for value, to in zip(row, _spread(builder, start, _bytes(4 * WIDTH), vectors, row[0].type), strict=True):
+            builder.store(value, to, align=4)
+
+
+def write_below(builder: Any, vectors: int, places: list[Any], steps: Any) -> None:
+    """Writes, a bit each, which float32 sums (see `_summed`) are at most their point's limit: places has, last, the
+    addresses of limits and of out and the bytes of a row of out.
+    """
+    *places, limits, out, o_step = places
+    bits = ir.IntType(WIDTH)
+    for i, row in enumerate(_summed(builder, torch.float32, vectors, places, steps)):
+        start = builder.add(out, builder.mul(o_step, _bytes(i)))
+        limit = builder.load(address(builder, limits, _bytes(4 * i), FLOAT), align=4)
+        for value, to in zip(row, _spread(builder, start, _bytes(WIDTH // 8), vectors, bits), strict=True):
+            below = builder.fcmp_ordered("<=", value, splat(builder, limit, value.type))
+            builder.store(builder.bitcast(below, bits), to, align=2)
 
 
 def _write_tiles(builder: Any, x: Any, x_step: Any, columns: Any, c_step: Any, out: Any, steps: Any) -> None:
@@ -215,7 +236,7 @@ def group_products(
             to = builder.add(out, builder.mul(loop.index, _bytes(POINTS * 4 * LANES)))
             for v in range(0, LANES // WIDTH, vectors):
                 past, at = _bytes(4 * WIDTH * v), builder.add(columns, builder.mul(c_step, _bytes(v)))
-                places = [point, at, builder.add(begin, past), builder.add(to, past), x_step, c_step, _bytes(4 * LANES)]
+                places = [point, at, builder.add(begin, past), x_step, c_step, builder.add(to, past), _bytes(4 * LANES)]
                 write_sums(builder, code, vectors, places, builder.udiv(x_step, _bytes(4)))
 
     return signature, generate

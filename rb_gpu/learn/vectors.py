@@ -61,9 +61,9 @@ def least_of(builder: Any, floats: Any) -> Any:
 
 
 def sum_of(builder: Any, floats: Any) -> Any:
-    """The sum of a vector of LANES, in any order."""
+    """The sum of a vector, in any order."""
     start = ir.Constant(FLOAT, -0.0)
-    return called(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", FLOAT, [start, floats], ("reassoc",))
+    return called(builder, f"llvm.vector.reduce.fadd.v{floats.type.count}f32", FLOAT, [start, floats], ("reassoc",))
 
 
 def address(builder: Any, base: Any, offset: Any, kind: Any) -> Any:
