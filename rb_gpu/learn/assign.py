@@ -20,7 +20,7 @@ from torch import Tensor
 from rb_gpu.learn.bounded import lower_rows
 from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, encode, principal_bases, project
 from rb_gpu.learn.direct import Columns, first_rows, least_gaps, nearer_rows
-from rb_gpu.learn.kernels import ROUNDOFF, nearer_halves, own_distances
+from rb_gpu.learn.kernels import ROUNDOFF, nearer_halves, own_distances, widen
 from rb_gpu.learn.products import FLOAT32, GROUP, MOST_DIMS, integer_product
 from rb_gpu.learn.vectors import LANES
 from rb_gpu.learn.workers import Workers
@@ -31,7 +31,7 @@ LEAST_TILE, LARGEST_TILE = 64, 2048
 # numbers of the points that are coded at once: they stay in a core's second cache
 CODED_NUMBERS = 2**18
 # spans of one worker where no tile must stay in a cache: enough to even out what each takes
-TURNS = 4
+TURNS = 8
 # centroids of one block: their codes stay in a core's second cache
 BLOCK = 1024
 # multiplications of one assignment below which a choice takes longer than it saves
@@ -103,7 +103,8 @@ class Assignment:
             return
         # the triangle inequality, and what rounding may take from it: d2 errs by D + 2 units, its root by half of that
         more = 1 + (2 * self.x_ND.shape[1] + 8) * ROUNDOFF
-        self.d2_N.sqrt_().add_(moved_K.float()[self.labels_N]).mul_(more).square_()
+        labels, moved, d2 = self.labels_N.numpy(), moved_K.float().numpy(), self.d2_N.numpy()
+        self.crew.each(len(d2), self._slice(), lambda _worker, start, stop: widen(start, stop, labels, moved, more, d2))
         self._loose = True
         self._run(centroids_KD, 0, refresh=False)
 
@@ -132,7 +133,7 @@ class Assignment:
             def rows(worker: int, start: int, stop: int) -> None:
                 compared[worker] += self._direct(start, stop, columns, gap2_K, centroids_KD, first, refresh)
 
-            self.crew.each(len(self.x_ND), max(LEAST_TILE, -(-len(self.x_ND) // (TURNS * self.crew.count))), rows)
+            self.crew.each(len(self.x_ND), self._slice(), rows)
             self.work.computed += sum(compared) * (len(centroids_KD) - first)
             return
         blocks = coded_blocks(*project(centroids_KD[first:], self.basis), first, self.basis)
@@ -145,6 +146,10 @@ class Assignment:
 
         self.crew.each(len(self.x_ND), LARGEST_TILE, span)
         self.work.computed += sum(computed)
+
+    def _slice(self) -> int:
+        """Points of one worker's turn."""
+        return max(LEAST_TILE, -(-len(self.x_ND) // (TURNS * self.crew.count)))
 
     def _gaps(self, columns: Columns, centroids_KD: Tensor, count: int) -> Tensor:
         """What `nearer_rows` asks of each centroid (K,): 0 where it is no small share of what so many points take."""

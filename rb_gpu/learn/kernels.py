@@ -119,6 +119,14 @@ def own_distances(x_ND: Any, start: int, stop: int, centroids_KD: Any, labels_N:
         d2_N[i] = squared_distance(x_ND, i, centroids_KD, labels_N[i])
 
 
+@compiled()
+def widen(start: int, stop: int, labels_N: Any, moved_K: Any, more: float, d2_N: Any) -> None:
+    """D2 of rows start to stop, in place, to no less than those to centroids that moved so far from where they were."""
+    for i in range(start, stop):
+        far = (np.sqrt(d2_N[i]) + moved_K[labels_N[i]]) * np.float32(more)
+        d2_N[i] = far * far
+
+
 @compiled(fastmath=SUMS)
 def centre_rows(x_TD: Any, middle_D: Any, out_TD: Any, half_T: Any) -> None:
     """X − middle into out (T, D), and half its squared norm into half (T,), both float32."""
