@@ -18,6 +18,7 @@ from rb_gpu.learn import assign, bounded, direct, kernels, products, row_kernels
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, encode, principal_bases, project
+from rb_gpu.learn.direct import Columns
 from rb_gpu.learn.products import (
     AMX,
     FEATURES,
@@ -222,7 +223,14 @@ def test_centroids_that_come_one_after_the_other_end_where_all_at_once_do(way, k
     st.sampled_from([0.0, 1.0, 300.0]), st.lists(st.sampled_from([0.0, 1e-7, 1e-3, 0.1, 10.0]), min_size=1, max_size=4),
 )  # fmt: skip
 def test_centroids_that_move_need_not_be_compared_with_all_points(seed, n, k, dims, scale, offset, steps):
-    # the centroids go on by ever other steps, some of them; what is known of the last is only a bound
+    # the centroids go on by ever other steps, some of them; what is known of the last is only a bound. Half the way
+    # from each to the next is asked for though that takes as long as what it saves
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assign, "GAPS", 0)
+        moved_and_compared(seed, n, k, dims, scale, offset, steps)
+
+
+def moved_and_compared(seed, n, k, dims, scale, offset, steps):
     x, c = uneven(seed, n, k, dims, scale, offset)
     g = torch.Generator().manual_seed(seed)
     ways = [None, *(Basis(x.mean(0), product=product) for product in PRODUCTS)]
@@ -259,6 +267,44 @@ def test_a_point_that_stays_where_it_is_need_not_be_read():
     true = (x - c.repeat(5, 1) - 0.1).square().sum(1)
     assert bool((known >= true).all()) and bool((known > 1.001 * true).any())
     torch.testing.assert_close(points.d2_N, true, rtol=1e-5, atol=0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(0, 2**31), st.integers(1, 200), st.integers(1, 150), st.floats(-30, 30),
+    st.sampled_from([0.0, 1.0, 300.0]), st.booleans(),
+)  # fmt: skip
+def test_half_the_way_to_the_next_centroid_is_never_too_long(seed, k, dims, scale, offset, copies):
+    c, _ = uneven(seed, k, 1, dims, scale, offset)
+    if copies:
+        c = torch.cat([c, c[: k // 2 + 1]])
+    with workers() as crew:
+        points = Assignment(c, c.mean(0), crew, 0)
+        columns = Columns(c, points.basis.middle_D)
+        gap2 = points._gaps(columns, c, 10**9)
+        assert not points._gaps(columns, c, 0).any(), "where points are few it is not asked for"
+    true = brute_force(c, c)
+    true[torch.eye(len(c), dtype=torch.bool)] = torch.inf
+    nearest = true.min(1).values / 4
+    assert bool((gap2.double() <= nearest).all())
+    size = (c - points.basis.middle_D).double().square().sum(1)
+    known = nearest > 0.01 * size.max()
+    np.testing.assert_allclose(gap2[known].double(), nearest[known], rtol=0.05)
+
+
+def test_a_point_near_its_centroid_is_not_compared():
+    g = torch.Generator().manual_seed(0)
+    c = 10 * torch.randn(20, 3, generator=g)
+    x = c.repeat(50, 1) + 0.1 * torch.randn(1000, 3, generator=g)
+    with workers() as crew:
+        points = using("direct", x, crew)
+        points.assign(c)
+        seen = points.work.computed
+        points.assign(c + 0.01, torch.full((20,), 0.02))
+        assert points.work.computed == seen
+        assert torch.equal(points.labels_N, torch.arange(20).repeat(50))
+        points.settle(c + 0.01)
+    torch.testing.assert_close(points.d2_N, (x - c.repeat(50, 1) - 0.01).square().sum(1), rtol=1e-4, atol=0)
 
 
 def test_the_twin_for_a_gpu_agrees():
