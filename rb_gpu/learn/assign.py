@@ -127,7 +127,8 @@ class Assignment:
         self.work.all += len(self.x_ND) * (len(centroids_KD) - first)
         if self._at_once(len(centroids_KD) - first):
             columns = Columns(centroids_KD[first:], self.basis.middle_D)
-            gap2_K = self._gaps(columns, centroids_KD, len(self.x_ND) if first == 0 else 0)
+            # asked for by points whose label is a guess or a bound: not by those that have none, or whose d2 is known
+            gap2_K = self._gaps(columns, centroids_KD, len(self.x_ND) if first == 0 and (refresh or self._loose) else 0)
             compared = [0] * self.crew.count
 
             def rows(worker: int, start: int, stop: int) -> None:

@@ -14,8 +14,20 @@ from numba import types
 from numba.core import cgutils
 
 from rb_gpu.learn.kernels import ROUNDOFF, nearest_of_two, squared_distance
-from rb_gpu.learn.products import GROUP, WIDTH, begin_products, end_products, group_products
-from rb_gpu.learn.vectors import FLOATS, INT, LANES, address, called, compiled, intrinsic, least_of, lowest_bit, splat
+from rb_gpu.learn.products import GROUP, begin_products, end_products, group_products
+from rb_gpu.learn.vectors import (
+    FLOATS,
+    INT,
+    LANES,
+    WIDTH,
+    address,
+    called,
+    compiled,
+    intrinsic,
+    least_of,
+    lowest_bit,
+    splat,
+)
 
 # points for which the columns of LANES centroids stay in the first cache
 BATCH = 128

@@ -1,5 +1,5 @@
-"""Every product of a point with a centroid in float32, of a few points at a time: of what is compared with a point's
-best distance, only which are no more is written.
+"""Every product of a point with a centroid in float32, a few points at a time: where a point's best distance is known,
+a bit each is written of them, that says whether the centroid may be as near.
 
 The fastest way where centroids or dims are few. With y = x − middle, half_x + half_c − y·c is half the squared distance
 up to `slack`·(half_x + half_c) (see `coarse`), so that few distances must be taken exactly. Where they are fewer still,
@@ -20,12 +20,13 @@ from numba.core import cgutils
 from torch import Tensor
 
 from rb_gpu.learn.kernels import ROUNDOFF, nearest_of_two, squared_distance
-from rb_gpu.learn.products import POINTS, VECTORS, WIDTH, write_below, write_sums
+from rb_gpu.learn.products import POINTS, VECTORS, write_below, write_sums
 from rb_gpu.learn.vectors import (
     FLOATS,
     INT,
     LANES,
     SUMS,
+    WIDTH,
     address,
     alloca,
     compiled,
@@ -141,8 +142,15 @@ def _less_middle(x_ND: Any, i: int, middle_D: Any, out_TD: Any, p: int) -> Any:
 
 
 @compiled()
-def _write_bounds(points: int, columns_BDW: Any, half_C: Any, bounds_TC: Any, about_TD: Any) -> None:
-    """Half norms plus the products of so many points about the middle with all columns into the rows of bounds."""
+def _write_bounds(
+    x_ND: Any, start: int, points: int, middle_D: Any, columns_BDW: Any, half_C: Any, half_T: Any, bounds_TC: Any,
+    about_TD: Any,
+) -> None:  # fmt: skip
+    """Of so many points from row start on, half their squared norms about the middle, and half the columns' plus the
+    products with all of them into the rows of bounds.
+    """
+    for p in range(points):
+        half_T[p] = _less_middle(x_ND, start + p, middle_D, about_TD, p)
     dims, width = about_TD.shape[1], half_C.shape[0]
     about, columns, halves, bounds = (
         about_TD.ctypes.data,
@@ -178,9 +186,7 @@ def first_rows(
     bounds = bounds_TC.ctypes.data
     for tile in range(start, stop, TILE):
         points = min(TILE, stop - tile)
-        for p in range(points):
-            half_T[p] = _less_middle(x_ND, tile + p, middle_D, about_TD, p)
-        _write_bounds(points, columns_BDW, half_C, bounds_TC, about_TD)
+        _write_bounds(x_ND, tile, points, middle_D, columns_BDW, half_C, half_T, bounds_TC, about_TD)
         for p in range(points):
             i, row = tile + p, bounds + 4 * width * p
             least, mask, z = _smallest(row, width // LANES), np.uint64(0), -LANES
@@ -281,9 +287,7 @@ def least_gaps(
     half_T = np.empty(TILE, np.float32)
     for tile in range(start, stop, TILE):
         points = min(TILE, stop - tile)
-        for p in range(points):
-            half_T[p] = _less_middle(centroids_KD, tile + p, middle_D, about_TD, p)
-        _write_bounds(points, columns_BDW, half_C, bounds_TC, about_TD)
+        _write_bounds(centroids_KD, tile, points, middle_D, columns_BDW, half_C, half_T, bounds_TC, about_TD)
         for p in range(points):
             bounds_TC[p, tile + p] = np.inf
             half = _smallest(bounds_TC.ctypes.data + 4 * width * p, width // LANES) + half_T[p] * kept

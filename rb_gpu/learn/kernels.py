@@ -14,10 +14,21 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from rb_gpu.learn.vectors import FLOAT, INT, LANES, SUMS, address, alloca, called, compiled, intrinsic, splat, sum_of
+from rb_gpu.learn.vectors import (
+    FLOAT,
+    INT,
+    LANES,
+    SUMS,
+    WIDTH,
+    address,
+    alloca,
+    called,
+    compiled,
+    intrinsic,
+    splat,
+    sum_of,
+)
 
-# numbers of one vector
-WIDTH = 16
 # unit roundoff of float32
 ROUNDOFF = 2.0**-24
 

@@ -23,12 +23,12 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from torch import Tensor
 
-from rb_gpu.learn.vectors import FLOAT, INT, LANES, address, alloca, called, intrinsic, splat
+from rb_gpu.learn.vectors import FLOAT, INT, LANES, WIDTH, address, alloca, called, intrinsic, splat
 
 log = logging.getLogger(__name__)
 
-# centroids of one vector; points whose products are made at once; points and vectors of one step of the others than AMX
-WIDTH, GROUP, POINTS = 16, 32, 4
+# points whose products are made at once; points and vectors of one step of the others than AMX
+GROUP, POINTS = 32, 4
 _target: Callable[[], Any] = cpu_target.target_context.codegen
 FEATURES = frozenset(_target().magic_tuple()[2].split(","))
 VECTORS = 2 if "+avx512f" in FEATURES else 1

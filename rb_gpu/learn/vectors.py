@@ -17,8 +17,8 @@ from numba.core import cgutils
 
 log = logging.getLogger(__name__)
 
-# numbers that are compared in one step; the answers are the bits of one uint64
-LANES = 64
+# numbers of one vector; numbers that are compared in one step: the answers are the bits of one uint64
+WIDTH, LANES = 16, 64
 # what it makes is called with values, not with the types that its functions are written for
 intrinsic: Callable[[Any], Any] = extending.intrinsic
 alloca: Callable[[Any, Any], Any] = cgutils.alloca_once_value
