@@ -25,14 +25,13 @@ from rb_gpu.learn.products import (
     FLOAT32,
     GROUP,
     VNNI,
-    WIDTH,
     Product,
     begin_products,
     end_products,
     group_products,
     integer_product,
 )
-from rb_gpu.learn.vectors import LANES, compiled
+from rb_gpu.learn.vectors import LANES, WIDTH, compiled
 from rb_gpu.learn.workers import Workers, workers
 
 
@@ -221,12 +220,13 @@ def test_centroids_that_come_one_after_the_other_end_where_all_at_once_do(way, k
 @given(
     st.integers(0, 2**31), st.integers(1, 300), st.integers(1, 150), st.integers(1, 150), st.floats(-30, 30),
     st.sampled_from([0.0, 1.0, 300.0]), st.lists(st.sampled_from([0.0, 1e-7, 1e-3, 0.1, 10.0]), min_size=1, max_size=4),
+    st.sampled_from([0, 10**9]),
 )  # fmt: skip
-def test_centroids_that_move_need_not_be_compared_with_all_points(seed, n, k, dims, scale, offset, steps):
+def test_centroids_that_move_need_not_be_compared_with_all_points(seed, n, k, dims, scale, offset, steps, gaps):
     # the centroids go on by ever other steps, some of them; what is known of the last is only a bound. Half the way
-    # from each to the next is asked for though that takes as long as what it saves
+    # from each to the next is known or not, though it may take as long as what it saves
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assign, "GAPS", 0)
+        patch.setattr(assign, "GAPS", gaps)
         moved_and_compared(seed, n, k, dims, scale, offset, steps)
 
 

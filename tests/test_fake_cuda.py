@@ -62,6 +62,15 @@ def test_from_one_start_the_device_comes_to_the_bits_of_the_host(metric):
     assert seeded.centroids.tobytes() == streamed.centroids.tobytes()
 
 
+def test_copies_among_the_starts_are_drawn_anew_on_the_device_too():
+    start = np.concatenate([X[:20], np.repeat(X[:1], 10, axis=0)])
+    with pretended():
+        found = kmeans(X, 30, init=start, device="cuda", engine="torch")
+        streamed = kmeans(X, 30, init=start, device="cuda", engine="torch", memory_budget=2**14)
+    assert (np.bincount(found.labels, minlength=30) > 0).all()
+    assert found.centroids.tobytes() == streamed.centroids.tobytes()
+
+
 def waits_of(iterations: int, engine: str = "torch") -> int:
     with pretended() as operations:
         found = kmeans(X, 30, init=X[:30], device="cuda", epsilon=0.0, max_iter=iterations, engine=engine)
