@@ -7,7 +7,7 @@ Suffixes: P leaves, C configs, O outcomes, G nodes of the level above.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from rb_gpu.bank_data import NO_CHANCE
 from rb_gpu.evidence import OUTCOMES, Evidence, Floats, linear_moments
 from rb_gpu.field import Field
-from rb_gpu.homogeneity import differs, hidden, varies
+from rb_gpu.homogeneity import FAMILY_ERROR, differs, hidden, varies
 from rb_gpu.normal import normal_cdf
 from rb_gpu.objective import Objective, choose
 
@@ -59,6 +59,11 @@ class Beliefs:
         that).
         """
         return choose(self.score, self.probability, self.quality, min_probability, default, likeliest)
+
+    def held_back(self) -> Beliefs:
+        """The same of a bank in which no config is probable enough anywhere."""
+        nothing = np.zeros_like(self.gain)
+        return replace(self, probability=nothing, test=nothing + NO_CHANCE, test_sd=nothing)
 
 
 def effects(evidence: Evidence, direction_O: Floats, default: int) -> tuple[Floats, Floats]:
@@ -243,6 +248,18 @@ def believe(
         test, test_sd = quality - objective.target, np.sqrt(np.where(certain, quality_var, 0.0))
         test[:, never_C] = NO_CHANCE
     return Beliefs(gain, gain_variance, probability, score, quality, margin_C, test, test_sd)
+
+
+def surely_better(field: Field, objective: Objective, default: int) -> bool:
+    """Whether some config beats the default over all queries together, at FAMILY_ERROR for all configs (Bonferroni).
+
+    What is left to ask once the rows are gone: whether choices by place pay needs them (rb_gpu.learn.proof).
+    """
+    direction_O = objective.direction
+    level_C = (field.base + field.mean[-1]) @ direction_O
+    error_C = field.level_variance @ direction_O**2
+    z_C = np.divide(level_C - level_C[default], np.sqrt(error_C), out=np.zeros(len(level_C)), where=error_C > 0)
+    return bool(normal_cdf(-z_C.max()) * max(len(z_C) - 1, 1) < FAMILY_ERROR)
 
 
 def _foretold(field: Field, direction_O: Floats, default: int) -> tuple[Floats, Floats, Floats]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rb_gpu.bank_data import BankData, squared_norms
+from rb_gpu.bank_data import NO_CHANCE, BankData, squared_norms
 from rb_gpu.evidence import OUTCOMES
 from rb_gpu.field_cells import FieldCells
 from rb_gpu.normal import normal_quantile
@@ -73,7 +73,9 @@ class BankState:
     def under(self, tradeoff: float | Tradeoff) -> BankState:
         """The same bank with its evidence judged under another trade-off; kept for the next call.
 
-        A number is the weight of cost, of latency where no cost was logged. Raises ValueError.
+        A number is the weight of cost, of latency where no cost was logged. Where the choices for the trained one were
+        not shown to pay, the default stands under others too, until some config surely beats it over all queries
+        together. Raises ValueError.
         """
         if not isinstance(tradeoff, Tradeoff):
             if isinstance(tradeoff, bool) or not isinstance(tradeoff, (int, float, np.number)):
@@ -89,11 +91,17 @@ class BankState:
                 f"tradeoff needs a bank judged by eb for a utility, this one is {data.method} for "
                 f"{data.objective.kind}; train with judge.method=eb judge.objective=utility"
             )
-        from rb_gpu.posterior import believe  # which a lookup under the trained trade-off does not need
-
         objective = replace(data.objective, latency_weight=tradeoff.latency_weight, cost_weight=tradeoff.cost_weight)
+        if objective == data.objective:
+            return self
+        # which a lookup under the trained trade-off does not need
+        from rb_gpu.posterior import believe, surely_better
+
         margin: Any = "auto" if data.lookup.auto_margin else data.arrays["margin"]
         beliefs = believe(data.evidence, data.parents(), objective, data.default, margin, data.field)
+        unproven = data.field if data.field is not None and (data.arrays["field_test"] == NO_CHANCE).all() else None
+        if unproven is not None and not surely_better(unproven, objective, data.default):
+            beliefs = beliefs.held_back()
         other = object.__new__(BankState)
         other.__dict__.update(self.__dict__)
         other._tabulate(beliefs.gain, beliefs.probability, beliefs.gain, beliefs.quality)

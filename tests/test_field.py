@@ -20,6 +20,8 @@ from rb_gpu.learn.landmarks import AXES, _axes  # noqa: E402
 from rb_gpu.learn.ridge import FOLDS, RIDGES, Ridge, average  # noqa: E402
 from rb_gpu.learn.trajectories import Source, assemble  # noqa: E402
 from rb_gpu.normal import normal_quantile  # noqa: E402
+from rb_gpu.types import Tradeoff  # noqa: E402
+from tests.null_worlds import world  # noqa: E402
 
 
 def tensor(x):
@@ -318,6 +320,36 @@ def test_a_place_unlike_all_queries_is_not_foretold_beyond_them(bank):
 def test_the_trained_tradeoff_gives_the_trained_answers(bank):
     x = table(7, n=300).x_QD
     assert (bank.optimized_params_batch(x)["config_id"] == bank.optimized_params_batch(x, 0.0)["config_id"]).all()
+
+
+def unproven(dear: bool) -> ReasoningBank:
+    trajectories = world("95 % of traffic on the default", 1500, np.random.default_rng([3, 2]))
+    if dear:
+        cost = np.where(trajectories.config_id == 0, 0.1, 1.0).astype(np.float32)
+        trajectories = replace(trajectories, cost=cost)
+    config = TrainConfig(judge=JudgeConfig(latency_weight=0.0, cost_weight=0.0), seed=3)
+    config.index.kind = "off"
+    return learn(trajectories, config).bank()
+
+
+@pytest.mark.parametrize("tradeoff", [Tradeoff(0.0, 0.0), Tradeoff(0.3, 0.0), 0.3])
+def test_what_was_not_shown_to_pay_is_not_done_under_another_tradeoff(tradeoff):
+    # no config differs; the default stood under the trained trade-off, 18 % of queries left it under any other number
+    bank = unproven(dear=False)
+    x = np.random.default_rng(0).normal(size=(500, bank.dim)).astype(np.float32)
+    for one in (None, tradeoff):
+        answers = bank.optimized_params_batch(x, one)
+        assert (answers["config_id"] == bank.data.default).all() and (answers["confidence"] == 0).all()
+    assert bank.optimized_params(x[0], tradeoff).config_id == bank.data.default
+
+
+def test_a_cheaper_config_is_taken_once_cost_surely_outweighs_what_is_not_known_of_it():
+    bank = unproven(dear=True)
+    x = np.random.default_rng(0).normal(size=(500, bank.dim)).astype(np.float32)
+    picks = [bank.optimized_params_batch(x, weight)["config_id"] for weight in (0.0, 0.01, 2.0)]
+    assert (picks[0] == bank.data.default).all() and (picks[1] == bank.data.default).all()
+    cheap = int(bank.configs.ef_search.argmin())
+    assert (picks[2] == cheap).all()
 
 
 def test_export_keeps_the_field(bank, tmp_path):

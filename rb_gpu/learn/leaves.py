@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rb_gpu.bank_data import NO_CHANCE
 from rb_gpu.field import Field
 from rb_gpu.learn.assemble import Leaves
 from rb_gpu.learn.config import TrainConfig
@@ -107,7 +106,4 @@ def believed(leaves: Leaves, objective: Objective, default: int, config: TrainCo
     if leaves.unseen is not None:
         least = leaves.least_probability(config.judge)
         return spend(beliefs, leaves.unseen, objective.target, least, default)
-    if leaves.field is None or leaves.pays:
-        return beliefs
-    nothing = np.zeros_like(beliefs.gain)
-    return replace(beliefs, probability=nothing, test=nothing + NO_CHANCE, test_sd=nothing)
+    return beliefs if leaves.field is None or leaves.pays else beliefs.held_back()
