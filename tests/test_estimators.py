@@ -16,8 +16,10 @@ from rb_gpu.learn.estimators import (
     effective_size,
     ips,
     odd_propensities,
+    rare_error,
     self_normalised_doubly_robust,
     snips,
+    typical_size,
     unseen_error,
 )
 from rb_gpu.learn.outcome_model import FOLDS, cross_fitted, folds
@@ -233,3 +235,23 @@ def test_intervals_hold_the_truth_as_often_as_they_say(log: str):
     for name, one in simulate_logs.coverage(log, 600, 60, seed=3).items():
         assert one.known >= 55, name
         assert one.plausible(0.95, 0.999), (name, one)
+
+
+def test_the_typical_size_is_of_what_decides_the_variance():
+    few = np.zeros(1000)
+    few[:5] = [1, -1, 1, 1, -1]
+    assert typical_size(few) == pytest.approx(1.0)
+    normal = np.random.default_rng(0).normal(size=200_000)
+    assert typical_size(normal) == pytest.approx(math.sqrt(3), rel=0.02)
+    assert typical_size(np.zeros(3)) == 0.0
+
+
+def test_what_never_failed_may_fail_as_often_as_wilsons_bound_says():
+    # 0 failures in n: 1.96 standard errors are 2.8 / n; Wilson's bound is 3.8 / (n + 3.8)
+    for n in (20, 200):
+        assert 1.96 * rare_error(np.ones(n), 1.0) == pytest.approx(1.96 * math.sqrt(2) / n)
+    assert rare_error(np.full(20, 50.0), 1.0) == pytest.approx(rare_error(np.ones(20), 1.0))
+    assert rare_error(np.zeros(3), 1.0) == 0.0
+    uneven = np.ones(20)
+    uneven[0] = 100.0
+    assert rare_error(uneven, 1.0) > 5 * rare_error(np.ones(20), 1.0)

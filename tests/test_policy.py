@@ -10,8 +10,10 @@ import pytest
 import torch
 from test_verdicts import table
 
+from rb_gpu.errors import DataError
 from rb_gpu.learn.config import EvalConfig
 from rb_gpu.learn.drift import EmbeddingDrift
+from rb_gpu.learn.evaluation import check_cost, doubts
 from rb_gpu.learn.evidence import gather_evidence, row_weights
 from rb_gpu.learn.gate import decide
 from rb_gpu.learn.harm import UNKNOWN_HARM, Harm
@@ -94,6 +96,39 @@ def test_best_single_is_the_best_mean():
     table_ = table(seed=5, n=3000, configs=4, effect=[0, 0.02, 0.1, 0.01])
     evidence = gather_evidence(table_, torch.zeros(3000, dtype=int), 1, row_weights(table_, None), torch.device("cpu"))
     assert best_single(evidence, QUALITY) == 2
+
+
+def test_a_few_lucky_rows_are_no_best_single_config():
+    # three rows of quality 1 made a config the baseline of the whole report, which no held-out row tried
+    table_ = table(seed=5, n=3000, configs=4, effect=[0, 0.02, 0.1, 0.01])
+    lucky = table_.config_id.copy()
+    lucky[lucky == 3] = 0
+    lucky[:3] = 3
+    quality = table_.precision.copy()
+    quality[:3] = 1.0
+    table_ = replace(table_, config_id=lucky, precision=quality, recall=quality)
+    evidence = gather_evidence(table_, torch.zeros(3000, dtype=int), 1, row_weights(table_, None), torch.device("cpu"))
+    assert best_single(evidence, QUALITY) == 2
+    few = table_.select_queries(np.arange(3000) < 3)
+    evidence = gather_evidence(few, torch.zeros(3, dtype=int), 1, row_weights(few, None), torch.device("cpu"))
+    assert best_single(evidence, QUALITY) == 3
+
+
+@pytest.mark.parametrize(
+    ("over_default", "over_champion", "promoted"),
+    [
+        (Gain(-0.3, -0.35, -0.25), Gain(0.0, -0.001, 0.001), False),
+        (Gain(-0.3, -0.35, -0.25), Gain(0.1, 0.05, 0.15), True),
+        (Gain(-0.3, -0.65, 0.05), Gain(0.0, -0.001, 0.001), True),
+    ],
+)
+def test_a_champion_that_is_surely_worse_than_the_default_lets_nothing_as_bad_pass(
+    over_default, over_champion, promoted
+):
+    evaluation = replace(judged({}, {}), bank_gains={"default": over_default, "champion": over_champion})
+    decision = decide(evaluation, GateConfig(), CALM, [])
+    assert decision.promote is promoted
+    assert promoted or "surely worse, and not surely better than the champion; serve the default" in decision.reason
 
 
 def test_utility_counts_latency_and_cost():
@@ -180,3 +215,24 @@ def test_a_cost_that_was_not_logged_is_not_known(learned):
     values = value_bank(bank, table, single, EvalConfig(bootstrap=100), 0, brief=True).values
     assert all(np.isnan(value.cost) for value in values), "0 would be an amount"
     assert np.isfinite([value.quality for value in values]).all()
+
+
+def test_a_table_without_the_cost_that_a_utility_counts_is_refused(learned):
+    # its cost was taken for 0, and the gain over the default was printed twice too large
+    bank, table = learned.bank.bank(), learned.trajectories
+    check_cost(bank, table, "artifacts/champion")
+    with pytest.raises(DataError, match=r"has no column cost, which the utility .* counts by judge\.cost_weight=0\.2"):
+        check_cost(bank, replace(table, cost=None), "artifacts/champion")
+
+
+def test_what_of_a_table_does_not_fit_the_artifact_is_said(learned):
+    bank, table = learned.bank.bank(), learned.trajectories
+    [old] = doubts(bank, table)
+    assert old.startswith("4,000 of 4,000 queries are no newer than the newest that the artifact learned from")
+    newer = replace(table, query_time=table.query_time + 10_000)
+    assert doubts(bank, newer) == []
+    # all of one ef_search, as where the column was left out: "log some", it said, of configs without a name
+    configs = replace(table.configs, ef_search=np.full(5, 64, np.uint32))
+    [missing] = doubts(bank, replace(newer, configs=configs))
+    assert missing.startswith("no row tried ef_search=16 n_probes=1 ") and "and 1 more: a policy that" in missing
+    assert missing.endswith("; all of its rows have ef_search=64: is that column missing?")

@@ -16,8 +16,11 @@ QUALITY = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
 F1 = OUTCOMES.index("f1")
 
 
-def world(seed, effect_C, propensity_C, n=800, local=0.0, full=False, noise=0.2, in_use=True):
-    """Whether a log pays: one feature, whose sign the last config's effect of size `local` follows."""
+def world(seed, effect_C, propensity_C, n=800, local=0.0, full=False, noise=0.2, in_use=True, succeeds=None):
+    """Whether a log pays: one feature, whose sign the last config's effect of size `local` follows.
+
+    succeeds: outcomes are 1 with this probability, else 0, whatever the config.
+    """
     rng = np.random.default_rng(seed)
     configs = len(effect_C)
     x = np.sign(rng.normal(size=n))
@@ -25,6 +28,7 @@ def world(seed, effect_C, propensity_C, n=800, local=0.0, full=False, noise=0.2,
     config = np.tile(np.arange(configs), n) if full else rng.choice(configs, size=n, p=propensity_C)
     y = 0.5 + 0.1 * x[query] + np.asarray(effect_C)[config] + local * x[query] * (config == configs - 1)
     y = y + noise * rng.normal(size=len(y))
+    y = y if succeeds is None else (rng.random(len(y)) < succeeds).astype(float)
     weight = torch.ones(len(y)) if full else torch.as_tensor(1.0 / np.asarray(propensity_C)[config])
     weight = (weight / weight.mean()).double()
     rows = Rows(torch.as_tensor(query), torch.as_tensor(config), weight, weight, n, configs)
@@ -54,6 +58,13 @@ EVEN = np.full(5, 0.2)
 def test_nothing_to_gain_seldom_passes(effect, propensity):
     # 5 % of 150 are 7.5; more than 13 come by chance once in 40 times, and these are the same seeds every time
     assert share(150, effect, propensity) <= 13 / 150
+
+
+@pytest.mark.parametrize(("succeeds", "rare"), [(0.97, 0.006), (0.99, 0.02)])
+def test_a_few_rows_that_all_succeeded_beat_nothing(succeeds, rare):
+    # they have no variance, which was taken for knowledge: 24 to 36 % of such worlds passed
+    propensity = np.array([1 - 4 * rare, rare, rare, rare, rare])
+    assert share(60, np.zeros(5), propensity, succeeds=succeeds) <= 5 / 60
 
 
 @pytest.mark.parametrize("chance", [1e-12, 1.0 / 800])

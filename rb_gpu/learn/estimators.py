@@ -21,6 +21,9 @@ Ints = npt.NDArray[np.int64]
 LEVEL = 0.95
 # of Σ 1/p over a config's rows: off by more standard errors it is no chance, by less of the rounds it does no harm
 ODD_SIGMAS, ODD_SHARE = 5.0, 0.1
+# failures that an interval counts besides those that came up (Agresti & Coull 1998): without them, a rate that shows
+# none in a sample of 1 in 17 is taken for impossible by its bound of 97.5 %
+RARE_ROWS = 2.0
 # matched weights that add up to fewer rounds by more standard errors leave some rounds unseen
 UNSEEN_SIGMAS = 2.0
 
@@ -154,6 +157,24 @@ def unseen_error(weight_N: Floats, left_N: Floats) -> float:
         return 0.0
     away_N = left_N - float(weight_N @ left_N) / total
     return missing * math.sqrt(float(weight_N @ away_N**2) / total)
+
+
+def typical_size(away_N: Floats) -> float:
+    """How large those deviations from a mean are that decide its variance: 1 where few of many are ±1 and the rest 0,
+    √3 standard deviations of normal ones; 0 where there are none.
+    """
+    squares = float(away_N @ away_N)
+    return math.sqrt(float((away_N**2) @ (away_N**2)) / squares) if squares > 0 else 0.0
+
+
+def rare_error(weight_N: Floats, size: float) -> float:
+    """Standard error of Σw·y / Σw for what did not come up, or by chance did too seldom: RARE_ROWS of the rounds that
+    decide it, each off by `size`. A few rounds that all succeed have no variance of their own.
+    """
+    total, squares = float(weight_N.sum()), float(weight_N @ weight_N)
+    if total == 0:
+        return 0.0
+    return size * math.sqrt(RARE_ROWS * float((weight_N**2) @ (weight_N**2)) / squares) / total
 
 
 def odd_propensities(chosen_N: Ints, pscore_N: Floats, configs: int) -> dict[int, float]:

@@ -10,14 +10,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.errors import DataError
+from rb_gpu.evidence import OUTCOMES
 from rb_gpu.learn.config import DataConfig, ParamsConfig, TrainConfig
 from rb_gpu.learn.job_config import EvaluateConfig, to_object
 from rb_gpu.learn.pipeline import choices_beside
 from rb_gpu.learn.policy import Evaluation, best_single, value_bank
 from rb_gpu.learn.trajectories import Trajectories, load
-from rb_gpu.params import AUTO_TIER
+from rb_gpu.params import AUTO_TIER, PARAMETERS
 
 log = logging.getLogger(__name__)
+
+# configs that a warning names
+NAMED = 3
 
 
 def evaluate_artifact(config: EvaluateConfig, quarantine: Path | None = None) -> Evaluation:
@@ -39,6 +43,9 @@ def evaluate_artifact(config: EvaluateConfig, quarantine: Path | None = None) ->
         return table
 
     table = read(config.data, "data.path", quarantine)
+    check_cost(bank, table, config.artifact)
+    for warning in doubts(bank, table):
+        log.warning("data.path=%s: %s", table.source.path, warning)
     others = None
     if config.eval.baseline_names:
         training = read(config.training, "training.path", None)
@@ -53,3 +60,34 @@ def evaluate_artifact(config: EvaluateConfig, quarantine: Path | None = None) ->
     for warning in evaluation.warnings:
         log.warning("%s", warning)
     return evaluation
+
+
+def check_cost(bank: ReasoningBank, table: Trajectories, artifact: str) -> None:
+    """Raises DataError where the artifact's utility counts a cost that the table lacks."""
+    objective, cost = bank.data.objective, bank.data.evidence.mean[..., OUTCOMES.index("cost")]
+    if table.cost is None and objective.kind == "utility" and objective.cost_weight > 0 and (cost > 0).any():
+        raise DataError(
+            f"data.path={table.source.path} has no column cost, which the utility of artifact={artifact} counts by "
+            f"judge.cost_weight={objective.cost_weight:g}; log it, or evaluate one trained with judge.cost_weight=0"
+        )
+
+
+def doubts(bank: ReasoningBank, table: Trajectories) -> list[str]:
+    """What of the table does not fit the artifact."""
+    doubts = []
+    newest = (bank.data.facts.get("data") or {}).get("newest_timestamp")
+    old = 0 if newest is None else int((table.query_time <= newest).sum())
+    if old:
+        doubts.append(
+            f"{old:,} of {len(table.query_id):,} queries are no newer than the newest that the artifact learned from; "
+            "if they are the same, values are too good: give newer rows"
+        )
+    missing = [bank.configs.describe(i) for i, params in enumerate(bank.configs) if table.configs.id_of(params) is None]
+    if missing:
+        named = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
+        values = {name: [{getattr(one, name) for one in side.configs} for side in (table, bank)] for name in PARAMETERS}
+        alike = [f"all of its rows have {name}={next(iter(here))}" for name, (here, learned) in values.items()
+                 if len(here) == 1 < len(learned)]  # fmt: skip
+        told = "".join(f"; {one}: is that column missing?" for one in alike)
+        doubts.append(f"no row tried {named}: a policy that picks one has no value{told}")
+    return doubts

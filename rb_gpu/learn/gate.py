@@ -49,8 +49,18 @@ def _against_the_gain(evaluation: Evaluation, served: str, config: GateConfig, g
     unknown = [value for value in (bank, evaluation.value(served)) if value.unknown is not None]
     for value in unknown:
         yield f"the {value.name} has no held-out value: {value.unknown}, or promote by hand"
+    for value in (bank, evaluation.value(served)):
+        if value.name in evaluation.misled:
+            yield f"the propensities of what the {value.name} picks contradict the log; log the true ones, or none"
     if not unknown and not evaluation.bank_gains[served].low > config.min_gain:
         yield f"{gain}not above gate.min_gain={config.min_gain:g}"
+    default = evaluation.bank_gains["default"]
+    # a champion that is as bad would let it pass; one that is surely worse still is better replaced
+    if served == CHAMPION and default.high < 0 and not evaluation.bank_gains[CHAMPION].low > 0:
+        yield (
+            f"held-out gain over the default {default.gain:+.4f}, 95 % upper bound {default.high:+.4f}: surely worse, "
+            "and not surely better than the champion; serve the default, and learn from newer rows"
+        )
 
 
 def _broken_bounds(evaluation: Evaluation, served: str, config: GateConfig, drift: EmbeddingDrift) -> Iterator[str]:

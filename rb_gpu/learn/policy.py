@@ -26,11 +26,12 @@ from rb_gpu.learn.estimators import effective_size
 from rb_gpu.learn.harm import UNKNOWN_HARM, Harm, measure_harm
 from rb_gpu.learn.tradeoffs import Tradeoffs, choices, measure_tradeoffs
 from rb_gpu.learn.trajectories import Trajectories
-from rb_gpu.learn.valuation import Choice, Floats, Outcomes, Valuation, held_out_outcomes
+from rb_gpu.learn.valuation import LEAST_SIZE, Choice, Floats, Outcomes, Valuation, held_out_outcomes
 from rb_gpu.objective import Objective
 from rb_gpu.registry import CHAMPION
 
 SINGLE = "best single config"
+Z_95 = 1.959963984540054
 NAN = float("nan")
 
 
@@ -79,7 +80,8 @@ class Evaluation:
     """The policy table; grade is exact, dr or associational (valuation.py).
 
     bank_gains: how much more utility the policy "bank" has than each other one, with a paired 95 % interval: of a
-    bootstrap over queries, and of the jackknife where the grade is dr. warnings: what is wrong with the propensities.
+    bootstrap over queries, and of the jackknife where the grade is dr. warnings: what is wrong with the propensities;
+    misled: the policies whose values rest on those.
     tradeoffs: quality over cost, None without cost and for a bank that cannot be asked for another trade-off.
     calibration: of the bank's confidence, None where too few patterns act. coverage: share of the queries at or over
     the bank's similarity floor, NaN where there is no bank.
@@ -94,6 +96,7 @@ class Evaluation:
     tradeoffs: Tradeoffs | None = None
     calibration: Calibration | None = None
     coverage: float = NAN
+    misled: list[str] = field(default_factory=list)
 
     def value(self, name: str) -> PolicyValue:
         """The row of one policy. Raises KeyError."""
@@ -104,9 +107,13 @@ class Evaluation:
 
 
 def best_single(evidence: Evidence, objective: Objective) -> int:
-    """The config of highest mean utility over all training rows (of quality where the objective is bound or floor)."""
+    """The config of highest mean utility over all training rows (of quality where the objective is bound or floor),
+    among those of LEAST_SIZE effective rows, if any has so many: else a few lucky ones decide.
+    """
     root = evidence.regroup(np.zeros(len(evidence.rows), dtype=np.int64), 1)
-    utility = np.where(root.rows[0] > 0, root.mean[0] @ objective.direction, -np.inf)
+    tried = root.rows[0] > 0
+    enough = tried & (root.w[0] ** 2 >= LEAST_SIZE * root.w2[0])
+    utility = np.where(enough if enough.any() else tried, root.mean[0] @ objective.direction, -np.inf)
     return int(utility.argmax())
 
 
@@ -147,7 +154,11 @@ def evaluate(
             quality = cost = low = high = p50 = p95 = p99 = NAN
         else:
             quality, cost = (valuation.estimate(column, choice).value for column in ("quality", "cost"))
-            low, high = valuation.interval(choice) if drawn_RM is None else _interval(drawn_RM[:, m])
+            low, high = (
+                valuation.interval(choice)
+                if drawn_RM is None
+                else _widened(point[name], _interval(drawn_RM[:, m]), valuation.rare(choice))
+            )
         acted = float((choice != rows.default).mean())
         values.append(
             PolicyValue(
@@ -181,13 +192,19 @@ def evaluate(
         if unknown["bank"] or unknown[name]:
             gains[name] = Gain(NAN, NAN, NAN)
             continue
+        gain = point["bank"] - point[name]
         ends = (
             valuation.interval(policies["bank"], policies[name])
             if drawn_RM is None
-            else _interval(drawn_RM[:, bank] - drawn_RM[:, m])
+            else _widened(
+                gain, _interval(drawn_RM[:, bank] - drawn_RM[:, m]), valuation.rare(policies["bank"], policies[name])
+            )
         )
-        gains[name] = Gain(point["bank"] - point[name], *ends)
-    return Evaluation(valuation.grade, rows.queries, len(rows.query_row), values, gains, valuation.warnings())
+        gains[name] = Gain(gain, *ends)
+    misled = [name for name, choice in policies.items() if valuation.misled(choice)]
+    return Evaluation(
+        valuation.grade, rows.queries, len(rows.query_row), values, gains, valuation.warnings(), misled=misled
+    )
 
 
 def _bootstrap(valuation: Valuation, policies: dict[str, Choice], resamples: int, seed: int) -> Floats:
@@ -205,6 +222,12 @@ def _interval(drawn: Floats) -> tuple[float, float]:
         return NAN, NAN
     low, high = np.quantile(known, (0.025, 0.975))
     return float(low), float(high)
+
+
+def _widened(value: float, ends: tuple[float, float], rare: float) -> tuple[float, float]:
+    """The interval with a standard error besides, which no resampling shows."""
+    low, high = (math.hypot(value - end, Z_95 * rare) for end in ends)
+    return value - low, value + high
 
 
 def value_bank(

@@ -14,6 +14,7 @@ import torch
 from scipy.stats import t as students_t
 from torch import Tensor
 
+from rb_gpu.learn.estimators import RARE_ROWS, typical_size
 from rb_gpu.learn.field import ROUNDING, Fit, Rows
 from rb_gpu.learn.ridge import FOLDS, TINY, folds_in_turn
 from rb_gpu.objective import Objective
@@ -37,13 +38,15 @@ class Pseudo:
     """What is known of every query and config without having seen the query, and of each row beyond that.
 
     away_QC: utility foretold. left_N: what a row's utility has more than that. share_N: its weight, which adds up to Q
-    over the rows of each config. rounding: utility that may be nothing but the rounding of outcomes of this size.
+    over the rows of each config. rounding: utility that may be nothing but the rounding of outcomes of this size. size:
+    of left_N, where it is large (`typical_size`).
     """
 
     away_QC: Tensor
     left_N: Tensor
     share_N: Tensor
     rounding: float
+    size: float
 
 
 def pays(
@@ -81,7 +84,8 @@ def pays(
         left_QC[rows.query_N, rows.config_N] = left_N
         left_N = left_N - left_QC[rows.query_N, default]
     size = float((y_NO.abs() @ weighed_O.abs()).mean())
-    pseudo = Pseudo(away_QC, left_N, share_N * rows.queries, ROUNDING * size)
+    typical = typical_size(left_N.cpu().numpy())
+    pseudo = Pseudo(away_QC, left_N, share_N * rows.queries, ROUNDING * size, typical)
     generator = torch.Generator().manual_seed(seed)
     by_query_QC, alike_QC = _shares(pseudo, rows, default, generator)
     default_C = torch.zeros_like(by_query_QC[0])
@@ -159,12 +163,16 @@ def _p_value(moved_QC: Tensor, pseudo: Pseudo, rows: Rows) -> float:
     config (Dudík, Langford & Li 2011), with Satterthwaite's degrees of freedom: a config of few rows does not know its
     own variance. 1 where nothing is gained.
     """
-    moved_N = moved_QC[rows.query_N, rows.config_N] * pseudo.share_N * pseudo.left_N
+    weight_N = moved_QC[rows.query_N, rows.config_N] * pseudo.share_N
+    moved_N = weight_N * pseudo.left_N
     gain_Q = (moved_QC * pseudo.away_QC).sum(1).index_add(0, rows.query_N, moved_N)
     variance_C = by_config(rows, moved_N.square())
     freedom_C = (torch.bincount(rows.config_N, minlength=rows.configs) - 1).clamp(min=1)
     freedom = float(variance_C.sum().square() / (variance_C.square() / freedom_C).sum().clamp(min=TINY))
-    gain, error = float(gain_Q.mean()), float(gain_Q.std()) / math.sqrt(rows.queries)
+    # a config whose few rows all succeeded has no variance of its own
+    heaviest_C = by_config(rows, weight_N.square().square()) / by_config(rows, weight_N.square()).clamp(min=TINY)
+    rare = RARE_ROWS * float(heaviest_C.sum()) * pseudo.size**2 / rows.queries
+    gain, error = float(gain_Q.mean()), math.sqrt((float(gain_Q.var()) + rare) / rows.queries)
     if gain <= pseudo.rounding or freedom == 0.0:
         return 1.0
     if error == 0.0:

@@ -18,7 +18,14 @@ import torch
 
 from rb_gpu.evidence import OUTCOMES
 from rb_gpu.learn import estimators
-from rb_gpu.learn.estimators import Estimate, effective_size, matched_weights, unseen_error
+from rb_gpu.learn.estimators import (
+    Estimate,
+    effective_size,
+    matched_weights,
+    rare_error,
+    typical_size,
+    unseen_error,
+)
 from rb_gpu.learn.evidence import outcomes
 from rb_gpu.learn.outcome_model import cross_fitted, folds
 from rb_gpu.learn.trajectories import Trajectories
@@ -32,6 +39,8 @@ Choice = npt.NDArray[np.int64]
 COLUMNS = ("utility", "quality", "cost")
 # effective rows under which no value is given: a few rows decide it, and the spread of a few tells no error
 LEAST_SIZE = 10.0
+# outcomes that differ by less, as a share of their size, are the same
+ROUNDING = 1e-6
 # configs whose propensities are odd that a warning names
 NAMED = 3
 
@@ -193,9 +202,40 @@ class Valuation:
         if size < LEAST_SIZE:
             reach = share * float(np.ptp(self.rows.utility))
             return 0.0 - reach, reach
-        left_N = self.rows.utility - self._predicted("utility")[np.arange(len(row)), self.rows.config_id]
+        left_N = self._unexplained
         unseen = [share * unseen_error(weight_N[differs_N], left_N[differs_N]) for weight_N in compared]
-        return utility.interval(self.round_query, size, math.hypot(*unseen))
+        return utility.interval(self.round_query, size, math.hypot(*unseen, self.rare(choice_Q, other_Q)))
+
+    def rare(self, choice_Q: Choice, other_Q: Choice | None = None) -> float:
+        """Standard error of a choice's utility, or of how much more than another's it is, for outcomes that were too
+        rare to come up (`rare_error`).
+        """
+        differs_Q = np.ones(self.rows.queries, dtype=np.bool_) if other_Q is None else choice_Q != other_Q
+        share = float(differs_Q.mean())
+        if share == 0.0:
+            return 0.0
+        if self.grade != "exact":
+            size, differs_N = _size(self._unexplained, self.rows.utility), differs_Q[self.rows.query_row]
+            both = [choice_Q] if other_Q is None else [choice_Q, other_Q]
+            return share * math.hypot(*(rare_error(self.weights(one)[differs_N], size) for one in both))
+        sizes = []
+        for y_N in (self.rows.utility, self.rows.quality):
+            value_Q = self.rows.by_query(self.weights(choice_Q) * y_N)
+            if other_Q is not None:
+                value_Q = value_Q - self.rows.by_query(self.weights(other_Q) * y_N)
+            sizes.append(_size(value_Q[differs_Q] - value_Q[differs_Q].mean(), y_N))
+        return share * rare_error(np.ones(int(differs_Q.sum())), max(sizes))
+
+    @cached_property
+    def _unexplained(self) -> Floats:
+        """What each row's utility has more than what others foretell of it, or than its config's mean without
+        propensities.
+        """
+        config_N, utility_N = self.rows.config_id, self.rows.utility
+        if self.grade == "dr":
+            return np.asarray(utility_N - self._predicted("utility")[np.arange(len(config_N)), config_N])
+        mean_C = np.bincount(config_N, utility_N) / np.maximum(np.bincount(config_N), 1)
+        return np.asarray(utility_N - mean_C[config_N])
 
     def beside(self, choice_Q: Choice) -> dict[str, float]:
         """Utility by the plainer estimators; empty but where the grade is dr."""
@@ -210,11 +250,20 @@ class Valuation:
             "direct method": estimators.direct_method(predicted_NC, logged[2]).value,
         }
 
+    @cached_property
+    def odd(self) -> dict[int, float]:
+        """Configs whose propensities contradict the rows (`odd_propensities`); none but where the grade is dr."""
+        if self.grade != "dr":
+            return {}
+        return estimators.odd_propensities(self.rows.config_id, self._pscore, len(self.rows.configs))
+
+    def misled(self, choice_Q: Choice) -> bool:
+        """Whether the value of a choice rests on propensities that contradict the rows."""
+        return bool(np.isin(choice_Q, list(self.odd)).any())
+
     def warnings(self) -> list[str]:
         """What is wrong with the logged propensities, as far as they themselves tell."""
-        if self.grade != "dr":
-            return []
-        odd = estimators.odd_propensities(self.rows.config_id, self._pscore, len(self.rows.configs))
+        odd = self.odd
         if not odd:
             return []
         worst = sorted(odd, key=lambda c: -abs(math.log(odd[c])))[:NAMED]
@@ -234,3 +283,10 @@ class Valuation:
     def _predicted(self, column: str) -> Floats:
         predicted: Floats = self.rows.predicted[COLUMNS.index(column)][self.rows.query_row]
         return predicted
+
+
+def _size(away: Floats, y_N: Floats) -> float:
+    """`typical_size` of deviations of outcomes (N,); 1 where these are all alike, and nothing says how far one could be
+    off: as far as a quality in [0, 1] can.
+    """
+    return typical_size(away) if np.abs(away).max() > ROUNDING * np.abs(y_N).max() else 1.0
