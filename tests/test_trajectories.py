@@ -35,8 +35,9 @@ few_examples = settings(max_examples=40, deadline=None)
 def make(i: int, **fields: Any) -> QueryTrajectory:
     """The trajectory of id i; parameters and everything else may be given by name."""
     params = SearchParams(**{"model_tier": "small"} | {n: fields.pop(n) for n in PARAMETERS if n in fields})
+    q = fields.get("query_id", i)  # rows that share it are one query
     values: dict[str, Any] = {
-        "query_embedding": np.float32([1 + i % 7, i % 5, 1, -i % 3]),
+        "query_embedding": np.float32([1 + q % 7, q % 5, 1, -q % 3]),
         "search_params": params,
         "precision": 0.5,
         "recall": 0.25,
@@ -220,8 +221,42 @@ def test_rows_without_query_id_are_queries_of_their_own(tmp_path):
     np.testing.assert_array_equal(table.x_QD, [t.query_embedding for t in LOG])
 
 
+def test_query_id_that_stands_for_several_embeddings_is_a_bad_row(tmp_path):
+    # a session's id as query_id: the embeddings of nine in ten rows were dropped without a word
+    x = np.random.default_rng(0).normal(size=(40, D)).astype(np.float32)
+    log = [make(i, query_id=i // 10, query_embedding=x[i]) for i in range(40)]
+    path = parquet(tmp_path / "t.parquet", one_table(log))
+    with pytest.raises(DataError, match=r"36 of 40 rows are bad.*query_id stands for another embedding"):
+        read(path)
+    table = read(path, max_bad_fraction=1.0)
+    assert len(table) == 4 and table.source.bad_rows == {"query_id stands for another embedding": 36}
+
+
+def test_one_query_embedded_twice_is_one_query(tmp_path):
+    log = [make(i, query_id=i // 2) for i in range(40)]
+    twins = [make(i, query_id=i // 2, query_embedding=log[i - i % 2].query_embedding * (1 + 1e-4 * (i % 2)))
+             for i in range(40)]  # fmt: skip
+    assert len(read(parquet(tmp_path / "t.parquet", one_table(twins))).query_id) == 20
+
+
+def merged(tmp_path, propensity, **params):
+    rng = np.random.default_rng(0)
+    temperature = rng.choice([0.7, 0.72, 1.0], size=1500, p=[0.45, 0.05, 0.5])
+    log = [make(i, query_id=i, temperature=float(t), propensity=propensity[float(t)])
+           for i, t in enumerate(temperature)]  # fmt: skip
+    return read(parquet(tmp_path / "t.parquet", one_table(log)), params)
+
+
+def test_propensities_of_settings_that_became_one_config_are_refused(tmp_path):
+    # each row kept its own: the config's rows weighed as much as two configs', and a worse one was promoted
+    with pytest.raises(ConfigError, match=r"temperature_step=0\.05 makes one config of temperature 0\.7 to 0\.72"):
+        merged(tmp_path, {0.7: 0.45, 0.72: 0.05, 1.0: 0.5})
+    assert len(merged(tmp_path, {0.7: 0.5, 0.72: 0.5, 1.0: 0.5}).configs) == 2
+    assert len(merged(tmp_path, {0.7: 0.45, 0.72: 0.05, 1.0: 0.5}, temperature_step=0.01).configs) == 3
+
+
 def test_query_time_is_that_of_its_newest_row():
-    log = [make(i, query_id=7, timestamp=EARLY + when) for i, when in enumerate([5, 9, 2])]
+    log = [make(i, **query(0) | {"timestamp": EARLY + when}) for i, when in enumerate([5, 9, 2])]
     assert from_trajectories(log).query_time.tolist() == [EARLY + 9]
 
 

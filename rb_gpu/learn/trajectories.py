@@ -18,6 +18,7 @@ import numpy.typing as npt
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn.blocks import block_threads, row_hashes
 from rb_gpu.learn.config import DataConfig, ParamsConfig
+from rb_gpu.learn.contradictions import check_merged, refuse_other_embeddings
 from rb_gpu.learn.decode import CONTRACT
 from rb_gpu.learn.quarantine import BadRows
 from rb_gpu.learn.room import Room
@@ -194,6 +195,7 @@ def join(
     """
     columns = outcomes.columns
     if queries is None:
+        refuse_other_embeddings(outcomes, bad)
         told = {name: columns.pop(name) for name in (*QUERY_OPTIONAL, *features) if name in columns}
         group, x, hash_N = columns.pop("query_id", columns["id"]), columns.pop("query_embedding"), columns.pop(HASH)
         if group is columns["id"] or distinct(group):
@@ -242,14 +244,10 @@ def assemble(
     price = columns.get("cost", columns["latency_us"]).astype(np.float64)
     latency_us = columns["latency_us"]
     tiers, codes = _order_tiers(columns.get("model_tier"), list(tier_names), params, base, price, latency_us)
-    absent = {
-        "ef_search": base.ef_search,
-        "n_probes": base.n_probes,
-        "context_tokens": base.context_tokens,
-        "temperature": base.temperature,
-    }
+    absent = {name: getattr(base, name) for name in PARAMETERS if name != "model_tier"}
     raw: dict[str, npt.NDArray[Any]] = {k: columns[k] if k in columns else np.full(n, v) for k, v in absent.items()}
     table, config_id = quantise(raw | {"model_tier": codes}, tiers, params.temperature_step, params.context_step)
+    check_merged(raw, config_id, columns.get("propensity"), table, params)
     table, config_id = _with_default(table, config_id, given, base, params, price, latency_us)
     trajectories = Trajectories(
         x_QD=columns["x_QD"],

@@ -1,0 +1,78 @@
+"""Where a table contradicts itself or its settings, so that what is learned from it would be wrong without a word.
+
+Suffixes: N rows, Q queries, C configs, M rows that differ, D dims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rb_gpu.errors import ConfigError
+from rb_gpu.learn.config import ParamsConfig
+from rb_gpu.learn.estimators import odd_propensities
+from rb_gpu.learn.quarantine import BadRows
+from rb_gpu.learn.tables import HASH, Table, distinct
+from rb_gpu.params import ConfigTable
+
+# cosine from which two embeddings are taken for one query's, embedded twice
+SAME_QUERY = 0.99
+ROWS_AT_ONCE = 4096
+
+
+def refuse_other_embeddings(outcomes: Table, bad: BadRows) -> None:
+    """Sets rows aside whose embedding is another one than that of their query's first row.
+
+    Of a query one embedding is kept: where query_id was a session's or a user's, the others would be lost.
+    """
+    columns = outcomes.columns
+    if "query_id" not in columns or distinct(columns["query_id"]):
+        return
+    _, first_Q, query_N = np.unique(columns["query_id"], return_index=True, return_inverse=True)
+    x_ND, hash_N, first_N = columns["query_embedding"], columns[HASH], first_Q[query_N]
+    rows_M = np.flatnonzero(hash_N != hash_N[first_N])
+    other_N = np.zeros(len(hash_N), dtype=bool)
+    for start in range(0, len(rows_M), ROWS_AT_ONCE):
+        mine = rows_M[start : start + ROWS_AT_ONCE]
+        pair = [x_ND[rows].astype(np.float64) for rows in (mine, first_N[mine])]
+        squares = [np.einsum("md,md->m", one, one) for one in pair]
+        other_N[mine] = np.einsum("md,md->m", *pair) < SAME_QUERY * np.sqrt(squares[0] * squares[1])
+    outcomes.refuse(other_N, "query_id stands for another embedding", "id", bad)
+
+
+def check_merged(
+    raw: Mapping[str, npt.NDArray[Any]],
+    config_id: npt.NDArray[np.int64],
+    propensity: npt.NDArray[np.float32] | None,
+    table: ConfigTable,
+    params: ParamsConfig,
+) -> None:
+    """Raises ConfigError where rows of several logged settings became one config and kept the propensities of each.
+
+    The probability of the config is then the sum of theirs: 1/propensity over its rows adds up to as many times the
+    rows of the table as settings were merged. raw: temperature and context_tokens (N,) as logged.
+    """
+    if propensity is None:
+        return
+    steps = {"temperature": "params.temperature_step", "context_tokens": "params.context_step"}
+    merged: dict[int, str] = {}
+    for name, key in steps.items():
+        low_C, high_C = np.full(len(table), np.inf), np.full(len(table), -np.inf)
+        np.minimum.at(low_C, config_id, raw[name])
+        np.maximum.at(high_C, config_id, raw[name])
+        told = f"{key}={getattr(params, key.removeprefix('params.')):g}"
+        merged |= {int(c): f"{told} makes one config of {name} {low_C[c]:g} to {high_C[c]:g}"
+                   for c in np.flatnonzero(low_C < high_C)}  # fmt: skip
+    if not merged:
+        return
+    odd = odd_propensities(config_id, propensity.astype(np.float64), len(table))
+    for c, what in merged.items():
+        if odd.get(c, 0.0) > 1.0:
+            raise ConfigError(
+                f"{what} ({table.describe(c)}), but their propensities are those of the settings as logged: "
+                f"1/propensity adds up to {odd[c]:.2f} times the rows, 1 is expected; lower the step, or log the "
+                "probability of the merged config"
+            )
