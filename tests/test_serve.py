@@ -27,7 +27,9 @@ from fastapi.testclient import TestClient
 
 from rb_gpu import ReasoningBank, Registry, Tradeoff
 from rb_gpu.prometheus import bank_metrics
+from rb_gpu.serve import app
 from rb_gpu.serve.app import make_app
+from rb_gpu.serve.bodies import parsed
 from rb_gpu.serve.guard import Guard
 from rb_gpu.serve.main import main
 from rb_gpu.serve.metrics import Metrics
@@ -126,7 +128,7 @@ def test_a_trade_off_is_judged_beside_the_event_loop(served: ReasoningBank, monk
     query = queries_near(served.data, 1)[0].tolist()
     for more in ({}, {"tradeoff": 0.5}):
         assert client.post("/v1/optimized_params", json={"query": query} | more).status_code == 200
-    assert [name.startswith("rb_gpu trade-offs") for name in threads] == [False, True]
+    assert [name.startswith("rb_gpu long work") for name in threads] == [False, True]
 
 
 def test_a_batch_is_answered_in_columns(client: TestClient, served: ReasoningBank) -> None:
@@ -208,6 +210,46 @@ def test_a_body_over_the_limit_is_refused_with_and_without_its_length(client: Te
 def test_a_batch_over_the_limit_is_refused(client: TestClient, served: ReasoningBank) -> None:
     answer = client.post("/v1/optimized_params/batch", content=b"\0\0\x80\x3f" * served.dim * 51, headers=RAW)
     assert answer.status_code == 422 and "51 queries are over 50" in answer.json()["error"]
+
+
+WEIGHT = 2**21
+COSTLY = {
+    "trajectories": b'{"trajectories":[' + b"{}," * (WEIGHT // 3) + b"{}]}",
+    "brackets": b'{"queries":[' + b"[[]]," * (WEIGHT // 5) + b"[]]}",
+    "strings": b'{"query":[' + b'"",' * (WEIGHT // 3) + b"1]}",
+    "numbers": b'{"queries":[[' + b"1.5," * (WEIGHT // 4) + b'"x"]]}',
+    "ids": b'{"trajectories":[{"retrieved_ids":[' + b"1," * (WEIGHT // 2) + b"1]}]}",
+    "keys": b"{" + b",".join(b'"%x":1' % i for i in range(WEIGHT // 10)) + b"}",
+    "weights": b'{"tradeoff":{' + b",".join(b'"%x":1' % i for i in range(WEIGHT // 10)) + b"}}",
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_a_bad_body_costs_no_more_than_a_good_one(served: ReasoningBank, name: str) -> None:
+    # pydantic's errors for each value of 16 MiB used to take minutes and 15 GB; of these 2 MiB some took 30 s
+    client = TestClient(make_app(served, True))
+    for path in ("optimized_params", "optimized_params/batch", "similar", "trajectories", "feedback"):
+        begin = time.process_time()
+        answer = client.post(f"/v1/{path}", content=COSTLY[name], headers=JSON)
+        assert answer.status_code == 422 and len(answer.json()["error"]) < 1000
+        assert time.process_time() - begin < 0.7
+
+
+def test_more_trajectories_than_a_batch_are_refused(client: TestClient) -> None:
+    answer = client.post("/v1/trajectories", json={"trajectories": [{}] * 51})
+    assert answer.status_code == 422 and "51 trajectories are over 50" in answer.json()["error"]
+
+
+def test_a_large_body_is_read_beside_the_event_loop(served: ReasoningBank, monkeypatch: Any) -> None:
+    # it used to keep /healthz waiting for as long
+    threads: list[str] = []
+    monkeypatch.setattr(app, "parsed", lambda *a: (threads.append(threading.current_thread().name), parsed(*a))[1])
+    client = TestClient(make_app(served, True))
+    for count in (1, 2000):
+        queries = queries_near(served.data, count)
+        found = client.post("/v1/optimized_params/batch", json={"queries": queries.tolist()}).json()
+        assert found["config_id"] == served.optimized_params_batch(queries)["config_id"].tolist()
+    assert [name.startswith("rb_gpu long work") for name in threads] == [False, True]
 
 
 def test_trajectories_and_feedback_reach_the_log(client: TestClient, served: ReasoningBank, tmp_path: Path) -> None:

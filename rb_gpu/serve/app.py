@@ -23,16 +23,19 @@ from rb_gpu.bank import ReasoningBank
 from rb_gpu.errors import RbGpuError
 from rb_gpu.prometheus import CONTENT_TYPE
 from rb_gpu.serve import bodies, openapi
-from rb_gpu.serve.bodies import answer_body, float32, match_body, tradeoff_of
+from rb_gpu.serve.bodies import answer_body, float32, match_body, parsed, tradeoff_of
 from rb_gpu.serve.guard import Guard
 from rb_gpu.serve.metrics import Metrics
 from rb_gpu.serve.openapi import JSON, NO_LOG, PROBLEMS, RAW
-from rb_gpu.types import Tradeoff, UserFeedback
+from rb_gpu.types import UserFeedback
 from rb_gpu.vote import one_query
 
 Model = TypeVar("Model", bound=BaseModel)
 Answer = TypeVar("Answer")
 Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
+
+# embeddings and JSON over this take milliseconds to read and to answer
+LONG_BYTES = 2**17
 
 
 def make_app(
@@ -130,39 +133,42 @@ class _Routes:
 
     def __init__(self, bank: ReasoningBank, has_log: bool, max_batch: int) -> None:
         self._bank, self._has_log, self._max_batch = bank, has_log, max_batch
-        self._judge = ThreadPoolExecutor(1, "rb_gpu trade-offs")
+        self._long_work = ThreadPoolExecutor(1, "rb_gpu long work")
 
     async def one(self, request: Request) -> Response:
         if _is_raw(request):
             asked, query = _of_url(bodies.Ask, request), await self._raw(request, 1)
         else:
-            asked = body = _checked(bodies.Query, await request.body())
-            query = float32(body.query)
+            asked, query = await self._of_json(request, bodies.Query, lambda body: (body, float32(body.query)))
         tradeoff = tradeoff_of(asked.tradeoff)
-        answer, version = await self._answer(lambda: self._bank.optimized_params(query, tradeoff, asked.mode), tradeoff)
+        answer, version = await self._run(
+            lambda: self._of_one_version(lambda: self._bank.optimized_params(query, tradeoff, asked.mode)),
+            # a new trade-off judges the whole bank anew, for which a large one takes a second
+            tradeoff is not None,
+        )
         return _json(answer_body(answer, version))
 
     async def batch(self, request: Request) -> Response:
         if _is_raw(request):
             asked, queries = _of_url(bodies.AskMany, request), await self._raw(request, 2)
         else:
-            asked = body = _checked(bodies.Queries, await request.body())
-            widths = {len(query) for query in body.queries}
-            if not widths <= {self._bank.dim}:
-                raise HTTPException(422, f"queries have {sorted(widths)} numbers, expected {self._bank.dim} each")
-            queries = float32(body.queries).reshape(-1, self._bank.dim)
+            asked, queries = await self._of_json(
+                request, bodies.Queries, lambda body: (body, float32(body.queries).reshape(-1, self._bank.dim))
+            )
         if len(queries) > self._max_batch:
             raise HTTPException(422, f"{len(queries)} queries are over {self._max_batch}; send smaller batches")
         tradeoff = tradeoff_of(asked.tradeoff)
-        columns, version = await self._answer(lambda: self._bank.optimized_params_batch(queries, tradeoff), tradeoff)
+        columns, version = await self._run(
+            lambda: self._of_one_version(lambda: self._bank.optimized_params_batch(queries, tradeoff)),
+            tradeoff is not None or queries.nbytes > LONG_BYTES,
+        )
         return _json({name: column.tolist() for name, column in columns.items()} | {"version": version})
 
     async def similar(self, request: Request) -> Response:
         if _is_raw(request):
             asked, query = _of_url(bodies.AskSimilar, request), await self._raw(request, 1)
         else:
-            asked = body = _checked(bodies.Similar, await request.body())
-            query = float32(body.query)
+            asked, query = await self._of_json(request, bodies.Similar, lambda body: (body, float32(body.query)))
         matches, version = self._of_one_version(lambda: self._bank.find_similar_patterns(query, asked.k))
         return _json({"matches": [match_body(match) for match in matches], "version": version})
 
@@ -170,9 +176,10 @@ class _Routes:
         if not self._has_log:
             raise HTTPException(409, "this service keeps no trajectories; start rb-serve with --log FILE")
         _need_json(request)
-        body = _checked(bodies.Trajectories, await request.body())
+        records = await self._of_json(
+            request, bodies.Trajectories, lambda body: [one.record() for one in body.trajectories]
+        )
         with _refusing():
-            records = [one.record() for one in body.trajectories]
             for record in records:
                 one_query(record.query_embedding, self._bank.dim)  # all are looked at before one is taken
             accepted = sum(self._bank.record_trajectory(record) for record in records)
@@ -184,16 +191,26 @@ class _Routes:
 
     async def feedback(self, request: Request) -> Response:
         _need_json(request)
-        body = _checked(bodies.Feedback, await request.body())
+        body = await self._of_json(request, bodies.Feedback, lambda body: body)
         with _refusing():
             counted = self._bank.record_feedback(body.trajectory_id, UserFeedback(body.rating, body.comment))
         return _json({"counted": counted}, 202)
 
-    async def _answer(self, ask: Callable[[], Answer], tradeoff: float | Tradeoff | None) -> tuple[Answer, str]:
-        """A new trade-off judges the whole bank anew, for which a large one takes a second: beside the event loop."""
-        if tradeoff is None:
-            return self._of_one_version(ask)
-        return await asyncio.get_running_loop().run_in_executor(self._judge, self._of_one_version, ask)
+    async def _of_json(self, request: Request, model: type[Model], take: Callable[[Model], Answer]) -> Answer:
+        """What `take` makes of a JSON body. Raises HTTPException where the body is wrong."""
+        content = await request.body()
+
+        def read() -> Answer:
+            with _refusing():
+                return take(_checked(model, parsed(content, self._bank.dim, self._max_batch)))
+
+        return await self._run(read, len(content) > LONG_BYTES)
+
+    async def _run(self, work: Callable[[], Answer], long: bool) -> Answer:
+        """Work that takes long is done beside the event loop, where it would keep others waiting."""
+        if not long:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._long_work, work)
 
     def _of_one_version(self, ask: Callable[[], Answer]) -> tuple[Answer, str]:
         """An answer and the version that gave it: asked again where a reload came between."""
@@ -223,9 +240,9 @@ class _refusing:  # noqa: N801 - reads as a phrase
             raise HTTPException(422, str(error)) from error
 
 
-def _checked(model: type[Model], content: bytes) -> Model:
+def _checked(model: type[Model], body: Any) -> Model:
     try:
-        return model.model_validate_json(content)
+        return model.model_validate(body)
     except ValidationError as error:
         raise _invalid(error, "body") from None
 
@@ -240,7 +257,7 @@ def _of_url(model: type[Model], request: Request) -> Model:
 
 def _invalid(error: ValidationError, whole: str) -> HTTPException:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    place = ".".join(map(str, first["loc"])) or whole
+    place = ".".join(map(str, first["loc"]))[:200] or whole  # a key may be as long as a body
     return HTTPException(422, f"{place}: {first['msg']}")
 
 

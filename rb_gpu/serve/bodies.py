@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic_core import from_json
 
 from rb_gpu.params import AUTO_TIER, MAX_COUNT, MAX_TEMPERATURE, SearchParams
 from rb_gpu.types import OptimizedParams, PatternMatch, QueryTrajectory, Tradeoff, UserFeedback
@@ -18,6 +19,13 @@ Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Id = Annotated[int, Field(ge=0, le=2**64 - 1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Text = Annotated[str, Field(max_length=1024)]
+# the first wrong item is enough to refuse a list: pydantic keeps an error for each, of which a body may hold millions
+Embedding = Annotated[list[Number], FailFast()]
+
+# lists and objects that a body may hold besides those of its batch; their text may hold brackets too
+SPARE_BRACKETS = 2**18
+# keys of an object, of which each mistyped one is an error too
+MOST_KEYS = 100
 
 
 class Body(BaseModel):
@@ -43,7 +51,7 @@ class Ask(Body):
 class Query(Ask):
     """A query embedding, and how it is to be answered."""
 
-    query: list[Number]
+    query: Embedding
 
 
 class AskMany(Body):
@@ -55,7 +63,7 @@ class AskMany(Body):
 class Queries(AskMany):
     """Query embeddings of one batch."""
 
-    queries: list[list[Number]]
+    queries: Annotated[list[Embedding], FailFast()]
 
 
 class AskSimilar(Body):
@@ -67,14 +75,14 @@ class AskSimilar(Body):
 class Similar(AskSimilar):
     """A query embedding, and how many patterns are asked for."""
 
-    query: list[Number]
+    query: Embedding
 
 
 class Trajectory(Body):
     """One answered query; the fields are the columns of the trajectory table (README)."""
 
     id: Id
-    query_embedding: list[Number]
+    query_embedding: Embedding
     precision: Share
     recall: Share
     latency_us: Annotated[int, Field(ge=0, lt=2**63)]
@@ -84,7 +92,7 @@ class Trajectory(Body):
     model_tier: Annotated[str, Field(min_length=1, max_length=256)] = AUTO_TIER
     context_tokens: Count = SearchParams().context_tokens
     temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] = SearchParams().temperature
-    retrieved_ids: Annotated[list[Text], Field(max_length=1000)] = []
+    retrieved_ids: Annotated[list[Text], Field(max_length=1000), FailFast()] = []
     rating: Annotated[int, Field(ge=1, le=5)] | None = None
     query_id: Id | None = None
     cost: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
@@ -114,7 +122,7 @@ class Trajectory(Body):
 class Trajectories(Body):
     """Some answered queries; all are taken, or none is."""
 
-    trajectories: Annotated[list[Trajectory], Field(min_length=1)]
+    trajectories: Annotated[list[Trajectory], Field(min_length=1), FailFast()]
 
 
 class Feedback(Body):
@@ -207,6 +215,32 @@ class Problem(BaseModel):
     """What is wrong with a request."""
 
     error: str
+
+
+def parsed(content: bytes, dim: int, max_batch: int) -> Any:
+    """A JSON body, of which each value is still to be checked, and there are no more of them than a right one has.
+
+    dim: length of every embedding. max_batch: most queries or trajectories. Raises ValueError saying what came.
+    """
+    brackets, most = content.count(b"{") + content.count(b"["), SPARE_BRACKETS + 4 * max_batch
+    if brackets > most:
+        raise ValueError(f"the body holds {brackets} brackets, over {most}; send smaller batches")
+    body = from_json(content, allow_inf_nan=False)
+    fields = body if isinstance(body, dict) else {}
+    items = [fields, fields.get("tradeoff"), fields.get("query")]
+    for name in ("queries", "trajectories"):
+        batch = fields.get(name)
+        if isinstance(batch, list):
+            if len(batch) > max_batch:
+                raise ValueError(f"{len(batch)} {name} are over {max_batch}; send smaller batches")
+            items += batch
+    for item in items:
+        if isinstance(item, dict) and len(item) > MOST_KEYS:
+            raise ValueError(f"an object has {len(item)} keys, over {MOST_KEYS}; send those that /docs names")
+        numbers = item.get("query_embedding") if isinstance(item, dict) else item
+        if isinstance(numbers, list) and len(numbers) != dim:
+            raise ValueError(f"an embedding has {len(numbers)} numbers, expected {dim}; use the bank's embedder")
+    return body
 
 
 def float32(values: list[float] | list[list[float]]) -> npt.NDArray[np.float32]:

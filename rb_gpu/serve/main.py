@@ -34,7 +34,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--api-key-file", type=Path, help="file of the key that /v1 asks for; none without it")
     parser.add_argument("--hmac-key-file", type=Path, help="file of the key that artifacts must be signed with")
     parser.add_argument("--max-body-bytes", type=_count, default=2**24, help="largest body")
-    parser.add_argument("--max-batch", type=_count, default=4096, help="most queries of a batch")
+    parser.add_argument("--max-batch", type=_count, default=4096, help="most queries or trajectories of a request")
     parser.add_argument("--max-concurrency", type=_count, default=1000, help="most requests under way")
     parser.add_argument("--root-path", type=_root_path, default="", help="path that a proxy takes off")
     return parser.parse_args(given)
