@@ -27,7 +27,7 @@ from fastapi.testclient import TestClient
 
 from rb_gpu import ReasoningBank, Registry, Tradeoff
 from rb_gpu.prometheus import bank_metrics
-from rb_gpu.serve import app
+from rb_gpu.serve import app, guard
 from rb_gpu.serve.app import make_app
 from rb_gpu.serve.bodies import parsed
 from rb_gpu.serve.guard import Guard
@@ -332,13 +332,13 @@ def test_more_requests_than_allowed_are_turned_away() -> None:
             await release.wait()
             await send({"type": "http.response.start", "status": 200, "headers": []})
 
-        guard = Guard(slow, Metrics(), frozenset(), None, 100, 1)
+        turned = Guard(slow, Metrics(), frozenset(), None, 100, 1)
 
         async def request(i: int, path: str = "/v1/similar") -> None:
             async def send(message: Any) -> None:
                 sent[i].append(message)
 
-            await guard({"type": "http", "path": path, "headers": []}, None, send)
+            await turned({"type": "http", "path": path, "headers": []}, None, send)
 
         first = asyncio.ensure_future(request(0))
         await asyncio.sleep(0)
@@ -347,11 +347,40 @@ def test_more_requests_than_allowed_are_turned_away() -> None:
         release.set()
         await first
         await probe
-        assert guard.in_flight == 0
+        assert turned.in_flight == 0
 
     asyncio.run(run())
     assert [messages[0]["status"] for messages in sent] == [200, 503, 200]
     assert b"over 1 requests" in sent[1][1]["body"] and (b"retry-after", b"1") in sent[1][0]["headers"]
+
+
+def test_a_body_that_never_comes_gives_its_place_back(served: ReasoningBank, monkeypatch: Any) -> None:
+    # as many of them as --max-concurrency used to give a 503 to all others for ever
+    monkeypatch.setattr(guard, "BODY_TIMEOUT_S", 0.05)
+    service, sent = make_app(served, True, max_concurrency=2), []
+
+    async def stalled() -> None:
+        parts = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+
+        async def receive() -> Any:
+            part = next(parts, None)
+            return part if part is not None else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/similar", "headers": [], "query_string": b""}
+        await service(scope, receive, send)
+
+    async def run() -> None:
+        await asyncio.wait_for(asyncio.gather(stalled(), stalled()), 5)
+
+    asyncio.run(run())
+    heads = [message for message in sent if message["type"] == "http.response.start"]
+    assert [head["status"] for head in heads] == [408, 408]
+    assert all((b"connection", b"close") in head["headers"] for head in heads)
+    query = queries_near(served.data, 1)[0]
+    assert TestClient(service).post("/v1/similar", content=query.tobytes(), headers=RAW).status_code == 200
 
 
 def test_readiness_tells_of_a_bad_artifact(client: TestClient, served: ReasoningBank, registry: Registry) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import time
@@ -14,6 +15,9 @@ from rb_gpu.serve.metrics import Metrics
 
 # all that needs no key and is answered however much is under way; a path that is not here is guarded
 OPEN = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"})
+
+# a body has to be there so long after its head: one that never comes would hold its place among --max-concurrency
+BODY_TIMEOUT_S = 30.0
 
 
 class Guard:
@@ -73,12 +77,17 @@ class Guard:
         return None
 
     def _limited(self, receive: Receive) -> Receive:
-        taken = 0
+        taken, deadline = 0, asyncio.get_running_loop().time() + BODY_TIMEOUT_S
 
         async def limited() -> Message:
             # a chunked body names no length
             nonlocal taken
-            message = await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                error = f"the body did not come within {BODY_TIMEOUT_S:g} seconds; send it at once"
+                raise HTTPException(408, error, {"Connection": "close"}) from None
             taken += len(message.get("body", b""))
             if taken > self._max_body_bytes:
                 raise HTTPException(413, self._too_large())

@@ -13,6 +13,7 @@ JSON, RAW = "application/json", "application/octet-stream"
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     401: {"model": Problem, "description": "The API key is missing or wrong"},
     400: {"model": Problem, "description": "The connection ended before the body did"},
+    408: {"model": Problem, "description": "The body did not come in time"},
     413: {"model": Problem, "description": "The body is too large"},
     415: {"model": Problem, "description": "The body is of another content type"},
     422: {"model": Problem, "description": "The body is wrong; the error says what came and what is expected"},
