@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rb_gpu.bank_data import BankData, check_bank
-from rb_gpu.batch import vote
+from rb_gpu.batch import as_columns, vote
 from rb_gpu.errors import ArtifactError
 from rb_gpu.params import ConfigTable, SearchParams
 from rb_gpu.source import ArtifactSource
@@ -239,49 +239,38 @@ class ReasoningBank:
         pattern_id (-1 where the default is returned) and one column per search parameter.
         """
         state = self._state if tradeoff is None else self._state.under(tradeoff)
-        rows, config, confidence, quality, gain = vote(state, queries)
-        acted = (rows >= 0) & (config != state.configs.default)
-        pattern_id = np.where(acted, state.data.arrays["pattern_id"][np.maximum(rows, 0)].astype(np.int64), -1)
-        self._counts.add(len(rows), int(acted.sum()), float(confidence.sum()), float(gain.sum()))
-        columns = state.configs
-        return {
-            "config_id": config,
-            "confidence": confidence,
-            "expected_quality": quality,
-            "expected_gain": gain,
-            "pattern_id": pattern_id,
-            "ef_search": columns.ef_search[config],
-            "n_probes": columns.n_probes[config],
-            "model_tier": np.array(columns.tiers)[columns.tier[config]],
-            "context_tokens": columns.context_tokens[config],
-            "temperature": columns.temperature[config],
-        }
+        columns = as_columns(state, vote(state, queries))
+        acted, confidence, gain = columns["pattern_id"] != -1, columns["confidence"], columns["expected_gain"]
+        self._counts.add(len(acted), int(acted.sum()), float(confidence.sum()), float(gain.sum()))
+        return columns
 
     def record_trajectory(self, trajectory: QueryTrajectory) -> bool:
         """Remembers which pattern a query fell into, for its feedback, and keeps it in the log where there is one.
 
-        Returns False where the log refused it, since its queue is full or it is closed. Raises ValueError on a bad
-        embedding, DataError or TypeError where another field does not fit the log.
+        Returns False where the log refused it, since its queue is full or it is closed: then it is counted nowhere.
+        Raises ValueError on a bad embedding, DataError or TypeError where another field does not fit the log.
         """
         state = self._state
         rows, _ = nearest(state, trajectory.query_embedding, 1)
-        kept = self._log is None or self._log.record(trajectory)
+        if self._log is not None and not self._log.record(trajectory):
+            return False
         if rows:  # an inverted file may find nothing
             state.ratings.remember(trajectory.id, state.pattern_id[rows[0]])
         with self._lock:
             self._trajectories += 1
         if trajectory.feedback is not None:
             self._rate(state, trajectory.id, trajectory.feedback)
-        return kept
+        return True
 
-    def record_feedback(self, trajectory_id: int, feedback: UserFeedback) -> bool:
+    def record_feedback(self, trajectory_id: int, feedback: UserFeedback) -> bool | None:
         """One vote per trajectory for the pattern that answered it; a second one changes nothing.
 
         Returns whether the vote was counted here: False for a repeat, and for a trajectory that this process did not
-        record (which a log, where there is one, keeps all the same).
+        record (which a log, where there is one, keeps all the same). None where the log refused the vote, as it may a
+        trajectory: then it is counted nowhere, and can be given again.
         """
-        if self._log is not None:
-            self._log.record_feedback(trajectory_id, feedback)
+        if self._log is not None and not self._log.record_feedback(trajectory_id, feedback):
+            return None
         return self._rate(self._state, trajectory_id, feedback)
 
     def _rate(self, state: BankState, trajectory_id: int, feedback: UserFeedback) -> bool:

@@ -6,7 +6,7 @@ Suffixes: B queries, K nearest leaves, D dims, U leaves and what stands for no l
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,24 @@ def vote(state: BankState, queries: npt.ArrayLike) -> Votes:
     columns = zip((none, none, nothing, nothing, nothing), *parts, strict=True)
     row, config, confidence, quality, gain = (np.concatenate(c) for c in columns)
     return row, config, confidence, quality, gain
+
+
+def as_columns(state: BankState, votes: Votes) -> dict[str, npt.NDArray[Any]]:
+    """Votes as `ReasoningBank.optimized_params_batch` returns them."""
+    rows, config, confidence, quality, gain = votes
+    acted, configs = (rows >= 0) & (config != state.configs.default), state.configs
+    return {
+        "config_id": config,
+        "confidence": confidence,
+        "expected_quality": quality,
+        "expected_gain": gain,
+        "pattern_id": np.where(acted, state.data.arrays["pattern_id"][np.maximum(rows, 0)].astype(np.int64), -1),
+        "ef_search": configs.ef_search[config],
+        "n_probes": configs.n_probes[config],
+        "model_tier": np.array(configs.tiers)[configs.tier[config]],
+        "context_tokens": configs.context_tokens[config],
+        "temperature": configs.temperature[config],
+    }
 
 
 def expected_gains(state: BankState, queries: npt.ArrayLike) -> Matrix:

@@ -534,6 +534,18 @@ def test_the_log_keeps_trajectories_and_votes(data: BankData, tmp_path: Path) ->
     np.testing.assert_array_equal(batch["query_embedding"], data.arrays["centroids"][:3])
 
 
+def test_what_the_log_refused_is_counted_nowhere(data: BankData, tmp_path: Path) -> None:
+    # a vote that the log did not take used to be counted here and lost there, and so was a trajectory's rating
+    bank = ReasoningBank(data, log=tmp_path / "log.db")
+    assert bank.record_trajectory(trajectory(1, data.arrays["centroids"][0]))
+    before, pattern_id = bank.stats(), int(data.arrays["pattern_id"][0])
+    votes = bank.satisfaction(pattern_id)
+    bank.close()
+    assert not bank.record_trajectory(trajectory(2, data.arrays["centroids"][0], feedback=UserFeedback(5)))
+    assert bank.record_feedback(1, UserFeedback(5)) is None
+    assert bank.stats() == before and bank.satisfaction(pattern_id) == votes
+
+
 def test_stats_count_what_happened(bank: ReasoningBank) -> None:
     start = bank.stats()
     stands = bank.data.arrays["verdict_stands"]

@@ -34,6 +34,7 @@ from rb_gpu.serve.guard import Guard
 from rb_gpu.serve.main import main
 from rb_gpu.serve.metrics import Metrics
 from rb_gpu.trajectory_file import read_batches
+from rb_gpu.trajectory_log import TrajectoryLog
 
 RAW = {"content-type": "application/octet-stream"}
 JSON = {"content-type": "application/json"}
@@ -290,6 +291,10 @@ def test_a_full_log_is_a_503_and_no_log_a_409(client: TestClient, served: Reason
     answer = client.post("/v1/trajectories", json={"trajectories": [trajectory_body(i) for i in (1, 2, 3)]})
     assert answer.status_code == 503 and "took 2 of 3" in answer.json()["error"]
     assert answer.headers["retry-after"] == "1"
+    # this used to be a 202
+    monkeypatch.setattr(TrajectoryLog, "record_feedback", lambda *a: False)
+    answer = client.post("/v1/feedback", json={"trajectory_id": 1, "rating": 1})
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
     without = TestClient(make_app(ReasoningBank(make_bank()), False))
     answer = without.post("/v1/trajectories", json={"trajectories": [trajectory_body(1)]})
     assert answer.status_code == 409 and "--log" in answer.json()["error"]

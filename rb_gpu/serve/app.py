@@ -185,8 +185,7 @@ class _Routes:
             accepted = sum(self._bank.record_trajectory(record) for record in records)
         if accepted < len(records):
             # what was taken is taken once: ids make a repetition harmless
-            error = f"the log took {accepted} of {len(records)}; send all of them again"
-            raise HTTPException(503, error, {"Retry-After": "1"})
+            raise _log_refuses(f"the log took {accepted} of {len(records)}; send all of them again")
         return _json({"accepted": accepted}, 202)
 
     async def feedback(self, request: Request) -> Response:
@@ -194,6 +193,8 @@ class _Routes:
         body = await self._of_json(request, bodies.Feedback, lambda body: body)
         with _refusing():
             counted = self._bank.record_feedback(body.trajectory_id, UserFeedback(body.rating, body.comment))
+        if counted is None:
+            raise _log_refuses("the log did not take it; send it again")
         return _json({"counted": counted}, 202)
 
     async def _of_json(self, request: Request, model: type[Model], take: Callable[[Model], Answer]) -> Answer:
@@ -259,6 +260,10 @@ def _invalid(error: ValidationError, whole: str) -> HTTPException:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = ".".join(map(str, first["loc"]))[:200] or whole  # a key may be as long as a body
     return HTTPException(422, f"{place}: {first['msg']}")
+
+
+def _log_refuses(error: str) -> HTTPException:
+    return HTTPException(503, error, {"Retry-After": "1"})
 
 
 def _content_type(request: Request) -> str:
