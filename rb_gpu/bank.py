@@ -133,8 +133,18 @@ class ReasoningBank:
 
     @property
     def dropped(self) -> int:
-        """Records that the log refused, since its queue was full or it was closed; 0 where there is no log."""
+        """Records that the log refused, as record_trajectory says; 0 where there is no log."""
         return 0 if self._log is None else self._log.dropped
+
+    @property
+    def log_queued(self) -> int:
+        """Records that the log took and did not write yet; 0 where there is no log."""
+        return 0 if self._log is None else self._log.queued
+
+    @property
+    def log_failing(self) -> bool:
+        """Whether the log's file cannot be written, as on a full disk; False where there is no log."""
+        return self._log is not None and self._log.failing
 
     def watch(self, interval_s: float = 1.0) -> None:
         """Looks for a new artifact every interval_s seconds, in a daemon thread, until `close`. Also in a forked child.
@@ -247,8 +257,10 @@ class ReasoningBank:
     def record_trajectory(self, trajectory: QueryTrajectory) -> bool:
         """Remembers which pattern a query fell into, for its feedback, and keeps it in the log where there is one.
 
-        Returns False where the log refused it, since its queue is full or it is closed: then it is counted nowhere.
-        Raises ValueError on a bad embedding, DataError or TypeError where another field does not fit the log.
+        True means queued, to be written within .2 s, or once the file can be written again, or at `close`. Returns
+        False where the log refused it, since its last attempt to write failed, its queue is full or it is closed: then
+        it is counted nowhere. Raises ValueError on a bad embedding, DataError or TypeError where another field does not
+        fit the log.
         """
         state = self._state
         rows, _ = nearest(state, trajectory.query_embedding, 1)

@@ -40,6 +40,7 @@ class TrajectoryLog:
     The caller only puts onto a queue of `queue_size` records in memory; one daemon thread writes it every
     `flush_interval` seconds. A killed process loses what was not written yet, never the file; a normal exit writes all,
     except from a worker of `multiprocessing`, which has to call `close`. A forked child starts with an empty queue.
+    While the file cannot be written, what was queued waits, and nothing more is taken.
 
     capacity: newest trajectories kept, and newest votes. dim: length that every embedding must have, None for any.
     Raises ConfigError for a setting out of bounds, DataError where the file is no log of this version or fails to open.
@@ -75,12 +76,25 @@ class TrajectoryLog:
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._accepted = self._written = self._dropped = self._duplicates = 0
+        self._failing = False
         self._warned_at: dict[str, float] = {}
 
     @property
     def dropped(self) -> int:
-        """Records (trajectories and votes) that this process lost: the queue was full, or the log closed."""
+        """Records (trajectories and votes) that this process lost: the queue was full, the file could not be written,
+        or the log was closed.
+        """
         return self._dropped
+
+    @property
+    def queued(self) -> int:
+        """Records that are in memory alone."""
+        return len(self._queue)
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last attempt to write failed, as on a full disk; the next one is `flush_interval` later."""
+        return self._failing
 
     @property
     def duplicates(self) -> int:
@@ -150,7 +164,8 @@ class TrajectoryLog:
 
     def _put(self, record: _Record) -> bool:
         with self._changed:
-            if self._deadline is None and len(self._queue) < self._queue_size:
+            full = len(self._queue) >= self._queue_size
+            if self._deadline is None and not self._failing and not full:
                 self._queue.append(record)
                 self._accepted += 1
                 if self._thread is None:
@@ -160,7 +175,10 @@ class TrajectoryLog:
                     self._wake.set()
                 return True
             self._dropped += 1
-        self._warn("the log is closed" if self._deadline else "the queue is full; raise queue_size")
+        if self._deadline is not None:
+            self._warn("the log is closed")
+        else:
+            self._warn("the queue is full; raise queue_size" if full else "the file cannot be written")
         return False
 
     def _warn(self, problem: str) -> None:
@@ -179,7 +197,9 @@ class TrajectoryLog:
             try:
                 while self._queue:
                     self._write_batch()
+                self._failing = False
             except Exception as error:  # whatever it is, a dead writer would lose all that follows
+                self._failing = True
                 self._warn(f"cannot write, will try again: {error}")
         with self._changed:
             lost = len(self._queue)

@@ -301,6 +301,28 @@ def test_a_full_log_is_a_503_and_no_log_a_409(client: TestClient, served: Reason
     assert without.post("/v1/feedback", json={"trajectory_id": 1, "rating": 1}).json() == {"counted": False}
 
 
+def test_a_log_that_cannot_be_written_is_a_503_and_told(
+    client: TestClient, served: ReasoningBank, monkeypatch: Any
+) -> None:
+    # 1,500 trajectories used to get a 202 on a full disk, and nothing showed it
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    assert "rb_gpu_log_failing 0\n" in client.get("/metrics").text
+    with monkeypatch.context() as patch:
+        patch.setattr(TrajectoryLog, "_transact", full)
+        assert client.post("/v1/trajectories", json={"trajectories": [trajectory_body(1)]}).status_code == 202
+        end = time.monotonic() + 10
+        while not served.log_failing and time.monotonic() < end:
+            time.sleep(0.01)
+        assert client.post("/v1/trajectories", json={"trajectories": [trajectory_body(2)]}).status_code == 503
+        assert client.post("/v1/feedback", json={"trajectory_id": 1, "rating": 1}).status_code == 503
+        assert {"rb_gpu_log_failing 1", "rb_gpu_log_queue 1"} <= set(client.get("/metrics").text.splitlines())
+    while served.log_failing and time.monotonic() < end:
+        time.sleep(0.01)
+    assert client.post("/v1/trajectories", json={"trajectories": [trajectory_body(2)]}).status_code == 202
+
+
 def test_the_key_guards_v1_alone(served: ReasoningBank) -> None:
     client = TestClient(make_app(served, True, api_key=KEY))
     body = {"query": queries_near(served.data, 1)[0].tolist()}

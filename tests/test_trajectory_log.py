@@ -314,7 +314,7 @@ def test_half_full_queue_is_written_at_once(tmp_path: Path) -> None:
 
 def test_failed_transaction_is_tried_again_as_a_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "log.db"
-    with TrajectoryLog(path, flush_interval=0.01) as log, closing(sqlite3.connect(path)) as other:
+    with TrajectoryLog(path, flush_interval=0.3) as log, closing(sqlite3.connect(path)) as other:
         # stands for a disk that is full in the middle of a batch
         other.execute(
             "CREATE TRIGGER full BEFORE INSERT ON trajectory WHEN NEW.id = 77 "
@@ -323,15 +323,21 @@ def test_failed_transaction_is_tried_again_as_a_whole(tmp_path: Path, caplog: py
         other.commit()
         for i in range(100):
             log.record(trajectory(i))
+        assert not log.failing and log.queued == 100
         assert not log.flush(timeout=0.2)
         assert ids(path) == []
+        # it used to take whatever came, up to a full queue, and to tell nobody
+        assert log.failing and log.queued == 100
+        assert not log.record(trajectory(100)) and not log.record_feedback(1, UserFeedback(1))
+        assert log.dropped == 2
         assert any("the disk is full" in record.getMessage() for record in caplog.records)
         other.execute("DROP TRIGGER full")
         other.commit()
         assert log.flush(timeout=PATIENCE_S)
         assert log.duplicates == 0
-        assert log.dropped == 0
-    assert ids(path) == list(range(100))
+        assert not log.failing and log.queued == 0
+        assert log.record(trajectory(100))
+    assert ids(path) == list(range(101))
 
 
 def test_close_gives_up_on_a_locked_file_and_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -191,7 +191,7 @@ class Matches(BaseModel):
 
 
 class Accepted(BaseModel):
-    """How many trajectories were taken; they are in the log's file within its flush interval."""
+    """How many trajectories were taken: they are queued, and in the log's file within .2 s where it can be written."""
 
     accepted: int
 
