@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import threading
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from rb_gpu.errors import ConfigError, DataError
+
+_logger = logging.getLogger(__name__)
 
 _APPLICATION_ID = 0x72624C47  # "rbLG"
 _VERSION = 1
@@ -86,6 +89,8 @@ def open_writer(path: Path) -> sqlite3.Connection:
     deadline = time.monotonic() + _OPEN_TIMEOUT_S
     while True:
         try:
+            if os.name == "posix":  # elsewhere a file that is open cannot be renamed
+                _make(path)
             with ExitStack() as on_error:
                 # the gate keeps threads apart, and a fork closes from its own thread
                 connection = sqlite3.connect(path, _LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
@@ -96,11 +101,39 @@ def open_writer(path: Path) -> sqlite3.Connection:
                 connection.execute("PRAGMA synchronous = NORMAL")
                 on_error.pop_all()
                 return connection
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}; give a path in a folder that you may read and write") from error
         except sqlite3.Error as error:
             # SQLite does not wait by itself where several processes make the file at the same time
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise DataError(f"{path}: {error}; give the path of a trajectory log that you may write") from error
             time.sleep(0.01)
+
+
+def _make(path: Path) -> None:
+    """Makes an empty file where there is none, and puts aside what a log that was renamed left beside it: SQLite would
+    take that for the new file's, and drop the rows in it.
+    """
+    if path.exists() or not path.parent.is_dir():
+        return
+    import fcntl
+
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        # of several processes that find no file the first makes it, and no later one puts its -wal aside
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        if path.exists():
+            return
+        path.with_name(path.name + "-shm").unlink(missing_ok=True)
+        wal = path.with_name(path.name + "-wal")
+        if wal.exists() and wal.stat().st_size > 0:
+            aside = path.with_name(f"{wal.name}-{time.time_ns()}")
+            wal.rename(aside)
+            message = "%s may hold rows of the log that was renamed; put it beside that as NAME-wal and open it once"
+            _logger.warning(message, aside)
+        path.touch()
+    finally:
+        os.close(folder)
 
 
 def _select(path: Path, query: str, values: tuple[int, ...]) -> dict[str, Any]:

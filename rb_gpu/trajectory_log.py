@@ -42,6 +42,10 @@ class TrajectoryLog:
     except from a worker of `multiprocessing`, which has to call `close`. A forked child starts with an empty queue.
     While the file cannot be written, what was queued waits, and nothing more is taken.
 
+    The file may be renamed while it is written: what was flushed goes with it, later rows go to a new one. Rows that a
+    killed process wrote just before its file was renamed, or that a reader held back meanwhile, may stay beside the old
+    name in a -wal, which is then put aside and named in a warning.
+
     capacity: newest trajectories kept, and newest votes. dim: length that every embedding must have, None for any.
     Raises ConfigError for a setting out of bounds, DataError where the file is no log of this version or fails to open.
     """
@@ -75,7 +79,7 @@ class TrajectoryLog:
         self._changed = threading.Condition()  # guards the queue, the counts and the thread
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
-        self._accepted = self._written = self._dropped = self._duplicates = 0
+        self._accepted = self._written = self._saved = self._dropped = self._duplicates = 0
         self._failing = False
         self._warned_at: dict[str, float] = {}
 
@@ -140,8 +144,8 @@ class TrajectoryLog:
         with self._changed:
             target = self._accepted
             self._wake.set()
-            self._changed.wait_for(lambda: self._written >= target or self._thread is None, timeout)
-            return self._written >= target
+            self._changed.wait_for(lambda: self._saved >= target or self._thread is None, timeout)
+            return self._saved >= target
 
     def close(self, timeout: float = 5.0) -> None:
         """Writes what is queued; where the file cannot be written for `timeout` seconds, the rest counts as dropped."""
@@ -195,8 +199,7 @@ class TrajectoryLog:
             self._wake.clear()
             deadline = self._deadline  # read before the queue, so that nothing put before close stays behind
             try:
-                while self._queue:
-                    self._write_batch()
+                self._write()
                 self._failing = False
             except Exception as error:  # whatever it is, a dead writer would lose all that follows
                 self._failing = True
@@ -208,6 +211,18 @@ class TrajectoryLog:
             self._changed.notify_all()
         if lost:
             self._warn("closed before the queue could be written")
+
+    def _write(self) -> None:
+        """Writes what is queued, to the write-ahead log and from there to the file, with which it may be renamed."""
+        target = self._accepted
+        while self._written < target:
+            self._write_batch()
+        if self._saved < self._written:
+            with gate:
+                self._connect().execute("PRAGMA wal_checkpoint(PASSIVE)")
+            with self._changed:
+                self._saved = self._written
+                self._changed.notify_all()
 
     def _write_batch(self) -> None:
         with self._changed:
@@ -223,7 +238,6 @@ class TrajectoryLog:
                 self._queue.popleft()
             self._written += len(batch)
             self._duplicates += duplicates
-            self._changed.notify_all()
 
     def _transact(self, batch: list[_Record]) -> int:
         """Writes the batch and returns how many of its trajectories were duplicates."""
@@ -244,6 +258,8 @@ class TrajectoryLog:
     def _connect(self) -> sqlite3.Connection:
         """The open connection, or a new one where the file was deleted or rotated away. Only with the gate held."""
         if self._connection and not (self.path.exists() and self._file == self.path.stat().st_ino):
+            # SQLite itself does not do this as it closes a file that is no longer where it was
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._disconnect()
         if not self._connection:
             self._connection = open_writer(self.path)

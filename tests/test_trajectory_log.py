@@ -574,6 +574,63 @@ def test_deleted_file_is_made_anew(tmp_path: Path) -> None:
         assert ids(path) == [2]
 
 
+def test_a_renamed_file_keeps_what_was_flushed(tmp_path: Path) -> None:
+    # rows that lay in the write-ahead log used to be gone: 300 flushed ones, and an empty file
+    path = tmp_path / "log.db"
+    with TrajectoryLog(path) as log:
+        for turn in range(3):
+            for i in range(300):
+                log.record(trajectory(1000 * turn + i))
+            log.flush()
+            path.rename(tmp_path / f"log.{turn}.db")
+            # before the log sees it, and after
+            assert ids(tmp_path / f"log.{turn}.db") == list(range(1000 * turn, 1000 * turn + 300))
+        log.record(trajectory(9999))
+    assert ids(path) == [9999]
+    for turn in range(3):
+        assert ids(tmp_path / f"log.{turn}.db") == list(range(1000 * turn, 1000 * turn + 300))
+    assert {file.name for file in tmp_path.iterdir()} == {"log.db", "log.0.db", "log.1.db", "log.2.db"}
+
+
+def test_rows_that_a_reader_held_back_are_put_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, moved = tmp_path / "log.db", tmp_path / "log.1.db"
+    with TrajectoryLog(path) as log, closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        log.record(trajectory(1))
+        log.flush()
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM trajectory").fetchone()
+        log.record(trajectory(2))
+        log.flush()
+        path.rename(moved)
+        log.record(trajectory(3))
+        log.flush()
+    assert ids(path) == [3] and "may hold rows of the log that was renamed" in caplog.text
+    (aside,) = tmp_path.glob("log.db-wal-*")
+    aside.rename(tmp_path / "log.1.db-wal")
+    assert ids(moved) == [1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_processes_go_on_in_one_new_file_after_a_rename(tmp_path: Path) -> None:
+    path, moved = tmp_path / "log.db", tmp_path / "log.1.db"
+
+    def child_work(first: int) -> None:
+        with TrajectoryLog(path, flush_interval=0.005) as log:
+            for i in range(first, first + 1000):
+                log.record(trajectory(i))
+                time.sleep(0.0005)
+
+    children = [run_in_child(lambda n=n: child_work(10**6 * n)) for n in range(4)]
+    time.sleep(0.3)
+    path.rename(moved)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    before, after = ids(moved), ids(path)
+    assert before and after
+    assert sorted(before + after) == [10**6 * n + i for n in range(4) for i in range(1000)]
+    for file in (path, moved):
+        assert query(file, "PRAGMA integrity_check") == [("ok",)]
+
+
 def test_reading_in_batches_and_after(tmp_path: Path) -> None:
     path = tmp_path / "log.db"
     with TrajectoryLog(path) as log:
