@@ -52,8 +52,9 @@ class BankState:
         self.params: list[SearchParams] = list(self.configs)
         kind = str(data.facts.get("index", {}).get("kind", "flat"))
         self.search: Search = open_search(leaves, index, kind, search)
+        self.exact = ExactSearch(leaves)
         few = search == "auto" and len(leaves) <= EXACT_BATCH_LEAVES
-        self.search_many: Search = ExactSearch(leaves) if few else self.search
+        self.search_many: Search = self.exact if few else self.search
         self.pattern_id: list[int] = data.arrays["pattern_id"][: data.leaves].tolist()
         self.patterns = PatternView(data)
         self.verdicts = VerdictView(data)
@@ -126,7 +127,9 @@ def one_query(query: npt.ArrayLike, dim: int) -> tuple[Vector, float]:
 def nearest(state: BankState, query: npt.ArrayLike, k: int) -> tuple[list[int], list[float]]:
     """Rows and cosines of the leaves nearest to one query (D,), best first. Raises ValueError saying what came."""
     values_D, scale = one_query(query, state.dim)
-    rows, products = state.search.nearest_one(values_D, k)
+    # an index is tuned to find so many; of more it finds a part
+    search = state.search if k <= state.settings.top_k else state.exact
+    rows, products = search.nearest_one(values_D, k)
     return rows, [product * scale for product in products]
 
 

@@ -514,7 +514,7 @@ def test_a_search_that_finds_nothing_votes_for_no_pattern(bank: ReasoningBank) -
     bank._state.search = Nothing()
     bank.record_trajectory(trajectory(1, np.ones(bank.dim)))
     assert bank.record_feedback(1, UserFeedback(1)) is False
-    assert bank.find_similar_patterns(np.ones(bank.dim)) == []
+    assert bank.find_similar_patterns(np.ones(bank.dim), 3) == []
     single, batch = bank.optimized_params(np.ones(bank.dim)), bank.optimized_params_batch(np.ones((2, bank.dim)))
     assert not single.source.has_pattern and batch["config_id"].tolist() == [single.config_id] * 2
 

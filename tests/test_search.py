@@ -179,6 +179,19 @@ def test_a_large_batch_is_searched_exactly_where_a_product_is_faster_than_the_in
     assert len(chosen.optimized_params_batch(queries[1:])["config_id"]) == EXACT_BATCH_QUERIES - 1
 
 
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_more_patterns_than_an_index_was_tuned_for_are_all_found(kind: str) -> None:
+    # k=500 of 1,500 used to give 282 rows, and not the nearest
+    data = make_bank(leaves=1000, dim=8)
+    leaves = data.arrays["centroids"][:1000]
+    bank = ReasoningBank(data, index_of(leaves, kind=kind, m=4), search="index")
+    for query in queries_near(data, 5):
+        expected = np.argsort(-leaves @ query, kind="stable")
+        for k in (1, data.lookup.top_k + 1, 500, 2000):
+            found = [match.pattern.id - 100 for match in bank.find_similar_patterns(query, k)]
+            assert found == expected[:k].tolist()
+
+
 def test_rows_that_an_inverted_file_does_not_find_have_no_vote(data: BankData) -> None:
     leaves = data.arrays["centroids"][:12]
     index = index_of(leaves, kind="ivf", nlist=12, nprobe=1)
