@@ -125,7 +125,8 @@ def decide(state: BankState, voters: Voters) -> Votes:
         sure_B = _probability(sure_B, _picked(state, 4, config_B, voters), acted_B)
     confidence = np.where(acted_B, np.minimum(sure_B, 1), np.float32(0)).astype(np.float32)
     gain = np.where(acted_B, _picked(state, 2, config_B, voters), np.float32(0))
-    return voters.rows_BK[:, 0], config_B, confidence, _picked(state, 3, config_B, voters), gain
+    quality = np.clip(_picked(state, 3, config_B, voters), 0.0, 1.0)  # as vote.answer bounds it
+    return voters.rows_BK[:, 0], config_B, confidence, quality, gain
 
 
 def _voters(state: BankState, queries: npt.ArrayLike) -> Iterator[Voters]:

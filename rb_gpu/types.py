@@ -149,7 +149,7 @@ class OptimizedParams(NamedTuple):
     """The answer for one query.
 
     confidence: probability that `params` beat the default by the margin; 0 where the default is returned.
-    expected_quality: quality expected of `params` here. expected_gain: expected gain
+    expected_quality: quality expected of `params` here, in [0, 1], NaN where unknown. expected_gain: expected gain
     over the default in the objective's unit. config_id: row of `bank.configs`, None for an interpolated setting that
     was never tried. reason: in a few words, why this answer.
     """

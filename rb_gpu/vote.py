@@ -191,15 +191,20 @@ def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
     if score_C.item(config) == -math.inf:
         config = int(mixed_E[3 * configs : 4 * configs].argmax()) if settings.likeliest else default
     if config == default:
-        quality, reason = mixed_E.item(3 * configs + config), DEFAULT_BY_NEAR if row >= 0 else DEFAULT_BY_ALL
+        quality, reason = _share(mixed_E.item(3 * configs + config)), DEFAULT_BY_NEAR if row >= 0 else DEFAULT_BY_ALL
         return OptimizedParams(state.params[config], 0.0, NO_SOURCE, quality, 0.0, config, reason)
     sure = sure_C.item(config)
     if field is not None:
         sure = _probability(sure, mixed_E.item(4 * configs + config))
     source, reason = (ParamSource(state.pattern_id[row]), BY_NEAR) if row >= 0 else (NO_SOURCE, BY_ALL)
-    quality, gain = mixed_E.item(3 * configs + config), mixed_E.item(2 * configs + config)
+    quality, gain = _share(mixed_E.item(3 * configs + config)), mixed_E.item(2 * configs + config)
     # weights in float32 may add up to just over 1
     return OptimizedParams(state.params[config], min(sure, 1.0), source, quality, gain, config, reason)
+
+
+def _share(quality: float) -> float:
+    """Quality within [0, 1], where f1 and product lie: a leaf's part and the field's may add up to more; NaN stays."""
+    return min(max(quality, 0.0), 1.0)
 
 
 def _probability(test: float, sd: float) -> float:
@@ -209,7 +214,7 @@ def _probability(test: float, sd: float) -> float:
 
 def fallback(state: BankState, reason: str) -> OptimizedParams:
     """The default, for a query that could not be read."""
-    quality = state.cells_UE.item(-1, 3 * len(state.params) + state.default)
+    quality = _share(state.cells_UE.item(-1, 3 * len(state.params) + state.default))
     return OptimizedParams(state.params[state.default], 0.0, NO_SOURCE, quality, 0.0, state.default, reason)
 
 
@@ -243,7 +248,7 @@ def interpolate(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
         params=params,
         confidence=probability if tried and config_id != configs.default else 0.0,
         source=ParamSource(int(arrays["pattern_id"][rows[0]])),
-        expected_quality=quality if tried else float(share @ arrays["quality"][rows]),
+        expected_quality=_share(quality if tried else float(share @ arrays["quality"][rows])),
         expected_gain=gain if tried else float("nan"),
         config_id=config_id,
         reason="interpolated; this setting was tried" if tried else "interpolated; this setting was never tried",
