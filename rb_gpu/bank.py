@@ -51,7 +51,7 @@ class ReasoningBank:
     def _renew_locks(self) -> None:
         """For a forked child, whose parent's other threads may have held them."""
         self._lock, self._reloading = threading.Lock(), threading.Lock()
-        self._state.ratings.lock = threading.Lock()
+        self._state.ratings.lock, self._counts.lock = threading.Lock(), threading.Lock()
 
     @classmethod
     def load(

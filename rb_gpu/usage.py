@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 
 REMEMBERED_TRAJECTORIES = 100_000
 
@@ -12,8 +14,10 @@ class Counts:
     """Counters that each thread adds to on its own, so that no lookup waits for another; `totals` reads them all."""
 
     def __init__(self) -> None:
-        self._threads: list[list[float]] = []
-        self._own = _Own(self._threads)
+        self.lock = threading.Lock()
+        self._ended: list[float] = [0, 0, 0.0, 0.0]
+        self._threads: list[tuple[weakref.ref[_Alive], list[float]]] = []
+        self._own = _Own(self._join)
 
     def add(self, lookups: int, hits: int, confidence: float, gain: float) -> None:
         """Counts answers: how many, how many of them by a pattern, the sums of their confidence and expected gain."""
@@ -26,15 +30,32 @@ class Counts:
 
     def totals(self) -> tuple[int, int, float, float]:
         """What all threads added so far, ended ones too."""
-        lookups, hits, confidence, gain = (sum(counts[i] for counts in list(self._threads)) for i in range(4))
+        with self.lock:
+            every = [self._ended, *(counts for _, counts in self._threads)]
+            lookups, hits, confidence, gain = (sum(column) for column in zip(*every, strict=True))
         return int(lookups), int(hits), float(confidence), float(gain)
+
+    def _join(self, thread: _Alive, counts: list[float]) -> None:
+        """A thread counts from now on; the counts of those that ended are put together, else they would pile up."""
+        with self.lock:
+            going = []
+            for alive, theirs in self._threads:
+                if alive() is None:
+                    self._ended = [a + b for a, b in zip(self._ended, theirs, strict=True)]
+                else:
+                    going.append((alive, theirs))
+            self._threads = [*going, (weakref.ref(thread), counts)]
+
+
+class _Alive:
+    """Ends with the thread that holds it."""
 
 
 class _Own(threading.local):
     # runs once in every thread that counts
-    def __init__(self, threads: list[list[float]]) -> None:
-        self.counts: list[float] = [0, 0, 0.0, 0.0]
-        threads.append(self.counts)
+    def __init__(self, join: Callable[[_Alive, list[float]], None]) -> None:
+        self.alive, self.counts = _Alive(), [0, 0, 0.0, 0.0]
+        join(self.alive, self.counts)
 
 
 class Ratings:
