@@ -19,7 +19,9 @@ class ArtifactSource:
     """An artifact directory, or a link to one that a registry switches. hmac_key: it must be signed with that."""
 
     def __init__(self, path: str | Path, hmac_key: bytes | None = None) -> None:
-        self.path, self._manifest, self._hmac_key = Path(path), os.fspath(Path(path) / MANIFEST), hmac_key
+        # the process may change its folder; a link stays one, since it is followed anew at each read
+        self.path, self._hmac_key = Path(path).absolute(), hmac_key
+        self._manifest = os.fspath(self.path / MANIFEST)
         self._seen: tuple[int, int, int] | None = None
         self._reading: tuple[int, int, int] | None = None
         self._failed: tuple[int, int, int] | None = None

@@ -205,6 +205,15 @@ def test_a_link_that_is_gone_keeps_the_bank_and_says_so(registry: Registry) -> N
     assert bank.optimized_params(np.ones(bank.dim)).params in list(bank.configs)
 
 
+def test_a_process_that_changes_its_folder_goes_on_following(registry: Registry, monkeypatch: Any) -> None:
+    # a path relative to the folder of the start used to be "gone" for ever
+    monkeypatch.chdir(registry.path.parent)
+    bank = ReasoningBank.load(f"{registry.path.name}/champion")
+    monkeypatch.chdir("/")
+    registry.promote(B, "")
+    assert bank.reload_if_changed() and bank.version == B and bank.reload_error is None
+
+
 def test_a_watcher_serves_what_is_promoted(registry: Registry) -> None:
     bank = ReasoningBank.load(registry.path / "champion")
     bank.watch(0.02)
