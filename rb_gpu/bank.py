@@ -153,9 +153,9 @@ class ReasoningBank:
         """
         from rb_gpu.watcher import Watcher
 
-        if self._watcher is not None:
-            self._watcher.stop()
-        self._watcher = Watcher(self.reload_if_changed, interval_s)
+        before, self._watcher = self._watcher, Watcher(self.reload_if_changed, interval_s)
+        if before is not None:
+            before.stop()
 
     @property
     def version(self) -> str:

@@ -227,6 +227,17 @@ def test_a_watcher_serves_what_is_promoted(registry: Registry) -> None:
         bank.watch(0)
 
 
+def test_a_bad_interval_leaves_the_watcher_at_work(registry: Registry) -> None:
+    # it used to be stopped before the new interval was looked at
+    bank = ReasoningBank.load(registry.path / "champion")
+    bank.watch(0.02)
+    with pytest.raises(ValueError, match="interval_s=0"):
+        bank.watch(0)
+    registry.promote(B, "")
+    assert wait_for(lambda: bank.version == B)
+    bank.close()
+
+
 def test_a_watcher_outlives_a_failed_look_but_not_its_bank(registry: Registry, monkeypatch: Any) -> None:
     class Failing(ReasoningBank):
         fails = True
