@@ -104,7 +104,8 @@ class BankState:
         if unproven is not None and not surely_better(unproven, objective, data.default):
             beliefs = beliefs.held_back()
         other = object.__new__(BankState)
-        other.__dict__.update(self.__dict__)
+        # nobody asks it for a trade-off; shared, the table would hold it and be held by it, and old maps stay
+        other.__dict__.update(self.__dict__ | {"tradeoffs": {}})
         other._tabulate(beliefs.gain, beliefs.probability, beliefs.gain, beliefs.quality)
         if data.field is not None:
             other.field = FieldCells(data, objective, beliefs.test, beliefs.test_sd, other.cells_UE)

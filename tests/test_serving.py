@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,19 @@ def test_nothing_new_costs_one_stat(registry: Registry, monkeypatch: Any) -> Non
         monkeypatch.setattr(os, name, None)
     assert not bank.reload_if_changed()
     assert len(calls) == 1
+
+
+def test_an_artifact_asked_for_a_trade_off_is_unmapped_once_replaced(registry: Registry) -> None:
+    # a state under a trade-off used to hold the table that held it: old maps stayed until a whole garbage collection
+    bank = ReasoningBank.load(registry.path / "champion")
+    bank.optimized_params(np.ones(bank.dim), 0.5)
+    (other,) = map(weakref.ref, bank._state.tradeoffs.values())
+    gc.disable()
+    try:
+        registry.promote(B, "")
+        assert bank.reload_if_changed() and other() is None
+    finally:
+        gc.enable()
 
 
 def test_a_link_that_is_gone_keeps_the_bank_and_says_so(registry: Registry) -> None:
