@@ -164,12 +164,19 @@ class Registry:
         return before
 
     def _predecessor(self) -> str | None:
-        champion = self.champion()
-        for entry in reversed(self.history()):
-            before = entry.get("before")
-            if entry.get("version") == champion and not entry.get("rollback") and before and before != champion:
-                return str(before)
-        return None
+        """What was served before the champion, less all that was rolled back."""
+        served: list[str] = []
+        for entry in [*self.history(), {"before": self.champion()}]:
+            before, version = entry.get("before"), entry.get("version")
+            if before and before not in served:  # its line is lost
+                served.append(before)
+            while before and served[-1] != before:  # a crash left the line without its switch
+                served.pop()
+            if entry.get("rollback"):
+                served = served[:-1]
+            elif version and served[-1:] != [version]:
+                served.append(version)
+        return served[-2] if len(served) > 1 else None
 
     def retain(self) -> list[str]:
         """Removes the oldest versions over `keep`; returns those removed."""

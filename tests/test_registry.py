@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,39 @@ def test_rollback_skips_a_version_promoted_twice(registry: Registry) -> None:
     for version in (A, B, B):
         registry.promote(version, "")
     assert registry.rollback() == A
+
+
+def test_rollback_never_serves_again_what_it_undid(registry: Registry) -> None:
+    # A, B, A used to be rolled back to B, A, B, A and so on
+    for version in (A, B, A):
+        registry.promote(version, "")
+    assert [registry.rollback(), registry.rollback()] == [B, A]
+    with pytest.raises(RegistryError, match="nothing to roll back to"):
+        registry.rollback()
+    for version in (B, C):
+        registry.promote(version, "")
+    assert registry.rollback() == B
+    registry.promote(C, "mended")
+    registry.promote(A, "")
+    assert [registry.rollback() for _ in range(3)] == [C, B, A]
+
+
+def test_a_switch_that_a_crash_left_undone_is_not_rolled_back_to(registry: Registry, monkeypatch: Any) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def undone(act: Callable[[], object]) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "symlink_to", full)
+            with pytest.raises(RegistryError, match="No space left"):
+                act()
+
+    registry.promote(A, "")
+    undone(lambda: registry.promote(B, ""))
+    assert registry.champion() == A and len(registry.history()) == 2
+    registry.promote(C, "")
+    undone(registry.rollback)
+    assert registry.champion() == C and registry.rollback() == A
 
 
 def test_rollback_refuses_a_damaged_predecessor(registry: Registry) -> None:
