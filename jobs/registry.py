@@ -36,6 +36,8 @@ def run(config: RegistryJobConfig) -> int:
         folder = registry.folder(version)
         print(f"{folder.name}: {len(verify_artifact(folder, registry.hmac_key)['files'])} files are whole")
     else:
+        if not registry.path.is_dir():  # which locking it would make
+            raise RegistryError(f"registry.path={registry.path} is no folder; give the one that jobs.train made")
         with registry.locked():
             if config.action == "promote":
                 for change in _changes(registry, version):

@@ -11,7 +11,7 @@ import numpy as np
 
 from rb_gpu.bank_data import BankData
 from rb_gpu.learn.comparison import STANDS, Comparison, compare
-from rb_gpu.registry import Registry
+from rb_gpu.registry import CHAMPION, Registry
 
 from .tables import number, render
 
@@ -20,7 +20,7 @@ LISTED = 20
 
 
 def listing(registry: Registry) -> str:
-    """Every version, oldest first, and which one is served."""
+    """Every version, oldest first, which one is served, and whether that is there."""
     champion = registry.champion()
     rows = []
     for version, manifest in registry.manifests():
@@ -40,9 +40,11 @@ def listing(registry: Registry) -> str:
                 number(float("nan") if gain.get("gain") is None else gain["gain"], "+.4f"),
             )
         )
-    if not rows:
-        return f"{registry.path} holds no version; run jobs.train"
-    return render(("version", "", "trajectories", "patterns", "verdicts", "gain over default"), rows)
+    head = ("version", "", "trajectories", "patterns", "verdicts", "gain over default")
+    table = render(head, rows) if rows else f"{registry.path} holds no version; run jobs.train"
+    if champion is None or champion in registry.versions():
+        return table
+    return f"{table}\n{CHAMPION} leads to {champion}, which is not there; restore it, or promote a version"
 
 
 def statistics(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,3 +123,29 @@ def test_who_promotes_another_embedder_by_hand_is_told(
     run(RegistryJobConfig(action="promote", version=other, registry=settings))
     assert "its embedder is e5, not none as that of what is served" in caplog.text
     assert capsys.readouterr().out.endswith(f"serving {other}\n")
+
+
+def test_a_champion_that_is_gone_is_told(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
+    # the list used to look as if nothing was served
+    settings = RegistryConfig(str(registry.path))
+    run(RegistryJobConfig(registry=settings))
+    assert "not there" not in capsys.readouterr().out
+    (registry.path / A).rename(registry.path / "away")
+    run(RegistryJobConfig(registry=settings))
+    assert f"champion leads to {A}, which is not there" in capsys.readouterr().out
+
+
+def test_a_mistyped_path_makes_no_registry(tmp_path: Path) -> None:
+    # promote and rollback used to make the folder, and to say only then that it holds no version
+    settings = RegistryConfig(str(tmp_path / "artefacts"))
+    for action, named in (("promote", A), ("rollback", None)):
+        with pytest.raises(RegistryError, match=r"registry\.path=.*artefacts is no folder"):
+            run(RegistryJobConfig(action, named, registry=settings))
+    assert not (tmp_path / "artefacts").exists()
+
+
+@pytest.mark.parametrize("action", ["list", "rollback"])
+def test_a_version_that_an_action_would_not_read_is_refused(action: str) -> None:
+    # action=rollback version=X used to serve what was before, whatever X is
+    with pytest.raises(ConfigError, match=f"version={A} is not for action={action}"):
+        RegistryJobConfig(action, A)

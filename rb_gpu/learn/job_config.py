@@ -64,6 +64,8 @@ class RegistryJobConfig:
         check_choice("action", self.action, ("list", "inspect", "tree", "diff", "promote", "rollback", "verify"))
         needs = self.action == "promote" and self.version is None
         check("version", self.version, not needs, "given", "add version=VERSION; action=list shows them")
+        unread = self.action in ("list", "rollback") and self.version is not None
+        check("version", self.version, not unread, f"for action={self.action}", "leave it out, or use action=promote")
         check("other", self.other, self.other is None or self.action == "diff", "for action=diff", "leave it out")
 
 
