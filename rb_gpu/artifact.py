@@ -29,14 +29,18 @@ LEAST_KEY_BYTES = 16
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
-def read_key(path: str | Path) -> bytes:
-    """The key in a file, less the white space around it. Raises ArtifactError where it is missing or too short."""
+def read_key(path: str | Path, setting: str = "registry.hmac_key_file") -> bytes:
+    """The key in a file, less the white space around it. setting: what names the file. Raises ArtifactError where the
+    key is missing or too short.
+    """
     try:
         key = Path(path).read_bytes().strip()
     except OSError as error:
-        raise ArtifactError(f"registry.hmac_key_file={path} cannot be read ({error.strerror}); check it") from error
+        raise ArtifactError(f"{setting}={path} cannot be read ({error.strerror}); check it") from error
     if len(key) < LEAST_KEY_BYTES:
-        raise ArtifactError(f"the key in {path} has {len(key)} bytes, under {LEAST_KEY_BYTES}; make it of random bytes")
+        raise ArtifactError(
+            f"{setting}={path}: the key has {len(key)} bytes, under {LEAST_KEY_BYTES}; make it of random bytes"
+        )
     return key
 
 

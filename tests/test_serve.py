@@ -539,13 +539,18 @@ def test_the_command_serves_follows_the_champion_and_stops_in_order(registry: Re
     ("arguments", "reason"),
     [
         (["nowhere"], r"holds no manifest\.json"),
-        (["champion", "--hmac-key-file", "nowhere"], "cannot be read"),
+        (["champion", "--hmac-key-file", "nowhere"], "--hmac-key-file=nowhere cannot be read"),
+        # this used to blame registry.hmac_key_file
+        (["champion", "--api-key-file", "nowhere"], "--api-key-file=nowhere cannot be read"),
+        # with which no client could ever send the key
+        (["champion", "--api-key-file", "spaced"], "--api-key-file=spaced: the key is not printable ASCII"),
         (["champion", "--reload-every", "0"], "not a positive number"),
     ],
 )
 def test_the_command_says_in_one_line_why_it_cannot_start(
     registry: Registry, arguments: list[str], reason: str
 ) -> None:
+    (registry.path / "spaced").write_text("a key of some words")
     done = subprocess.run(
         [sys.executable, "-m", "rb_gpu.serve.main", *arguments], cwd=registry.path, capture_output=True, text=True,
         timeout=60, check=False,

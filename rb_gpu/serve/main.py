@@ -61,13 +61,21 @@ def _root_path(text: str) -> str:
     return path
 
 
+def _api_key(path: Path) -> bytes:
+    """The key that requests send. Raises ArtifactError where it cannot be read, ValueError where no header holds it."""
+    key = read_key(path, "--api-key-file")
+    if not all(0x21 <= byte <= 0x7E for byte in key):
+        raise ValueError(f"--api-key-file={path}: the key is not printable ASCII without spaces; make it of hex digits")
+    return key
+
+
 def main(given: Sequence[str] | None = None) -> int:
     """Serves until SIGTERM or SIGINT; then requests under way end, and the log is flushed. Returns an exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     options = _arguments(given)
     try:
-        hmac_key = None if options.hmac_key_file is None else read_key(options.hmac_key_file)
-        api_key = None if options.api_key_file is None else read_key(options.api_key_file)
+        hmac_key = None if options.hmac_key_file is None else read_key(options.hmac_key_file, "--hmac-key-file")
+        api_key = None if options.api_key_file is None else _api_key(options.api_key_file)
         bank = ReasoningBank.load(options.artifact, options.search, options.log, hmac_key)
         bank.watch(options.reload_every)
     except (RbGpuError, ValueError) as error:
