@@ -335,6 +335,16 @@ def test_the_key_guards_v1_alone(served: ReasoningBank) -> None:
         assert client.get(path).status_code == 200
 
 
+def test_openapi_says_how_the_key_is_sent(client: TestClient, served: ReasoningBank) -> None:
+    # clients made of it used to know of no key
+    document = TestClient(make_app(served, True, api_key=KEY)).get("/openapi.json").json()
+    (scheme,) = document["components"]["securitySchemes"].items()
+    assert scheme[1] == {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "also as a bearer token"}
+    for path, (operation,) in ((path, list(methods.values())) for path, methods in document["paths"].items()):
+        assert operation.get("security") == ([{scheme[0]: []}] if path.startswith("/v1/") else None)
+    assert "securitySchemes" not in client.get("/openapi.json").json()["components"]
+
+
 @pytest.mark.parametrize("root", ["", "/api"])
 def test_no_spelling_of_a_path_gets_round_the_key(served: ReasoningBank, root: str) -> None:
     client = TestClient(make_app(served, True, api_key=KEY), root_path=root)

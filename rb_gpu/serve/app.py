@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Security
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
+from fastapi.security import APIKeyHeader
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -81,6 +82,10 @@ def make_app(
     async def prometheus() -> Response:
         return Response(metrics.render(bank, guard[0].in_flight if guard else 0), media_type=CONTENT_TYPE)
 
+    # for OpenAPI alone: the guard asks for the key
+    key = APIKeyHeader(name="X-API-Key", description="also as a bearer token")
+    keyed = [] if api_key is None else [Security(key)]
+
     def post(
         path: str,
         endpoint: Endpoint,
@@ -90,7 +95,7 @@ def make_app(
         status: int = 200,
     ) -> None:
         app.router.add_api_route(
-            path, endpoint, methods=["POST"], route_class_override=_Direct, status_code=status,
+            path, endpoint, methods=["POST"], route_class_override=_Direct, status_code=status, dependencies=keyed,
             response_class=Response, summary=body.__doc__, openapi_extra=openapi.request(body, bank.dim, raw),
             responses={status: {"model": answer}, **PROBLEMS, **(NO_LOG if path == "/v1/trajectories" else {})},
         )  # fmt: skip
@@ -122,7 +127,7 @@ def make_app(
 
 
 class _Direct(APIRoute):
-    """Gives the endpoint the request as it came: solving dependencies, of which there are none, costs a lookup."""
+    """Gives the endpoint the request as it came: solving dependencies, of which OpenAPI alone knows, costs a lookup."""
 
     def get_route_handler(self) -> Endpoint:
         return self.endpoint
