@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,7 +72,7 @@ def write_export(data: BankData, path: Path) -> None:
         length = len(next(iter(values.values())))
         document[section] = [{field: values[field][row] for field in columns} for row in range(length)]
     document["cells"] = {name: _plain(data.arrays[name]) for name in data.arrays if name not in listed}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         temporary.write_text(json.dumps(document, indent=1, allow_nan=False))
         temporary.replace(path)

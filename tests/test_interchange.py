@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,6 +110,16 @@ def test_the_same_bank_gives_the_same_bytes(data: BankData, exported: str, tmp_p
     assert (tmp_path / "three.json").read_text() == exported
     # index.kind and the like belong to the artifact; what is exported is exported again
     assert (tmp_path / "two.json").read_text() == exported
+
+
+def test_threads_that_export_to_one_path_do_not_meet(data: BankData, exported: str, tmp_path: Path) -> None:
+    # they shared a temporary file, which the first renamed under the others: FileNotFoundError
+    bank = ReasoningBank(data)
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(bank.export, tmp_path / "bank.json") for _ in range(24)]:
+            done.result()
+    assert (tmp_path / "bank.json").read_text() == exported
+    assert [path.name for path in tmp_path.iterdir()] == ["bank.json"]
 
 
 def test_a_retired_id_is_never_given_again_after_an_import(data: BankData, tmp_path: Path) -> None:
