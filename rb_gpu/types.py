@@ -16,16 +16,20 @@ from rb_gpu.params import SearchParams
 
 Vector = npt.NDArray[np.float32]
 
+# of a trade-off: float32 holds what it weighs
+MAX_WEIGHT = 1e6
+
 
 @dataclass(frozen=True)
 class UserFeedback:
-    """A user's rating of one answer, 1 (bad) to 5 (good). Raises ValueError outside that."""
+    """A user's rating of one answer, an integer from 1 (bad) to 5 (good). Raises ValueError for anything else."""
 
     rating: int
     comment: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.rating, bool) or self.rating not in (1, 2, 3, 4, 5):
+        integer = isinstance(self.rating, (int, np.integer)) and not isinstance(self.rating, bool)
+        if not (integer and 1 <= self.rating <= 5):
             raise ValueError(f"rating={self.rating!r} is not an integer in [1, 5]; map your scale to 1..5")
 
     @property
@@ -122,7 +126,10 @@ class PatternMatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """What an octave of latency, and cost as a share of its reference, weigh against quality; both >= 0."""
+    """What an octave of latency, and cost as a share of its reference, weigh against quality; both in [0, 1e6].
+
+    Raises ValueError outside that.
+    """
 
     latency_weight: float
     cost_weight: float
@@ -130,8 +137,8 @@ class Tradeoff:
     def __post_init__(self) -> None:
         for name in ("latency_weight", "cost_weight"):
             value = getattr(self, name)
-            if not (np.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value!r} is not a finite number >= 0; give 0 or more")
+            if not 0 <= value <= MAX_WEIGHT:  # false for NaN too
+                raise ValueError(f"{name}={value!r} is not a number in [0, {MAX_WEIGHT:g}]; give one within")
 
 
 class ParamSource(NamedTuple):

@@ -322,7 +322,8 @@ def test_tradeoffs_are_worked_out_once_and_forgotten_some_day(bank: ReasoningBan
     assert len(bank._state.tradeoffs) <= vote.REMEMBERED_TRADEOFFS
 
 
-@pytest.mark.parametrize("tradeoff", [-1, math.nan, math.inf, "cost", [0.5], True])
+# 1e300 used to overflow in warnings, and to be answered
+@pytest.mark.parametrize("tradeoff", [-1, math.nan, math.inf, 1e300, 1.1e6, "cost", [0.5], True])
 def test_a_tradeoff_that_is_no_weight_is_refused(bank: ReasoningBank, tradeoff: Any) -> None:
     with pytest.raises(ValueError, match="give"):
         bank.optimized_params(np.ones(bank.dim), tradeoff)
@@ -481,6 +482,14 @@ def test_what_was_planted_is_recommended(learned: SimpleNamespace) -> None:
 
 
 # Trajectories and feedback
+
+
+@pytest.mark.parametrize("rating", [5.0, np.float32(3), 0, 6, True, "5", None])
+def test_a_rating_is_an_integer(rating: Any) -> None:
+    # 5.0 used to be taken, which the contract does not
+    with pytest.raises(ValueError, match=r"is not an integer in \[1, 5\]"):
+        UserFeedback(rating)
+    assert UserFeedback(np.int64(5)).score == 1
 
 
 def test_one_vote_per_trajectory(bank: ReasoningBank) -> None:

@@ -271,6 +271,7 @@ WRONG = [
     {"id": -1}, {"id": 2**64}, {"id": "1"}, {"id": 1.5}, {"precision": 1.1}, {"recall": None}, {"latency_us": -1},
     {"latency_us": 2**63}, {"timestamp": "now"}, {"ef_search": 0}, {"n_probes": 2**32}, {"model_tier": ""},
     {"model_tier": "\ud800"}, {"temperature": 2.1}, {"rating": 6}, {"propensity": 0}, {"cost": -1}, {"extra": 1},
+    {"cost": 1e300}, {"propensity": 1e-320},  # which used to be read back as inf and 0
     {"query_embedding": [1.0]}, {"query_embedding": [0.0] * 16}, {"retrieved_ids": [1]},
 ]  # fmt: skip
 

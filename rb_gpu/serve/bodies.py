@@ -11,16 +11,18 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 from pydantic_core import from_json
 
 from rb_gpu.params import AUTO_TIER, MAX_COUNT, MAX_TEMPERATURE, SearchParams
-from rb_gpu.types import OptimizedParams, PatternMatch, QueryTrajectory, Tradeoff, UserFeedback
+from rb_gpu.types import MAX_WEIGHT, OptimizedParams, PatternMatch, QueryTrajectory, Tradeoff, UserFeedback
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Id = Annotated[int, Field(ge=0, le=2**64 - 1)]
-Weight = Annotated[float, Field(ge=0, le=1e6)]
+Weight = Annotated[float, Field(ge=0, le=MAX_WEIGHT)]
 Text = Annotated[str, Field(max_length=1024)]
 # the first wrong item is enough to refuse a list: pydantic keeps an error for each, of which a body may hold millions
 Embedding = Annotated[list[Number], FailFast()]
+
+FLOAT32_TINY, FLOAT32_MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 # lists and objects that a body may hold besides those of its batch; their text may hold brackets too
 SPARE_BRACKETS = 2**18
@@ -95,8 +97,9 @@ class Trajectory(Body):
     retrieved_ids: Annotated[list[Text], Field(max_length=1000), FailFast()] = []
     rating: Annotated[int, Field(ge=1, le=5)] | None = None
     query_id: Id | None = None
-    cost: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    propensity: Annotated[float, Field(gt=0, le=1)] | None = None
+    # as float32, in which they are read back, neither infinite nor 0
+    cost: Annotated[float, Field(ge=0, le=FLOAT32_MAX)] | None = None
+    propensity: Annotated[float, Field(ge=FLOAT32_TINY, le=1)] | None = None
     policy: Text | None = None
 
     def record(self) -> QueryTrajectory:
