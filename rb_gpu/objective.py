@@ -44,9 +44,13 @@ class Objective:
         return direction
 
     def utility(self, quality: Floats, latency_us: Floats, cost: Floats) -> Floats:
-        """Utility of single outcomes, with its constant, elementwise; quality alone where kind is bound or floor."""
-        if self.kind != "utility":
+        """Utility of single outcomes, with its constant, elementwise. Where kind is bound, quality alone; where it is
+        floor, what is not spent: minus cost as a share of cost_ref, or latency of latency_ref where there is no cost.
+        """
+        if self.kind == "bound":
             return quality
+        if self.kind == "floor":
+            return -(cost / self.cost_ref) if cost.any() else -(latency_us / self.latency_ref_us)
         octaves = np.log2(np.maximum(latency_us, 1.0) / self.latency_ref_us)
         return quality - self.latency_weight * octaves - self.cost_weight * cost / self.cost_ref
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -18,9 +18,12 @@ from rb_gpu.learn.evidence import gather_evidence, row_weights
 from rb_gpu.learn.gate import decide
 from rb_gpu.learn.harm import UNKNOWN_HARM, Harm
 from rb_gpu.learn.policy import SINGLE, Evaluation, Gain, PolicyValue, best_single, evaluate, oracle, value_bank
+from rb_gpu.learn.report.worth import policy_tables
+from rb_gpu.learn.requirements import broken
 from rb_gpu.learn.valuation import held_out_outcomes
 from rb_gpu.learn.version_config import GateConfig
 from rb_gpu.objective import Objective
+from rb_gpu.publish import without_nan
 
 QUALITY = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
 CALM = EmbeddingDrift(0.5, 1.0)
@@ -236,3 +239,63 @@ def test_what_of_a_table_does_not_fit_the_artifact_is_said(learned):
     [missing] = doubts(bank, replace(newer, configs=configs))
     assert missing.startswith("no row tried ef_search=16 n_probes=1 ") and "and 1 more: a policy that" in missing
     assert missing.endswith("; all of its rows have ef_search=64: is that column missing?")
+
+
+def rows_at(quality, cost, n=300):
+    """A full table of n queries: configs of these mean qualities and costs, and latencies of 1 ms, 2 ms and so on."""
+    configs = len(quality)
+    table_ = table(seed=8, n=n * configs, configs=configs, full=True)
+    right = np.random.default_rng(8).random((n, 1)) < np.array(quality)
+    flat = right.astype(np.float32).ravel()
+    latency_us = np.tile(1000 * (1 + np.arange(configs)), n)
+    cost = np.tile(np.float32(cost), n)
+    return replace(table_, precision=flat, recall=flat, cost=cost, latency_us=latency_us)
+
+
+FLOOR = Objective("floor", "f1", 0.0, 0.0, 1000.0, 10.0, 0.8, None, None)
+BOUND = Objective("bound", "f1", 0.0, 0.0, 1000.0, 10.0, 0.95, 2500.0, 4.5)
+
+
+def test_the_best_single_config_keeps_what_the_objective_asks():
+    # it was the one of highest quality, which costs most, and stood as baseline of a bank that has to spend less
+    table_ = rows_at([0.5, 0.85, 0.9, 0.95], [1.0, 2.0, 4.0, 10.0])
+    evidence = gather_evidence(table_, torch.zeros(300, dtype=int), 1, row_weights(table_, None), torch.device("cpu"))
+    assert best_single(evidence, FLOOR) == 1
+    assert best_single(evidence, replace(FLOOR, target=0.999)) == 3
+    assert best_single(evidence, BOUND) == 1
+    assert best_single(evidence, replace(BOUND, max_latency_us=None)) == 2
+    assert best_single(evidence, replace(BOUND, max_cost=0.5)) == 3
+
+
+@pytest.mark.parametrize(
+    ("objective", "default", "bank", "promoted", "says"),
+    [
+        (FLOOR, 3, 1, True, "gain over the default +0.8"),  # was refused: less quality, as it was asked for
+        (FLOOR, 1, 3, False, "gain over the default -0.8"),
+        (FLOOR, 3, 0, False, "the bank's held-out quality 0.5"),
+        (FLOOR, 0, 1, True, "default: held-out quality 0.5"),
+        (BOUND, 0, 1, True, "gain over the default +0.3"),
+        (BOUND, 1, 3, False, "the bank's held-out cost 10 is over judge.max_cost=4.5"),
+        (BOUND, 1, 2, False, "the bank's held-out p95 latency 3000 us is over judge.max_latency_us=2500"),
+        (BOUND, 3, 1, True, "default: held-out cost 10 is over judge.max_cost=4.5"),
+        (BOUND, 1, 0, False, "gain over the default -0.3"),
+    ],
+)
+def test_the_gate_asks_for_what_the_objective_asks(objective, default, bank, promoted, says):
+    table_ = rows_at([0.5, 0.85, 0.9, 0.95], [1.0, 2.0, 4.0, 10.0])
+    rows = held_out_outcomes(table_, objective)
+    chosen = {"default": np.full(300, default), SINGLE: np.full(300, 1), "bank": np.full(300, bank)}
+    evaluation = evaluate(rows, chosen, 200, 0)
+    breaks = broken(objective, evaluation, rows, lambda other: evaluate(other, chosen, 200, 0))
+    decision = decide(replace(evaluation, broken=breaks), GateConfig(), CALM, [])
+    assert decision.promote is promoted and says in decision.reason
+
+
+def test_a_report_of_a_default_that_has_no_value_is_drawn():
+    # a default that no held-out row tried ended every training in a traceback, after all was learned
+    table_ = table(seed=4, n=300, configs=3, full=True)
+    chosen = policies(table_, np.full(100, 2)) | {"default": np.full(100, -1)}
+    evaluation = evaluate(held_out_outcomes(table_, QUALITY), chosen, 100, 0)
+    worth = policy_tables(without_nan(asdict(evaluation)))[0]
+    assert len(worth.rows) == 3 and not any("class=zero" in row[2] for row in worth.rows)
+    assert any("class=whisker" in row[2] for row in worth.rows)

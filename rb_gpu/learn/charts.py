@@ -199,26 +199,28 @@ def stroke(style: str) -> Markup:
 
 
 def whisker(
-    low: float | None, middle: float | None, high: float | None, ends: tuple[float, float], zero: float
+    low: float | None, middle: float | None, high: float | None, ends: tuple[float, float], zero: float | None
 ) -> Markup:
     """A value and its interval as dot and line for a table's cell, on a scale that all rows share; an arrow where the
-    value lies beyond its ends. zero: where a rule stands. The numbers stand beside it, so that a screen reader passes
-    it over. Empty where one is unknown.
+    value lies beyond its ends. zero: where a rule stands, None for none. The numbers stand beside it, so that a screen
+    reader passes it over. Empty where one is unknown.
     """
     if low is None or middle is None or high is None:
         return Markup()
     place = Axis("", *ends, ticks=())
+    rule = (
+        Markup() if zero is None else Markup("<path class=zero d='M{:.1f} 0V18'/>").format(6 + 128 * place.share(zero))
+    )
     if not ends[0] <= middle <= ends[1]:
         tip, back = (1, 9) if middle < ends[0] else (139, 131)
         return Markup(
-            "<svg class=cell viewBox='0 0 140 18' aria-hidden=true><path class=zero d='M{:.1f} 0V18'/>"
-            "<path class=dot d='M{} 9L{} 4V14z'/></svg>"
-        ).format(6 + 128 * place.share(zero), tip, back)
+            "<svg class=cell viewBox='0 0 140 18' aria-hidden=true>{}<path class=dot d='M{} 9L{} 4V14z'/></svg>"
+        ).format(rule, tip, back)
     at = [6 + 128 * place.share(value) for value in (low, middle, high)]
     return Markup(
-        "<svg class=cell viewBox='0 0 140 18' aria-hidden=true><path class=zero d='M{:.1f} 0V18'/>"
+        "<svg class=cell viewBox='0 0 140 18' aria-hidden=true>{}"
         "<path class=whisker d='M{:.1f} 9H{:.1f}'/><circle class=dot cx={:.1f} cy=9 r=4 /></svg>"
-    ).format(6 + 128 * place.share(zero), at[0], at[2], at[1])
+    ).format(rule, at[0], at[2], at[1])
 
 
 def bar(value: float, longest: float, style: str = "") -> Markup:

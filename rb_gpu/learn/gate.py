@@ -27,7 +27,8 @@ class Decision:
 
 def decide(evaluation: Evaluation, config: GateConfig, drift: EmbeddingDrift, refusals: list[str]) -> Decision:
     """Promotes where the 95 % lower bound of the candidate's gain over what is served exceeds gate.min_gain, and all of
-    gate's other bounds are kept. What is not known (NaN) breaks no bound but that of the gain.
+    gate's other bounds are kept. What is not known (NaN) breaks no bound but that of the gain. A candidate must keep
+    the objective's floor or bound; over something served that does not, no gain is asked.
 
     What is served is the champion, or the default where there is none. refusals: why the two cannot be compared.
     """
@@ -38,8 +39,10 @@ def decide(evaluation: Evaluation, config: GateConfig, drift: EmbeddingDrift, re
     if not refusals:
         said += _against_the_gain(evaluation, served, config, gain)
     said += _broken_bounds(evaluation, served, config, drift)
-    reason = "; ".join(said) if said else f"{gain}above gate.min_gain={config.min_gain:g}"
-    return Decision(not said, reason, said)
+    if said:
+        return Decision(False, "; ".join(said), said)
+    told = evaluation.broken.get(served)
+    return Decision(True, f"{gain}above gate.min_gain={config.min_gain:g}" if told is None else f"{served}: {told}")
 
 
 def _against_the_gain(evaluation: Evaluation, served: str, config: GateConfig, gain: str) -> Iterator[str]:
@@ -52,7 +55,10 @@ def _against_the_gain(evaluation: Evaluation, served: str, config: GateConfig, g
     for value in (bank, evaluation.value(served)):
         if value.name in evaluation.misled:
             yield f"the propensities of what the {value.name} picks contradict the log; log the true ones, or none"
-    if not unknown and not evaluation.bank_gains[served].low > config.min_gain:
+    if "bank" in evaluation.broken:
+        yield f"the bank's {evaluation.broken['bank']}; log more queries, or ask for less"
+    asked = not unknown and served not in evaluation.broken
+    if asked and not evaluation.bank_gains[served].low > config.min_gain:
         yield f"{gain}not above gate.min_gain={config.min_gain:g}"
     default = evaluation.bank_gains["default"]
     # a champion that is as bad would let it pass; one that is surely worse still is better replaced

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from rb_gpu.bank import ReasoningBank
-from rb_gpu.evidence import Evidence
+from rb_gpu.evidence import OUTCOMES, Evidence
 from rb_gpu.learn.arrays import weighted_quantiles
 from rb_gpu.learn.bootstrap import resampled_means
 from rb_gpu.learn.calibration import Calibration, Promise, measure_calibration
@@ -24,6 +24,7 @@ from rb_gpu.learn.devices import tiles
 from rb_gpu.learn.distances import normalise_
 from rb_gpu.learn.estimators import effective_size
 from rb_gpu.learn.harm import UNKNOWN_HARM, Harm, measure_harm
+from rb_gpu.learn.requirements import broken, keeping
 from rb_gpu.learn.tradeoffs import Tradeoffs, choices, measure_tradeoffs
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.valuation import LEAST_SIZE, Choice, Floats, Outcomes, Valuation, held_out_outcomes
@@ -84,7 +85,8 @@ class Evaluation:
     misled: the policies whose values rest on those.
     tradeoffs: quality over cost, None without cost and for a bank that cannot be asked for another trade-off.
     calibration: of the bank's confidence, None where too few patterns act. coverage: share of the queries at or over
-    the bank's similarity floor, NaN where there is no bank.
+    the bank's similarity floor, NaN where there is no bank. broken: by policy, what it does that the objective rules
+    out: a floor or a bound.
     """
 
     grade: str
@@ -97,6 +99,7 @@ class Evaluation:
     calibration: Calibration | None = None
     coverage: float = NAN
     misled: list[str] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
 
     def value(self, name: str) -> PolicyValue:
         """The row of one policy. Raises KeyError."""
@@ -107,14 +110,20 @@ class Evaluation:
 
 
 def best_single(evidence: Evidence, objective: Objective) -> int:
-    """The config of highest mean utility over all training rows (of quality where the objective is bound or floor),
-    among those of LEAST_SIZE effective rows, if any has so many: else a few lucky ones decide.
+    """The config of highest mean utility over all training rows, among those of LEAST_SIZE effective rows, if any has
+    so many: else a few lucky ones decide. Where the objective is bound, of highest quality among those within the
+    bounds; where it is floor, the cheapest that reaches it. Where none does, of highest quality.
     """
     root = evidence.regroup(np.zeros(len(evidence.rows), dtype=np.int64), 1)
     tried = root.rows[0] > 0
     enough = tried & (root.w[0] ** 2 >= LEAST_SIZE * root.w2[0])
-    utility = np.where(enough if enough.any() else tried, root.mean[0] @ objective.direction, -np.inf)
-    return int(utility.argmax())
+    eligible = enough if enough.any() else tried
+    kept = eligible & keeping(root, objective)
+    worth_C = root.mean[0] @ objective.direction
+    if objective.kind == "floor" and kept.any():
+        cost_C = root.mean[0, :, OUTCOMES.index("cost")]
+        worth_C = objective.utility(worth_C, root.latency_us[0], cost_C)
+    return int(np.where(kept if kept.any() else eligible, worth_C, -np.inf).argmax())
 
 
 def oracle(rows: Outcomes) -> Choice | None:
@@ -250,12 +259,17 @@ def value_bank(
     if champion is not None:
         policies[CHAMPION] = choices(champion, held_out)
     policies |= others or {}
-    hindsight = oracle(rows)
+    objective = bank.data.objective
+    # more utility is no better where a floor or a bound is broken for it
+    alone = objective.kind == "utility"
+    hindsight = oracle(rows) if alone else None
     if hindsight is not None:
         policies["oracle"] = hindsight
     leaf_Q, cosine_Q = nearest_leaves(bank, held_out.x_QD)
-    evaluation = evaluate(rows, policies, config.bootstrap, seed, leaf_Q)
-    evaluation = replace(evaluation, coverage=float((cosine_Q >= bank.data.lookup.floor).mean()))
+    evaluation = evaluate(rows, policies, config.bootstrap, seed, leaf_Q if alone else None)
+    breaks = broken(objective, evaluation, rows, lambda other: evaluate(other, policies, config.bootstrap, seed))
+    coverage = float((cosine_Q >= bank.data.lookup.floor).mean())
+    evaluation = replace(evaluation, coverage=coverage, broken=breaks)
     if held_out.cost is None:
         evaluation = replace(evaluation, values=[replace(value, cost=NAN) for value in evaluation.values])
     if brief:
@@ -263,7 +277,7 @@ def value_bank(
     valuation = Valuation(rows, policies.values())
     refused = any(valuation.refusal(policies[name]) for name in ("bank", "default"))
     calibration = None
-    if not refused and bank.data.method == "eb" and bank.data.objective.kind == "utility":
+    if not refused and bank.data.method == "eb" and alone:
         picked = (policies["bank"], policies["default"], leaf_Q)
         calibration = measure_calibration(valuation, *picked, _promise(bank, held_out.x_QD), seed)
     return replace(evaluation, tradeoffs=measure_tradeoffs(bank, held_out, valuation), calibration=calibration)

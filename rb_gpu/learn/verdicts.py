@@ -130,10 +130,10 @@ def sequential(comparison: Comparison, half_life: float | None) -> Floats:
 
     Each night's training tests all rows so far, and someone acts on what it finds: with fixed-n p-values, sooner or
     later on noise. These fall below .05, on any night and for any config of the pattern that is no better than the
-    default, in at most 5 % of worlds, and so does their least over the nights. Holm's correction keeps that promise,
-    since its first false rejection needs one p below α over the number of true nulls. Nothing is corrected over
-    patterns, and a pattern whose members another clustering changes starts anew. With decay old rows lose weight, their
-    sums are no martingale, and there is no such p-value: NaN.
+    default, in at most 5 % of worlds (more where a config fails too seldom for its first rows to show how it varies),
+    and so does their least over the nights. Holm's correction keeps that: its first false rejection needs one p below α
+    over the number of true nulls. Nothing is corrected over patterns, and a pattern whose members another clustering
+    changes starts anew. With decay old rows lose weight, their sums are no martingale, and there is no such p: NaN.
     """
     if half_life is not None:
         return np.full(comparison.p_value.shape, np.nan)

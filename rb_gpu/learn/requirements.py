@@ -1,0 +1,67 @@
+"""What an objective asks besides what it maximises, a floor of quality or a bound of cost or latency, and who keeps it.
+
+Suffix: C configs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from rb_gpu.evidence import OUTCOMES, Evidence
+from rb_gpu.learn.valuation import Outcomes
+from rb_gpu.objective import Objective
+
+if TYPE_CHECKING:  # which asks for what is here
+    from rb_gpu.learn.policy import Evaluation, PolicyValue
+
+
+def keeping(root: Evidence, objective: Objective) -> npt.NDArray[np.bool_]:
+    """(C,) which configs keep it on the whole, from the evidence of all rows as one pattern."""
+    quality_C = root.mean[0] @ objective.quality_direction
+    if objective.kind == "floor":
+        return np.asarray(quality_C >= objective.target)
+    kept = np.ones(len(quality_C), dtype=bool)
+    if objective.kind == "bound" and objective.max_latency_us is not None:
+        kept &= root.latency_quantile(0.95)[0] <= objective.max_latency_us
+    if objective.kind == "bound" and objective.max_cost is not None:
+        kept &= root.mean[0, :, OUTCOMES.index("cost")] <= objective.max_cost
+    return kept
+
+
+def broken(
+    objective: Objective, evaluation: Evaluation, rows: Outcomes, value: Callable[[Outcomes], Evaluation]
+) -> dict[str, str]:
+    """What each policy that breaks it does, by name; a policy without a value is left out.
+
+    A floor is broken where the quality is surely under it, a bound where cost or latency are over it. value: evaluates
+    the same policies on other rows.
+    """
+    known = {one.name: one for one in evaluation.values if one.unknown is None}
+    if objective.kind == "floor":
+        by_quality = value(replace(rows, utility=rows.quality))
+        surely = {name: by_quality.value(name) for name in known if by_quality.value(name).high < objective.target}
+        return {
+            name: f"held-out quality {one.utility:.4f}, 95 % upper bound {one.high:.4f}, is under "
+            f"judge.target={objective.target:g}"
+            for name, one in surely.items()
+        }
+    if objective.kind == "bound":
+        told = {name: _over(objective, one) for name, one in known.items()}
+        return {name: what for name, what in told.items() if what}
+    return {}
+
+
+def _over(objective: Objective, one: PolicyValue) -> str:
+    if objective.max_cost is not None and one.cost > objective.max_cost:
+        return f"held-out cost {one.cost:.4g} is over judge.max_cost={objective.max_cost:g}"
+    if objective.max_latency_us is not None and one.latency_p95_us > objective.max_latency_us:
+        return (
+            f"held-out p95 latency {one.latency_p95_us:.4g} us is over judge.max_latency_us="
+            f"{objective.max_latency_us:g}"
+        )
+    return ""
