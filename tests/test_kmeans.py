@@ -368,3 +368,27 @@ def test_a_warm_start_of_another_shape_is_refused(warm):
         kmeans(x, 5, warm=warm)
     with pytest.raises(ValueError, match="warm has 5 rows; give at most k=5 of them, and no init"):
         kmeans(x, 5, init=x[:5], warm=x[:5])
+
+
+ALIVE_AND_DEAD = np.array([[0, 0], [10, 0], [0, 10], [100, 100], [101, 100.0]])
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dead", [0.0, 2.0**-70, 2.0**-200])
+def test_starts_among_points_without_weight_are_drawn_anew(dead, seed):
+    # the mean of two clusters without mass was 0 / 0: NaN among the centroids, and an error from the next sums
+    rng = np.random.default_rng(seed)
+    x = np.repeat(ALIVE_AND_DEAD, 200, axis=0) + 0.1 * rng.standard_normal((1000, 2))
+    weight = np.repeat([1, 1, 1, dead, dead], 200)
+    result = kmeans(x, 4, weight=weight, warm=ALIVE_AND_DEAD[3:], seed=seed)
+    assert np.linalg.norm(ALIVE_AND_DEAD[:3, None] - result.centroids, axis=2).min(1).max() < 0.1
+    assert np.array_equal(result.labels, brute_force_labels(x.astype(np.float32), result.centroids)[0])
+
+
+def test_a_start_that_keeps_points_without_weight_alone_is_drawn_anew():
+    # points were counted, not their weight: such a cluster stayed where it was, and a group had no centroid
+    rng = np.random.default_rng(0)
+    x = (np.repeat(ALIVE_AND_DEAD, 200, axis=0) + 0.1 * rng.standard_normal((1000, 2))).astype(np.float32)
+    result = kmeans(x, 3, weight=np.repeat([1, 1, 1, 0, 0], 200), init=ALIVE_AND_DEAD[[0, 1, 3]])
+    assert len(np.unique(result.labels[:600])) == 3
+    assert np.array_equal(result.labels, brute_force_labels(x, result.centroids)[0])

@@ -187,7 +187,7 @@ class Solver:
         return self._sums
 
     def _filled(self, centroids_KD: Tensor) -> Tensor:
-        """The centroids (K, D), of which those without a point are drawn anew as k-means++ would draw the last ones.
+        """The centroids (K, D), of which those without weight are drawn anew as k-means++ would draw the last ones.
 
         Drawn by D², as the farthest points are outliers, which as centroids keep none but themselves.
         """
@@ -196,12 +196,17 @@ class Solver:
         drawn_ED = more_seeds(self.points, self.shard, centroids_KD, k + len(empty_E), self.generator)[k:]
         labels_N = self.points.labels_N
         labels_N.copy_(torch.where(labels_N < k, labels_N, empty_E[(labels_N - k).clamp_(min=0)]))
-        return centroids_KD.index_copy(0, empty_E[: len(drawn_ED)], drawn_ED)
+        filled_KD = centroids_KD.index_copy(0, empty_E[: len(drawn_ED)], drawn_ED)
+        if bool((self.shard.weight_N == 0).any()):
+            # what was drawn anew may have had such points, whose distances are to where it was
+            self.points.assign(filled_KD)
+        return filled_KD
 
     def _empty(self, k: int) -> Tensor:
-        """Which clusters (K,) have no point on any rank."""
-        taken_K = torch.zeros(k, dtype=torch.int64, device=self.shard.device)
-        return self.shard.ranks.total(taken_K.index_fill_(0, self.points.labels_N, 1)) == 0
+        """Which clusters (K,) have no point of positive weight on any rank."""
+        taken_K1 = torch.zeros(k + 1, dtype=torch.int64, device=self.shard.device)
+        taken_K1.index_fill_(0, torch.where(self.shard.weight_N > 0, self.points.labels_N, k), 1)
+        return self.shard.ranks.total(taken_K1[:k]) == 0
 
     def _inertia(self) -> float:
         return exact_total(self.points.d2_N.double() * self.shard.weight_N, self.shard.ranks)

@@ -58,8 +58,10 @@ def exchange(
             break
         used |= {removed, partner, split}
         mass = masses[removed] + masses[partner]
-        merged_D = (masses[removed] * centroids_KD[removed].double() + masses[partner] * centroids_KD[partner]) / mass
-        out_KD[partner] = merged_D.float()
+        # a cluster may have points without weight alone: two such have no common mean, and the partner stays
+        if mass > 0:
+            merged_D = masses[removed] * centroids_KD[removed].double() + masses[partner] * centroids_KD[partner]
+            out_KD[partner] = (merged_D / mass).float()
         # where the partner itself is split, its halves take what the merge would have given it
         out_KD[split], out_KD[removed] = halves_2KD[2 * split], halves_2KD[2 * split + 1]
         if gain <= LEAST_RATIO * cost:
