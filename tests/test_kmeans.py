@@ -392,3 +392,13 @@ def test_a_start_that_keeps_points_without_weight_alone_is_drawn_anew():
     result = kmeans(x, 3, weight=np.repeat([1, 1, 1, 0, 0], 200), init=ALIVE_AND_DEAD[[0, 1, 3]])
     assert len(np.unique(result.labels[:600])) == 3
     assert np.array_equal(result.labels, brute_force_labels(x, result.centroids)[0])
+
+
+@pytest.mark.parametrize("offset", [0, 3e3, 1e4])
+def test_the_repair_works_far_from_the_origin(offset):
+    # torch.cdist takes products from 26 rows on: costs of merges were noise, and 1e4 away inertia was a quarter higher
+    x, _ = blobs(40, 40, 2, 0.1)
+    moved = (x + np.float32(offset)).astype(np.float32)
+    found = np.mean([kmeans(moved, 40, seed=s).inertia for s in range(6)])
+    near = np.mean([kmeans(moved - np.float32(offset), 40, seed=s).inertia for s in range(6)])
+    assert found <= 1.03 * near

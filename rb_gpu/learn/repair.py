@@ -95,13 +95,18 @@ def _split_gains(
 def _merge_costs(centroids_KD: Tensor, mass_K: Tensor) -> tuple[Tensor, Tensor]:
     """Each cluster's cheapest merge (K,) float64, and with which other cluster (K,) int64."""
     k = len(centroids_KD)
-    cost_K = torch.empty(k, dtype=torch.float64, device=mass_K.device)
+    # products cancel far from the origin, and what they leave of a small distance is no cost to decide by
+    about_KD = centroids_KD - (mass_K @ centroids_KD.double() / mass_K.sum()).float()
+
+    def harmonic(one: Tensor, other: Tensor) -> Tensor:
+        return one * other / (one + other).clamp(min=1e-300)
+
     partner_K = torch.empty(k, dtype=torch.int64, device=mass_K.device)
     for tile in tiles(k, k, centroids_KD.device):
         rows_T = torch.arange(tile.start, tile.stop, device=mass_K.device)
-        d2_TK = torch.cdist(centroids_KD[tile], centroids_KD).double().square()
-        harmonic_TK = mass_K[tile, None] * mass_K / (mass_K[tile, None] + mass_K).clamp(min=1e-300)
-        cost_TK = d2_TK * harmonic_TK
+        d2_TK = torch.cdist(about_KD[tile], about_KD).double().square()
+        cost_TK = d2_TK * harmonic(mass_K[tile, None], mass_K)
         cost_TK[rows_T - tile.start, rows_T] = torch.inf
-        cost_K[tile], partner_K[tile] = cost_TK.min(dim=1)
-    return cost_K, partner_K
+        partner_K[tile] = cost_TK.argmin(dim=1)
+    d2_K = (centroids_KD.double() - centroids_KD[partner_K]).square().sum(1)
+    return d2_K * harmonic(mass_K, mass_K[partner_K]), partner_K
