@@ -402,3 +402,21 @@ def test_the_repair_works_far_from_the_origin(offset):
     found = np.mean([kmeans(moved, 40, seed=s).inertia for s in range(6)])
     near = np.mean([kmeans(moved - np.float32(offset), 40, seed=s).inertia for s in range(6)])
     assert found <= 1.03 * near
+
+
+@pytest.mark.parametrize("k", [5, 300])
+def test_torchs_default_dtype_and_autocast_change_no_bit(k):
+    # kernels read float64 where factories without a dtype made it: labels were wrong in silence, bfloat16 a TypeError
+    x = np.random.default_rng(0).normal(size=(6000, 64)).astype(np.float32)
+    expected = kmeans(x, k, max_iter=4, weight=np.ones(len(x)))
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            found = kmeans(x, k, max_iter=4)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert found.centroids.tobytes() == expected.centroids.tobytes()
+        assert np.array_equal(found.labels, expected.labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = kmeans(x, k, max_iter=4)
+    assert found.centroids.tobytes() == expected.centroids.tobytes()

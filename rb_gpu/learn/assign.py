@@ -74,7 +74,7 @@ class Assignment:
     def __init__(self, x_ND: Tensor, middle_D: Tensor, crew: Workers, code_budget: int) -> None:
         self.x_ND, self.crew, self.code_budget = x_ND, crew, code_budget
         self.labels_N = torch.full((len(x_ND),), -1, dtype=torch.int64)
-        self.d2_N = torch.full((len(x_ND),), torch.inf)
+        self.d2_N = torch.full((len(x_ND),), torch.inf, dtype=torch.float32)
         self.basis, self.direct = Basis(middle_D), True
         self.work = Work()
         self._candidates: list[Basis] | None = None
@@ -154,7 +154,7 @@ class Assignment:
 
     def _gaps(self, columns: Columns, centroids_KD: Tensor, count: int) -> Tensor:
         """What `nearer_rows` asks of each centroid (K,): 0 where it is no small share of what so many points take."""
-        gap2_K = torch.zeros(len(centroids_KD))
+        gap2_K = torch.zeros(len(centroids_KD), dtype=torch.float32)
         if GAPS * len(centroids_KD) <= count:
             arrays = centroids_KD.numpy(), self.basis.middle_D.numpy(), columns.columns_BDW.numpy()
 
@@ -197,7 +197,7 @@ class Assignment:
             own_distances(x, start, stop, centroids, labels, d2)
             computed = stop - start
         for block in blocks:
-            product_GL, spread_C = block.begin_C.new_empty(GROUP, LANES), torch.empty(len(block.begin_C))
+            product_GL, spread_C = block.begin_C.new_empty(GROUP, LANES), torch.empty_like(block.codes.half)
             computed += lower_rows(
                 block.columns.numpy(), block.begin_C.numpy(), *block.codes.columns, block.first,
                 codes.code.numpy(), *codes.columns, code_start, x, start, stop, centroids, labels, d2, self._loose,

@@ -37,7 +37,7 @@ class DeviceAssignment:
         self.engine, self.precision = engine, precision
         self.device = middle_D.device
         self.labels_N = torch.full((len(x_ND),), -1, dtype=torch.int64, device=self.device)
-        self.d2_N = torch.full((len(x_ND),), torch.inf, device=self.device)
+        self.d2_N = torch.full((len(x_ND),), torch.inf, dtype=torch.float32, device=self.device)
 
     def reset(self) -> None:
         """Forgets labels and distances."""

@@ -67,13 +67,13 @@ class Codes:
 
     def __init__(self, rows: int, basis: Basis) -> None:
         self.code = torch.empty(rows + GROUP, basis.stored, dtype=basis.product.code)[:rows]
-        self.scale, self.norm, self.error, self.rest, self.half = torch.empty(5, rows).unbind()
+        self.scale, self.norm, self.error, self.rest, self.half = torch.empty(5, rows, dtype=torch.float32).unbind()
         self.columns = tuple(c.numpy() for c in (self.scale, self.norm, self.error, self.rest, self.half))
 
 
 def project(x_TD: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
     """What is to be coded of rows x (T, P), and half their squared norms about the middle (T,)."""
-    y_TD, half_T = torch.empty(x_TD.shape), torch.empty(len(x_TD))
+    y_TD, half_T = torch.empty_like(x_TD), torch.empty(len(x_TD), dtype=torch.float32)
     centre_rows(x_TD.numpy(), basis.middle_D.numpy(), y_TD.numpy(), half_T.numpy())
     return (y_TD if basis.axes_DP is None else y_TD @ basis.axes_DP), half_T
 
@@ -82,7 +82,7 @@ def encode(y_TP: Tensor, half_T: Tensor, basis: Basis, out: Codes, at: int) -> N
     """Writes the codes of what `project` gave to rows at, at + 1, ... of `out`."""
     rows = slice(at, at + len(y_TP))
     if basis.product.integers:
-        square_T = torch.empty(len(y_TP))
+        square_T = torch.empty(len(y_TP), dtype=torch.float32)
         columns = (column[rows].numpy() for column in (out.code, out.scale, out.norm, out.error))
         code_rows(y_TP.numpy(), basis.product.zero, square_T.numpy(), *columns)
     else:
@@ -129,7 +129,7 @@ def principal_bases(sample_SD: Tensor, middle_D: Tensor, widths: list[int], prod
     """
     y_SD = sample_SD - middle_D
     generator = torch.Generator().manual_seed(0)
-    axes_DP = torch.randn(y_SD.shape[1], widths[-1], generator=generator)
+    axes_DP = torch.randn(y_SD.shape[1], widths[-1], dtype=torch.float32, generator=generator)
     for _ in range(SUBSPACE_STEPS):
         axes_DP, _ = torch.linalg.qr(y_SD.T @ (y_SD @ axes_DP))
     seen_SP = y_SD @ axes_DP

@@ -78,6 +78,13 @@ def _triton_found() -> bool:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Products of float32 matrices in float32 meanwhile, whatever the process allows: bounds rely on it."""
+    # a thread's own setting, which the threads that it starts do not take over
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), _precise_products():
+        yield
+
+
+@contextmanager
+def _precise_products() -> Iterator[None]:
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         # torch before 2.9
         allowed = torch.get_float32_matmul_precision()

@@ -51,22 +51,22 @@ class Columns:
         about_KD = centroids_KD - middle_D
         # 3·dims + 10 roundings of half norms, centring and products (Higham 2002, section 3.1), and some to spare
         self.slack = (4 * dims + 64) * ROUNDOFF
-        self.half_C = torch.full((width,), torch.inf)
+        self.half_C = torch.full((width,), torch.inf, dtype=torch.float32)
         self.half_C[:k] = about_KD.square().sum(1) * (0.5 * (1 - self.slack))
         padded_CD = torch.nn.functional.pad(about_KD, (0, 0, 0, -(-k // WIDTH) * WIDTH - k))
         self.columns_BDW = padded_CD.view(-1, WIDTH, dims).transpose(1, 2).contiguous()
 
     def bounds(self) -> Tensor:
         """What a call writes its bounds to (TILE, C), infinite."""
-        return torch.full((TILE, len(self.half_C)), torch.inf)
+        return torch.full((TILE, len(self.half_C)), torch.inf, dtype=torch.float32)
 
     def masks(self) -> tuple[Tensor, Tensor]:
         """What a call writes its masks to (TILE, M), none set, and its limits (TILE,)."""
-        return torch.zeros(TILE, len(self.half_C) // LANES, dtype=torch.uint64), torch.zeros(TILE)
+        return torch.zeros(TILE, len(self.half_C) // LANES, dtype=torch.uint64), torch.zeros(TILE, dtype=torch.float32)
 
     def about(self) -> Tensor:
         """What a call writes points about the middle to (TILE, D)."""
-        return torch.zeros(TILE, self.columns_BDW.shape[1])
+        return torch.zeros(TILE, self.columns_BDW.shape[1], dtype=torch.float32)
 
 
 def _halves(vectors: int) -> Any:

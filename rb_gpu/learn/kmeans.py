@@ -236,7 +236,7 @@ def _check_counts(**counts: int) -> None:
 
 def _checked_weight(weight: Array | None, n: int) -> Tensor:
     if weight is None:
-        return torch.ones(n)
+        return torch.ones(n, dtype=torch.float32)
     weights = torch.as_tensor(weight).detach().to(torch.float32)
     if weights.shape != (n,) or not bool((torch.isfinite(weights) & (weights >= 0)).all()) or not bool(weights.any()):
         raise ValueError(f"weight has shape {tuple(weights.shape)}; give {n} finite numbers >= 0, one of them positive")

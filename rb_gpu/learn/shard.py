@@ -41,7 +41,7 @@ class Shard:
         if self.ranks.size == 1:
             return self.x_ND[rows_M.to(self.x_ND.device)].to(self.device)
         here_M, local_M = self.here(rows_M)
-        out_MD = torch.zeros(len(rows_M), self.x_ND.shape[1], device=self.device)
+        out_MD = torch.zeros(len(rows_M), self.x_ND.shape[1], dtype=self.x_ND.dtype, device=self.device)
         out_MD[here_M] = self.x_ND[local_M[here_M].to(self.x_ND.device)].to(self.device)
         return self.ranks.total(out_MD)
 
@@ -72,7 +72,7 @@ class Shard:
 
 def peaks(x_ND: Tensor, crew: Workers | None, device: torch.device, budget: int | None = None) -> tuple[Tensor, Tensor]:
     """The largest |coordinate| and the norm of each row (N,) float32, on the device; NaN or infinity show in them."""
-    peak_N, norm_N = torch.empty(len(x_ND), device=device), torch.empty(len(x_ND), device=device)
+    peak_N, norm_N = torch.empty(2, len(x_ND), dtype=torch.float32, device=device).unbind()
     if crew is None:
         for tile, x_TD in chunks(x_ND, 2 * x_ND.shape[1], device, budget=budget):
             peak_N[tile], norm_N[tile] = x_TD.abs().amax(1), x_TD.norm(dim=1)

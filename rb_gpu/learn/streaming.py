@@ -70,11 +70,11 @@ class CudaStreams:
 
     def pinned(self, rows: int, dim: int) -> Tensor:
         """See Streams.pinned. Torch keeps such memory for the next call, and does not give it out under a copy."""
-        return torch.empty(rows, dim, pin_memory=True)
+        return torch.empty(rows, dim, dtype=torch.float32, pin_memory=True)
 
     def buffer(self, rows: int, dim: int) -> Tensor:
         """See Streams.buffer."""
-        return torch.empty(rows, dim, device=self.device)
+        return torch.empty(rows, dim, dtype=torch.float32, device=self.device)
 
     def copy(self, into: Tensor, source: Tensor) -> None:
         """See Streams.copy."""

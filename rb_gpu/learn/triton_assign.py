@@ -134,7 +134,7 @@ def coded(new_MD: Tensor, middle_D: Tensor, precision: str) -> Coded:
     count, dims = new_MD.shape
     pad = dims**0.5 * 2.0**-50
     rows = -(-count // LARGEST_BLOCK_K) * LARGEST_BLOCK_K
-    z_MW = torch.zeros(rows, width_of(dims), device=new_MD.device)
+    z_MW = torch.zeros(rows, width_of(dims), dtype=torch.float32, device=new_MD.device)
     z_MW[:count, :dims] = new_MD - middle_D
     code_MW = _code(z_MW, precision)
     exact_MW, seen_MW = z_MW.double(), code_MW.double()
@@ -181,7 +181,7 @@ def _lower(
     count, dims = x_ND.shape
     width, new = width_of(dims), len(centroids_KD) - first
     rows_N = torch.empty(count, dtype=torch.int32, device=x_ND.device)
-    limit_N = torch.empty(count, device=x_ND.device)
+    limit_N = torch.empty(count, dtype=torch.float32, device=x_ND.device)
     listed = torch.zeros(1, dtype=torch.int32, device=x_ND.device)
     read = (x_ND, middle_D, centroids_KD.contiguous(), codes.code_MW, codes.low_M)
     written = (labels_N, d2_N, rows_N, limit_N, listed)
