@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from rb_gpu.errors import ConfigError
 from rb_gpu.learn import devices
+from rb_gpu.learn.workers import workers
 
 
 @pytest.fixture
@@ -110,3 +113,44 @@ def test_an_engine_that_cannot_run_is_named(monkeypatch, caplog):
         devices.resolve_engine("triton", gpu)
     assert devices.resolve_engine("auto", gpu) == "torch"
     assert "assignment by torch (triton 3.4 or later is not installed" in caplog.text
+
+
+def test_concurrent_calls_leave_the_process_as_it_was():
+    # each saved what another had set, and the last to end put that back
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    first, second = devices.full_precision(), devices.full_precision()
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee", "the second still relies on it"
+        second.__exit__(None, None, None)
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+def test_a_thread_that_comes_to_torch_during_a_call_keeps_its_threads():
+    # it began with the one thread that the call had set for the process, and kept it for ever
+    def seen() -> int:
+        with ThreadPoolExecutor(1) as newcomer:
+            return newcomer.submit(torch.get_num_threads).result()
+
+    own = torch.get_num_threads()
+    with devices.own_threads():
+        devices.set_own_threads(3)
+    try:
+        expected = seen()
+        for busy in (workers, devices.one_thread):
+            with busy():
+                assert seen() == expected
+                assert torch.rand(2**20).sum() > 0 and torch.get_num_threads() == 1
+            assert torch.get_num_threads() == 3 and seen() == expected
+        inside: list[int] = []
+        with workers() as crew:
+            crew.each(30, 1, lambda *_: inside.append(int(torch.rand(2**16).sum() > 0) * torch.get_num_threads()))
+        assert set(inside) == {1}
+    finally:
+        with devices.own_threads():
+            devices.set_own_threads(own)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -75,34 +77,65 @@ def _triton_found() -> bool:
         return False
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Products of float32 matrices in float32 meanwhile, whatever the process allows: bounds rely on it."""
-    # a thread's own setting, which the threads that it starts do not take over
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), _precise_products():
-        yield
+class _Shared:
+    """A setting of the whole process that concurrent calls want alike: the first makes it, the last undoes it."""
+
+    def __init__(self, begin: Callable[[], Callable[[], None]]) -> None:
+        """begin: makes the setting and returns what undoes it."""
+        self._begin, self._lock, self._users = begin, threading.Lock(), 0
+        self._undo: Callable[[], None] | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The setting holds meanwhile."""
+        with self._lock:
+            if self._users == 0:
+                self._undo = self._begin()
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0 and self._undo is not None:
+                    self._undo()
 
 
-@contextmanager
-def _precise_products() -> Iterator[None]:
+def _precise_products() -> Callable[[], None]:
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         # torch before 2.9
         allowed = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(allowed)
-        return
+        return lambda: torch.set_float32_matmul_precision(allowed)
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+    return undo
+
+
+def _ordered_sums() -> Callable[[], None]:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    return lambda: torch.use_deterministic_algorithms(before)
+
+
+_PRECISE, _ORDERED = _Shared(_precise_products), _Shared(_ordered_sums)
+_THREADS = threading.Lock()
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 matrices in float32 meanwhile, whatever the process allows: bounds rely on it."""
+    # autocast is a thread's own setting, which the threads that it starts do not take over
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), _PRECISE.held():
+        yield
 
 
 @contextmanager
@@ -112,16 +145,8 @@ def reproducible(wanted: bool) -> Iterator[None]:
     Torch raises RuntimeError at what it cannot do so. cuBLAS keeps to it from its first product on, with a workspace of
     fixed size.
     """
-    if not wanted:
+    with _ORDERED.held() if wanted else nullcontext():
         yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def tiles(n: int, width: int, device: torch.device) -> Iterator[slice]:
@@ -171,13 +196,36 @@ def _left_in_groups() -> Iterator[int]:
 
 
 @contextmanager
+def own_threads() -> Iterator[None]:
+    """What threads make of torch's number of threads meanwhile, by `set_own_threads`, holds for themselves alone.
+
+    Torch keeps it for each thread, and for the process what threads that come to torch later begin with: without this
+    those would stay on one thread for ever.
+    """
+    with _THREADS, ThreadPoolExecutor(1) as newcomer:
+        before = newcomer.submit(torch.get_num_threads).result()
+        try:
+            yield
+        finally:
+            newcomer.submit(torch.set_num_threads, before).result()
+
+
+def set_own_threads(count: int) -> None:
+    """Torch's number of threads in this thread, which is no newcomer to torch from here on."""
+    torch.get_num_threads()
+    torch.set_num_threads(count)
+
+
+@contextmanager
 def one_thread() -> Iterator[None]:
     """Torch on one thread of the CPU meanwhile: products of floats then round alike whatever the number of cores, and
     under torchrun, which gives each rank one.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with own_threads():
+        set_own_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        with own_threads():
+            set_own_threads(threads)

@@ -9,18 +9,31 @@ from contextlib import contextmanager
 
 import torch
 
+from rb_gpu.learn.devices import own_threads, set_own_threads
+
 
 class Workers:
-    """As many threads as torch would use, the caller's among them. `each` gives them tiles; what they write must not
-    depend on which does.
+    """As many threads as torch would use, the caller's among them, whose products of torch take one thread each.
+
+    `each` gives them tiles; what they write must not depend on which does.
     """
 
     def __init__(self) -> None:
-        self.count = torch.get_num_threads()
-        # a thread's own setting too: what has not called torch's loops would start as many threads as there are cores
-        self._pool = ThreadPoolExecutor(
-            max(1, self.count - 1), "rb_gpu-kmeans", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        with own_threads():
+            self.count = torch.get_num_threads()
+            set_own_threads(1)
+            # a thread's own setting too: what has not called torch's loops would start as many as there are cores
+            self._pool = ThreadPoolExecutor(
+                max(1, self.count - 1), "rb_gpu-kmeans", initializer=set_own_threads, initargs=(1,)
+            )
+            # all must have set it before `own_threads` puts back what others begin with
+            started = threading.Barrier(self.count)
+            try:
+                for _ in range(1, self.count):
+                    self._pool.submit(started.wait)
+                started.wait()
+            finally:
+                started.abort()
 
     def each(self, n: int, step: int, work: Callable[[int, int, int], None]) -> None:
         """work(worker, start, stop) over all slices of n rows; the first error is raised when all have stopped."""
@@ -46,17 +59,17 @@ class Workers:
             future.result()
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads and gives torch its own number of them back, which the thread that made these must do."""
         self._pool.shutdown()
+        with own_threads():
+            set_own_threads(self.count)
 
 
 @contextmanager
 def workers() -> Iterator[Workers]:
     """Workers, while torch's own products use one thread each; its setting comes back afterwards."""
     crew = Workers()
-    torch.set_num_threads(1)
     try:
         yield crew
     finally:
-        torch.set_num_threads(crew.count)
         crew.close()
