@@ -14,7 +14,7 @@ from scipy import stats
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
-from rb_gpu.learn import assign, devices
+from rb_gpu.learn import assign, devices, seeding
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.kmeans import kmeans, kmeans_plus_plus
@@ -420,3 +420,21 @@ def test_torchs_default_dtype_and_autocast_change_no_bit(k):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = kmeans(x, k, max_iter=4)
     assert found.centroids.tobytes() == expected.centroids.tobytes()
+
+
+def test_many_seeds_take_little_memory():
+    # a block had up to K/2 candidates, and all that lies between them was held: 32,768 seeds took 6.4 GiB
+    x = np.random.default_rng(0).normal(size=(20_000, 2)).astype(np.float32)
+    largest = 0
+    real = seeding._accept
+
+    def accept(candidates_MD, *rest):
+        nonlocal largest
+        largest = max(largest, len(candidates_MD))
+        return real(candidates_MD, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seeding, "_accept", accept)
+        seeds, _ = kmeans_plus_plus(x, 10_000)
+    assert len(np.unique(seeds, axis=0)) == 10_000
+    assert largest == seeding.MOST_CANDIDATES

@@ -15,6 +15,8 @@ from rb_gpu.learn.shard import Shard
 
 # largest integer weight of one point in the D^2 draw: sums of 2^22 of them stay exact in int64
 DRAW_BITS = 40
+# candidates of one block at most: what lies between each two of them is held, in float64
+MOST_CANDIDATES = 2048
 # of the squared norms: a smaller squared distance from a float64 product is that of a copy
 COPY = 1e-12
 
@@ -46,7 +48,7 @@ def more_seeds(
     D²_now / D²_before. That is rejection sampling from D²_now: the same law as drawing one seed after the other.
     """
     while len(seeds_KD) < k:
-        count = min(len(seeds_KD), k - len(seeds_KD))
+        count = min(len(seeds_KD), k - len(seeds_KD), MOST_CANDIDATES)
         drawn_M = _draw(points.d2_N.double() * shard.weight_N, count, shard, generator)
         if len(drawn_M) == 0:
             break
