@@ -26,12 +26,17 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(__file__).parent / "ranks_kmeans.py"
 
 
-@pytest.mark.parametrize(("processes", "metric", "copies"), [(2, "cosine", 0), (3, "l2", 0), (2, "l2", 30)])
-def test_ranks_end_on_the_bits_of_one_process(tmp_path, processes, metric, copies):
+@pytest.mark.parametrize(
+    ("processes", "metric", "copies", "offset"),
+    [(2, "cosine", 0, 0), (3, "l2", 0, 0), (2, "l2", 30, 0), (2, "l2", 0, 1e7)],
+)
+def test_ranks_end_on_the_bits_of_one_process(tmp_path, processes, metric, copies, offset):
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(30, 12))[rng.integers(30, size=4000)] + 0.8 * rng.normal(size=(4000, 12))).astype(np.float32)
     weight = rng.exponential(size=len(x)).astype(np.float32)
     weight[::50] = 0
+    if offset:  # all ranks take x about one middle, at one scale
+        x, weight = (x.astype(np.float64) + offset) * 2.0**80, weight.astype(np.float64) * 2.0**-180
     # of a start with copies, empty clusters are drawn anew
     start = {"start": np.concatenate([x[: 37 - copies], np.repeat(x[:1], copies, axis=0)])} if copies else {}
     np.savez(tmp_path / "data.npz", x=x, weight=weight, **start)

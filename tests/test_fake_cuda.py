@@ -118,3 +118,13 @@ def test_the_nearest_on_the_device():
         there = nearest(torch.from_numpy(X), torch.from_numpy(X[:40]), torch.device("cuda"), "torch")
     here = nearest(torch.from_numpy(X), torch.from_numpy(X[:40]), torch.device("cpu"))
     assert torch.equal(there[0], here[0])
+
+
+@pytest.mark.parametrize("x", [X.astype(np.float64) + 1e7, X * np.float32(2.0**70), X.astype(np.float64) * 2.0**300])
+def test_offsets_and_scales_on_the_device(x):
+    here = kmeans(x, 30, init=x[:30], device="cpu")
+    with pretended():
+        there = kmeans(x, 30, init=x[:30], device="cuda", engine="torch")
+        streamed = kmeans(x, 30, init=x[:30], device="cuda", engine="torch", memory_budget=2**14)
+    assert here.centroids.tobytes() == there.centroids.tobytes() == streamed.centroids.tobytes()
+    assert there.inertia == pytest.approx(here.inertia, rel=1e-6)
