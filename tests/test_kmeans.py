@@ -17,7 +17,7 @@ from sklearn.metrics import adjusted_rand_score
 from rb_gpu.learn import assign, devices, seeding
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.distributed import Ranks
-from rb_gpu.learn.kmeans import kmeans, kmeans_plus_plus
+from rb_gpu.learn.kmeans import kmeans, kmeans_plus_plus, nearest
 from rb_gpu.learn.seeding import seed_plus_plus
 from rb_gpu.learn.shard import Shard
 from rb_gpu.learn.workers import workers
@@ -412,8 +412,11 @@ def test_torchs_default_dtype_and_autocast_change_no_bit(k):
             torch.set_default_dtype(torch.float32)
         assert found.centroids.tobytes() == expected.centroids.tobytes()
         assert np.array_equal(found.labels, expected.labels)
+    points, centroids = torch.from_numpy(x), torch.from_numpy(expected.centroids)
+    labels, _ = nearest(points, centroids, torch.device("cpu"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = kmeans(x, k, max_iter=4)
+        assert torch.equal(nearest(points, centroids, torch.device("cpu"))[0], labels)
     assert found.centroids.tobytes() == expected.centroids.tobytes()
 
 

@@ -224,14 +224,15 @@ def nearest(x_ND: Tensor, centroids_KD: Tensor, device: torch.device, engine: st
     x (N, D) and centroids (K, D) are float32 on the host. engine: as in `kmeans`.
     """
     middle_D = centroids_KD.mean(0)
-    if device.type == "cuda":
-        on_device = DeviceAssignment(x_ND, middle_D.to(device), engine=resolve_engine(engine, device))
-        on_device.assign(centroids_KD.to(device))
-        return on_device.labels_N.cpu(), on_device.d2_N.cpu()
-    with full_precision(), workers() as crew:
-        assignment = Assignment(x_ND, middle_D, crew, 0)
-        assignment.choose(centroids_KD)
-        assignment.assign(centroids_KD)
+    with full_precision():
+        if device.type == "cuda":
+            on_device = DeviceAssignment(x_ND, middle_D.to(device), engine=resolve_engine(engine, device))
+            on_device.assign(centroids_KD.to(device))
+            return on_device.labels_N.cpu(), on_device.d2_N.cpu()
+        with workers() as crew:
+            assignment = Assignment(x_ND, middle_D, crew, 0)
+            assignment.choose(centroids_KD)
+            assignment.assign(centroids_KD)
     return assignment.labels_N, assignment.d2_N
 
 
