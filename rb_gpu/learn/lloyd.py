@@ -197,8 +197,9 @@ class Solver:
         labels_N = self.points.labels_N
         labels_N.copy_(torch.where(labels_N < k, labels_N, empty_E[(labels_N - k).clamp_(min=0)]))
         filled_KD = centroids_KD.index_copy(0, empty_E[: len(drawn_ED)], drawn_ED)
-        if bool((self.shard.weight_N == 0).any()):
-            # what was drawn anew may have had such points, whose distances are to where it was
+        if self.shard.ranks.largest(float((self.shard.weight_N == 0).any())) > 0:
+            # what was drawn anew may have had such points, whose distances are to where it was; all ranks assign, as of
+            # centroids at one distance another may stay where points are not assigned anew
             self.points.assign(filled_KD)
         return filled_KD
 
