@@ -8,7 +8,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,56 +84,89 @@ def read_batches(
         yield batch
 
 
-def open_writer(path: Path) -> sqlite3.Connection:
-    """A connection that may write, to a file made where there is none. Only with the gate held. Raises DataError."""
+def open_writer(path: Path) -> tuple[sqlite3.Connection, int]:
+    """A connection that may write, to a file made where there is none, and the file's inode. Only with the gate held.
+    Raises DataError.
+    """
     deadline = time.monotonic() + _OPEN_TIMEOUT_S
     while True:
+        inode = None
         try:
-            if os.name == "posix":  # elsewhere a file that is open cannot be renamed
+            with ExitStack() as on_error, _folder_held(path, deadline):
                 _make(path)
-            with ExitStack() as on_error:
+                inode = inode_of(path)
+                # it must not be made here: what a renamed log left beside it would be taken for its own
+                mode = "rw" if os.name == "posix" else "rwc"
                 # the gate keeps threads apart, and a fork closes from its own thread
-                connection = sqlite3.connect(path, _LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+                connection = sqlite3.connect(
+                    f"{path.as_uri()}?mode={mode}", _LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False,
+                    uri=True,
+                )  # fmt: skip
                 on_error.callback(connection.close)
-                if _is_empty(connection, path):
+                if _is_empty(connection, path):  # which opens the -wal, by name: no other file may be there by now
                     connection.execute("PRAGMA journal_mode = WAL")
                     connection.executescript(_CREATE)
                 connection.execute("PRAGMA synchronous = NORMAL")
                 on_error.pop_all()
-                return connection
+                return connection, path.stat().st_ino if inode is None else inode
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}; give a path in a folder that you may read and write") from error
         except sqlite3.Error as error:
             # SQLite does not wait by itself where several processes make the file at the same time
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+            again = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY or (
+                inode is not None and inode_of(path) != inode
+            )
+            if not again or time.monotonic() > deadline:
                 raise DataError(f"{path}: {error}; give the path of a trajectory log that you may write") from error
             time.sleep(0.01)
 
 
-def _make(path: Path) -> None:
-    """Makes an empty file where there is none, and puts aside what a log that was renamed left beside it: SQLite would
-    take that for the new file's, and drop the rows in it.
+def inode_of(path: Path) -> int | None:
+    """Of the file that has this name now; None where none has."""
+    return path.stat().st_ino if path.exists() else None
+
+
+@contextmanager
+def _folder_held(path: Path, deadline: float) -> Iterator[None]:
+    """One process at a time opens or makes a file in this folder: what had opened one that is then renamed would else
+    go on in the -wal of the file made in its place.
     """
-    if path.exists() or not path.parent.is_dir():
+    if os.name != "posix" or not path.parent.is_dir():  # elsewhere a file that is open cannot be renamed
+        yield
         return
     import fcntl
 
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        # of several processes that find no file the first makes it, and no later one puts its -wal aside
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        if path.exists():
-            return
-        path.with_name(path.name + "-shm").unlink(missing_ok=True)
-        wal = path.with_name(path.name + "-wal")
-        if wal.exists() and wal.stat().st_size > 0:
-            aside = path.with_name(f"{wal.name}-{time.time_ns()}")
-            wal.rename(aside)
-            message = "%s may hold rows of the log that was renamed; put it beside that as NAME-wal and open it once"
-            _logger.warning(message, aside)
-        path.touch()
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+        yield
     finally:
         os.close(folder)
+
+
+def _make(path: Path) -> None:
+    """Makes an empty file where there is none, and puts aside what a log that was renamed left beside it: SQLite would
+    take that for the new file's, and drop the rows in it. Only with the folder held.
+    """
+    if os.name != "posix" or path.exists() or not path.parent.is_dir():
+        return
+    path.with_name(path.name + "-shm").unlink(missing_ok=True)
+    wal = path.with_name(path.name + "-wal")
+    if wal.exists() and wal.stat().st_size > 0:
+        aside = path.with_name(f"{wal.name}-{time.time_ns()}")
+        wal.rename(aside)
+        message = "%s may hold rows of the log that was renamed; put it beside that as NAME-wal and open it once"
+        _logger.warning(message, aside)
+    # nor an empty one: who has the renamed log open still writes to it
+    wal.unlink(missing_ok=True)
+    path.touch()
 
 
 def _select(path: Path, query: str, values: tuple[int, ...]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Self
 import numpy as np
 
 from rb_gpu.errors import ConfigError, DataError
-from rb_gpu.trajectory_file import gate, open_writer
+from rb_gpu.trajectory_file import gate, inode_of, open_writer
 from rb_gpu.types import QueryTrajectory, UserFeedback
 
 _logger = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class TrajectoryLog:
         self.path = Path(path).absolute()  # the process may change its folder before the file is opened again
         self._capacity, self._dim, self._queue_size, self._flush_interval = capacity, dim, queue_size, flush_interval
         self._connection: sqlite3.Connection | None = None
+        self._inode = 0
         self._deadline: float | None = None  # set by close
         self._start_empty()
         with gate:
@@ -257,13 +258,12 @@ class TrajectoryLog:
 
     def _connect(self) -> sqlite3.Connection:
         """The open connection, or a new one where the file was deleted or rotated away. Only with the gate held."""
-        if self._connection and not (self.path.exists() and self._file == self.path.stat().st_ino):
+        if self._connection and self._inode != inode_of(self.path):
             # SQLite itself does not do this as it closes a file that is no longer where it was
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._disconnect()
         if not self._connection:
-            self._connection = open_writer(self.path)
-            self._file: int = self.path.stat().st_ino
+            self._connection, self._inode = open_writer(self.path)
         return self._connection
 
     def _disconnect(self) -> None:

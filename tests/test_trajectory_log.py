@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rb_gpu import trajectory_file
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.params import SearchParams
 from rb_gpu.trajectory_file import read_batches
@@ -627,6 +628,45 @@ def test_processes_go_on_in_one_new_file_after_a_rename(tmp_path: Path) -> None:
     before, after = ids(moved), ids(path)
     assert before and after
     assert sorted(before + after) == [10**6 * n + i for n in range(4) for i in range(1000)]
+    for file in (path, moved):
+        assert query(file, "PRAGMA integrity_check") == [("ok",)]
+
+
+OTHER = """
+import sys
+from test_trajectory_log import TrajectoryLog, trajectory
+print("opens", flush=True)
+with TrajectoryLog(sys.argv[1]) as log:
+    for i in range(100, 400):
+        log.record(trajectory(i))
+    log.flush()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere a file that is open cannot be renamed")
+def test_a_file_renamed_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # what had opened the old file went on in the -wal of the one that another process made: its image was malformed
+    path, moved = tmp_path / "log.db", tmp_path / "log.1.db"
+    with TrajectoryLog(path) as log:
+        log.record(trajectory(0))
+    others, is_empty = [], trajectory_file._is_empty
+
+    def renamed(connection: sqlite3.Connection, file: Path) -> bool:
+        if not moved.exists():
+            path.rename(moved)
+            command, places = [sys.executable, "-c", OTHER, str(path)], os.pathsep.join([str(ROOT), str(HERE)])
+            others.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": places}))
+            assert others[0].stdout is not None and others[0].stdout.readline() == b"opens\n"
+            time.sleep(0.5)
+        return is_empty(connection, file)
+
+    monkeypatch.setattr(trajectory_file, "_is_empty", renamed)
+    with TrajectoryLog(path) as log:
+        for i in range(1, 50):
+            log.record(trajectory(i))
+            log.flush()
+    assert others[0].wait(PATIENCE_S) == 0
+    assert sorted(ids(moved) + ids(path)) == [*range(50), *range(100, 400)]
     for file in (path, moved):
         assert query(file, "PRAGMA integrity_check") == [("ok",)]
 
