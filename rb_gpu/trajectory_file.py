@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import sqlite3
 import threading
 import time
@@ -22,6 +23,7 @@ _APPLICATION_ID = 0x72624C47  # "rbLG"
 _VERSION = 1
 _LOCK_TIMEOUT_S = 1.0  # a fork may have to wait for it; a writer tries again
 _OPEN_TIMEOUT_S = 30.0
+_EMPTY_TIMEOUT_S = 2.0
 
 # A vote is a row of its own, since it may come before its trajectory, or from a process that never saw it.
 # seq has no gaps: SQLite gives max + 1, and only the oldest rows are ever deleted.
@@ -119,6 +121,14 @@ def open_writer(path: Path) -> tuple[sqlite3.Connection, int]:
             if not again or time.monotonic() > deadline:
                 raise DataError(f"{path}: {error}; give the path of a trajectory log that you may write") from error
             time.sleep(0.01)
+
+
+def empty_wal(connection: sqlite3.Connection) -> None:
+    """Brings what is in the -wal into the file. Only with the gate held."""
+    deadline = time.monotonic() + _EMPTY_TIMEOUT_S
+    # each of two processes that do so at once finds the other busy at once, and neither would do it
+    while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] and time.monotonic() < deadline:
+        time.sleep(0.005 * random.random())
 
 
 def inode_of(path: Path) -> int | None:

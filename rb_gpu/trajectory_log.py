@@ -11,6 +11,7 @@ import sqlite3
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Self
@@ -18,7 +19,7 @@ from typing import Self
 import numpy as np
 
 from rb_gpu.errors import ConfigError, DataError
-from rb_gpu.trajectory_file import gate, inode_of, open_writer
+from rb_gpu.trajectory_file import empty_wal, gate, inode_of, open_writer
 from rb_gpu.types import QueryTrajectory, UserFeedback
 
 _logger = logging.getLogger(__name__)
@@ -259,8 +260,6 @@ class TrajectoryLog:
     def _connect(self) -> sqlite3.Connection:
         """The open connection, or a new one where the file was deleted or rotated away. Only with the gate held."""
         if self._connection and self._inode != inode_of(self.path):
-            # SQLite itself does not do this as it closes a file that is no longer where it was
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._disconnect()
         if not self._connection:
             self._connection, self._inode = open_writer(self.path)
@@ -268,6 +267,11 @@ class TrajectoryLog:
 
     def _disconnect(self) -> None:
         if self._connection:
+            if self._inode != inode_of(self.path):
+                # SQLite itself does not do this as it closes a file that is no longer where it was
+                with suppress(sqlite3.Error):
+                    self._connection.rollback()
+                    empty_wal(self._connection)
             self._connection.close()
             self._connection = None
 
