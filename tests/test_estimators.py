@@ -17,9 +17,9 @@ from rb_gpu.learn.estimators import (
     ips,
     odd_propensities,
     rare_error,
+    rare_size,
     self_normalised_doubly_robust,
     snips,
-    typical_size,
     unseen_error,
 )
 from rb_gpu.learn.outcome_model import FOLDS, cross_fitted, folds
@@ -237,13 +237,13 @@ def test_intervals_hold_the_truth_as_often_as_they_say(log: str):
         assert one.plausible(0.95, 0.999), (name, one)
 
 
-def test_the_typical_size_is_of_what_decides_the_variance():
-    few = np.zeros(1000)
-    few[:5] = [1, -1, 1, 1, -1]
-    assert typical_size(few) == pytest.approx(1.0)
-    normal = np.random.default_rng(0).normal(size=200_000)
-    assert typical_size(normal) == pytest.approx(math.sqrt(3), rel=0.02)
-    assert typical_size(np.zeros(3)) == 0.0
+def test_the_size_of_what_is_rare():
+    few = np.zeros(10_000)
+    few[:50] = np.tile([1, -1], 25)
+    assert rare_size(few) == pytest.approx(1.0, rel=0.02)
+    rng = np.random.default_rng(0)
+    assert rare_size(rng.normal(size=200_000)) < 0.2 and rare_size(rng.random(1000) - 0.5) == 0.0
+    assert rare_size(np.zeros(3)) == 0.0
 
 
 def test_what_never_failed_may_fail_as_often_as_wilsons_bound_says():

@@ -159,12 +159,15 @@ def unseen_error(weight_N: Floats, left_N: Floats) -> float:
     return missing * math.sqrt(float(weight_N @ away_N**2) / total)
 
 
-def typical_size(away_N: Floats) -> float:
-    """How large those deviations from a mean are that decide its variance: 1 where few of many are ±1 and the rest 0,
-    √3 standard deviations of normal ones; 0 where there are none.
+def rare_size(away_N: Floats) -> float:
+    """How large the rare ones among deviations from a mean are, by which their variance may be off: 1 where few of many
+    are ±1 and the rest 0; 0 where they are normal or lighter, of which Student's t counts all that is not known.
+
+    From what their fourth moment has more than that of normal ones: Var(s²) = (μ₄ − σ⁴) / N.
     """
-    squares = float(away_N @ away_N)
-    return math.sqrt(float((away_N**2) @ (away_N**2)) / squares) if squares > 0 else 0.0
+    variance = float(away_N @ away_N) / max(len(away_N), 1)
+    fourth = float((away_N**2) @ (away_N**2)) / max(len(away_N), 1)
+    return math.sqrt(max(fourth / variance - 3.0 * variance, 0.0)) if variance > 0 else 0.0
 
 
 def rare_error(weight_N: Floats, size: float) -> float:

@@ -14,7 +14,7 @@ import torch
 from scipy.stats import t as students_t
 from torch import Tensor
 
-from rb_gpu.learn.estimators import RARE_ROWS, typical_size
+from rb_gpu.learn.estimators import RARE_ROWS, rare_size
 from rb_gpu.learn.field import ROUNDING, Fit, Rows
 from rb_gpu.learn.ridge import FOLDS, TINY, folds_in_turn
 from rb_gpu.objective import Objective
@@ -39,7 +39,7 @@ class Pseudo:
 
     away_QC: utility foretold. left_N: what a row's utility has more than that. share_N: its weight, which adds up to Q
     over the rows of each config. rounding: utility that may be nothing but the rounding of outcomes of this size. size:
-    of left_N, where it is large (`typical_size`).
+    of what is rare in left_N (`rare_size`).
     """
 
     away_QC: Tensor
@@ -84,8 +84,8 @@ def pays(
         left_QC[rows.query_N, rows.config_N] = left_N
         left_N = left_N - left_QC[rows.query_N, default]
     size = float((y_NO.abs() @ weighed_O.abs()).mean())
-    typical = typical_size(left_N.cpu().numpy())
-    pseudo = Pseudo(away_QC, left_N, share_N * rows.queries, ROUNDING * size, typical)
+    rare = rare_size(left_N.cpu().numpy())
+    pseudo = Pseudo(away_QC, left_N, share_N * rows.queries, ROUNDING * size, rare)
     generator = torch.Generator().manual_seed(seed)
     by_query_QC, alike_QC = _shares(pseudo, rows, default, generator)
     default_C = torch.zeros_like(by_query_QC[0])

@@ -23,7 +23,7 @@ from rb_gpu.learn.estimators import (
     effective_size,
     matched_weights,
     rare_error,
-    typical_size,
+    rare_size,
     unseen_error,
 )
 from rb_gpu.learn.evidence import outcomes
@@ -286,7 +286,7 @@ class Valuation:
 
 
 def _size(away: Floats, y_N: Floats) -> float:
-    """`typical_size` of deviations of outcomes (N,); 1 where these are all alike, and nothing says how far one could be
+    """`rare_size` of deviations of outcomes (N,); 1 where these are all alike, and nothing says how far one could be
     off: as far as a quality in [0, 1] can.
     """
-    return typical_size(away) if np.abs(away).max() > ROUNDING * np.abs(y_N).max() else 1.0
+    return rare_size(away) if np.abs(away).max() > ROUNDING * np.abs(y_N).max() else 1.0
