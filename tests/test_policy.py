@@ -134,6 +134,13 @@ def test_a_champion_that_is_surely_worse_than_the_default_lets_nothing_as_bad_pa
     assert promoted or "surely worse, and not surely better than the champion; serve the default" in decision.reason
 
 
+def test_a_default_that_breaks_the_objective_is_nothing_to_be_worse_than():
+    # of a bound or a floor that the default breaks, it spends what nobody may, and every later candidate was refused
+    gains = {"default": Gain(-0.3, -0.35, -0.25), "champion": Gain(0.0, -0.001, 0.001)}
+    evaluation = replace(judged({}, {}), bank_gains=gains, broken={"default": "held-out cost 10 is over it"})
+    assert decide(evaluation, GateConfig(), CALM, []).promote
+
+
 def test_utility_counts_latency_and_cost():
     objective = Objective("utility", "f1", 0.1, 0.2, 1000.0, 4.0, 0.95, None, None)
     value = objective.utility(np.array([0.8]), np.array([4000.0]), np.array([2.0]))

@@ -62,7 +62,8 @@ def _against_the_gain(evaluation: Evaluation, served: str, config: GateConfig, g
         yield f"{gain}not above gate.min_gain={config.min_gain:g}"
     default = evaluation.bank_gains["default"]
     # a champion that is as bad would let it pass; one that is surely worse still is better replaced
-    if served == CHAMPION and default.high < 0 and not evaluation.bank_gains[CHAMPION].low > 0:
+    worse = default.high < 0 and "default" not in evaluation.broken
+    if served == CHAMPION and worse and not evaluation.bank_gains[CHAMPION].low > 0:
         yield (
             f"held-out gain over the default {default.gain:+.4f}, 95 % upper bound {default.high:+.4f}: surely worse, "
             "and not surely better than the champion; serve the default, and learn from newer rows"
