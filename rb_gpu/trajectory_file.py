@@ -123,17 +123,23 @@ def open_writer(path: Path) -> tuple[sqlite3.Connection, int]:
             time.sleep(0.01)
 
 
-def empty_wal(connection: sqlite3.Connection) -> None:
-    """Brings what is in the -wal into the file. Only with the gate held."""
+def empty_wal(connection: sqlite3.Connection) -> bool:
+    """Brings what is in the -wal into the file; whether that could be done. Only with the gate held."""
     deadline = time.monotonic() + _EMPTY_TIMEOUT_S
     # each of two processes that do so at once finds the other busy at once, and neither would do it
-    while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] and time.monotonic() < deadline:
+    while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.005 * random.random())
+    return True
 
 
 def inode_of(path: Path) -> int | None:
     """Of the file that has this name now; None where none has."""
-    return path.stat().st_ino if path.exists() else None
+    try:  # another process may rename it between two looks
+        return path.stat().st_ino
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 @contextmanager

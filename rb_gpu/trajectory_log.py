@@ -269,9 +269,12 @@ class TrajectoryLog:
         if self._connection:
             if self._inode != inode_of(self.path):
                 # SQLite itself does not do this as it closes a file that is no longer where it was
+                emptied = False
                 with suppress(sqlite3.Error):
                     self._connection.rollback()
-                    empty_wal(self._connection)
+                    emptied = empty_wal(self._connection)
+                if not emptied:
+                    self._warn("the file was renamed, and its last rows may not be in it, as another process reads it")
             self._connection.close()
             self._connection = None
 
