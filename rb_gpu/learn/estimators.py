@@ -21,8 +21,8 @@ Ints = npt.NDArray[np.int64]
 LEVEL = 0.95
 # of Σ 1/p over a config's rows: off by more standard errors it is no chance, by less of the rounds it does no harm
 ODD_SIGMAS, ODD_SHARE = 5.0, 0.1
-# failures that an interval counts besides those that came up (Agresti & Coull 1998): without them, a rate that shows
-# none in a sample of 1 in 17 is taken for impossible by its bound of 97.5 %
+# failures that an interval counts besides those that came up (Agresti & Coull 1998): without them, what a sample does
+# not show is taken for impossible
 RARE_ROWS = 2.0
 # matched weights that add up to fewer rounds by more standard errors leave some rounds unseen
 UNSEEN_SIGMAS = 2.0

@@ -74,11 +74,11 @@ def check_cost(bank: ReasoningBank, table: Trajectories, artifact: str) -> None:
 
 def doubts(bank: ReasoningBank, table: Trajectories) -> list[str]:
     """What of the table does not fit the artifact."""
-    doubts = []
+    said = []
     newest = (bank.data.facts.get("data") or {}).get("newest_timestamp")
     old = 0 if newest is None else int((table.query_time <= newest).sum())
     if old:
-        doubts.append(
+        said.append(
             f"{old:,} of {len(table.query_id):,} queries are no newer than the newest that the artifact learned from; "
             "if they are the same, values are too good: give newer rows"
         )
@@ -89,5 +89,5 @@ def doubts(bank: ReasoningBank, table: Trajectories) -> list[str]:
         alike = [f"all of its rows have {name}={next(iter(here))}" for name, (here, learned) in values.items()
                  if len(here) == 1 < len(learned)]  # fmt: skip
         told = "".join(f"; {one}: is that column missing?" for one in alike)
-        doubts.append(f"no row tried {named}: a policy that picks one has no value{told}")
-    return doubts
+        said.append(f"no row tried {named}: a policy that picks one has no value{told}")
+    return said

@@ -28,11 +28,11 @@ from rb_gpu.learn.requirements import broken, keeping
 from rb_gpu.learn.tradeoffs import Tradeoffs, choices, measure_tradeoffs
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.valuation import LEAST_SIZE, Choice, Floats, Outcomes, Valuation, held_out_outcomes
+from rb_gpu.learn.verdicts import Z_95
 from rb_gpu.objective import Objective
 from rb_gpu.registry import CHAMPION
 
 SINGLE = "best single config"
-Z_95 = 1.959963984540054
 NAN = float("nan")
 
 
