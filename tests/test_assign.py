@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rb_gpu.learn import assign, bounded, direct, kernels, products, row_kernels, vectors
+from rb_gpu.learn import assign, bounded, coarse, direct, kernels, products, row_kernels, vectors
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, encode, principal_bases, project
@@ -193,9 +193,10 @@ def test_blocks_and_tiles_do_not_change_a_bit(monkeypatch, way):
         whole = using(way, x, crew, 2**40)
         whole.assign(centroids)
         for block, tile, turns in ((64, 5, 100), (100, 4, 1), (1024, 2048, 7)):
-            monkeypatch.setattr(assign, "BLOCK", block)
+            monkeypatch.setattr(coarse, "BLOCK", block)
             monkeypatch.setattr(assign, "LARGEST_TILE", tile)
             monkeypatch.setattr(assign, "LEAST_TILE", min(tile, 64))
+            monkeypatch.setattr(assign, "LEAST_TURN", 1)
             monkeypatch.setattr(assign, "TURNS", turns)
             parts = using(way, x, crew, 2**40)
             parts.assign(centroids)
@@ -280,8 +281,8 @@ def test_half_the_way_to_the_next_centroid_is_never_too_long(seed, k, dims, scal
         c = torch.cat([c, c[: k // 2 + 1]])
     with workers() as crew:
         points = Assignment(c, c.mean(0), crew, 0)
-        columns = Columns(c, points.basis.middle_D)
-        gap2 = points._gaps(columns, c, 10**9)
+        columns = Columns(c.numpy(), points.basis.middle_D.numpy())
+        gap2 = torch.from_numpy(points._gaps(columns, c, 10**9))
         assert not points._gaps(columns, c, 0).any(), "where points are few it is not asked for"
     true = brute_force(c, c)
     true[torch.eye(len(c), dtype=torch.bool)] = torch.inf

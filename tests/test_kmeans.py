@@ -254,7 +254,7 @@ def test_tiles_do_not_change_the_result(monkeypatch):
     whole = kmeans(x, 9, seed=2)
     monkeypatch.setitem(devices.TILE_SCORES, "cpu", 1)
     monkeypatch.setattr(assign, "LARGEST_TILE", 7)
-    monkeypatch.setattr(assign, "BLOCK", 2)
+    monkeypatch.setattr(assign, "LEAST_TURN", 1)
     tiled = kmeans(x, 9, seed=2)
     assert np.array_equal(whole.labels, tiled.labels)
     assert whole.centroids.tobytes() == tiled.centroids.tobytes()

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from rb_gpu.learn.bounded import lower_rows
-from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, encode, principal_bases, project
+from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, coded_blocks, encode, principal_bases, project
+from rb_gpu.learn.devices import free_memory
 from rb_gpu.learn.direct import Columns, first_rows, least_gaps, nearer_rows
 from rb_gpu.learn.kernels import ROUNDOFF, nearer_halves, own_distances, widen
 from rb_gpu.learn.products import FLOAT32, GROUP, MOST_DIMS, integer_product
@@ -28,12 +32,12 @@ from rb_gpu.learn.workers import Workers
 log = logging.getLogger(__name__)
 
 LEAST_TILE, LARGEST_TILE = 64, 2048
+# numbers that one worker multiplies in a turn at least: another worker wakes, or another turn begins, in as long
+LEAST_TURN = 2**19
 # numbers of the points that are coded at once: they stay in a core's second cache
 CODED_NUMBERS = 2**18
 # spans of one worker where no tile must stay in a cache: enough to even out what each takes
 TURNS = 8
-# centroids of one block: their codes stay in a core's second cache
-BLOCK = 1024
 # multiplications of one assignment below which a choice takes longer than it saves
 SMALL_WORK = 2**30
 # centroids that are lowered by all their products where points would have to be coded for it
@@ -47,6 +51,8 @@ PROBE_ROWS, HOPELESS = 128, 2
 BETTER = 0.85
 # points a centroid from which on the way from each to the next is taken: as a share of all products it is nothing
 GAPS = 32
+# share of the free memory that codes of the points take where nothing else is said
+CODE_SHARE = 0.25
 # iterations over which coding all points must pay
 WORTH_ITERATIONS = 10
 
@@ -68,11 +74,12 @@ class Assignment:
     """labels (N,) int64 and d2 (N,) float32: each point's nearest centroid so far, -1 and infinity before the first.
 
     x_ND: (N, D) float32 in host memory, only read. middle_D: any point amid the data. code_budget: bytes that codes of
-    all points may take; 0 keeps none. direct: whether all products are taken at once; else basis tells which.
+    all points may take; 0 keeps none, None takes CODE_SHARE of the free memory. direct: whether all products are taken
+    at once; else basis tells which.
     """
 
-    def __init__(self, x_ND: Tensor, middle_D: Tensor, crew: Workers, code_budget: int) -> None:
-        self.x_ND, self.crew, self.code_budget = x_ND, crew, code_budget
+    def __init__(self, x_ND: Tensor, middle_D: Tensor, crew: Workers, code_budget: int | None) -> None:
+        self.x_ND, self.crew, self._code_budget = x_ND, crew, code_budget
         self.labels_N = torch.full((len(x_ND),), -1, dtype=torch.int64)
         self.d2_N = torch.full((len(x_ND),), torch.inf, dtype=torch.float32)
         self.basis, self.direct = Basis(middle_D), True
@@ -104,7 +111,11 @@ class Assignment:
         # the triangle inequality, and what rounding may take from it: d2 errs by D + 2 units, its root by half of that
         more = 1 + (2 * self.x_ND.shape[1] + 8) * ROUNDOFF
         labels, moved, d2 = self.labels_N.numpy(), moved_K.float().numpy(), self.d2_N.numpy()
-        self.crew.each(len(d2), self._slice(), lambda _worker, start, stop: widen(start, stop, labels, moved, more, d2))
+
+        def rows(_worker: int, start: int, stop: int) -> None:
+            widen(start, stop, labels, moved, more, d2)
+
+        self.crew.each(len(d2), self._turn(1), rows)
         self._loose = True
         self._run(centroids_KD, 0, refresh=False)
 
@@ -124,18 +135,17 @@ class Assignment:
         return self.direct or (self._codes is None and count <= FEW)
 
     def _run(self, centroids_KD: Tensor, first: int, *, refresh: bool) -> None:
-        self.work.all += len(self.x_ND) * (len(centroids_KD) - first)
-        if self._at_once(len(centroids_KD) - first):
-            columns = Columns(centroids_KD[first:], self.basis.middle_D)
-            # asked for by points whose label is a guess or a bound: not by those that have none, or whose d2 is known
-            gap2_K = self._gaps(columns, centroids_KD, len(self.x_ND) if first == 0 and (refresh or self._loose) else 0)
-            compared = [0] * self.crew.count
+        count = len(centroids_KD) - first
+        self.work.all += len(self.x_ND) * count
+        if self._at_once(count):
+            compared_W = [0] * self.crew.count
+            compare = self._comparing(centroids_KD, first, len(self.x_ND), refresh=refresh)
 
             def rows(worker: int, start: int, stop: int) -> None:
-                compared[worker] += self._direct(start, stop, columns, gap2_K, centroids_KD, first, refresh)
+                compared_W[worker] += compare(start, stop)
 
-            self.crew.each(len(self.x_ND), self._slice(), rows)
-            self.work.computed += sum(compared) * (len(centroids_KD) - first)
+            self.crew.each(len(self.x_ND), self._turn(count), rows)
+            self.work.computed += sum(compared_W) * count
             return
         blocks = coded_blocks(*project(centroids_KD[first:], self.basis), first, self.basis)
         step = LARGEST_TILE if self._codes is not None else self._coded_rows()
@@ -148,42 +158,50 @@ class Assignment:
         self.crew.each(len(self.x_ND), LARGEST_TILE, span)
         self.work.computed += sum(computed)
 
-    def _slice(self) -> int:
-        """Points of one worker's turn."""
-        return max(LEAST_TILE, -(-len(self.x_ND) // (TURNS * self.crew.count)))
+    def _turn(self, count: int) -> int:
+        """Points of one worker's turn, where each takes all products with so many centroids."""
+        least = max(LEAST_TILE, LEAST_TURN // (self.x_ND.shape[1] * count))
+        return max(least, -(-len(self.x_ND) // (TURNS * self.crew.count)))
 
-    def _gaps(self, columns: Columns, centroids_KD: Tensor, count: int) -> Tensor:
+    def _gaps(self, columns: Columns, centroids_KD: Tensor, count: int) -> npt.NDArray[np.float32]:
         """What `nearer_rows` asks of each centroid (K,): 0 where it is no small share of what so many points take."""
-        gap2_K = torch.zeros(len(centroids_KD), dtype=torch.float32)
+        gap2_K = np.zeros(len(centroids_KD), np.float32)
         if GAPS * len(centroids_KD) <= count:
-            arrays = centroids_KD.numpy(), self.basis.middle_D.numpy(), columns.columns_BDW.numpy()
+            centroids, middle = centroids_KD.numpy(), self.basis.middle_D.numpy()
 
             def rows(_worker: int, start: int, stop: int) -> None:
                 least_gaps(
-                    arrays[0], start, stop, *arrays[1:], columns.half_C.numpy(), columns.slack, gap2_K.numpy(),
-                    columns.bounds().numpy(), columns.about().numpy(),
+                    centroids, start, stop, middle, columns.columns_BDW, columns.half_C, columns.slack, gap2_K,
+                    columns.bounds(), columns.about(),
                 )  # fmt: skip
 
             self.crew.each(len(centroids_KD), LEAST_TILE, rows)
         return gap2_K
 
-    def _direct(
-        self, start: int, stop: int, columns: Columns, gap2_K: Tensor, centroids_KD: Tensor, first: int, refresh: bool
-    ) -> int:
-        """Lowers rows start to stop by all products with the centroids from row `first` on, which are the columns, and
-        says with how many points.
+    def _comparing(self, centroids_KD: Tensor, first: int, of: int, *, refresh: bool) -> Callable[[int, int], int]:
+        """What lowers rows start to stop by all products with the centroids from row `first` on, and says with how many
+        points; of: the points that this is done for.
         """
         x, middle, centroids, labels, d2 = (
             t.numpy() for t in (self.x_ND, self.basis.middle_D, centroids_KD, self.labels_N, self.d2_N)
         )
-        given = columns.columns_BDW.numpy(), columns.half_C.numpy(), columns.slack, first, centroids
-        if labels[start] < 0:
-            bounds, about = columns.bounds().numpy(), columns.about().numpy()
-            first_rows(x, start, stop, middle, *given, labels, d2, bounds, about)
-            return stop - start
-        masks, limits, about = [t.numpy() for t in (*columns.masks(), columns.about())]
-        known = refresh, self._loose, gap2_K.numpy()
-        return int(nearer_rows(x, start, stop, middle, *given, *known, labels, d2, masks, limits, about))
+        columns = Columns(centroids[first:], middle)
+        given = middle, columns.columns_BDW, columns.half_C, columns.slack, first, centroids
+        if labels[0] < 0:
+
+            def unknown(start: int, stop: int) -> int:
+                first_rows(x, start, stop, *given, labels, d2, columns.bounds(), columns.about())
+                return stop - start
+
+            return unknown
+        # asked for by points whose label is a guess or a bound: not by those whose d2 is known
+        gap2_K = self._gaps(columns, centroids_KD, of if first == 0 and (refresh or self._loose) else 0)
+        known = refresh, self._loose, gap2_K, labels, d2
+
+        def guessed(start: int, stop: int) -> int:
+            return int(nearer_rows(x, start, stop, *given, *known, *columns.masks(), columns.about()))
+
+        return guessed
 
     def _tile(self, start: int, stop: int, blocks: list[CodedBlock], centroids_KD: Tensor, refresh: bool) -> int:
         """Lowers rows start to stop by the blocks and says how many distances that took."""
@@ -254,6 +272,12 @@ class Assignment:
             bases += principal_bases(sample_SD, middle_D, widths, product)
         return bases
 
+    def room(self) -> int:
+        """Bytes that codes of all points may take."""
+        if self._code_budget is None:
+            self._code_budget = int(CODE_SHARE * free_memory())
+        return self._code_budget
+
     def use(self, basis: Basis | None) -> None:
         """All products from now on, or codes by this basis: all points at once, where that fits the budget and is no
         plain copy.
@@ -262,7 +286,7 @@ class Assignment:
         if basis is None:
             return
         self.basis, n = basis, len(self.x_ND)
-        if basis.row_bytes * n > self.code_budget or not (basis.product.integers or basis.axes_DP is not None):
+        if basis.row_bytes * n > self.room() or not (basis.product.integers or basis.axes_DP is not None):
             return
         codes = Codes(n, basis)
 
@@ -274,14 +298,6 @@ class Assignment:
 
     def _coded_rows(self) -> int:
         return min(LARGEST_TILE, max(LEAST_TILE, CODED_NUMBERS // self.x_ND.shape[1]))
-
-
-def coded_blocks(y_KP: Tensor, half_K: Tensor, first: int, basis: Basis) -> list[CodedBlock]:
-    """Blocks of centroids of which the first is row `first`, from what `project` gave."""
-    return [
-        CodedBlock.of(y_KP[at : at + BLOCK], half_K[at : at + BLOCK], first + at, basis)
-        for at in range(0, len(y_KP), BLOCK)
-    ]
 
 
 class _Trial(Assignment):
@@ -303,13 +319,12 @@ class _Trial(Assignment):
         them, unless they are coded, its share of WORTH_ITERATIONS. Infinity where few rows took far longer than before.
         """
         rows = len(self.x_ND)
-        self.code_budget = self.of.code_budget // max(1, len(self.of.x_ND) // rows)
+        self._code_budget = self.of.room() // max(1, len(self.of.x_ND) // rows)
         started = time.perf_counter()
         self.use(basis)
         coding = 0.0 if coded or self._codes is None else (time.perf_counter() - started) / WORTH_ITERATIONS
         if basis is None:
-            columns = Columns(self.centroids_KD, self.basis.middle_D)
-            gap2_K = self._gaps(columns, self.centroids_KD, len(self.of.x_ND))
+            compare = self._comparing(self.centroids_KD, 0, len(self.of.x_ND), refresh=False)
         else:
             blocks = coded_blocks(*project(self.centroids_KD, basis), 0, basis)
             step = LARGEST_TILE if self._codes is not None else self._coded_rows()
@@ -317,7 +332,7 @@ class _Trial(Assignment):
         def seconds(stop: int) -> float:
             started = time.perf_counter()
             if basis is None:
-                self._direct(0, stop, columns, gap2_K, self.centroids_KD, 0, False)
+                compare(0, stop)
             else:
                 for at in range(0, stop, step):
                     self._tile(at, min(at + step, stop), blocks, self.centroids_KD, False)

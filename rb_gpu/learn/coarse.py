@@ -21,6 +21,8 @@ from rb_gpu.learn.kernels import ROUNDOFF, centre_rows, code_rows
 from rb_gpu.learn.products import FLOAT32, GROUP, Product, columns_of
 from rb_gpu.learn.vectors import LANES
 
+# centroids of one block: their codes stay in a core's second cache
+BLOCK = 1024
 SUBSPACE_STEPS = 2
 
 
@@ -118,6 +120,14 @@ class CodedBlock:
         encode(y_CP, half_C, basis, codes, 0)
         codes.half[count:] = torch.inf
         return CodedBlock(first, codes, *columns_of(codes.code, basis.product))
+
+
+def coded_blocks(y_KP: Tensor, half_K: Tensor, first: int, basis: Basis) -> list[CodedBlock]:
+    """Blocks of centroids of which the first is row `first`, from what `project` gave."""
+    return [
+        CodedBlock.of(y_KP[at : at + BLOCK], half_K[at : at + BLOCK], first + at, basis)
+        for at in range(0, len(y_KP), BLOCK)
+    ]
 
 
 def principal_bases(sample_SD: Tensor, middle_D: Tensor, widths: list[int], product: Product) -> list[Basis]:

@@ -17,7 +17,7 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from torch import Tensor
+from numpy.typing import NDArray
 
 from rb_gpu.learn.kernels import ROUNDOFF, nearest_of_two, squared_distance
 from rb_gpu.learn.products import POINTS, VECTORS, write_below, write_sums
@@ -42,31 +42,31 @@ TILE = 32
 
 class Columns:
     """Centroids (K, D) about the middle as the columns of blocks (B, D, W), and half their squared norms less the slack
-    (C,); those that pad them are infinitely far.
+    (C,), both float32; those that pad them are infinitely far.
     """
 
-    def __init__(self, centroids_KD: Tensor, middle_D: Tensor) -> None:
+    def __init__(self, centroids_KD: NDArray[np.float32], middle_D: NDArray[np.float32]) -> None:
         k, dims = centroids_KD.shape
-        width = -(-k // LANES) * LANES
-        about_KD = centroids_KD - middle_D
         # 3·dims + 10 roundings of half norms, centring and products (Higham 2002, section 3.1), and some to spare
         self.slack = (4 * dims + 64) * ROUNDOFF
-        self.half_C = torch.full((width,), torch.inf, dtype=torch.float32)
-        self.half_C[:k] = about_KD.square().sum(1) * (0.5 * (1 - self.slack))
-        padded_CD = torch.nn.functional.pad(about_KD, (0, 0, 0, -(-k // WIDTH) * WIDTH - k))
-        self.columns_BDW = padded_CD.view(-1, WIDTH, dims).transpose(1, 2).contiguous()
+        padded_CD = np.zeros((-(-k // WIDTH) * WIDTH, dims), np.float32)
+        about_KD = np.subtract(centroids_KD, middle_D, out=padded_CD[:k])
+        self.half_C = np.full(-(-k // LANES) * LANES, np.inf, np.float32)
+        norm2_K = np.einsum("kd,kd->k", about_KD, about_KD)
+        self.half_C[:k] = norm2_K * np.float32(0.5 * (1 - self.slack))
+        self.columns_BDW = np.ascontiguousarray(padded_CD.reshape(-1, WIDTH, dims).transpose(0, 2, 1))
 
-    def bounds(self) -> Tensor:
+    def bounds(self) -> NDArray[np.float32]:
         """What a call writes its bounds to (TILE, C), infinite."""
-        return torch.full((TILE, len(self.half_C)), torch.inf, dtype=torch.float32)
+        return np.full((TILE, len(self.half_C)), np.inf, np.float32)
 
-    def masks(self) -> tuple[Tensor, Tensor]:
+    def masks(self) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
         """What a call writes its masks to (TILE, M), none set, and its limits (TILE,)."""
-        return torch.zeros(TILE, len(self.half_C) // LANES, dtype=torch.uint64), torch.zeros(TILE, dtype=torch.float32)
+        return np.zeros((TILE, len(self.half_C) // LANES), np.uint64), np.zeros(TILE, np.float32)
 
-    def about(self) -> Tensor:
+    def about(self) -> NDArray[np.float32]:
         """What a call writes points about the middle to (TILE, D)."""
-        return torch.zeros(TILE, self.columns_BDW.shape[1], dtype=torch.float32)
+        return np.zeros((TILE, self.columns_BDW.shape[1]), np.float32)
 
 
 def _halves(vectors: int) -> Any:

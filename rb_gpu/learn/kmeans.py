@@ -19,7 +19,7 @@ from torch import Tensor
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.checkpoint import Checkpoint
-from rb_gpu.learn.devices import free_memory, full_precision, resolve_device, resolve_engine
+from rb_gpu.learn.devices import full_precision, resolve_device, resolve_engine
 from rb_gpu.learn.distances import NORMED, normalise_
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.inputs import (
@@ -40,9 +40,6 @@ from rb_gpu.learn.shard import Shard, peaks
 from rb_gpu.learn.workers import Workers, workers
 
 log = logging.getLogger(__name__)
-
-# share of the free memory that codes of the points take where nothing else is said
-CODE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -190,12 +187,11 @@ def _opened(
             points = _on_sphere(points, crew, memory_budget)
         shard = Shard(points.x_ND, weight_N.to(where), ranks, memory_budget, engine)
         middle_D, typical = _middle(shard)
-        budget = int(CODE_SHARE * free_memory()) if code_budget is None else code_budget
         assignment: Assignment | DeviceAssignment
         if crew is None:
             assignment = DeviceAssignment(points.x_ND, middle_D, memory_budget, engine, precision)
         else:
-            assignment = Assignment(points.x_ND, middle_D, crew, budget)
+            assignment = Assignment(points.x_ND, middle_D, crew, code_budget)
         yield _Opened(points, assignment, shard, crew, typical, weight_scale)
 
 

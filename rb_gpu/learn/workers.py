@@ -37,6 +37,10 @@ class Workers:
 
     def each(self, n: int, step: int, work: Callable[[int, int, int], None]) -> None:
         """work(worker, start, stop) over all slices of n rows; the first error is raised when all have stopped."""
+        if n <= step:
+            if n > 0:
+                work(0, 0, n)
+            return
         starts, lock = iter(range(0, n, step)), threading.Lock()
 
         def run(worker: int) -> None:
@@ -47,9 +51,6 @@ class Workers:
                     return
                 work(worker, start, min(start + step, n))
 
-        if n <= step:
-            run(0)
-            return
         futures = [self._pool.submit(run, worker) for worker in range(1, self.count)]
         try:
             run(0)
