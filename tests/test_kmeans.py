@@ -63,6 +63,15 @@ def test_all_well_separated_clusters_are_found(seed):
     assert adjusted_rand_score(label, kmeans(x, 100, seed=seed).labels) > 0.999
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_two_centroids_in_one_cluster_are_parted_before_lloyd_divides_it(seed):
+    # dividing an even cluster took Lloyd's iterations up to 100 updates, after which none were left for repairs
+    x, label = blobs(10, 2000, 32, 1.0)
+    result = kmeans(x, 10, seed=seed, max_iter=10)
+    assert adjusted_rand_score(label, result.labels) > 0.999
+    assert result.n_iter < 10
+
+
 @pytest.mark.parametrize("share", [0.005, 0.01, 0.05])
 @pytest.mark.parametrize("seed", range(5))
 def test_all_clusters_are_found_among_outliers(seed, share):

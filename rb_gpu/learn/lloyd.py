@@ -28,27 +28,34 @@ from rb_gpu.learn.workers import Workers
 log = logging.getLogger(__name__)
 
 MAX_REPAIRS = 20
+# updates between repairs at first: Lloyd's iterations take many to divide one cluster between two centroids, and what
+# they have to divide shows after few
+EARLY = 2
 # the update after which the way to assign is chosen anew: centroids are means by then
 CHOOSE_AGAIN = 2
 
 
 @dataclass(frozen=True)
 class Run:
-    """Centroids (K, D) float32 on the device, their inertia, and the updates that led to them."""
+    """Centroids (K, D) float32 on the device, their inertia, the updates that led to them, and whether they stay."""
 
     centroids_KD: Tensor
     inertia: float
     n_iter: int
+    converged: bool
 
 
 @dataclass
 class Progress:
-    """Where a solve stands: the restart, the best run before it, the repairs so far and the run before the last one."""
+    """Where a solve stands: the restart, the best run before it, the repairs so far and the run before the last one;
+    until: the update at which repairs come at the latest.
+    """
 
     attempt: int = 0
     best: Run | None = None
     repairs: int = 0
     before: Run | None = None
+    until: int = EARLY
 
 
 @dataclass
@@ -97,6 +104,7 @@ class Solver:
 
     def _first_run(self, k: int, start: Tensor | None, warm: Tensor | None) -> Run:
         if start is not None:
+            self._progress.until = self.max_iter
             self._assign_first(start)
             return self._lloyd(start, 0)
         started = time.perf_counter()
@@ -117,8 +125,8 @@ class Solver:
 
     def _lloyd(self, centroids_KD: Tensor, n_iter: int) -> Run:
         """Lloyd's iterations from centroids whose assignment is held; after, that to those returned is."""
-        empty = int(self._empty(len(centroids_KD)).sum())
-        while n_iter < self.max_iter:
+        empty, converged = int(self._empty(len(centroids_KD)).sum()), False
+        while not converged and n_iter < min(self.max_iter, self._progress.until):
             n_iter += 1
             if empty > 0:
                 centroids_KD = self._filled(centroids_KD)
@@ -141,28 +149,33 @@ class Solver:
             told = torch.stack([squared_shift, changes.any().double(), empties_K.sum().double()]).tolist()
             shift, changed, empty = told[0] ** 0.5, told[1], int(told[2])
             step("Lloyd", n_iter, self.max_iter, "updates")
-            if shift <= self.least_shift or self.shard.ranks.largest(changed) == 0:
-                break
-            if self.checkpoint is not None and n_iter % self.checkpoint.every == 0:
+            converged = shift <= self.least_shift or self.shard.ranks.largest(changed) == 0
+            if self.checkpoint is not None and not converged and n_iter % self.checkpoint.every == 0:
                 self._save(self.checkpoint, centroids_KD, n_iter)
         self.points.settle(centroids_KD)
-        return Run(centroids_KD, self._inertia(), n_iter)
+        return Run(centroids_KD, self._inertia(), n_iter, converged)
 
     def _repaired(self, run: Run) -> Run:
-        """The run after as many rounds of exchanges and Lloyd's iterations as lower its inertia within max_iter."""
+        """The run after as many rounds of exchanges and Lloyd's iterations as lower its inertia within max_iter: rounds
+        of EARLY updates, until none pays, then such as converge.
+        """
         progress = self._progress
         while True:
+            spent = progress.repairs == MAX_REPAIRS or run.n_iter >= self.max_iter
             if progress.before is not None and run.inertia >= progress.before.inertia:
-                self.points.assign(progress.before.centroids_KD)
-                return progress.before
-            if progress.repairs == MAX_REPAIRS or run.n_iter >= self.max_iter:
+                run, spent = progress.before, True
+                self.points.assign(run.centroids_KD)
+            centroids_KD = None if spent else self._exchanged(run.centroids_KD)
+            if centroids_KD is not None:
+                progress.before, progress.repairs = run, progress.repairs + 1
+                progress.until = progress.until if progress.until == self.max_iter else run.n_iter + EARLY
+                self.points.assign(centroids_KD)
+            elif progress.until < self.max_iter and not run.converged and run.n_iter < self.max_iter:
+                progress.before, progress.repairs, progress.until = None, 0, self.max_iter
+                centroids_KD = run.centroids_KD
+            else:
                 return run
-            moved_KD = self._exchanged(run.centroids_KD)
-            if moved_KD is None:
-                return run
-            progress.before, progress.repairs = run, progress.repairs + 1
-            self.points.assign(moved_KD)
-            run = self._lloyd(moved_KD, run.n_iter)
+            run = self._lloyd(centroids_KD, run.n_iter)
 
     def _exchanged(self, centroids_KD: Tensor) -> Tensor | None:
         k, labels_N, shard = len(centroids_KD), self.points.labels_N, self.shard
@@ -217,10 +230,12 @@ class Solver:
             return
         progress = self._progress
         tensors = {"centroids": centroids_KD, "generator": self.generator.get_state()}
-        facts: dict[str, Any] = {"n_iter": n_iter, "attempt": progress.attempt, "repairs": progress.repairs}
+        facts: dict[str, Any] = {
+            "n_iter": n_iter, "attempt": progress.attempt, "repairs": progress.repairs, "until": progress.until
+        }  # fmt: skip
         for name, run in (("best", progress.best), ("before", progress.before)):
             if run is not None:
-                tensors[name], facts[name] = run.centroids_KD, [run.inertia, run.n_iter]
+                tensors[name], facts[name] = run.centroids_KD, [run.inertia, run.n_iter, run.converged]
         checkpoint.save(tensors, facts, self._fingerprint)
 
     def _resumed(self) -> Run | None:
@@ -239,7 +254,9 @@ class Solver:
         runs = {
             name: Run(tensors[name].to(self.shard.device), *facts[name]) for name in ("best", "before") if name in facts
         }
-        self._progress = Progress(facts["attempt"], runs.get("best"), facts["repairs"], runs.get("before"))
+        self._progress = Progress(
+            facts["attempt"], runs.get("best"), facts["repairs"], runs.get("before"), facts["until"]
+        )
         log.info(
             "going on from %s: restart %d, %d updates done", self.checkpoint.path, facts["attempt"], facts["n_iter"]
         )
