@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rb_gpu.learn import assign, bounded, coarse, direct, kernels, products, row_kernels, vectors
+from rb_gpu.learn import assign, bounded, choice, coarse, direct, kernels, moved, products, row_kernels, vectors
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, encode, principal_bases, project
@@ -228,6 +228,7 @@ def test_centroids_that_move_need_not_be_compared_with_all_points(seed, n, k, di
     # from each to the next is known or not, though it may take as long as what it saves
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assign, "GAPS", gaps)
+        patch.setattr(moved, "GAPS", gaps)
         moved_and_compared(seed, n, k, dims, scale, offset, steps)
 
 
@@ -246,10 +247,43 @@ def moved_and_compared(seed, n, k, dims, scale, offset, steps):
             points.assign(c)
             for before, now in pairwise(places):
                 points.assign(now, (now - before).double().norm(dim=1))
-                assert torch.equal(points.labels_N, brute_force(x, now).argmin(1)), way
+                true = brute_force(x, now)
+                assert torch.equal(points.labels_N, true.argmin(1)), way
+                if len(points._next_N) > 0:
+                    true[torch.arange(n), points.labels_N] = torch.inf
+                    assert bool((points._next_N <= true.min(1).values.sqrt()).all()), "a bound is too large"
             points.settle(now)
             anew.assign(now)
             assert torch.equal(points.d2_N, anew.d2_N), way
+            # elsewhere, and on from there: bounds of before must be forgotten
+            points.assign(c)
+            anew.reset()
+            anew.assign(c)
+            assert torch.equal(points.labels_N, anew.labels_N) and torch.equal(points.d2_N, anew.d2_N), way
+            points.assign(now, (now - c).double().norm(dim=1))
+            assert torch.equal(points.labels_N, brute_force(x, now).argmin(1)), way
+
+
+@pytest.mark.parametrize("dims", [1, 2, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_bounds_hold_where_centroids_come_straight_at_the_points(seed, dims):
+    # on a line each centroid comes as much nearer as it moves, which is all that the bounds allow for
+    g = torch.Generator().manual_seed(seed)
+    x, c = torch.rand(2000, dims, generator=g), torch.rand(5, dims, generator=g)
+    with workers() as crew:
+        points = using("direct", x, crew)
+        points.assign(c)
+        seen, rows = points.work.computed, 0
+        for _ in range(60):
+            step = 10 ** (-3 * torch.rand(5, 1, generator=g)) * torch.randn(5, dims, generator=g) / 10
+            c, before = c + step, c
+            points.assign(c, (c - before).double().norm(dim=1))
+            rows += len(x)
+            true = brute_force(x, c)
+            assert torch.equal(points.labels_N, true.argmin(1))
+            true[torch.arange(len(x)), points.labels_N] = torch.inf
+            assert bool((points._next_N <= true.min(1).values.sqrt()).all()), "a bound is too large"
+        assert points.work.computed - seen < 0.7 * 5 * rows, "bounds bear labels out"
 
 
 def test_a_point_that_stays_where_it_is_need_not_be_read():
@@ -330,7 +364,7 @@ def test_every_way_that_may_be_chosen_gives_the_same_labels(monkeypatch, caplog)
     # what costs least depends on the machine: here it is decided
     g = torch.Generator().manual_seed(0)
     x = torch.randn(3000, 30, generator=g) @ torch.randn(30, 96, generator=g)
-    monkeypatch.setattr(assign, "SMALL_WORK", 0)
+    monkeypatch.setattr(choice, "SMALL_WORK", 0)
     caplog.set_level("INFO")
     asked = []
 
@@ -340,20 +374,18 @@ def test_every_way_that_may_be_chosen_gives_the_same_labels(monkeypatch, caplog)
 
     with workers() as crew:
         points = Assignment(x, x.mean(0), crew, 2**40)
-        points.choose(x[:200])
-        ways = [*points._candidates, None]
-        monkeypatch.setattr(assign._Trial, "seconds_per_row", cost)
+        choice.choose(points, x[:200])
+        ways = [*points.candidates, None]
+        monkeypatch.setattr(choice.Trial, "seconds_per_row", cost)
         for way in ways:
             cheap = str(way)
             before = None if points.direct else points.basis
             asked.clear()
-            points.choose(x[:200])
+            choice.choose(points, x[:200])
             assert [basis for basis, _ in asked] == ways
             assert [basis for basis, coded in asked if coded] == [before], "what is in use has its codes"
             assert points.direct == (way is None) and (way is None or points.basis is way)
-            assert (points._codes is not None) == (
-                way is not None and (way.product.integers or way.axes_DP is not None)
-            )
+            assert (points.codes is not None) == (way is not None and (way.product.integers or way.axes_DP is not None))
             points.assign(x[:200])
             assert torch.equal(points.labels_N[:200], torch.arange(200))
         assert "all products" in caplog.text
@@ -363,7 +395,7 @@ def test_what_a_trial_takes_is_known_unless_it_is_hopeless():
     x = torch.randn(600, 40, generator=torch.Generator().manual_seed(0))
     with workers() as crew:
         points = Assignment(x, x.mean(0), crew, 2**40)
-        trial = assign._Trial(points, x[:70])
+        trial = choice.Trial(points, x[:70])
         for basis in bases(x, x.mean(0)):
             trial.few_seconds = torch.inf
             assert 0 < trial.seconds_per_row(basis, False) < torch.inf
@@ -378,7 +410,7 @@ def test_a_trial_is_of_points_that_are_no_centroids(k):
     x = torch.randn(40_960, 4, generator=torch.Generator().manual_seed(0))
     with workers() as crew:
         centroids = x[:: len(x) // k][:k]
-        trial = assign._Trial(Assignment(x, x.mean(0), crew, 0), centroids)
+        trial = choice.Trial(Assignment(x, x.mean(0), crew, 0), centroids)
     assert float((trial.d2_N == 0).float().mean()) <= 2 * k / len(x)
 
 
@@ -417,9 +449,9 @@ def test_codes_whose_product_could_overflow_are_not_tried(monkeypatch):
     x = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
     with workers() as crew:
         points = Assignment(x, x.mean(0), crew, 0)
-        assert any(basis.axes_DP is None for basis in points._bases(40)) == bool(INTEGERS)
-        monkeypatch.setattr(assign, "MOST_DIMS", 39)
-        assert all(basis.axes_DP is not None for basis in points._bases(40))
+        assert any(basis.axes_DP is None for basis in choice.bases_of(points)) == bool(INTEGERS)
+        monkeypatch.setattr(choice, "MOST_DIMS", 39)
+        assert all(basis.axes_DP is not None for basis in choice.bases_of(points))
     assert 127**2 * products.MOST_DIMS < 2**31 <= 127**2 * (products.MOST_DIMS + 1)
 
 
@@ -461,7 +493,7 @@ def test_kernels_without_a_place_for_their_cache_still_run(monkeypatch, caplog):
     assert "every process" in caplog.text
 
 
-@pytest.mark.parametrize("module", [bounded, direct, kernels, row_kernels], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [bounded, direct, kernels, moved, row_kernels], ids=lambda module: module.__name__)
 def test_kernels_take_the_address_of_arguments_alone(module):
     # numba frees an array after its last use by name: bounds of all products were once written to memory that was free
     for function in ast.walk(ast.parse(inspect.getsource(module))):

@@ -14,7 +14,7 @@ from scipy import stats
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
-from rb_gpu.learn import assign, devices, seeding
+from rb_gpu.learn import assign, choice, devices, seeding
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.kmeans import kmeans, kmeans_plus_plus, nearest
@@ -224,7 +224,7 @@ def test_restarts_keep_the_lowest_inertia():
 def test_codes_threads_and_row_blocks_do_not_change_a_bit(monkeypatch):
     # sums are integers and every assignment is exact: what only costs time or memory cannot show in the result
     x, _ = blobs(40, 100, 40, 1.5)
-    monkeypatch.setattr(assign, "SMALL_WORK", 0)
+    monkeypatch.setattr(choice, "SMALL_WORK", 0)
     whole = kmeans(x, 60, seed=2)
     threads = torch.get_num_threads()
     for count, budget in ((1, None), (threads, 0), (3, 0)):

@@ -63,9 +63,6 @@ class DeviceAssignment:
     def settle(self, centroids_KD: Tensor) -> None:
         """Nothing to do: d2 is always that to these."""
 
-    def choose(self, centroids_KD: Tensor) -> None:
-        """Nothing to choose: the whole product is regular work."""
-
     def nearer_halves(self, halves_2KD: Tensor, half_N: Tensor, d2_N: Tensor) -> None:
         """Of the halves 2l and 2l + 1 of each point's cluster l, the nearer, and its squared distance, in place."""
         for tile, x_TD in chunks(self.x_ND, 4 * self.x_ND.shape[1], self.device, budget=self.budget):

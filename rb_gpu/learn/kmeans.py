@@ -19,6 +19,7 @@ from torch import Tensor
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.checkpoint import Checkpoint
+from rb_gpu.learn.choice import choose
 from rb_gpu.learn.devices import full_precision, resolve_device, resolve_engine
 from rb_gpu.learn.distances import NORMED, normalise_
 from rb_gpu.learn.distributed import Ranks
@@ -142,7 +143,7 @@ def kmeans_plus_plus(
     [k] = checked_counts(k=k)
     with _opened(x, weight, metric, device, None, None, None) as opened:
         assignment, shard = opened.assignment, opened.shard
-        assignment.choose(shard.sample(k)[:k])
+        choose(assignment, shard.sample(k)[:k])
         seeds_KD = seed_plus_plus(assignment, shard, k, generator_of(seed, shard.device))
         seeds_KD = opened.points.frame.out(seeds_KD)
     return _as_given(x, seeds_KD), _as_given(x, assignment.labels_N)
@@ -227,7 +228,7 @@ def nearest(x_ND: Tensor, centroids_KD: Tensor, device: torch.device, engine: st
             return on_device.labels_N.cpu(), on_device.d2_N.cpu()
         with workers() as crew:
             assignment = Assignment(x_ND, middle_D, crew, 0)
-            assignment.choose(centroids_KD)
+            choose(assignment, centroids_KD)
             assignment.assign(centroids_KD)
     return assignment.labels_N, assignment.d2_N
 

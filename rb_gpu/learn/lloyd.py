@@ -17,6 +17,7 @@ from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.blocks import block_threads, row_hashes
 from rb_gpu.learn.checkpoint import Checkpoint, fingerprint
+from rb_gpu.learn.choice import choose
 from rb_gpu.learn.distances import normalise_
 from rb_gpu.learn.progress import step
 from rb_gpu.learn.repair import exchange
@@ -83,7 +84,7 @@ class Solver:
         """
         resumed = self._resumed()
         if resumed is None:
-            self.points.choose(self.shard.sample(k)[:k] if start is None else start)
+            choose(self.points, self.shard.sample(k)[:k] if start is None else start)
         run = None
         while self._progress.attempt < n_init:
             run = resumed or self._first_run(k, start, warm if self._progress.attempt == 0 else None)
@@ -125,12 +126,14 @@ class Solver:
 
     def _lloyd(self, centroids_KD: Tensor, n_iter: int) -> Run:
         """Lloyd's iterations from centroids whose assignment is held; after, that to those returned is."""
-        empty, converged = int(self._empty(len(centroids_KD)).sum()), False
+        sums, converged = self._held_sums(len(centroids_KD)), False
+        sums.update(self.points.labels_N)
+        empty = int(sums.empties().sum())
         while not converged and n_iter < min(self.max_iter, self._progress.until):
             n_iter += 1
             if empty > 0:
-                centroids_KD = self._filled(centroids_KD)
-            sums = self._summed(len(centroids_KD))
+                centroids_KD = self._filled(centroids_KD, sums.empties())
+                sums.update(self.points.labels_N)
             means_KD, mass_K, lost_K = sums.means()
             if self.on_sphere:
                 norm_K = means_KD.norm(dim=1, keepdim=True)
@@ -142,11 +145,11 @@ class Solver:
             squared_shift = (moved_K * mass_K).sum() / mass_K.sum()
             centroids_KD = updated_KD
             if n_iter == CHOOSE_AGAIN:
-                self.points.choose(centroids_KD)
+                choose(self.points, centroids_KD)
             self.points.assign(centroids_KD, moved_K.sqrt())
-            changes, empties_K = self.points.labels_N != sums.labels_N, self._empty(len(centroids_KD))
+            changed_any = sums.update(self.points.labels_N)
             # all that the host must know, at once: each time it asks, a GPU runs dry
-            told = torch.stack([squared_shift, changes.any().double(), empties_K.sum().double()]).tolist()
+            told = torch.stack([squared_shift, changed_any.double(), sums.empties().sum().double()]).tolist()
             shift, changed, empty = told[0] ** 0.5, told[1], int(told[2])
             step("Lloyd", n_iter, self.max_iter, "updates")
             converged = shift <= self.least_shift or self.shard.ranks.largest(changed) == 0
@@ -187,25 +190,24 @@ class Solver:
         uniform_N = uniform_N[shard.first : shard.first + len(rate_N)].clamp_(min=1e-300)
         clock_N = torch.where(rate_N > 0, -uniform_N.log() / rate_N, torch.inf)
         drawn_KD, known_K = shard.first_of_each(clock_N, labels_N, k)
-        _, mass_K, _ = self._summed(k).means()
+        _, mass_K, _ = self._held_sums(k).means()
         halves = ClusterSums(shard, self.peak_N, 2 * k, self.crew)
         moved_KD = exchange(self.points, centroids_KD, mass_K, drawn_KD, known_K, halves)
         return normalise_(moved_KD) if moved_KD is not None and self.on_sphere else moved_KD
 
-    def _summed(self, k: int) -> ClusterSums:
-        """The sums of the labels held; by difference, so they outlive restarts."""
+    def _held_sums(self, k: int) -> ClusterSums:
+        """The sums of the labels that the last update was of; by difference, so they outlive restarts."""
         if self._sums is None or len(self._sums.mass_K) != k:
             self._sums = ClusterSums(self.shard, self.peak_N, k, self.crew)
-        self._sums.update(self.points.labels_N)
         return self._sums
 
-    def _filled(self, centroids_KD: Tensor) -> Tensor:
-        """The centroids (K, D), of which those without weight are drawn anew as k-means++ would draw the last ones.
+    def _filled(self, centroids_KD: Tensor, empty_K: Tensor) -> Tensor:
+        """The centroids (K, D), of which the empty are drawn anew as k-means++ would draw the last ones.
 
         Drawn by D², as the farthest points are outliers, which as centroids keep none but themselves.
         """
         self.points.settle(centroids_KD)
-        k, empty_E = len(centroids_KD), torch.nonzero(self._empty(len(centroids_KD))).squeeze(1)
+        k, empty_E = len(centroids_KD), torch.nonzero(empty_K).squeeze(1)
         drawn_ED = more_seeds(self.points, self.shard, centroids_KD, k + len(empty_E), self.generator)[k:]
         labels_N = self.points.labels_N
         labels_N.copy_(torch.where(labels_N < k, labels_N, empty_E[(labels_N - k).clamp_(min=0)]))
@@ -215,12 +217,6 @@ class Solver:
             # centroids at one distance another may stay where points are not assigned anew
             self.points.assign(filled_KD)
         return filled_KD
-
-    def _empty(self, k: int) -> Tensor:
-        """Which clusters (K,) have no point of positive weight on any rank."""
-        taken_K1 = torch.zeros(k + 1, dtype=torch.int64, device=self.shard.device)
-        taken_K1.index_fill_(0, torch.where(self.shard.weight_N > 0, self.points.labels_N, k), 1)
-        return self.shard.ranks.total(taken_K1[:k]) == 0
 
     def _inertia(self) -> float:
         return exact_total(self.points.d2_N.double() * self.shard.weight_N, self.shard.ranks)
@@ -261,6 +257,6 @@ class Solver:
             "going on from %s: restart %d, %d updates done", self.checkpoint.path, facts["attempt"], facts["n_iter"]
         )
         centroids_KD = tensors["centroids"].to(self.shard.device)
-        self.points.choose(centroids_KD)
+        choose(self.points, centroids_KD)
         self.points.assign(centroids_KD)
         return self._lloyd(centroids_KD, facts["n_iter"])

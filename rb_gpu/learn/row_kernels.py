@@ -29,10 +29,10 @@ def move_masses(weight_N: Any, rows_M: Any, old_N: Any, new_N: Any, unit: float,
         i = rows_M[m]
         amount = np.int64(np.rint(np.float64(weight_N[i]) * unit))
         mass_K[new_N[i]] += amount
-        counts_K[new_N[i]] += 1
+        counts_K[new_N[i]] += weight_N[i] > 0
         if old_N[i] >= 0:
             mass_K[old_N[i]] -= amount
-            counts_K[old_N[i]] -= 1
+            counts_K[old_N[i]] -= weight_N[i] > 0
 
 
 @compiled()

@@ -54,7 +54,10 @@ def label_totals(values_N: Tensor, labels_N: Tensor, k: int, ranks: Ranks) -> Te
 
 
 class ClusterSums:
-    """Weighted sums of the points of each label; where reading them costs more, by those that changed theirs alone."""
+    """Weighted sums of the points of each label; where reading them costs more, by those that changed theirs alone.
+
+    counts_K: the points of positive weight.
+    """
 
     def __init__(self, shard: Shard, peak_N: Tensor, k: int, crew: Workers | None) -> None:
         """peak_N: the largest |coordinate| of each point. crew: workers on the host; None sums on the device."""
@@ -68,37 +71,39 @@ class ClusterSums:
         self.counts_K = torch.zeros(k, dtype=torch.int64, device=shard.device)
         self.labels_N = torch.full((len(self.x_ND),), -1, dtype=torch.int64, device=shard.device)
 
-    def update(self, labels_N: Tensor) -> None:
-        """Makes the sums those of these labels (N,) int64, none below 0."""
-        if self.crew is None and self.x_ND.device == labels_N.device:
+    def update(self, labels_N: Tensor) -> Tensor:
+        """Makes the sums those of these labels (N,) int64, none below 0, and says whether one differs from before."""
+        if self.crew is not None:
+            return self._move_by_workers(labels_N, self.crew)
+        changed = (labels_N != self.labels_N).any()
+        if self.x_ND.device == labels_N.device:
             self._sum_runs(labels_N)
         else:
             self._sum_differences(labels_N)
         self.labels_N.copy_(labels_N)
+        return changed
 
     def _sum_runs(self, labels_N: Tensor) -> None:
         """All points anew: on a device that holds them this takes less than to ask which of them moved."""
         order_N, bounds_K1 = runs(labels_N, len(self.counts_K))
         weight_N = self.weight_N.double()
         units_N = (weight_N * self.weight_unit).round().to(torch.int64)
-        self.counts_K, self.mass_K = bounds_K1.diff(), differences(units_N[order_N], bounds_K1)
+        self.mass_K = differences(units_N[order_N], bounds_K1)
+        self.counts_K = differences((weight_N > 0).to(torch.int64)[order_N], bounds_K1)
         self.sums_KD = run_sums(self.x_ND, weight_N * self.unit, order_N, bounds_K1, self.engine)
 
     def _sum_differences(self, labels_N: Tensor) -> None:
         """Only the points whose label changed: the others need not be read."""
-        if self.crew is not None:
-            self._move_by_workers(labels_N, self.crew)
-            return
         rows_M = torch.nonzero(labels_N != self.labels_N).squeeze(1)
         old_M, new_M = self.labels_N[rows_M], labels_N[rows_M]
-        units_M = (self.weight_N[rows_M].double() * self.weight_unit).round().to(torch.int64)
-        leaves_M, ones_M = old_M >= 0, torch.ones_like(units_M)
-        for totals_K, amount_M in ((self.mass_K, units_M), (self.counts_K, ones_M)):
+        weight_M, leaves_M = self.weight_N[rows_M].double(), old_M >= 0
+        units_M, present_M = (weight_M * self.weight_unit).round().to(torch.int64), (weight_M > 0).to(torch.int64)
+        for totals_K, amount_M in ((self.mass_K, units_M), (self.counts_K, present_M)):
             totals_K.index_add_(0, new_M, amount_M)
             totals_K.index_add_(0, old_M[leaves_M], -amount_M[leaves_M])
         self._move(rows_M, old_M, new_M)
 
-    def _move_by_workers(self, labels_N: Tensor, crew: Workers) -> None:
+    def _move_by_workers(self, labels_N: Tensor, crew: Workers) -> Tensor:
         """The same by workers that share no number: each has sums of its own, or columns where those would be large."""
         x, weight, old, new = (t.numpy() for t in (self.x_ND, self.weight_N, self.labels_N, labels_N))
         rows_N = np.empty(len(new), np.int64)
@@ -113,12 +118,14 @@ class ClusterSums:
 
             crew.each(len(rows_M), OWN_ROWS, rows)
             sums_KD += own_WKD.sum(0)
-            return
+        else:
 
-        def columns(_worker: int, left: int, right: int) -> None:
-            move_rows(x, weight, rows_M, old, new, self.unit, left, right, sums_KD)
+            def columns(_worker: int, left: int, right: int) -> None:
+                move_rows(x, weight, rows_M, old, new, self.unit, left, right, sums_KD)
 
-        crew.each(dims, -(-dims // crew.count), columns)
+            crew.each(dims, -(-dims // crew.count), columns)
+        old[rows_M] = new[rows_M]
+        return torch.tensor(len(rows_M) > 0)
 
     def _move(self, rows_M: Tensor, old_M: Tensor, new_M: Tensor) -> None:
         """The same by torch, for points on the host whose sums are on the device."""
@@ -129,6 +136,10 @@ class ClusterSums:
             self.sums_KD.index_add_(0, new_M[tile], units_TD)
             leaves_T = old_M[tile] >= 0
             self.sums_KD.index_add_(0, old_M[tile][leaves_T], -units_TD[leaves_T])
+
+    def empties(self) -> Tensor:
+        """Which labels (K,) have no point of positive weight on any rank."""
+        return self.ranks.total(self.counts_K.clone()) == 0
 
     def means(self) -> tuple[Tensor, Tensor, Tensor]:
         """Over all ranks: means (K, D) float64, masses (K,) float64, and which have none to speak of (K,)."""
