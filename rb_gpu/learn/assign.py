@@ -37,8 +37,8 @@ CODED_NUMBERS = 2**18
 TURNS = 8
 # centroids that are lowered by all their products where points would have to be coded for it
 FEW = 32
-# dims up to which differences take no longer than products
-FEW_DIMS = 32
+# dims up to which differences take no longer than products: of any centroids, and of few
+FEW_DIMS, FEWS_DIMS = 32, 128
 # share of the free memory that codes of the points take where nothing else is said
 CODE_SHARE = 0.25
 
@@ -72,7 +72,7 @@ class Assignment:
         self.work = Work()
         self.codes: Codes | None = None
         self.candidates: list[Basis] | None = None
-        self._loose, self._next_N = False, torch.empty(0)
+        self._loose, self._next_N = False, torch.empty(0, dtype=torch.float32)
 
     def reset(self) -> None:
         """Forgets labels and distances."""
@@ -91,7 +91,7 @@ class Assignment:
         `settle`: the point of a label that no other is as near to need not be read.
         """
         known = bool(self.labels_N[0] >= 0)
-        if known and self.x_ND.shape[1] <= FEW_DIMS and self._at_once(len(centroids_KD)):
+        if known and self._at_once(len(centroids_KD)) and self.by_differences(len(centroids_KD)):
             self._follow(centroids_KD, moved_K)
             return
         if moved_K is None:
@@ -124,6 +124,10 @@ class Assignment:
         """Whether all products with so many centroids are taken."""
         return self.direct or (self.codes is None and count <= FEW)
 
+    def by_differences(self, count: int) -> bool:
+        """Whether all points with a label are compared with so many centroids, taken at once, by `following`."""
+        return self.x_ND.shape[1] <= (FEWS_DIMS if count <= FEW else FEW_DIMS)
+
     def _run(self, centroids_KD: Tensor, first: int, *, refresh: bool) -> None:
         count, self._next_N = len(centroids_KD) - first, self._next_N[:0]
         if self._at_once(count):
@@ -142,12 +146,12 @@ class Assignment:
         self.work.computed += sum(computed)
 
     def _follow(self, centroids_KD: Tensor, moved_K: Tensor | None) -> None:
-        """The assignment where dims are few and labels are known: of centroids that moved so far, or anywhere."""
+        """The assignment by differences where labels are known: to centroids that moved so far, or are anywhere."""
         anywhere, self._loose = moved_K is None, True
         if moved_K is None:
             self._next_N = self._next_N[:0]
             self.d2_N.fill_(torch.inf)
-            moved_K = torch.zeros(len(centroids_KD))
+            moved_K = torch.zeros(len(centroids_KD), dtype=torch.float64)
         self._each(self.following(centroids_KD, moved_K, len(self.x_ND)), len(centroids_KD))
         if anywhere:
             self.settle(centroids_KD)
@@ -166,7 +170,7 @@ class Assignment:
     def following(self, centroids_KD: Tensor, moved_K: Tensor, of: int) -> Callable[[int, int], int]:
         """What assigns rows start to stop to centroids that moved so far; see `moved.following`."""
         if len(self._next_N) == 0:
-            self._next_N = torch.zeros(len(self.x_ND))
+            self._next_N = torch.zeros(len(self.x_ND), dtype=torch.float32)
         x, centroids, moved = (t.numpy() for t in (self.x_ND, centroids_KD, moved_K))
         states = self.labels_N.numpy(), self.d2_N.numpy(), self._next_N.numpy()
         return following(x, centroids, moved, *states, of)

@@ -11,7 +11,7 @@ import time
 import torch
 from torch import Tensor
 
-from rb_gpu.learn.assign import FEW_DIMS, LARGEST_TILE, Assignment
+from rb_gpu.learn.assign import LARGEST_TILE, Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.coarse import Basis, coded_blocks, principal_bases, project
 from rb_gpu.learn.products import FLOAT32, MOST_DIMS, integer_product
@@ -93,13 +93,15 @@ class Trial(Assignment):
         """The least time of one assignment, labels known, with codes kept where all points' would be; and of coding
         them, unless they are coded, its share of WORTH_ITERATIONS. Infinity where few rows took far longer than before.
         """
-        rows, few_dims = len(self.x_ND), self.x_ND.shape[1] <= FEW_DIMS
+        rows = len(self.x_ND)
         self._code_budget = self.of.room() // max(1, len(self.of.x_ND) // rows)
         started = time.perf_counter()
         self.use(basis)
         coding = 0.0 if coded or self.codes is None else (time.perf_counter() - started) / WORTH_ITERATIONS
-        if basis is None and few_dims:
-            compare = self.following(self.centroids_KD, torch.zeros(len(self.centroids_KD)), len(self.of.x_ND))
+        if basis is None and self.by_differences(len(self.centroids_KD)):
+            compare = self.following(
+                self.centroids_KD, torch.zeros(len(self.centroids_KD), dtype=torch.float64), len(self.of.x_ND)
+            )
         elif basis is None:
             compare = self.comparing(self.centroids_KD, 0, len(self.of.x_ND), refresh=False)
         else:
