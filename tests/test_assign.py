@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rb_gpu.learn import assign, bounded, choice, coarse, direct, kernels, moved, products, row_kernels, vectors
+from rb_gpu.learn import assign, bounded, choice, coarse, differences, direct, kernels, products, row_kernels, vectors
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, encode, principal_bases, project
@@ -228,7 +228,7 @@ def test_centroids_that_move_need_not_be_compared_with_all_points(seed, n, k, di
     # from each to the next is known or not, though it may take as long as what it saves
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assign, "GAPS", gaps)
-        patch.setattr(moved, "GAPS", gaps)
+        patch.setattr(differences, "GAPS", gaps)
         moved_and_compared(seed, n, k, dims, scale, offset, steps)
 
 
@@ -493,7 +493,9 @@ def test_kernels_without_a_place_for_their_cache_still_run(monkeypatch, caplog):
     assert "every process" in caplog.text
 
 
-@pytest.mark.parametrize("module", [bounded, direct, kernels, moved, row_kernels], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [bounded, differences, direct, kernels, row_kernels], ids=lambda module: module.__name__
+)
 def test_kernels_take_the_address_of_arguments_alone(module):
     # numba frees an array after its last use by name: bounds of all products were once written to memory that was free
     for function in ast.walk(ast.parse(inspect.getsource(module))):

@@ -21,9 +21,9 @@ from torch import Tensor
 from rb_gpu.learn.bounded import lower_rows
 from rb_gpu.learn.coarse import Basis, CodedBlock, Codes, coded_blocks, encode, project
 from rb_gpu.learn.devices import free_memory
+from rb_gpu.learn.differences import GAPS, following, lowering
 from rb_gpu.learn.direct import Columns, first_rows, least_gaps, nearer_rows
 from rb_gpu.learn.kernels import ROUNDOFF, nearer_halves, own_distances, widen
-from rb_gpu.learn.moved import GAPS, following
 from rb_gpu.learn.products import GROUP
 from rb_gpu.learn.vectors import LANES
 from rb_gpu.learn.workers import Workers
@@ -125,7 +125,7 @@ class Assignment:
         return self.direct or (self.codes is None and count <= FEW)
 
     def by_differences(self, count: int) -> bool:
-        """Whether all points with a label are compared with so many centroids, taken at once, by `following`."""
+        """Whether all products with so many centroids are taken by `differences` in place of `direct`."""
         return self.x_ND.shape[1] <= (FEWS_DIMS if count <= FEW else FEW_DIMS)
 
     def _run(self, centroids_KD: Tensor, first: int, *, refresh: bool) -> None:
@@ -168,7 +168,7 @@ class Assignment:
         self.work.computed += sum(compared_W) * count
 
     def following(self, centroids_KD: Tensor, moved_K: Tensor, of: int) -> Callable[[int, int], int]:
-        """What assigns rows start to stop to centroids that moved so far; see `moved.following`."""
+        """What assigns rows start to stop to centroids that moved so far; see `differences.following`."""
         if len(self._next_N) == 0:
             self._next_N = torch.zeros(len(self.x_ND), dtype=torch.float32)
         x, centroids, moved = (t.numpy() for t in (self.x_ND, centroids_KD, moved_K))
@@ -202,6 +202,8 @@ class Assignment:
         x, middle, centroids, labels, d2 = (
             t.numpy() for t in (self.x_ND, self.basis.middle_D, centroids_KD, self.labels_N, self.d2_N)
         )
+        if self.by_differences(len(centroids) - first):
+            return lowering(x, centroids, first, labels, d2)
         columns = Columns(centroids[first:], middle)
         given = middle, columns.columns_BDW, columns.half_C, columns.slack, first, centroids
         if labels[0] < 0:

@@ -38,8 +38,14 @@ def exchange(
     inertia. points hold the assignment to the centroids, mass_K (K,) float64 its weights; halves are the sums of 2K
     labels that the 2-means needs.
     """
-    gain_K, halves_2KD, inertia = _split_gains(points, centroids_KD, drawn_KD, known_K, halves)
+    weighted_N = halves.weight_N.double() * points.d2_N
+    before_K = label_totals(weighted_N, points.labels_N, len(centroids_KD), halves.ranks)
     cost_K, partner_K = _merge_costs(centroids_KD, mass_K)
+    # a split gains less than its cluster's inertia: where clusters lie far apart none pays, whatever it is
+    if float(before_K.max()) <= LEAST_COVERED * float(cost_K.min()):
+        return None
+    gain_K, halves_2KD = _split_gains(points, before_K, centroids_KD, drawn_KD, known_K, halves)
+    inertia = float(before_K.sum())
     merges = sorted((cost, i, j) for i, (cost, j) in enumerate(zip(cost_K.tolist(), partner_K.tolist(), strict=True)))
     splits = sorted((gain, i) for i, gain in enumerate(gain_K.tolist()))
     used: set[int] = set()
@@ -71,16 +77,16 @@ def exchange(
 
 def _split_gains(
     points: Assignment | DeviceAssignment,
+    before_K: Tensor,
     centroids_KD: Tensor,
     drawn_KD: Tensor,
     known_K: Tensor,
     halves: ClusterSums,
-) -> tuple[Tensor, Tensor, float]:
-    """What a 2-means inside each cluster saves (K,) float64, its two centroids at rows 2i and 2i + 1, all inertia."""
+) -> tuple[Tensor, Tensor]:
+    """What a 2-means inside each cluster saves of its inertia (K,) float64, and its two centroids: rows 2i, 2i + 1."""
     k, ranks, weight_N = len(centroids_KD), halves.ranks, halves.weight_N.double()
     # the plane through the centroid: from the centroid and a member itself, an outlier would be split off alone
     halves_2KD = torch.stack([2 * centroids_KD - drawn_KD, drawn_KD], dim=1).reshape(2 * k, -1)
-    before_K = label_totals(weight_N * points.d2_N, points.labels_N, k, ranks)
     after_K = before_K
     half_N, d2_N = torch.empty_like(points.labels_N), torch.empty_like(points.d2_N)
     for _ in range(SPLIT_ITERATIONS):
@@ -89,7 +95,7 @@ def _split_gains(
         halves.update(half_N)
         means_2KD, _, lost_2K = halves.means()
         halves_2KD = torch.where(lost_2K[:, None], halves_2KD, means_2KD.float())
-    return torch.where(known_K, before_K - after_K, 0.0), halves_2KD, float(before_K.sum())
+    return torch.where(known_K, before_K - after_K, 0.0), halves_2KD
 
 
 def _merge_costs(centroids_KD: Tensor, mass_K: Tensor) -> tuple[Tensor, Tensor]:

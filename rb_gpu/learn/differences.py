@@ -1,9 +1,10 @@
-"""Nearest centroids after each moved a little: bounds bear most labels out (Hamerly 2010), and what is left is compared
-with all centroids, many points at a time, one in each number of a vector.
+"""Nearest centroids by differences from all of them, many points at a time, one in each number of a vector: the
+fastest way where dims are few, as no point needs a sum over a vector's numbers. Where centroids moved a little, bounds
+bear most labels out before (Hamerly 2010).
 
-Distances are taken from differences, so that their relative error is at most (D + 2)·2^-24, and no point needs a sum
-over a vector's numbers: the fastest way where dims are few. Where two centroids are as near, `nearest_of_two` decides.
-Suffixes: N points, T points of one tile, K centroids, D dims.
+The relative error of such distances is at most (D + 2)·2^-24; where two centroids are as near `nearest_of_two` decides.
+Labels and exact distances are to the bit those of `direct` and of `bounded`, for the same reasons.
+Suffixes: N points, T points of one tile, K centroids, C of them made even by one that is infinitely far, D dims.
 """
 
 from __future__ import annotations
@@ -73,17 +74,54 @@ def _lower(
 
 
 @compiled()
+def lowered_rows(
+    x_ND: Any, start: int, stop: int, centroids_CD: Any, first: int, k: int, labels_N: Any, d2_N: Any, y_DT: Any,
+    least_T: Any, next_T: Any, label_T: Any,
+) -> None:  # fmt: skip
+    """Lowers labels int64 and d2 float32 of rows start to stop by the centroids first to k; a label below 0 is none
+    yet. What ends in T is written to.
+    """
+    dims = x_ND.shape[1]
+    near = np.float32(2 * (dims + 2) * ROUNDOFF)
+    # what rounding may take from a squared distance and from another that it is compared with
+    less = np.float32(1 - (4 * dims + 16) * ROUNDOFF)
+    y, centroids = y_DT.ctypes.data, centroids_CD.ctypes.data
+    known = least_T.ctypes.data, next_T.ctypes.data, label_T.ctypes.data
+    for tile in range(start, stop, TILE):
+        points = min(TILE, stop - tile)
+        for p in range(points):
+            for t in range(dims):
+                y_DT[t, p] = x_ND[tile + p, t]
+        least_T[:], next_T[:], label_T[:] = np.inf, np.inf, first
+        for j in range(first, k, 2):
+            _lower(y, centroids + 4 * dims * j, dims, j, *known)
+        for p in range(points):
+            i, nearest = tile + p, np.int64(label_T[p])
+            label, best = labels_N[i], d2_N[i]
+            if label < 0:
+                label, best = nearest, squared_distance(x_ND, i, centroids_CD, nearest)
+            elif least_T[p] * less > best:
+                continue
+            else:
+                label, best = nearest_of_two(x_ND, i, centroids_CD, label, best, nearest, near)
+            if not next_T[p] * less > best:
+                for j in range(first, k):
+                    if j != label:
+                        label, best = nearest_of_two(x_ND, i, centroids_CD, label, best, j, near)
+            labels_N[i], d2_N[i] = label, best
+
+
+@compiled()
 def moved_rows(
     x_ND: Any, start: int, stop: int, centroids_CD: Any, moved_K: Any, others_K: Any, half_K: Any, labels_N: Any,
     d2_N: Any, next_N: Any, y_DT: Any, least_T: Any, next_T: Any, label_T: Any,
 ) -> Any:  # fmt: skip
     """Labels int64 of rows start to stop after each centroid moved so far, and of the others none further than
-    others (K,); returns the points that were compared. C: K made even, by a centroid that is infinitely far. What
-    ends in T is written to.
+    others (K,); returns the points that were compared. What ends in T is written to.
 
     d2 float32 is no less than that of the label, but for rounding, and next float32 no more than the distance to any
     other centroid, before and after: where these bear the label out, or d2 is below half (K,) the way from its centroid
-    to the next, the point is not read. Labels are to the bit those of `direct.nearer_rows`, for the same reasons.
+    to the next, the point is not read.
     """
     dims, k = x_ND.shape[1], moved_K.shape[0]
     near = np.float32(2 * (dims + 2) * ROUNDOFF)
@@ -124,6 +162,36 @@ def moved_rows(
     return compared
 
 
+def _tile(dims: int) -> tuple[NDArray[Any], ...]:
+    """What a call writes to: points (D, T), their least squared distances (T,), the next ones, labels of the least."""
+    return *(np.zeros(shape, np.float32) for shape in ((dims, TILE), TILE, TILE)), np.zeros(TILE, np.int32)
+
+
+def _made_even(centroids_KD: NDArray[np.float32], first: int) -> NDArray[np.float32]:
+    """The centroids (C, D), of which those from `first` on are an even number."""
+    k, dims = centroids_KD.shape
+    centroids_CD = np.full((k + (k - first) % 2, dims), np.inf, np.float32)
+    centroids_CD[:k] = centroids_KD
+    return centroids_CD
+
+
+def lowering(
+    x_ND: NDArray[np.float32],
+    centroids_KD: NDArray[np.float32],
+    first: int,
+    labels_N: NDArray[np.int64],
+    d2_N: NDArray[np.float32],
+) -> Callable[[int, int], int]:
+    """What lowers labels and d2 of rows start to stop by the centroids from `first` on, and says how many those are."""
+    (k, dims), centroids_CD = centroids_KD.shape, _made_even(centroids_KD, first)
+
+    def lower(start: int, stop: int) -> int:
+        lowered_rows(x_ND, start, stop, centroids_CD, first, k, labels_N, d2_N, *_tile(dims))
+        return stop - start
+
+    return lower
+
+
 def following(
     x_ND: NDArray[np.float32],
     centroids_KD: NDArray[np.float32],
@@ -137,26 +205,21 @@ def following(
 
     d2 and next are as `moved_rows` has them. of: the points that this is done for.
     """
-    k, dims = centroids_KD.shape
-    centroids_CD = np.full((k + k % 2, dims), np.inf, np.float32)
-    centroids_CD[:k] = centroids_KD
+    (k, dims), centroids_CD = centroids_KD.shape, _made_even(centroids_KD, 0)
     furthest = int(moved_K.argmax())
     others_K = np.full(k, moved_K[furthest])
     others_K[furthest] = np.delete(moved_K, furthest).max(initial=0)
     # rounded up, as it is taken from bounds that may hardly be larger
     given = moved_K.astype(np.float32), (others_K * (1 + 2**-20)).astype(np.float32)
 
-    def tile() -> tuple[NDArray[Any], ...]:
-        return *(np.zeros(shape, np.float32) for shape in ((dims, TILE), TILE, TILE)), np.zeros(TILE, np.int32)
-
     half_K, still_K = np.zeros((2, k), np.float32)
     if GAPS * k <= of:
         known = np.arange(k), np.full(k, np.inf, np.float32), half_K
-        moved_rows(centroids_CD, 0, k, centroids_CD, still_K, still_K, still_K, *known, *tile())
+        moved_rows(centroids_CD, 0, k, centroids_CD, still_K, still_K, still_K, *known, *_tile(dims))
         half_K *= np.float32(0.5 * (1 - 2**-20))
     states = half_K, labels_N, d2_N, next_N
 
     def follow(start: int, stop: int) -> int:
-        return int(moved_rows(x_ND, start, stop, centroids_CD, *given, *states, *tile()))
+        return int(moved_rows(x_ND, start, stop, centroids_CD, *given, *states, *_tile(dims)))
 
     return follow
