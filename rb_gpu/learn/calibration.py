@@ -1,8 +1,10 @@
 """Whether confidence keeps its word: of patterns foretold to beat the default with some probability, how many did.
 
 Held-out means are noisy themselves. What is compared is therefore not the confidence but the probability that follows
-from it for the held-out mean: a normal gain with the confidence's standard deviation, plus the mean's own error.
-Suffixes: Q queries, R rounds (as in valuation.py), P leaf patterns, B bins.
+from it for the held-out mean: a normal gain with the confidence's standard deviation, plus the mean's own error. Where
+a pattern has many queries that error is normal too. Of few it is not, as single gains are skewed (most save a little,
+some lose much), and its size is not known from them: it is drawn from all gains under that config (Efron's bootstrap).
+Suffixes: Q queries, A those on which the bank acts, R rounds (as in valuation.py), P leaf patterns, K configs, B bins.
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ Floats = npt.NDArray[np.float64]
 BINS = 10
 LEAST_QUERIES = 3
 DRAWS = 1000
+# queries of a pattern from which on their mean's error is normal; gains from which a config's spread is known
+MANY_QUERIES, LEAST_GAINS = 100, 30
+# gains that all draws take together at most, but for LEAST_DRAWS of them
+MOST_DRAWN, LEAST_DRAWS = 2 * 10**7, 100
 # confidences are float32: nearer to 1 they cannot be told apart
 NEAR_ONE = 1.0 - 1e-7
 
@@ -68,22 +74,52 @@ def measure_calibration(
     z_Q = stats.norm.ppf(np.clip(promise.confidence, 1.0 - NEAR_ONE, NEAR_ONE))
     sd_Q = np.divide(lead_Q, z_Q, out=np.zeros_like(lead_Q), where=np.abs(z_Q) > 1e-6)
 
-    leaf = leaf_Q[acts_Q]
-    count_P = np.bincount(leaf)
+    leaf_A, seen_A = leaf_Q[acts_Q], seen_Q[acts_Q]
+    count_P = np.bincount(leaf_A)
 
-    def mean(values_Q: Floats) -> Floats:
-        return np.asarray(np.bincount(leaf, values_Q[acts_Q]) / np.maximum(count_P, 1))
+    def mean(values_A: Floats) -> Floats:
+        return np.asarray(np.bincount(leaf_A, values_A) / np.maximum(count_P, 1))
 
-    seen_P = mean(seen_Q)
-    away_Q = np.zeros(queries)
-    away_Q[acts_Q] = seen_Q[acts_Q] - seen_P[leaf]
-    error_P = mean(away_Q**2) / np.maximum(count_P - 1, 1)
-    total_P = np.sqrt(mean(sd_Q) ** 2 + error_P)
-    told_P = np.bincount(leaf, telling_rows(valuation, choice_Q, default_Q)[acts_Q])
-    judged_P = (told_P >= LEAST_ROWS) & (count_P >= LEAST_QUERIES) & (total_P > 0)
+    seen_P, lead_P, sd_P = mean(seen_A), mean(lead_Q[acts_Q]), mean(sd_Q[acts_Q])
+    away_A = seen_A - seen_P[leaf_A]
+    error_P = np.sqrt(mean(away_A**2) / np.maximum(count_P - 1, 1))
+    told_P = np.bincount(leaf_A, telling_rows(valuation, choice_Q, default_Q)[acts_Q])
+    judged_P = (told_P >= LEAST_ROWS) & (count_P >= LEAST_QUERIES) & (np.hypot(sd_P, error_P) > 0)
     if judged_P.sum() < BINS:
         return None
-    return compare(stats.norm.cdf(mean(lead_Q)[judged_P] / total_P[judged_P]), seen_P[judged_P] > 0, seed)
+    foretold_P = _exceeding(lead_P, np.hypot(sd_P, error_P))
+    few_A = judged_P[leaf_A] & (count_P[leaf_A] < MANY_QUERIES)
+    if few_A.any():
+        # what a pattern's own mean takes from its gains' spread
+        away_A = away_A * np.sqrt(count_P / np.maximum(count_P - 1, 1))[leaf_A]
+        few_P, leaf_F = np.unique(leaf_A[few_A], return_inverse=True)
+        foretold_P[few_P] = _of_few(lead_P[few_P], sd_P[few_P], away_A[few_A], choice_Q[acts_Q][few_A], leaf_F, seed)
+    return compare(foretold_P[judged_P], seen_P[judged_P] > 0, seed)
+
+
+def _exceeding(mean: Floats, sd: Floats) -> Floats:
+    """The probability that normal variables exceed 0; of one that does not vary, whether it does."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.where(sd > 0, stats.norm.cdf(mean / sd), (mean > 0) + 0.5 * (mean == 0)))
+
+
+def _of_few(lead_P: Floats, sd_P: Floats, away_A: Floats, config_A: Choice, leaf_A: Choice, seed: int) -> Floats:
+    """The probability that the mean of each pattern's few gains exceeds 0, where these differ from what is expected as
+    any away (A,) under their config does, or under all where it was chosen too seldom to tell.
+    """
+    _, kind_A, count_K = np.unique(config_A, return_inverse=True, return_counts=True)
+    order_A = np.argsort(kind_A, kind="stable")
+    pool_A = (away_A - (np.bincount(kind_A, away_A) / count_K)[kind_A])[order_A]
+    known_K = count_K >= LEAST_GAINS
+    first_A = np.where(known_K, np.cumsum(count_K) - count_K, 0)[kind_A]
+    size_A = np.where(known_K, count_K, len(pool_A))[kind_A]
+    count_P, rng = np.bincount(leaf_A), np.random.default_rng(seed)
+    draws = min(DRAWS, max(LEAST_DRAWS, MOST_DRAWN // len(pool_A)))
+    exceeding_P = np.zeros(len(lead_P))
+    for _ in range(draws):
+        drawn_A = pool_A[first_A + (rng.random(len(pool_A)) * size_A).astype(np.int64)]
+        exceeding_P += _exceeding(lead_P + np.bincount(leaf_A, drawn_A) / count_P, sd_P)
+    return exceeding_P / draws
 
 
 def compare(foretold_P: Floats, seen_P: npt.NDArray[np.bool_], seed: int) -> Calibration:
