@@ -43,6 +43,7 @@ SUITES: dict[str, Suite] = {
     "lookup": (lookup.measure, lookup_tables, plot_lookup),
     "cluster": (partial(cluster.measure, "cluster"), cluster_tables, plot_cases),
     "seed": (partial(cluster.measure, "seed"), cluster_tables, plot_cases),
+    "whole": (partial(cluster.measure, "whole"), cluster_tables, plot_cases),
     "growth": (growth.measure, growth_tables, plot_growth),
     "load": (load.measure, load_tables, plot_load),
     "decisions": (decisions.measure, decision_tables, plot_decisions),

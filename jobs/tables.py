@@ -144,9 +144,10 @@ def number(value: float, form: str, unit: str = "") -> str:
 
 
 def cluster_tables(result: dict[str, Any]) -> str:
-    """The suites cluster and seed: seconds with inertia over ours, by data, k and contestant."""
+    """The suites cluster, seed and whole: seconds with inertia over ours, by data, k and contestant."""
     facts = result["machine"]
-    what = "seeding" if result["suite"] == "seed" else f"{result['settings']['iterations']} Lloyd iterations"
+    iterations = f"{result['settings']['iterations']} Lloyd iterations"
+    what = {"seed": "seeding", "whole": "whole calls, each as it comes", "cluster": iterations}[result["suite"]]
     rows = []
     for case in result["cases"]:
         ours = case["rows"]["ours"]

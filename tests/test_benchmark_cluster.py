@@ -1,4 +1,4 @@
-"""The suites cluster and seed at a tiny size: every contestant is measured, or named as missing."""
+"""The suites cluster, seed and whole at a tiny size: every contestant is measured, or named as missing."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ SETTINGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("suite", ["cluster", "seed"])
-def test_contestants_are_measured_on_the_same_points(suite: str, tmp_path: Path) -> None:
-    result = json.loads(json.dumps(cluster.measure(suite, SETTINGS)))
+@pytest.mark.parametrize(
+    ("suite", "peer"), [("cluster", "plain torch"), ("seed", "sequential torch"), ("whole", "faiss")]
+)
+def test_contestants_are_measured_on_the_same_points(suite: str, peer: str, tmp_path: Path) -> None:
+    if peer == "faiss":
+        pytest.importorskip("faiss")
+    result = json.loads(json.dumps(cluster.measure(suite, SETTINGS | {"peers": [peer]})))
     rows = result["cases"][0]["rows"]
-    peer = "plain torch" if suite == "cluster" else "sequential torch"
     assert set(rows) == ({"ours", "ours, lean", peer} if suite == "cluster" else {"ours", peer})
     assert all(row["seconds"] > 0 for row in rows.values())
     assert result["cases"][0]["exact_share"] == 1.0
@@ -53,7 +56,7 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_every_peer_of_the_settings_is_known() -> None:
-    known = {name for name in (*kmeans_peers.CLUSTER, *kmeans_peers.SEED) if not name.startswith("ours")}
+    known = {name for suite in kmeans_peers.CONTESTANTS.values() for name in suite if not name.startswith("ours")}
     assert known == set(PEERS)
 
 
@@ -64,6 +67,13 @@ def test_every_peer_of_the_settings_is_known() -> None:
 def test_what_cannot_be_measured_is_an_error(change: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         cluster.measure("cluster", SETTINGS | change)
+
+
+def test_blobs_lie_about_as_many_centres() -> None:
+    x = cluster.points("blobs", {"n": 4000, "dim": 24, "seed": 0})
+    assert x.shape == (4000, 24) and x.dtype == np.float32
+    found = kmeans_peers.whole_ours(x, 32, 0)
+    assert cluster.inertia(x, found)[0] == pytest.approx(4 * 24 * 4000, rel=0.05)
 
 
 def test_points_of_a_file_are_its_rows(tmp_path: Path) -> None:

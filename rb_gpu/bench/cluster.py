@@ -1,4 +1,4 @@
-"""The suites cluster and seed: k-means beside its peers, every call in a process of its own, interleaved in rounds.
+"""The suites cluster, seed and whole: k-means beside its peers, each call in its own process, interleaved in rounds.
 
 Suffixes: N points, K clusters, D dims.
 """
@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rb_gpu.bench.kmeans_peers import CLUSTER, SEED
+from rb_gpu.bench.kmeans_peers import CONTESTANTS
 from rb_gpu.bench.runner import in_process, interleaved, machine
 from rb_gpu.errors import ConfigError
 from rb_gpu.learn.kmeans import nearest
 
 Matrix = npt.NDArray[np.float32]
-TOPICS, INTRINSIC = 2000, 30
+TOPICS, INTRINSIC, BLOBS = 2000, 30, 32
 EXACT_ROWS = 2000
 PEAK_SIZE, PEAK_ROUNDS = 3072, 7
 
@@ -45,8 +45,17 @@ def gauss(n: int, dim: int, seed: int) -> Matrix:
     return np.random.default_rng([1, seed]).standard_normal((n, dim), dtype=np.float32)
 
 
+def blobs(n: int, dim: int, seed: int) -> Matrix:
+    """Round clusters (n, D), 32 of them, some of which overlap where dims are few: what libraries are tried on."""
+    rng = np.random.default_rng([3, seed])
+    centre = rng.uniform(-10, 10, (BLOBS, dim))
+    return np.asarray(centre[rng.integers(BLOBS, size=n)] + 2 * rng.standard_normal((n, dim)), dtype=np.float32)
+
+
 def points(name: str, settings: dict[str, Any]) -> Matrix:
-    """`emb`, `gauss` (of a third of the dims), or the rows of a .npy file. Raises ConfigError where it is none."""
+    """`emb`, `gauss` (of a third of the dims), `blobs`, or the rows of a .npy file. Raises ConfigError at others."""
+    if name == "blobs":
+        return blobs(settings["n"], settings["dim"], settings["seed"])
     if name in ("emb", "gauss"):
         dim = settings["dim"] if name == "emb" else max(2, settings["dim"] // 3)
         if name == "emb" and dim < INTRINSIC:
@@ -55,7 +64,9 @@ def points(name: str, settings: dict[str, Any]) -> Matrix:
     try:
         x = np.load(name, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"points={name} is neither emb, gauss nor a .npy file ({error}); name one of them") from error
+        raise ConfigError(
+            f"points={name} is neither emb, gauss, blobs nor a .npy file ({error}); name one of them"
+        ) from error
     if x.ndim != 2:
         raise ConfigError(f"points={name} has shape {x.shape}; store an (N, D) matrix")
     return np.array(x[: settings["n"]], dtype=np.float32)
@@ -95,7 +106,7 @@ def best_kernels() -> dict[str, str]:
 def one_case(x: Matrix, name: str, k: int, suite: str, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """All contestants on one matrix and one k."""
     np.save(folder / "x.npy", x)
-    known = CLUSTER if suite == "cluster" else SEED
+    known = CONTESTANTS[suite]
     contestants = [one for one in known if one.startswith("ours") or one in settings["peers"]]
     rows: dict[str, Any] = {}
     memory: dict[str, int] = {}
@@ -105,14 +116,14 @@ def one_case(x: Matrix, name: str, k: int, suite: str, settings: dict[str, Any],
         given = {
             "suite": suite, "name": contestant, "x": str(folder / "x.npy"), "n": len(x), "k": k,
             "iterations": settings["iterations"],
-            "seed": turn if suite == "seed" else settings["seed"], "out": str(folder / f"{contestant}.npy"),
+            "seed": settings["seed"] if suite == "cluster" else turn, "out": str(folder / f"{contestant}.npy"),
         }  # fmt: skip
         found = in_process("rb_gpu.bench.kmeans_peers", given, threads=os.cpu_count() or 1, environment=environment)
         if "missing" in found:
             rows[contestant] = f"{found['missing']} is not installed"
             return np.array([np.nan, np.nan])
         memory[contestant] = max(memory.get(contestant, 0), found.get("peak_bytes_over_start", 0))
-        if suite == "seed" or turn == 1:
+        if suite != "cluster" or turn == 1:
             quality[contestant] = inertia(x, np.load(folder / f"{contestant}.npy"))
         return np.array([found["seconds"], quality[contestant][0]])
 

@@ -1,4 +1,4 @@
-"""One contestant of the suites cluster and seed, alone in its process: reads settings as JSON, prints what it took.
+"""One contestant of the suites cluster, seed and whole, alone in its process: settings as JSON in, what it took out.
 
 `python -m rb_gpu.bench.kmeans_peers`. Every contestant first does a small problem, so that no compilation or thread
 start is timed. Suffixes: N points, K clusters, D dims.
@@ -122,6 +122,29 @@ def seed_faiss(x: Matrix, k: int, seed: int) -> Matrix:
     return np.asarray(model.centroids)
 
 
+def whole_ours(x: Matrix, k: int, seed: int) -> Matrix:
+    """rb_gpu.learn.kmeans as it comes."""
+    from rb_gpu.learn.kmeans import kmeans
+
+    return np.asarray(kmeans(x, k, seed=seed, device="cpu").centroids)
+
+
+def whole_scikit_learn(x: Matrix, k: int, seed: int) -> Matrix:
+    """sklearn.cluster.KMeans as it comes: greedy k-means++, one start, Lloyd."""
+    from sklearn.cluster import KMeans
+
+    return np.asarray(KMeans(k, random_state=seed).fit(x).cluster_centers_)
+
+
+def whole_faiss(x: Matrix, k: int, seed: int) -> Matrix:
+    """faiss.Kmeans as it comes: a random start, 25 iterations on at most 256 points a cluster."""
+    import faiss as library
+
+    model = library.Kmeans(x.shape[1], k, seed=seed + 1)
+    model.train(x)
+    return np.asarray(model.centroids)
+
+
 CLUSTER: dict[str, Callable[[Matrix, Matrix, int], Matrix]] = {
     "ours": ours,
     "ours, lean": ours_lean,
@@ -136,6 +159,12 @@ SEED: dict[str, Callable[[Matrix, int, int], Matrix]] = {
     "sequential torch": seed_sequential,
     "faiss": seed_faiss,
 }
+WHOLE: dict[str, Callable[[Matrix, int, int], Matrix]] = {
+    "ours": whole_ours,
+    "scikit-learn": whole_scikit_learn,
+    "faiss": whole_faiss,
+}
+CONTESTANTS: dict[str, dict[str, Any]] = {"cluster": CLUSTER, "seed": SEED, "whole": WHOLE}
 
 
 def resident(which: str) -> int:
@@ -157,8 +186,9 @@ def _timed(settings: dict[str, Any]) -> dict[str, Any]:
     x = np.array(np.load(settings["x"], mmap_mode="r")[: settings["n"]])
     k, rng = settings["k"], np.random.default_rng([7, settings["seed"]])
     few = x[:WARM_ROWS]
-    if settings["suite"] == "seed":
-        call = SEED[settings["name"]]
+    if settings["suite"] != "cluster":
+        draws = {"seed": SEED, "whole": WHOLE}
+        call = draws[settings["suite"]][settings["name"]]
         call(few, WARM_K, 0)
         started = time.perf_counter()
         centroids = call(x, k, settings["seed"])
@@ -173,7 +203,7 @@ def _timed(settings: dict[str, Any]) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     peak = resident("VmHWM")
     np.save(settings["out"], np.ascontiguousarray(centroids, dtype=np.float32))
-    over = {} if settings["suite"] == "seed" else {"peak_bytes_over_start": peak - before}
+    over = {} if settings["suite"] != "cluster" else {"peak_bytes_over_start": peak - before}
     return {"seconds": seconds, **over}
 
 

@@ -161,7 +161,9 @@ class SynthesizeConfig:
         check_count("seed", self.seed, 0)
 
 
-SUITES = ("lookup", "cluster", "seed", "growth", "load", "decisions", "router", "sweep", "roofline", "gpu", "all")
+SUITES = (
+    "lookup", "cluster", "seed", "whole", "growth", "load", "decisions", "router", "sweep", "roofline", "gpu", "all"
+)  # fmt: skip
 LOGS = ("full", "uniform", "skewed", "confounded")
 PEERS = ("faiss", "scikit-learn", "scikit-learn-intelex", "SuperKMeans", "plain torch", "sequential torch")
 
@@ -171,12 +173,12 @@ class BenchmarkConfig:
     """What `jobs.benchmark` reads: the sizes of the bank, and how long and on what it is measured.
 
     patterns: sizes of the bank. distinct_queries: in all rounds together. batch: queries of a batch. threads: that ask
-    at once. Of the suites cluster and seed: points are emb, gauss or .npy files, of at most n rows each, clusters
-    the numbers of them, iterations those of Lloyd, peers what is measured beside ours. Of the suite growth: rows, at
-    1,024 clusters, and clusters, at n rows, that grow. Of the suite decisions: sets
-    are folders of full tables, cost_weights those of the utility, logs how queries were logged, sizes how many (0:
-    all), and each round is another seed. Of the suites roofline and gpu: rows, clusters and dims of the points, and the
-    seconds that the suite gpu may take. all: every suite but gpu.
+    at once. Of the suites cluster, seed and whole: points are emb, gauss, blobs or .npy files, of at most n rows each,
+    clusters the numbers of them, iterations those of Lloyd, peers what is measured beside ours. Of the suite growth:
+    rows, at 1,024 clusters, and clusters, at n rows, that grow. Of the suite decisions: sets are folders of full
+    tables, cost_weights those of the utility, logs how queries were logged, sizes how many (0: all), and each round is
+    another seed. Of the suites roofline and gpu: rows, clusters and dims of the points, and the seconds that the suite
+    gpu may take. all: every suite but gpu.
     """
 
     suite: str = "lookup"
@@ -209,7 +211,7 @@ class BenchmarkConfig:
         for key, known in (("peers", PEERS), ("logs", LOGS), ("points", ()), ("sets", ())):
             listed = getattr(self, key)
             ok = all(name and (not known or name in known) for name in listed) and (known == PEERS or len(listed) > 0)
-            names = known or (("sample", "FOLDER") if key == "sets" else ("emb", "gauss", "FILE.npy"))
+            names = known or (("sample", "FOLDER") if key == "sets" else ("emb", "gauss", "blobs", "FILE.npy"))
             check(key, listed, ok, f"a list of {', '.join(names)}", "mend it")
         sizes_ok = len(self.sizes) > 0 and all(size >= 0 for size in self.sizes)
         check("sizes", self.sizes, sizes_ok, "a list of integers >= 0", "give e.g. [1000,0]; 0 is all")
