@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -95,6 +96,16 @@ def test_sums_are_reproducible_only_where_it_is_wanted():
         with devices.reproducible(wanted):
             assert torch.are_deterministic_algorithms_enabled() is wanted
         assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_gpu_can_be_asked_to_be_reproducible_after_it_was_not(monkeypatch):
+    # torch looks at the variable once, at the first product: a sweep's second member was refused all of its own
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert devices.resolve_device("cpu").type == "cpu" and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert devices.resolve_device("auto").type == "cuda" and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    assert devices.resolve_device("cuda").type == "cuda" and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
 def test_an_engine_that_cannot_run_is_named(monkeypatch, caplog):

@@ -10,12 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from pretend import MixedError, OnDevice, pretended
+from pretend import Devices, MixedError, OnDevice, pretended
 
-from rb_gpu.learn import assign_device, learn
+from rb_gpu.learn import assign_device, devices, learn, progress
 from rb_gpu.learn.assign_device import DeviceAssignment
+from rb_gpu.learn.checkpoint import Checkpoint
 from rb_gpu.learn.config import DeviceConfig, RouterConfig
 from rb_gpu.learn.kmeans import kmeans, nearest
+from rb_gpu.learn.lloyd import Solver
 
 X = np.random.default_rng(0).normal(size=(1500, 12)).astype(np.float32)
 
@@ -111,6 +113,47 @@ def test_the_whole_job_runs_on_the_device(learned):
     np.testing.assert_allclose(there.data.arrays["gain"], here.data.arrays["gain"], atol=1e-9)
     assert there.router is not None
     assert not operations.unordered
+
+
+def test_a_checkpoint_takes_no_second_copy_of_the_points_to_the_host(tmp_path, monkeypatch):
+    monkeypatch.setitem(devices.TILE_SCORES, "cuda", 256 * X.shape[1])
+    taken: list[tuple[int, ...]] = []
+    real = Devices.moved
+
+    def moved(self, tensor, target):
+        if isinstance(tensor, OnDevice) and torch.device(target).type == "cpu":
+            taken.append(tuple(tensor.shape))
+        return real(self, tensor, target)
+
+    real_save = Solver._save
+
+    def save(self, *arguments):
+        real_save(self, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Devices, "moved", moved)
+    checkpoint, settings = Checkpoint(tmp_path / "c", 2), {"engine": "torch", "device": "cuda", "epsilon": 0.0}
+    with pretended():
+        whole = kmeans(X, 30, **settings)
+        monkeypatch.setattr(Solver, "_save", save)
+        with pytest.raises(KeyboardInterrupt):
+            kmeans(X, 30, checkpoint=checkpoint, **settings)
+        monkeypatch.setattr(Solver, "_save", real_save)
+        assert checkpoint.path.exists()
+        resumed = kmeans(X, 30, checkpoint=checkpoint, **settings)
+    assert resumed.centroids.tobytes() == whole.centroids.tobytes() and np.array_equal(resumed.labels, whole.labels)
+    assert (256, 12) in taken and max(rows for rows, *columns in taken if columns == [12]) == 256
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError, RuntimeError, type("NVMLError_NotSupported", (Exception,), {})])
+def test_a_part_of_a_gpu_that_has_no_utilisation_ends_no_job(monkeypatch, error):
+    # NVML refuses it of MIG, by an error of its own, at the end of the first stage
+    def utilization() -> int:
+        raise error("Not Supported")
+
+    with pretended():
+        monkeypatch.setattr(torch.cuda, "utilization", utilization)
+        assert progress.gpu_facts() == {"gpu_memory_mb": 0.0}
 
 
 def test_the_nearest_on_the_device():

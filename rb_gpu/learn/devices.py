@@ -43,7 +43,11 @@ def resolve_device(kind: str) -> torch.device:
             f"device=cuda, but no CUDA device is available ({built}); install the driver and a CUDA build "
             "(pip install rb_gpu[gpu]), or set device=cpu"
         )
-    return torch.device("cuda" if kind == "cuda" or (kind == "auto" and available) else "cpu")
+    if kind == "cpu" or not available:
+        return torch.device("cpu")
+    # torch looks once, at the process's first product on a GPU, whether those that come may be asked to be reproducible
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return torch.device("cuda")
 
 
 def resolve_engine(engine: str, device: torch.device) -> str:
@@ -120,7 +124,6 @@ def _precise_products() -> Callable[[], None]:
 
 
 def _ordered_sums() -> Callable[[], None]:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     return lambda: torch.use_deterministic_algorithms(before)
@@ -142,8 +145,7 @@ def full_precision() -> Iterator[None]:
 def reproducible(wanted: bool) -> Iterator[None]:
     """Meanwhile, where it is wanted, every sum on a GPU adds up in one order: what runs again gives the same bits.
 
-    Torch raises RuntimeError at what it cannot do so. cuBLAS keeps to it from its first product on, with a workspace of
-    fixed size.
+    Torch raises RuntimeError at what it cannot do so. cuBLAS can with a workspace of fixed size, see `resolve_device`.
     """
     with _ORDERED.held() if wanted else nullcontext():
         yield

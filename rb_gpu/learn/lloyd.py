@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.blocks import block_threads, row_hashes
 from rb_gpu.learn.checkpoint import Checkpoint, fingerprint
 from rb_gpu.learn.choice import choose
+from rb_gpu.learn.devices import tiles
 from rb_gpu.learn.distances import normalise_
 from rb_gpu.learn.progress import step
 from rb_gpu.learn.repair import exchange
@@ -239,8 +241,13 @@ class Solver:
         if self.checkpoint is None:
             return None
         ranks = self.shard.ranks
+        x_ND = self.shard.x_ND
+        # what lies on a GPU would all at once be a second copy of it in the host's memory
+        on_host = x_ND.device.type == "cpu"
+        spans = [slice(None)] if on_host else tiles(len(x_ND), x_ND.shape[1], x_ND.device)
         with block_threads() as pool:
-            hash_N = torch.from_numpy(row_hashes(self.shard.x_ND.cpu().numpy(), pool).view("int64"))
+            hashes = [row_hashes(x_ND[span].cpu().numpy(), pool) for span in spans]
+        hash_N = torch.from_numpy(np.concatenate(hashes).view("int64"))
         self._fingerprint = fingerprint((hash_N, self.shard.weight_N), self.settings, ranks)
         found = ranks.of_first(self.checkpoint.load(self._fingerprint) if ranks.rank == 0 else None)
         if found is None:

@@ -51,8 +51,9 @@ def gpu_facts() -> dict[str, float]:
     torch.cuda.reset_peak_memory_stats()
     try:
         facts["gpu_utilisation_percent"] = float(torch.cuda.utilization())
-    except (ModuleNotFoundError, RuntimeError):  # torch asks NVML, whose Python binding is a package of its own
-        log.debug("no GPU utilisation: pip install nvidia-ml-py")
+    # torch asks NVML by a package of its own, whose errors are plain exceptions: it tells nothing of part of a GPU (MIG)
+    except Exception as error:
+        log.debug("no GPU utilisation (%s); pip install nvidia-ml-py where that is missing", error)
     return facts
 
 
