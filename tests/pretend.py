@@ -165,8 +165,8 @@ def _told(value: Any, there: dict[int, OnDevice]) -> Any:
 
 
 @contextmanager
-def pretended() -> Iterator[Operations]:
-    """device=cuda is there meanwhile."""
+def pretended(memory: int = 2**36) -> Iterator[Operations]:
+    """device=cuda is there meanwhile. memory: bytes of it that are free."""
     straight = {
         "__init__": lambda self, device: setattr(self, "device", device),
         "pinned": lambda self, rows, dim: torch.empty(rows, dim),
@@ -179,6 +179,9 @@ def pretended() -> Iterator[Operations]:
     with pytest.MonkeyPatch.context() as patch, Devices(operations), operations:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (memory, 2**37))
+        for name in ("memory_reserved", "memory_allocated"):
+            patch.setattr(torch.cuda, name, lambda device=None: 0)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
         for name in ("max_memory_allocated", "reset_peak_memory_stats", "utilization"):
             patch.setattr(torch.cuda, name, lambda: 0)

@@ -108,6 +108,15 @@ def test_a_gpu_can_be_asked_to_be_reproducible_after_it_was_not(monkeypatch):
     assert devices.resolve_device("cuda").type == "cuda" and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
+def test_points_get_what_is_free_on_a_gpu_less_what_work_with_them_takes(monkeypatch):
+    gpu = torch.device("cuda")
+    told = {"mem_get_info": (20 * 2**30, 2**35), "memory_reserved": 3 * 2**30, "memory_allocated": 2**30}
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert devices.points_room(2**23, gpu) == (20 + 2 - 3 - 1) * 2**30
+    assert devices.points_room(2**28, gpu) == devices.LEAST_ROOM
+
+
 def test_an_engine_that_cannot_run_is_named(monkeypatch, caplog):
     caplog.set_level("INFO")
     with pytest.raises(ConfigError, match=r"cluster.engine=triton, but device=cpu; set device.kind=cuda"):

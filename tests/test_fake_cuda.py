@@ -115,6 +115,18 @@ def test_the_whole_job_runs_on_the_device(learned):
     assert not operations.unordered
 
 
+def test_points_beyond_a_small_card_stay_on_the_host_without_being_told_to(monkeypatch, caplog):
+    # device.memory_budget is null by itself, and 30 GB of embeddings ended a job on an L4
+    monkeypatch.setattr(devices, "LEAST_ROOM", 2**14)
+    caplog.set_level("INFO")
+    found = []
+    for memory in (2**36, devices.WORK_BYTES):
+        with pretended(memory):
+            found.append(kmeans(X, 30, device="cuda", engine="torch"))
+    assert caplog.text.count("points stay on the host") == 1
+    assert found[0].centroids.tobytes() == found[1].centroids.tobytes()
+
+
 def test_a_checkpoint_takes_no_second_copy_of_the_points_to_the_host(tmp_path, monkeypatch):
     monkeypatch.setitem(devices.TILE_SCORES, "cuda", 256 * X.shape[1])
     taken: list[tuple[int, ...]] = []

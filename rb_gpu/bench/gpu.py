@@ -22,7 +22,7 @@ from rb_gpu.bench.gpu_peers import ENGINES, PEERS, ours
 from rb_gpu.bench.roofline import CARDS, Card, iteration, seconds, seeding, streamed_seconds, streamed_seeding_seconds
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.config import ClusterConfig, DataConfig, DeviceConfig, IndexConfig, ParamsConfig, TrainConfig
-from rb_gpu.learn.devices import free_memory, resolve_device, resolve_engine
+from rb_gpu.learn.devices import BYTES_OF_A_POINT, WORK_BYTES, free_memory, resolve_device, resolve_engine
 from rb_gpu.learn.job_config import SynthesizeConfig
 from rb_gpu.learn.kmeans import kmeans
 from rb_gpu.learn.pipeline import learn
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 # points that come from the host on every card, so that one thing is measured
 STREAMED_ROWS = 50_000_000
-CARD_SHARE, HOST_SHARE, WORK_BYTES, BYTES_OF_A_POINT = 0.9, 0.5, 3 * 2**30, 60
+CARD_SHARE, HOST_SHARE = 0.9, 0.5
 # bytes of streamed points that lie on the card
 STREAM_BUDGET = BUFFERS * CHUNK_BYTES
 # bytes a second in which points are drawn, at least

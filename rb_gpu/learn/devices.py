@@ -22,6 +22,10 @@ log = logging.getLogger(__name__)
 LEAST_CAPABILITY = (8, 0)
 # numbers of one tile: they stay in a CPU's outer cache, and keep a GPU busy
 TILE_SCORES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+# bytes of a GPU's memory that points leave to tiles, and for each of them to labels, distances and their sorting
+WORK_BYTES, BYTES_OF_A_POINT = 3 * 2**30, 128
+# the least room that points get there: two chunks that are read while they come from the host
+LEAST_ROOM = 2**27
 MEMINFO, OWN_GROUPS, CGROUP = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 CACHE = ("inactive_file ", "total_inactive_file ")
 # what is taken as free where the system does not tell
@@ -160,6 +164,15 @@ def tiles(n: int, width: int, device: torch.device) -> Iterator[slice]:
 def tile_rows(width: int, device: torch.device) -> int:
     """How many rows of `width` float32 numbers fit one tile of the device."""
     return max(256, TILE_SCORES[device.type] // max(width, 1))
+
+
+def points_room(rows: int, device: torch.device) -> int:
+    """Bytes of a GPU's memory that so many points may take: what is free there, or kept by torch without use, less what
+    working with them takes.
+    """
+    free, _ = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(LEAST_ROOM, free + kept - WORK_BYTES - BYTES_OF_A_POINT * rows)
 
 
 def free_memory() -> int:

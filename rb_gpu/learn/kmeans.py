@@ -20,7 +20,7 @@ from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.checkpoint import Checkpoint
 from rb_gpu.learn.choice import choose
-from rb_gpu.learn.devices import full_precision, resolve_device, resolve_engine
+from rb_gpu.learn.devices import full_precision, points_room, resolve_device, resolve_engine
 from rb_gpu.learn.distances import NORMED, normalise_
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.inputs import (
@@ -85,7 +85,8 @@ def kmeans(
     where the centroids' shifts, as a root mean square over the points, are at most this, in units of the data's median
     distance to its middle. metric: "l2", or "cosine": rows are normalised and centroids kept on the unit sphere.
     weight: (N,) >= 0; a cluster whose points weigh less than 2^-40 of all weight on the mean keeps the centroid that it
-    began with. memory_budget: bytes of x that may lie on a GPU; larger data stay on the host and travel in chunks.
+    began with. memory_budget: bytes of x that may lie on a GPU (None: what is free there); larger data stay on the host
+    and travel in chunks.
     code_budget: bytes that codes of the points may take on the host (None: a quarter of what is free; 0: none).
     ranks: the processes that hold the other rows; labels are then of the rows here. checkpoint: where to go on from, if
     the same call was cut off. warm: up to k centroids of an earlier clustering, the same on all ranks, with which the
@@ -183,9 +184,14 @@ def _opened(
         # before anything else that torch would do by threads of its own, which a process forked off later lacks
         crew = stack.enter_context(workers()) if where.type == "cpu" else None
         weight_N, weight_scale = checked_weight(weight, len(given_ND), ranks)
+        if memory_budget is None and where.type == "cuda":
+            memory_budget = points_room(len(given_ND), where)
         points = framed(given_ND, metric, crew, where, memory_budget, ranks)
         if metric == "cosine":
             points = _on_sphere(points, crew, memory_budget)
+        if points.x_ND.device.type != where.type:
+            log.info("points stay on the host: they exceed the %.2f GiB of the GPU's memory that are theirs",
+                     (memory_budget or 0) / 2**30)  # fmt: skip
         shard = Shard(points.x_ND, weight_N.to(where), ranks, memory_budget, engine)
         middle_D, typical = _middle(shard)
         assignment: Assignment | DeviceAssignment

@@ -51,7 +51,7 @@ def gpu_facts() -> dict[str, float]:
     torch.cuda.reset_peak_memory_stats()
     try:
         facts["gpu_utilisation_percent"] = float(torch.cuda.utilization())
-    # torch asks NVML by a package of its own, whose errors are plain exceptions: it tells nothing of part of a GPU (MIG)
+    # torch asks NVML by a package of its own, whose errors are plain exceptions; it has none of part of a GPU (MIG)
     except Exception as error:
         log.debug("no GPU utilisation (%s); pip install nvidia-ml-py where that is missing", error)
     return facts
