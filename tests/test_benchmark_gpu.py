@@ -155,6 +155,39 @@ def test_a_card_that_is_too_small_for_a_contestant_is_told():
     assert bench.iterations[0]["note"] == "out of the card's memory"
 
 
+def test_what_fails_costs_neither_the_others_nor_what_was_measured(monkeypatch):
+    # a peer's error ended the suite, and with it went every result, as they are written at its end
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA")
+
+    small = SETTINGS | {"gpu_rows": [1200], "gpu_clusters": [5]}
+    monkeypatch.setattr(gpu, "PEERS", {"faiss": broken})
+    monkeypatch.setattr(gpu, "array_functions", broken)
+    clock = iter(range(1, 10**9))
+    monkeypatch.setattr(gpu, "timed", lambda device, call: (call(), 1e-3 * next(clock))[1])
+    monkeypatch.setattr(gpu.Bench, "_job", lambda self, n: None)
+    result = gpu.run(small, CPU)
+    said = "failed: RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert [one.get("note") for one in result["iterations"]] == [None, said] and result["failed"] == []
+    assert result["clusterings"][0]["seconds"] > 0 and result["arrays"][0]["note"] == said
+    assert said in gpu_tables(result)
+    # ours that fails is told too
+    monkeypatch.undo()
+    for name in ("kmeans", "agreement", "synthesize"):
+        monkeypatch.setattr(gpu, name, broken)
+    result = gpu.run(small, CPU)
+    assert result["failed"] == [said, said] and result["jobs"][0]["note"] == said
+    assert "NO" in gpu_tables(result)
+
+
+@pytest.mark.parametrize(("failed", "code"), [([], 0), (["failed: RuntimeError"], 1)])
+def test_ours_that_fails_fails_the_job(result, monkeypatch, tmp_path, failed, code):
+    monkeypatch.setattr(benchmark, "run_folder", lambda: tmp_path)
+    found = result | {"failed": failed}
+    monkeypatch.setitem(benchmark.SUITES, "gpu", (lambda _: found, gpu_tables, benchmark.no_picture))
+    assert benchmark.run(BenchmarkConfig(suite="gpu")) == code
+
+
 def lloyd(x: torch.Tensor, centroids: torch.Tensor, iterations: int) -> torch.Tensor:
     for _ in range(iterations):
         labels = torch.cdist(x, centroids).argmin(1)

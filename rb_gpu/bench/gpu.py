@@ -7,9 +7,11 @@ Suffixes: N points, K clusters, D dims.
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -46,6 +48,9 @@ UPDATES = 20
 # what a call may take over the roofline, and a job by the row, before one was measured
 SLACK, JOB_S_PER_ROW = 8.0, 1e-4
 LEFT_OUT = "left out: no time"
+OURS = "ours"
+# characters of a note that says what failed
+MOST_SAID = 100
 # of the seconds that are left, what one call may be expected to take
 SHARE = 0.5
 
@@ -81,6 +86,21 @@ def sizes(rows: list[int], dim: int, card_bytes: int, host_bytes: int) -> list[t
     return [case for case in dict.fromkeys(out) if case[0] >= 1]
 
 
+@contextmanager
+def told(row: dict[str, Any]) -> Iterator[None]:
+    """What goes wrong meanwhile becomes the row's note: it costs neither what comes after nor what came before."""
+    try:
+        yield
+    except ImportError as error:
+        row["note"] = f"{error.name} is not installed"
+    except torch.cuda.OutOfMemoryError:
+        row["note"] = "out of the card's memory"
+    except Exception as error:
+        log.warning("%s", row, exc_info=True)
+        said = [*str(error).splitlines(), ""][0]
+        row |= {"note": f"failed: {type(error).__name__}: {said}"[:MOST_SAID], "failed": True}
+
+
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
     """All of it on the GPU. Raises ConfigError where there is none."""
     return run(settings, resolve_device("cuda"))
@@ -93,15 +113,26 @@ def run(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
     card = measured_card(device, known["memory_bytes"])
     can_triton = resolve_engine("auto", device) == "triton"
     engines = [one for one in ENGINES if can_triton or one[0] == "torch"]
-    labels = [agreement(device, engine, precision, settings["seed"]) for engine, precision, _ in engines]
+    nothing = {"points": 0, "differ": 0, "worst_over_bound": math.inf}
+    labels: list[dict[str, Any]] = []
+    for engine, precision, _ in engines:
+        labels.append({"engine": engine, "precision": precision, **nothing})
+        with told(labels[-1]):
+            labels[-1] |= agreement(device, engine, precision, settings["seed"])
     bench = Bench(settings, device, card, clock, engines)
     for n, streamed in sizes(settings["gpu_rows"], dim, known["memory_bytes"], free_memory()):
         bench.case(n, streamed)
+    arrays: list[dict[str, Any]] = [{}]
+    with told(arrays[0]):
+        arrays = array_functions(device)
+    rows = [row for row in bench.iterations if row["contestant"].startswith(OURS)] + bench.clusterings + bench.jobs
     return {
         "suite": "gpu", "settings": settings, "machine": known, "card": asdict(card),
         "sheet": next((asdict(one) for one in CARDS if one.name.split()[0] in known["card"].split()), None),
-        "labels": labels, "arrays": array_functions(device), "iterations": bench.iterations,
+        "labels": labels, "arrays": arrays, "iterations": bench.iterations,
         "clusterings": bench.clusterings, "jobs": bench.jobs,
+        # of ours; others' faults are theirs
+        "failed": [row["note"] for row in rows if row.get("failed")],
         "seconds": settings["gpu_budget_s"] - clock.left,
     }  # fmt: skip
 
@@ -134,7 +165,7 @@ class Bench:
             start_KD = x_ND[:: max(1, n // k)][:k].to(self.device)
             budget = STREAM_BUDGET if streamed else None
             for engine, precision, product in self.engines:
-                name = f"ours, {engine} {precision}" if engine == "triton" else f"ours, {engine}"
+                name = f"{OURS}, {engine} {precision}" if engine == "triton" else f"{OURS}, {engine}"
                 self._iteration(name, product, ours(engine, precision, budget), x_ND, start_KD, streamed)
             for name, fit in {} if streamed else PEERS.items():
                 self._iteration(name, "tf32", fit, x_ND, start_KD, streamed)
@@ -154,27 +185,24 @@ class Bench:
         if not self.clock.allows(self.slack.get(name, SLACK) * least * (3 * BEFORE + more)):
             row["note"] = LEFT_OUT
             return
-        try:
+        with told(row):
+            if self.device.type == "cuda":
+                # what torch keeps for its next tensors is nobody else's
+                torch.cuda.empty_cache()
             fit(x_ND, start_KD, BEFORE)
             before = timed(self.device, partial(fit, x_ND, start_KD, BEFORE))
             centroids: list[Tensor] = []
             whole = timed(self.device, lambda: centroids.append(fit(x_ND, start_KD, BEFORE + more)))
-        except ImportError as error:
-            row["note"] = f"{error.name} is not installed"
-            return
-        except torch.cuda.OutOfMemoryError:
-            row["note"] = "out of the card's memory"
-            return
-        took = (whole - before) / more
-        if took <= 0:
-            row["note"] = "too short to be timed"
-            return
-        self.slack[name] = took / least
-        rate = 2.0 * n * dim * k / took / 1e12
-        row |= {
-            "ms": 1e3 * took, "tflops": rate, "product": product, "of_product": rate / self.card.tflops(product),
-            "of_roofline": least / took, "inertia": self._inertia(x_ND, centroids[0]),
-        }  # fmt: skip
+            took = (whole - before) / more
+            if took <= 0:
+                row["note"] = "too short to be timed"
+                return
+            self.slack[name] = took / least
+            rate = 2.0 * n * dim * k / took / 1e12
+            row |= {
+                "inertia": self._inertia(x_ND, centroids[0]), "ms": 1e3 * took, "tflops": rate, "product": product,
+                "of_product": rate / self.card.tflops(product), "of_roofline": least / took,
+            }  # fmt: skip
 
     def _inertia(self, x_ND: Tensor, centroids_KD: Tensor) -> float:
         assignment = DeviceAssignment(x_ND, centroids_KD.mean(0))
@@ -198,10 +226,12 @@ class Bench:
             row["note"] = LEFT_OUT
             return
         found: list[Any] = []
-        row["seconds"] = timed(self.device, lambda: found.append(
-            kmeans(x_ND, k, max_iter=UPDATES, seed=seed, device=self.device.type, memory_budget=budget)))  # fmt: skip
-        self.slack["clustering"] = row["seconds"] / least
-        row |= {"updates": found[0].n_iter, "inertia": found[0].inertia, "of_roofline": least / row["seconds"]}
+        with told(row):
+            took = timed(self.device, lambda: found.append(kmeans(
+                x_ND, k, max_iter=UPDATES, seed=seed, device=self.device.type, memory_budget=budget)))  # fmt: skip
+            self.slack["clustering"] = took / least
+            row |= {"seconds": took, "updates": found[0].n_iter, "inertia": found[0].inertia,
+                    "of_roofline": least / took}  # fmt: skip
 
     def _job(self, n: int) -> None:
         """Planted trajectories, loaded and learned from: the whole job but the artifact."""
@@ -210,7 +240,7 @@ class Bench:
         if not self.clock.allows(self.job_s_per_row * n):
             row["note"] = LEFT_OUT
             return
-        with tempfile.TemporaryDirectory(prefix="rb_gpu-benchmark-") as folder:
+        with told(row), tempfile.TemporaryDirectory(prefix="rb_gpu-benchmark-") as folder:
             started = time.perf_counter()
             patterns = min(64, max(2, n // 100))
             synthesize(SynthesizeConfig(out=f"{folder}/made", n=n, dim=row["dim"], patterns=patterns,
@@ -222,6 +252,6 @@ class Bench:
                              cluster=ClusterConfig(max_iter=UPDATES), seed=self.settings["seed"])  # fmt: skip
             learned = learn(table, config)
             ended = time.perf_counter()
-        self.job_s_per_row = (ended - started) / n
-        row |= {"load_s": loaded - made, "stages_s": learned.seconds, "seconds": ended - made,
-                "patterns": learned.data.leaves}  # fmt: skip
+            self.job_s_per_row = (ended - started) / n
+            row |= {"load_s": loaded - made, "stages_s": learned.seconds, "seconds": ended - made,
+                    "patterns": learned.data.leaves}  # fmt: skip
