@@ -49,6 +49,8 @@ IEEE_DIMS = 16
 SUM_COLUMNS = 32
 SETTLE_SHAPE = {"BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_D": 32}
 SETTLE_PROGRAMS = 1024
+# points whose tiles keep a whole card busy: what is fastest on fewer need not be so on these
+MANY_POINTS = 2**17
 
 
 def width_of(dims: int) -> int:
@@ -58,8 +60,10 @@ def width_of(dims: int) -> int:
 
 def block_shapes() -> list[Any]:
     """What is timed: tiles of points and of centroids that fill the tensor cores without spilling registers."""
-    shapes = [(64, 64, HELD_DIMS, 4, 3), (128, 64, HELD_DIMS, 8, 3), (128, 128, HELD_DIMS, 8, 2),
-              (64, 64, 32, 4, 3), (128, 64, 32, 8, 3), (128, 128, 32, 8, 3), (32, 64, IEEE_DIMS, 4, 3)]  # fmt: skip
+    # of two stages, the first is the one that an L4's shared memory holds of 128 dims in tf32
+    shapes = [(64, 64, HELD_DIMS, 4, 2), (64, 64, HELD_DIMS, 4, 3), (128, 64, HELD_DIMS, 8, 3),
+              (128, 128, HELD_DIMS, 8, 2), (64, 64, 32, 4, 3), (128, 64, 32, 8, 3), (128, 128, 32, 8, 3),
+              (32, 64, IEEE_DIMS, 4, 3)]  # fmt: skip
     return [
         triton.Config({"BLOCK_N": n, "BLOCK_K": k, "BLOCK_D": d}, num_warps=warps, num_stages=stages)
         for n, k, d, warps, stages in shapes
@@ -108,7 +112,7 @@ def _fitting(configs: list[Any], _arguments: dict[str, Any], **meta: Any) -> lis
 
 
 nearest_kernel = triton.autotune(
-    block_shapes(), ["k_class", "WIDTH", "PRECISION"], prune_configs_by={"early_config_prune": _fitting},
+    block_shapes(), ["n_class", "k_class", "WIDTH", "PRECISION"], prune_configs_by={"early_config_prune": _fitting},
     restore_value=["labels_ptr", "d2_ptr", "count_ptr"], cache_results=True,
 )(kernels.nearest_kernel)  # fmt: skip
 
@@ -190,8 +194,8 @@ def _lower(
     launch(
         nearest_kernel, lambda meta: (triton.cdiv(count, meta["BLOCK_N"]),),
         *read, codes.slack_M, codes.norm_M, codes.limits_3, *written,
-        # shapes are timed once for each power of two
-        count, new, max(new, LARGEST_BLOCK_K).bit_length(), first, codes.pad,
+        # shapes are timed once for each power of two of centroids, for few points and for many
+        count, new, int(count >= MANY_POINTS), max(new, LARGEST_BLOCK_K).bit_length(), first, codes.pad,
         2 * (dims + 16) * 2.0**-24, dims * 2.0**-120, **shared,
     )  # fmt: skip
     launch(

@@ -102,17 +102,17 @@ def _tree(total, WIDTH: tl.constexpr):
 
 
 # counts change from call to call; a kernel of its own for each that is 1, or whole sixteens, would be compiled for long
-@triton.jit(do_not_specialize=["n", "k", "k_class", "first_label"])
+@triton.jit(do_not_specialize=["n", "k", "n_class", "k_class", "first_label"])
 def nearest_kernel(
     x_ptr, middle_ptr, centroid_ptr, code_ptr, low_ptr, slack_ptr, norm_ptr,
     limits_ptr, labels_ptr, d2_ptr, rows_ptr, limit_ptr, count_ptr, n, k,
-    k_class, first_label, pad, distance_slack, tiny, D: tl.constexpr, WIDTH: tl.constexpr,
+    n_class, k_class, first_label, pad, distance_slack, tiny, D: tl.constexpr, WIDTH: tl.constexpr,
     SUM_BLOCK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Lowers labels and d2 where the bounds decide, and lists the rows where they do not, with their limits.
 
-    k_class is what block shapes are chosen by, see `triton_assign`.
+    n_class and k_class are what block shapes are chosen by, see `triton_assign`.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     alive = row < n
