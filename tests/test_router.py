@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_bank, queries_near
+from pretend import pretended
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
@@ -433,6 +434,9 @@ def lessons_of(x, config, utility, weight=None, belief=None) -> Lessons:
     return Lessons(x, rows[:, None], utility_QC, weight_QC, belief, validating=len(x) // 10)
 
 
+TENSORS = ("x_XI", "step_QT", "utility_QC", "weight_QC")
+
+
 def taught(lessons: Lessons, *, seed=0, settings=SETTINGS) -> RouterTraining:
     return train_router(lessons, CONFIGS, settings, torch.Generator().manual_seed(seed), CPU)
 
@@ -517,6 +521,20 @@ def test_confidence_is_calibrated_on_paired_outcomes():
     confidence = np.array([found.router.forward(q.numpy()).router_confidence for q in x[:500]])
     assert confidence[group[:500].numpy() == 1].mean() == pytest.approx(0.7, abs=0.07)
     assert confidence[group[:500].numpy() == 2].mean() == pytest.approx(0.3, abs=0.07)
+
+
+def test_the_host_waits_for_the_device_once_an_epoch_and_not_once_a_batch():
+    # which configs ran was asked by a mask in every batch: the device ran dry between small ones
+    waits = []
+    for batch in (400, 50):
+        x, config, utility = planted(900, 0)[:3]
+        with pretended() as operations:
+            there = lessons_of(x, config, utility)
+            there = replace(there, **{name: getattr(there, name).to("cuda") for name in TENSORS})
+            settings = replace(SETTINGS, batch_size=batch, epochs=2)
+            train_router(there, CONFIGS, settings, torch.Generator(device="cuda").manual_seed(0), torch.device("cuda"))
+        waits.append(sum(operations.waits.values()))
+    assert waits[0] == waits[1]
 
 
 def test_platt_finds_the_scale_that_outcomes_have():

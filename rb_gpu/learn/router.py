@@ -74,7 +74,8 @@ class RouterTraining:
 class _Targets:
     """What the utility head learns, with what weight, and which configs ran. Utility is level + offset + spread·value:
     beliefs are learned around each config's mean, outcomes around the mean of all. beaten_QC, known_QC: whether the
-    config beat the default, and the weight of what is known of that, 1 on average over queries.
+    config beat the default, and the weight of what is known of that, 1 on average over queries. ran_R: the configs that
+    ran, as a mask makes the host wait for the device to say how many there are.
     """
 
     value_QC: Tensor
@@ -84,6 +85,7 @@ class _Targets:
     spread: Tensor
     level: Tensor
     ran_C: Tensor
+    ran_R: Tensor
     beaten_QC: Tensor
     known_QC: Tensor
 
@@ -205,7 +207,9 @@ def _net(lessons: Lessons, configs: ConfigTable, config: RouterConfig, training:
 def _targets(lessons: Lessons, training: int, default: int) -> _Targets:
     weight_QC, utility_QC = lessons.weight_QC / lessons.weight_QC[:training].sum() * training, lessons.utility_QC
     mass_C = weight_QC[:training].sum(0)
-    beating = {"ran_C": mass_C > 0, "beaten_QC": _beaten(lessons, training, default), "known_QC": weight_QC}
+    ran_C = mass_C > 0
+    ran_R = torch.nonzero(ran_C).squeeze(1)
+    beating = {"ran_C": ran_C, "ran_R": ran_R, "beaten_QC": _beaten(lessons, training, default), "known_QC": weight_QC}
     if lessons.belief_QC is not None:
         belief_QC = lessons.belief_QC
         mean_C = belief_QC[:training].mean(0)
@@ -243,8 +247,8 @@ def _loss(
         predicted_BC = target.utility(out["utility"])
         known_BC = predicted_BC if lessons.belief_QC is None else target.utility(value_BC)
         best_B = known_BC.argmax(1)
-        ran_BC = known_BC[:, target.ran_C]
-        stake_B = (ran_BC.max(1).values - ran_BC.mean(1)) / target.spread
+        ran_BR = known_BC[:, target.ran_R]
+        stake_B = (ran_BR.max(1).values - ran_BR.mean(1)) / target.spread
         chosen_B = predicted_BC.argmax(1)
         beat_B, weight_B = _beat(chosen_B, target.beaten_QC[picked], target.known_QC[picked], default)
     for name in ("tier", "context", "ef", "probes"):
