@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from rb_gpu.learn import streaming
+from rb_gpu.learn import devices, streaming
 
 aten = torch.ops.aten
 GPU = torch.device("cuda", 0)
@@ -179,6 +179,7 @@ def pretended(memory: int = 2**36) -> Iterator[Operations]:
     with pytest.MonkeyPatch.context() as patch, Devices(operations), operations:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        patch.setattr(devices, "_triton_fault", lambda: "")
         patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (memory, 2**37))
         for name in ("memory_reserved", "memory_allocated"):
             patch.setattr(torch.cuda, name, lambda device=None: 0)

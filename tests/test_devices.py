@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -127,12 +128,39 @@ def test_an_engine_that_cannot_run_is_named(monkeypatch, caplog):
     with pytest.raises(ConfigError, match=r"older than Ampere; set cluster.engine=torch"):
         devices.resolve_engine("triton", gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(devices, "_triton_fault", lambda: "")
     assert [devices.resolve_engine(name, gpu) for name in ("auto", "triton", "torch")] == ["triton", "triton", "torch"]
     monkeypatch.setattr(devices, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"not installed; pip install 'triton>=3.4'"):
         devices.resolve_engine("triton", gpu)
     assert devices.resolve_engine("auto", gpu) == "torch"
     assert "assignment by torch (triton 3.4 or later is not installed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no C compiler"), subprocess.CalledProcessError(1, "gcc"), PermissionError("no")]
+)
+def test_triton_that_cannot_compile_itself_leaves_auto_to_torch(monkeypatch, caplog, error):
+    # an image without gcc or Python's headers ended every job with default settings
+    triton = pytest.importorskip("triton")
+
+    class Driver:
+        @property
+        def active(self) -> None:
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton.runtime, "driver", Driver())
+    devices._triton_fault.cache_clear()
+    try:
+        gpu = torch.device("cuda")
+        assert devices.resolve_engine("torch", gpu) == "torch" and not caplog.text
+        assert devices.resolve_engine("auto", gpu) == "torch"
+        assert f"assignment by torch (Triton does not start ({error}); it needs a C compiler" in caplog.text
+        with pytest.raises(ConfigError, match="Triton does not start"):
+            devices.resolve_engine("triton", gpu)
+    finally:
+        devices._triton_fault.cache_clear()
 
 
 def test_concurrent_calls_leave_the_process_as_it_was():

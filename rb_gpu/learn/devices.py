@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -70,10 +71,13 @@ def resolve_engine(engine: str, device: torch.device) -> str:
         lacking = "triton 3.4 or later is not installed; pip install 'triton>=3.4', or set cluster.engine=torch"
     elif torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         lacking = "the GPU is older than Ampere; set cluster.engine=torch"
+    elif engine != "torch" and (fault := _triton_fault()):
+        lacking = f"{fault}; set cluster.engine=torch"
     if engine == "triton" and lacking:
         raise ConfigError(f"cluster.engine=triton, but {lacking}")
     chosen = "torch" if engine == "torch" or lacking else "triton"
-    log.info("assignment by %s%s", chosen, f" ({lacking})" if engine == "auto" and lacking else "")
+    missed = engine == "auto" and bool(lacking)
+    log.log(logging.WARNING if missed else logging.INFO, "assignment by %s%s", chosen, f" ({lacking})" * missed)
     return chosen
 
 
@@ -83,6 +87,20 @@ def _triton_found() -> bool:
         return find_spec("triton.knobs") is not None
     except ModuleNotFoundError:
         return False
+
+
+@cache
+def _triton_fault() -> str:
+    """Why Triton cannot run here, "" where it can: it has a part of itself compiled when it is first used."""
+    try:
+        import triton
+
+        triton.runtime.driver.active.utils  # noqa: B018 - made as it is asked for
+    # no compiler, no headers of Python, no libcuda, no folder to write to: each is another exception
+    except Exception as error:
+        said = [*str(error).splitlines(), ""][0]
+        return f"Triton does not start ({said}); it needs a C compiler and Python's headers (gcc, python3-dev)"
+    return ""
 
 
 class _Shared:
