@@ -85,13 +85,16 @@ shift
 """
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "32",
          "SLURM_JOB_NODELIST": "node[3-4]"}  # fmt: skip
-NCCL = {"NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "OMP_NUM_THREADS"}
+NCCL = {"NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "OMP_NUM_THREADS",
+        "GLOO_SOCKET_IFNAME"}  # fmt: skip
 REFUSAL = pytest.mark.parametrize(("code", "expected"), [(0, 0), (3, 0), (1, 1), (137, 137)])
 
 
 def programs(folder: Path, code: int) -> dict[str, str]:
     """An environment whose programs say how they were called; the job ends with the code."""
     texts = {
+        "ip": '#!/bin/sh\n[ "$*" = "-o -4 route show default" ] || exit 1\n'
+        'echo "default via 10.0.0.1 dev eno1 proto dhcp metric 100"\necho "default via 10.1.0.1 dev ib0"\n',
         "rb-train": f'#!/bin/sh\necho "$@" > {folder}/said\nenv > {folder}/environment\nexit {code}\n',
         "torchrun": TORCHRUN.format(folder=folder),
         "srun": '#!/bin/sh\nwhile [ "$1" != torchrun ]; do shift; done\nexec "$@"\n',
@@ -139,6 +142,8 @@ def test_nodes_meet_at_the_first_one_and_nccl_is_told_its_network(tmp_path):
     assert {"--nnodes=2", "--rdzv-id=7", "--rdzv-endpoint=node3:29500"} <= set(launched)
     told = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines() if "=" in line)
     assert told.keys() >= NCCL and told["OMP_NUM_THREADS"] == "8"
+    # gloo took the address of the node's name, which Debian's /etc/hosts gives as 127.0.1.1: no node reached another
+    assert told["GLOO_SOCKET_IFNAME"] == "eno1"
     subprocess.run(
         ["bash", str(SCHEDULE / "train-nodes.sbatch")], env=environment | {"NCCL_SOCKET_IFNAME": "=ib0"}, check=True
     )
