@@ -69,13 +69,15 @@ class OnDevice(torch.Tensor):
 
 class Operations(TorchDispatchMode):
     """Runs every operation on the values held. waits: how often the host waited, by operation. unordered: what torch
-    would have refused, or was not asked, to do in one order.
+    would have refused, or was not asked, to do in one order. serial: running sums that one thread of a GPU makes of a
+    whole column, by their shape.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
         self.unordered: set[str] = set()
+        self.serial: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -90,11 +92,15 @@ class Operations(TorchDispatchMode):
             for t in tensors
             if not isinstance(t, OnDevice) and t.dim() > 0 and not any(t is index for index in allowed)
         ]
+        if func.namespace == "c10d" and not all(t.is_contiguous() for t in tensors):
+            raise ValueError("Tensors must be contiguous")  # as NCCL says
         if here and func is not aten.copy_.default:
             raise MixedError(f"{func}: {here} of the host beside the device's")
         refused = func in UNORDERED and (func is not aten.cumsum.default or args[0].dtype.is_floating_point)
         if refused or not torch.are_deterministic_algorithms_enabled():
             self.unordered.add(str(func))
+        if func is aten.cumsum.default and args[1] % args[0].dim() != args[0].dim() - 1:
+            self.serial.append(tuple(args[0].shape))
         if self._waits(func, args):
             self.waits[str(func)] += 1
         out = func(*tree_map(_held, args), **tree_map(_held, kwargs))

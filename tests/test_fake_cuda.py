@@ -6,18 +6,30 @@ Torch's own fake tensors have no values to decide by, and a build without CUDA c
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pretend import Devices, MixedError, OnDevice, pretended
+from pretend import GPU, Devices, MixedError, OnDevice, pretended
 
 from rb_gpu.learn import assign_device, devices, learn, progress
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.checkpoint import Checkpoint
-from rb_gpu.learn.config import DeviceConfig, RouterConfig
+from rb_gpu.learn.config import (
+    ClusterConfig,
+    DataConfig,
+    DeviceConfig,
+    IndexConfig,
+    JudgeConfig,
+    ParamsConfig,
+    RouterConfig,
+    TrainConfig,
+)
 from rb_gpu.learn.kmeans import kmeans, nearest
 from rb_gpu.learn.lloyd import Solver
+from rb_gpu.learn.projection import project
+from rb_gpu.learn.trajectories import load
 
 X = np.random.default_rng(0).normal(size=(1500, 12)).astype(np.float32)
 
@@ -88,6 +100,16 @@ def test_the_host_waits_once_an_iteration(monkeypatch):
     assert waits_of(14) - waits_of(4) == 20
 
 
+def test_no_running_sum_is_left_to_one_thread_a_column():
+    # the sums of 10M x 128 points took seconds an iteration by torch, and longer than the product by Triton
+    with pretended() as operations:
+        kmeans(X, 30, device="cuda", engine="torch")
+        assert not operations.serial
+        torch.ones(5, 3, device="cuda").cumsum(0)
+        torch.ones(5, device="cuda").cumsum(0)
+    assert operations.serial == [(5, 3)]
+
+
 def test_a_planted_mix_up_is_caught(monkeypatch):
     real = assign_device.lower_distances
     monkeypatch.setattr(
@@ -112,7 +134,7 @@ def test_the_whole_job_runs_on_the_device(learned):
         assert np.array_equal(there.data.arrays[name], here.data.arrays[name]), name
     np.testing.assert_allclose(there.data.arrays["gain"], here.data.arrays["gain"], atol=1e-9)
     assert there.router is not None
-    assert not operations.unordered
+    assert not operations.unordered and not operations.serial
 
 
 def test_points_beyond_a_small_card_stay_on_the_host_without_being_told_to(monkeypatch, caplog):
@@ -166,6 +188,32 @@ def test_a_part_of_a_gpu_that_has_no_utilisation_ends_no_job(monkeypatch, error)
     with pretended():
         monkeypatch.setattr(torch.cuda, "utilization", utilization)
         assert progress.gpu_facts() == {"gpu_memory_mb": 0.0}
+
+
+def test_what_a_full_table_a_parent_and_a_decay_take_runs_on_the_device():
+    # of more dims than axes; the router is thinned, the map drawn: none of it had run beside tensors of a device
+    sample = Path(progress.__file__).parents[1] / "sample"
+    files = {name: str(sample / f"{file}.parquet") for name, file in (("path", "outcomes"), ("queries", "queries"))}
+    table = load(DataConfig(**files), ParamsConfig())
+    table = table.select_queries(np.arange(len(table.query_id)) % 16 == 0)
+    config = replace(
+        TrainConfig(), device=DeviceConfig("cpu"), cluster=ClusterConfig(k=12), index=IndexConfig("flat"),
+        judge=JudgeConfig(half_life="auto"), router=RouterConfig("fastgrnn", epochs=1, sparsity=0.5),
+    )  # fmt: skip
+    first = learn(table, replace(config, router=RouterConfig()))
+    parent = replace(first.data, facts=first.data.facts | {"version": "v"})
+    here = learn(table, config, parent=parent, first_id=1000)
+    config = replace(
+        config, device=DeviceConfig("cuda", deterministic=True), cluster=ClusterConfig(k=12, engine="torch")
+    )
+    with pretended() as operations:
+        there = learn(table, config, parent=parent, first_id=1000)
+        with devices.reproducible(True):
+            arrays = (there.data.arrays[name][: there.data.leaves] for name in ("centroids", "support"))
+            project(table.x_QD, there.label_Q, *arrays, 0, GPU)
+    assert np.array_equal(there.label_Q, here.label_Q)
+    np.testing.assert_allclose(there.data.arrays["gain"], here.data.arrays["gain"], atol=1e-9)
+    assert not operations.unordered and not operations.serial
 
 
 def test_the_nearest_on_the_device():
