@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import torch
+from pretend import pretended
 
 from rb_gpu.learn.distributed import Ranks, launched
 from rb_gpu.learn.kmeans import kmeans
 
 
 def main() -> None:
-    source, out, k, metric, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], int(sys.argv[5])
-    with launched(torch.device("cpu")) as ranks:
-        share(ranks, np.load(source), out, k, metric, seed)
+    source, out, k, metric, seed, device = sys.argv[1:]
+    # gloo stands in for NCCL where they pretend to be on GPUs
+    with launched(torch.device("cpu")) as ranks, pretended() if device == "cuda" else nullcontext():
+        share(ranks, np.load(source), out, int(k), metric, int(seed), device)
 
 
-def share(ranks: Ranks, data: dict[str, np.ndarray], out: str, k: int, metric: str, seed: int) -> None:
+def share(ranks: Ranks, data: dict[str, np.ndarray], out: str, k: int, metric: str, seed: int, device: str) -> None:
     if out == "die" and ranks.rank == 1:
         os._exit(7)
     # ranks hold different numbers of rows
@@ -27,7 +30,7 @@ def share(ranks: Ranks, data: dict[str, np.ndarray], out: str, k: int, metric: s
     start = torch.from_numpy(data["start"]) if "start" in data else "k-means++"
     result = kmeans(
         torch.from_numpy(data["x"][rows]), k, start, metric=metric, seed=seed, weight=data["weight"][rows], n_init=2,
-        device="cpu", ranks=ranks,
+        device=device, ranks=ranks, engine="auto" if device == "cpu" else "torch",
     )  # fmt: skip
     labels = ranks.joined(result.labels)
     if ranks.rank == 0:

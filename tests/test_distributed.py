@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from pretend import pretended
 from safetensors.numpy import load_file
 
 from rb_gpu.learn.distributed import Ranks, launched
@@ -27,10 +28,11 @@ SCRIPT = Path(__file__).parent / "ranks_kmeans.py"
 
 
 @pytest.mark.parametrize(
-    ("processes", "metric", "copies", "offset"),
-    [(2, "cosine", 0, 0), (3, "l2", 0, 0), (2, "l2", 30, 0), (2, "l2", 0, 1e7)],
-)
-def test_ranks_end_on_the_bits_of_one_process(tmp_path, processes, metric, copies, offset):
+    ("processes", "metric", "copies", "offset", "device"),
+    [(2, "cosine", 0, 0, "cpu"), (3, "l2", 0, 0, "cpu"), (2, "l2", 30, 0, "cpu"), (2, "l2", 0, 1e7, "cpu"),
+     (2, "cosine", 0, 0, "cuda"), (2, "l2", 30, 0, "cuda")],
+)  # fmt: skip
+def test_ranks_end_on_the_bits_of_one_process(tmp_path, processes, metric, copies, offset, device):
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(30, 12))[rng.integers(30, size=4000)] + 0.8 * rng.normal(size=(4000, 12))).astype(np.float32)
     weight = rng.exponential(size=len(x)).astype(np.float32)
@@ -42,12 +44,16 @@ def test_ranks_end_on_the_bits_of_one_process(tmp_path, processes, metric, copie
     np.savez(tmp_path / "data.npz", x=x, weight=weight, **start)
     command = [
         sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone",
-        str(SCRIPT), str(tmp_path / "data.npz"), str(tmp_path / "out.npz"), "37", metric, "5",
+        str(SCRIPT), str(tmp_path / "data.npz"), str(tmp_path / "out.npz"), "37", metric, "5", device,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = np.load(tmp_path / "out.npz")
-    alone = kmeans(x, 37, start.get("start", "k-means++"), metric=metric, seed=5, weight=weight, n_init=2, device="cpu")
+    with pretended() if device == "cuda" else nullcontext():
+        alone = kmeans(
+            x, 37, start.get("start", "k-means++"), metric=metric, seed=5, weight=weight, n_init=2, device=device,
+            engine="auto" if device == "cpu" else "torch",
+        )  # fmt: skip
     assert found["centroids"].tobytes() == alone.centroids.tobytes()
     assert np.array_equal(found["labels"], alone.labels)
     assert float(found["inertia"]) == alone.inertia
@@ -60,7 +66,7 @@ def test_the_error_says_which_rank_lost_another(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "data.npz"), "die", "3", "l2", "0"]
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "data.npz"), "die", "3", "l2", "0", "cpu"]
     ranks = [
         subprocess.Popen(
             command,
