@@ -44,7 +44,7 @@ def test_sizes_are_what_card_and_host_can_hold():
     assert h100 == [(1_000_000, False), (10_000_000, False), (100_000_000, True)]
     l4 = gpu.sizes(rows, 128, 24 * 10**9, 50 * 10**9)
     assert l4[:2] == h100[:2] and l4[2] == (25 * 10**9 // 512, True)
-    assert gpu.sizes(rows, 128, 5 * 10**9, 50 * 10**9)[1:] == [(10_000_000, True), (13_896_676, True)]
+    assert gpu.sizes(rows, 128, 6 * 10**9, 50 * 10**9)[1:] == [(10_000_000, True), (13_320_568, True)]
 
 
 def test_a_label_outside_the_bound_is_told_from_one_inside():

@@ -196,6 +196,16 @@ def test_inverted_lists_of_gpus_are_those_of_the_cpu(monkeypatch, leaves, gpus, 
     assert gpus > 1 or content == on_cpu
 
 
+@pytest.mark.parametrize("kind", ["cagra", "ivf"])
+def test_faiss_finds_the_memory_that_the_points_had(monkeypatch, leaves, kind):
+    # torch keeps what was freed, and Faiss, which asks the driver, found a full card after hours of clustering
+    module, told = use(monkeypatch), []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append("emptied"))
+    monkeypatch.setitem(module.names, "StandardGpuResources", lambda: told.append("asked") or Resources())
+    built(leaves, kind=kind)
+    assert told == ["emptied", "asked"]
+
+
 @pytest.mark.parametrize(
     ("kind", "without", "said"),
     [("cagra", "GpuIndexCagra", r"Faiss with cuVS.*pip install 'rb_gpu\[gpu\]'"),

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 LEAST_CAPABILITY = (8, 0)
 # numbers of one tile: they stay in a CPU's outer cache, and keep a GPU busy
 TILE_SCORES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-# bytes of a GPU's memory that points leave to tiles, and for each of them to labels, distances and their sorting
-WORK_BYTES, BYTES_OF_A_POINT = 3 * 2**30, 128
+# bytes of a GPU's memory that points leave to tiles and to NCCL, and for each of them to labels, distances and sorting
+WORK_BYTES, BYTES_OF_A_POINT = 4 * 2**30, 128
 # the least room that points get there: two chunks that are read while they come from the host
 LEAST_ROOM = 2**27
 MEMINFO, OWN_GROUPS, CGROUP = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")

@@ -92,6 +92,9 @@ def build_index(
 
 
 def _filled_index(faiss: Any, unit_PD: Matrix, config: IndexConfig, device: torch.device) -> Any:
+    if device.type == "cuda":
+        # Faiss asks the driver for memory, of which torch keeps all that the points had lain in
+        torch.cuda.empty_cache()
     if config.kind == "cagra":
         return cagra(faiss, unit_PD, config.m, config.ef_construction)
     index = _empty_index(faiss, len(unit_PD), unit_PD.shape[1], config)
