@@ -12,9 +12,19 @@ from hypothesis import strategies as st  # noqa: E402
 
 from rb_gpu.learn import sums  # noqa: E402
 from rb_gpu.learn.distributed import Ranks  # noqa: E402
+from rb_gpu.learn.segments import runs  # noqa: E402
 from rb_gpu.learn.shard import Shard  # noqa: E402
 from rb_gpu.learn.sums import ClusterSums  # noqa: E402
 from rb_gpu.learn.workers import workers  # noqa: E402
+
+
+@pytest.mark.parametrize("k", [1, 300, 2**15 - 1, 2**15, 70_000])
+def test_runs_are_those_of_any_number_of_labels(k):
+    labels = torch.randint(k, (5000,), generator=torch.Generator().manual_seed(0))
+    labels[:7] = k - 1
+    order, bounds = runs(labels, k)
+    assert torch.equal(bounds.diff(), torch.bincount(labels, minlength=k))
+    assert torch.equal(order, torch.argsort(labels, stable=True))
 
 
 @settings(max_examples=40, deadline=None)

@@ -16,8 +16,10 @@ from rb_gpu.learn.streaming import chunks
 
 def runs(labels_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The rows (N,) int64 sorted by label, and where each label's run begins, with the end of the last (K + 1,)."""
-    sorted_N, order_N = torch.sort(labels_N.to(torch.int32), stable=True)
-    return order_N, torch.searchsorted(sorted_N, torch.arange(k + 1, dtype=torch.int32, device=labels_N.device))
+    # a GPU sorts eight bits at a time: two rounds instead of four
+    kind = torch.int16 if k <= torch.iinfo(torch.int16).max else torch.int32
+    sorted_N, order_N = torch.sort(labels_N.to(kind), stable=True)
+    return order_N, torch.searchsorted(sorted_N, torch.arange(k + 1, dtype=kind, device=labels_N.device))
 
 
 def differences(values_T: Tensor, bounds_K1: Tensor) -> Tensor:
