@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 import re
 import subprocess
 import sys
+import textwrap
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -107,6 +110,17 @@ def test_a_planted_spill_is_seen(tmp_path, monkeypatch):
     absurd = {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_D": 32}
     _, spilled = compiled((80, 384, "nearest_kernel", "tf32", absurd, 1, 1), tmp_path)
     assert spilled > 0
+
+
+def test_no_function_calls_itself():
+    # Triton 3.4, that of torch 2.8, went through the calls of one that did until Python's stack was full
+    called = {
+        name: {call.func.id for call in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(found.fn))))
+               if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)}
+        for name, found in vars(triton_kernels).items() if isinstance(found, triton.JITFunction)
+    }  # fmt: skip
+    assert "_tree" in called["_squared_distance"]
+    assert not [name for name, names in called.items() if name in names]
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])

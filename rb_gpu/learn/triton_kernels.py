@@ -92,13 +92,13 @@ def _squared_distance(
 
 @triton.jit
 def _tree(total, WIDTH: tl.constexpr):
-    """The sum over the second axis by halves."""
-    if WIDTH == 1:
-        whole = tl.reshape(total, [total.shape[0]])
-    else:
-        left, right = tl.split(tl.reshape(total, [total.shape[0], WIDTH // 2, 2]))
-        whole = _tree(left + right, WIDTH // 2)
-    return whole
+    """The sum over the second axis, of 1 to 32 columns, by halves."""
+    # written out, as Triton 3.4 knows no function that calls itself
+    for level in tl.static_range(5):
+        if WIDTH >> level > 1:
+            left, right = tl.split(tl.reshape(total, [total.shape[0], WIDTH >> (level + 1), 2]))
+            total = left + right
+    return tl.reshape(total, [total.shape[0]])
 
 
 # counts change from call to call; a kernel of its own for each that is 1, or whole sixteens, would be compiled for long
