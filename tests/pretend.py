@@ -27,7 +27,8 @@ WAITS = {
     aten.bincount.default, aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default,
     aten.repeat_interleave.Tensor,
 }  # fmt: skip
-# which torch refuses on a GPU where sums must add up in one order; cumsum only of floats
+# which torch refuses on a GPU where sums must add up in one order; cumsum only of floats, bincount
+# only of weights
 UNORDERED = {
     aten.median.dim, aten.nanmedian.dim, aten.kthvalue.default, aten.histc.default, aten.put_.default,
     aten.cumsum.default,
@@ -97,6 +98,7 @@ class Operations(TorchDispatchMode):
         if here and func is not aten.copy_.default:
             raise MixedError(f"{func}: {here} of the host beside the device's")
         refused = func in UNORDERED and (func is not aten.cumsum.default or args[0].dtype.is_floating_point)
+        refused |= func is aten.bincount.default and len(args) > 1 and args[1] is not None
         if refused or not torch.are_deterministic_algorithms_enabled():
             self.unordered.add(str(func))
         if func is aten.cumsum.default and args[1] % args[0].dim() != args[0].dim() - 1:

@@ -180,6 +180,24 @@ def test_what_fails_costs_neither_the_others_nor_what_was_measured(monkeypatch):
     assert "NO" in gpu_tables(result)
 
 
+def test_rates_and_labels_are_those_of_float32_in_an_image_that_allows_tf32(monkeypatch):
+    # as NVIDIA's do by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1: right labels were told to be wrong
+    seen = []
+
+    def asked(*_: Any) -> Any:
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return Card("c", 1, 1, 1, 100, 10, 1) if len(seen) == 1 else {"worst_over_bound": 0.0}
+
+    for name in ("measured_card", "agreement"):
+        monkeypatch.setattr(gpu, name, asked)
+    torch.set_float32_matmul_precision("high")
+    try:
+        gpu.run(SETTINGS | {"gpu_rows": [], "gpu_clusters": []}, CPU)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["ieee", "ieee"]
+
+
 @pytest.mark.parametrize(("failed", "code"), [([], 0), (["failed: RuntimeError"], 1)])
 def test_ours_that_fails_fails_the_job(result, monkeypatch, tmp_path, failed, code):
     monkeypatch.setattr(benchmark, "run_folder", lambda: tmp_path)

@@ -24,7 +24,14 @@ from rb_gpu.bench.gpu_peers import ENGINES, PEERS, ours
 from rb_gpu.bench.roofline import CARDS, Card, iteration, seconds, seeding, streamed_seconds, streamed_seeding_seconds
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.config import ClusterConfig, DataConfig, DeviceConfig, IndexConfig, ParamsConfig, TrainConfig
-from rb_gpu.learn.devices import BYTES_OF_A_POINT, WORK_BYTES, free_memory, resolve_device, resolve_engine
+from rb_gpu.learn.devices import (
+    BYTES_OF_A_POINT,
+    WORK_BYTES,
+    free_memory,
+    full_precision,
+    resolve_device,
+    resolve_engine,
+)
 from rb_gpu.learn.job_config import SynthesizeConfig
 from rb_gpu.learn.kmeans import kmeans
 from rb_gpu.learn.pipeline import learn
@@ -108,6 +115,12 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
 
 def run(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The same on any device."""
+    # an image may allow tf32 by itself, as NVIDIA's do: the rate of float32 and the labels would then be those of tf32
+    with full_precision():
+        return _run(settings, device)
+
+
+def _run(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
     clock, dim = Clock(settings["gpu_budget_s"], time.perf_counter()), settings["gpu_dim"]
     known = facts(device)
     card = measured_card(device, known["memory_bytes"])
