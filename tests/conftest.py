@@ -31,6 +31,12 @@ OBJECTIVE = Objective("utility", "f1", 0.02, 0.2, 1000.0, 4.0, 0.95, None, None)
 LOOKUP = LookupSettings(top_k=3, beta=8.0, floor=0.5, min_probability=0.8, likeliest=False, auto_margin=True)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # the others are of the CPU, or pretend: device=auto would take a real GPU in them and in the jobs that they start
+    if config.option.markexpr.strip() != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def make_bank(
     leaves: int = 12, configs: int = 5, dim: int = 16, seed: int = 0, rows: int = 40, objective: Objective = OBJECTIVE
 ) -> BankData:

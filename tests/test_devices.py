@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -116,6 +117,16 @@ def test_points_get_what_is_free_on_a_gpu_less_what_work_with_them_takes(monkeyp
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert devices.points_room(2**23, gpu) == (20 + 2 - 4 - 1) * 2**30
     assert devices.points_room(2**28, gpu) == devices.LEAST_ROOM
+
+
+@pytest.mark.parametrize(("asked", "hidden"), [([], True), (["-m", "not cuda"], True), (["-m", "cuda"], False)])
+def test_a_gpu_is_hidden_from_tests_that_are_not_of_one(asked, hidden):
+    # on a GPU node device=auto took it in all of them, and in the jobs that they start
+    own = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    told = "import os, sys, pytest; pytest.main(sys.argv[1:]); print(repr(os.environ.get('CUDA_VISIBLE_DEVICES')))"
+    command = [sys.executable, "-c", told, "--collect-only", "-q", "-p", "no:cacheprovider", *asked, __file__]
+    said = subprocess.run(command, env=own, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1] == ("''" if hidden else "None")
 
 
 def test_an_engine_that_cannot_run_is_named(monkeypatch, caplog):

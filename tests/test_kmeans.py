@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
+from test_assign import brute_force
 
 from rb_gpu.learn import assign, choice, devices, seeding
 from rb_gpu.learn.assign import Assignment
+from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.kmeans import kmeans, kmeans_plus_plus, nearest
 from rb_gpu.learn.seeding import seed_plus_plus
@@ -328,8 +330,35 @@ def test_cuda_without_a_device_says_what_to_do():
         kmeans(np.ones((5, 2)), 1, device="cuda")
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and pytest -m cuda")
+
+
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "ieee"])
+def test_labels_of_a_gpu_are_those_of_float64(precision):
+    # on what Triton's interpreter has been asked, and on enough points for the tensor cores to be busy
+    for name, (x, centroids) in pytest.importorskip("interpreted").cases().items():
+        points = DeviceAssignment(x.cuda(), x[::7].mean(0).cuda(), engine="triton", precision=precision)
+        points.assign(centroids.cuda())
+        assert torch.equal(points.labels_N.cpu(), brute_force(x, centroids).argmin(1)), name
+    x = torch.randn(300_000, 128, generator=torch.Generator().manual_seed(0))
+    points = DeviceAssignment(x.cuda(), x[:999].mean(0).cuda(), engine="triton", precision=precision)
+    points.assign(x[:1000].cuda())
+    assert torch.equal(points.labels_N.cpu(), nearest(x, x[:1000], torch.device("cpu"))[0])
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_a_gpu_comes_to_the_same_bits_whether_points_lie_there_or_are_sent():
+    x, _ = blobs(20, 5000, 32, 0.5)
+    runs = [kmeans(x, 20, device="cuda", memory_budget=budget, epsilon=0.0) for budget in (None, 2**20)]
+    assert runs[0].centroids.tobytes() == runs[1].centroids.tobytes()
+    assert np.array_equal(runs[0].labels, runs[1].labels)
+
+
+@pytest.mark.cuda
+@needs_gpu
 def test_cuda_agrees_with_the_cpu():
     x, _ = blobs(20, 500, 32, 0.5)
     start = x[:: len(x) // 20][:20]
