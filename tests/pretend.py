@@ -70,7 +70,8 @@ class OnDevice(torch.Tensor):
 
 class Operations(TorchDispatchMode):
     """Runs every operation on the values held. waits: how often the host waited, by operation. unordered: what torch
-    would have refused, or was not asked, to do in one order. serial: running sums that one thread of a GPU makes of a
+    would have refused, or was not asked, to do in one order. raced: how many were written to one place, of which
+    threads leave any. serial: running sums that one thread of a GPU makes of a
     whole column, by their shape.
     """
 
@@ -79,6 +80,7 @@ class Operations(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.unordered: set[str] = set()
         self.serial: list[tuple[int, ...]] = []
+        self.raced = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -105,6 +107,11 @@ class Operations(TorchDispatchMode):
             self.serial.append(tuple(args[0].shape))
         if self._waits(func, args):
             self.waits[str(func)] += 1
+        if func in INDEXING and func is not aten.index.Tensor and not any(args[3:4]) and args[2].numel() > 1:
+            places = torch.stack([_held(t).flatten() for t in args[1] if t is not None and t.dtype != torch.bool] or [
+                torch.arange(args[2].numel())
+            ])  # fmt: skip
+            self.raced += places.shape[1] - torch.unique(places, dim=1).shape[1]
         out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
         if func is aten.copy_.default:
             return args[0]

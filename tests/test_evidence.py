@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretend import pretended
 from test_verdicts import table
 
 from rb_gpu.evidence import OUTCOMES, Evidence, linear_moments
@@ -89,6 +92,23 @@ def test_pairs_are_differences_to_the_default_on_the_same_query():
         assert evidence.pair_mean[0, c, 0] == pytest.approx(difference.mean(), abs=1e-12)
         assert evidence.pair_comoment[0, c, 0, 0] == pytest.approx(((difference - difference.mean()) ** 2).sum())
     assert not gather(table(seed=4, n=90, configs=3), np.zeros(90, int), 1).paired
+
+
+def test_of_a_query_s_default_rows_the_last_counts_whatever_threads_do():
+    # all were written to one place at once, on the CPU too from 32,768 on
+    rows = table(seed=4, n=90, configs=3, full=True)
+    rows = replace(rows, config_id=np.full(len(rows), rows.configs.default))
+    with pretended() as operations:
+        weight_N, labels = row_weights(rows, None), torch.zeros(len(rows.query_id), dtype=torch.int64)
+        found = gather_evidence(rows, labels, 1, weight_N, torch.device("cuda"))
+        assert operations.raced == 0
+        there = torch.zeros(3, device="cuda")
+        there[torch.tensor([1, 1, 2], device="cuda")] = torch.arange(3.0, device="cuda")
+        assert operations.raced == 1
+    quality = f1_score(torch.from_numpy(rows.precision).double(), torch.from_numpy(rows.recall).double()).numpy()
+    by_query = quality.reshape(-1, 3)
+    expected = (by_query - by_query[:, 2:]).mean()
+    assert found.pair_mean[0, rows.configs.default, 0] == pytest.approx(expected, abs=1e-12)
 
 
 def test_linear_moments_are_those_of_the_combined_outcome():

@@ -134,7 +134,7 @@ def test_the_whole_job_runs_on_the_device(learned):
         assert np.array_equal(there.data.arrays[name], here.data.arrays[name]), name
     np.testing.assert_allclose(there.data.arrays["gain"], here.data.arrays["gain"], atol=1e-9)
     assert there.router is not None
-    assert not operations.unordered and not operations.serial
+    assert not operations.unordered and not operations.serial and operations.raced == 0
 
 
 def test_points_beyond_a_small_card_stay_on_the_host_without_being_told_to(monkeypatch, caplog):
@@ -213,7 +213,7 @@ def test_what_a_full_table_a_parent_and_a_decay_take_runs_on_the_device():
             project(table.x_QD, there.label_Q, *arrays, 0, GPU)
     assert np.array_equal(there.label_Q, here.label_Q)
     np.testing.assert_allclose(there.data.arrays["gain"], here.data.arrays["gain"], atol=1e-9)
-    assert not operations.unordered and not operations.serial
+    assert not operations.unordered and not operations.serial and operations.raced == 0
 
 
 def test_the_nearest_on_the_device():

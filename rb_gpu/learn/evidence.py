@@ -90,10 +90,11 @@ def gather_evidence(
     hist = torch.zeros((patterns * configs + 1) * LATENCY_BINS, dtype=torch.float64, device=device)
     hist.index_add_(0, cell_N * LATENCY_BINS + bins_N, weight_N)
 
-    # each row beside the default's row of the same query, where there is one
-    is_default = config_N == trajectories.configs.default
+    # each row beside the default's last row of the same query, where there is one: of several written to one place,
+    # threads would leave any
+    default_N = torch.nonzero(config_N == trajectories.configs.default).squeeze(1)
     default_row_Q = torch.full((len(label_Q),), -1, dtype=torch.int64, device=device)
-    default_row_Q[query_row[is_default]] = torch.nonzero(is_default).squeeze(1)
+    default_row_Q.scatter_reduce_(0, query_row[default_N], default_N, "amax")
     partner_N = default_row_Q[query_row]
     pair_cell_N = torch.where(partner_N < 0, patterns * configs, cell_N)
     difference_NO = y_NO - y_NO[partner_N.clamp(min=0)]
