@@ -9,6 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from pretend import pretended  # noqa: E402
+
 from rb_gpu.bank import ReasoningBank  # noqa: E402
 from rb_gpu.errors import ArtifactError  # noqa: E402
 from rb_gpu.field import FIELD_ARRAYS, SLOPES  # noqa: E402
@@ -54,6 +56,20 @@ def test_leave_one_out_errors_are_those_of_refits():
         penalty = np.diag([0.0, 3, 3, 3, 3])
         coef = np.linalg.solve((design * w[keep, None]).T @ design + penalty, (design * w[keep, None]).T @ y[keep])
         assert found[left] == pytest.approx(y[left] - np.append(1.0, x[left]) @ coef, rel=1e-9)
+
+
+def test_of_rows_of_one_query_and_config_the_last_is_kept_whatever_threads_do():
+    rng = np.random.default_rng(3)
+    query, config = np.concatenate([np.arange(60), np.arange(40)]), np.arange(100) % 2
+    y, features = rng.normal(size=100) + config, [tensor(rng.normal(size=(60, 4))) for _ in SLOPES]
+    here = fit(Regressions(features, rows_of(query, config, 60, 2)), tensor(y))
+    with pretended() as operations:
+        there = rows_of(query, config, 60, 2)
+        columns = ("query_N", "config_N", "weight_N", "importance_N")
+        there = replace(there, **{name: getattr(there, name).to("cuda") for name in columns})
+        found = fit(Regressions([x.to("cuda") for x in features], there), tensor(y).to("cuda"))
+        unseen_QC, raced = found.unseen_QC.cpu(), operations.raced
+    assert raced == 0 and torch.equal(unseen_QC, here.unseen_QC)
 
 
 def test_noise_leaves_only_the_mean_and_a_signal_survives():

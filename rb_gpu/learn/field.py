@@ -56,6 +56,15 @@ class Rows:
         found = {c: torch.nonzero(self.config_N == c).squeeze(1) for c in range(self.configs)}
         return {c: index for c, index in found.items() if len(index) >= LEAST_ROWS}
 
+    @cached_property
+    def last(self) -> Tensor:
+        """The last row of each query under each config that it ran: a config may have run twice."""
+        cell_N = self.query_N * self.configs + self.config_N
+        row_N = torch.arange(len(cell_N), device=cell_N.device)
+        last = torch.full((self.queries * self.configs,), -1, device=cell_N.device)
+        last.scatter_reduce_(0, cell_N, row_N, "amax")
+        return last[last >= 0]
+
     def levels(self, y_N: Tensor) -> Tensor:
         """(C,) mean of each config by importance; of all rows where it has none."""
         weight_C = y_N.new_zeros(self.configs).index_add_(0, self.config_N, self.importance_N)
@@ -194,7 +203,8 @@ def _fit_rows(regressions: Regressions, y_N: Tensor) -> tuple[Fit, Fit]:
             w[:, c] += own_w[:, 0]
     unseen_QC = level_C + sum(x @ (w - v) for x, w, v in zip(features, coefs, common_coefs, strict=True))
     unseen_QC = unseen_QC + base_C - plain.base_C
-    unseen_QC[rows.query_N, rows.config_N] = level_N + deviation_N
+    # of several written to one place, threads would leave any
+    unseen_QC[rows.query_N[rows.last], rows.config_N[rows.last]] = (level_N + deviation_N)[rows.last]
     deviating = Fit(coefs, base_C, plain_N + deviation_N, unseen_QC, True, share_SL, own)
     return _recentred(plain, rows, y_N), _recentred(deviating, rows, y_N)
 
