@@ -143,6 +143,19 @@ def test_what_the_budget_has_no_time_for_is_left_out():
     assert "left out" in gpu_tables(result)
 
 
+def test_of_points_from_the_host_only_the_engine_that_runs_by_itself_is_timed(monkeypatch):
+    # four took the time that clusterings of 100M points would have had
+    card = Card("c", 1, 1, 1, 100, 10, 1)
+    bench = gpu.Bench(SETTINGS | {"gpu_clusters": [5]}, CPU, card, gpu.Clock(300, time.perf_counter()), [*gpu.ENGINES])
+    for name in ("_clustering", "_job"):
+        monkeypatch.setattr(bench, name, lambda *_: None)
+    monkeypatch.setattr(bench, "_iteration", lambda name, *_: bench.iterations.append({"contestant": name}))
+    bench.case(100, True)
+    assert [one["contestant"] for one in bench.iterations] == ["ours, triton tf32"]
+    bench.case(100, False)
+    assert len(bench.iterations) == 1 + len(gpu.ENGINES) + len(gpu.PEERS)
+
+
 def test_a_card_that_is_too_small_for_a_contestant_is_told():
     card = Card("c", 1, 1, 1, 100, 10, 1)
     bench = gpu.Bench(SETTINGS, CPU, card, gpu.Clock(300, time.perf_counter()), [])

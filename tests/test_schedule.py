@@ -125,6 +125,7 @@ def test_a_refusal_is_no_failure_under_torchrun(tmp_path, script, code, expected
     assert done.returncode == min(expected, 1)
     assert (tmp_path / "said").read_text() == "data=files x=a b\n"
     assert "--nproc-per-node=4" in (tmp_path / "launched").read_text().split()
+    assert "OMP_NUM_THREADS=8\n" in (tmp_path / "environment").read_text()
 
 
 def test_real_torchrun_takes_the_refusal_for_no_failure(tmp_path):
