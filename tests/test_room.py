@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rb_gpu.errors import DataError
@@ -103,6 +103,8 @@ def same(one: Trajectories, other: Trajectories) -> None:
     assert one.source == other.source
 
 
+# the first rank moved rows while the second still compared them, which then found nothing to refuse and waited elsewhere
+@example(n=[39, 39, 36], group=1, size=2, capacity=20, repeated=True, seed=28)
 @settings(max_examples=40, deadline=None)
 @given(
     n=st.lists(st.integers(1, 60), min_size=1, max_size=3), group=st.integers(1, 30), size=st.integers(2, 4),

@@ -40,6 +40,7 @@ def refuse_other_embeddings(outcomes: Table, bad: BadRows) -> None:
         pair = [x_ND[rows].astype(np.float64) for rows in (mine, first_N[mine])]
         squares = [np.einsum("md,md->m", one, one) for one in pair]
         other_N[mine] = np.einsum("md,md->m", *pair) < SAME_QUERY * np.sqrt(squares[0] * squares[1])
+    outcomes.room.ranks.wait()  # the first rank moves rows of a matrix that the others may still compare
     outcomes.refuse(other_N, "query_id stands for another embedding", "id", bad)
 
 
