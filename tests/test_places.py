@@ -146,6 +146,15 @@ def test_column_that_came_later_to_a_delta_table_is_absent(tmp_path, caplog):
     assert "propensity is in some files only and is taken as absent" in caplog.text
 
 
+def test_delta_table_named_as_files_is_refused_lest_deleted_rows_come_back(tmp_path):
+    # its folder was read as any other: rows that an overwrite had deleted were learned from without a word
+    deltalake.write_deltalake(tmp_path / "t", planted().slice(0, 600))
+    deltalake.write_deltalake(tmp_path / "t", planted().slice(600), mode="overwrite")
+    for folder in (tmp_path / "t", tmp_path):
+        with pytest.raises(DataError, match=rf"^data\.path={folder} is or holds a Delta Lake table.*set data=delta"):
+            load(config(folder), PARAMS)
+
+
 def test_rows_deleted_from_a_lance_dataset_are_gone(tmp_path):
     dataset = lance.write_dataset(planted(), tmp_path / "t.lance", max_rows_per_file=500)
     dataset.delete("id < 130 OR id = 700")

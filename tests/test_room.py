@@ -103,7 +103,7 @@ def same(one: Trajectories, other: Trajectories) -> None:
     assert one.source == other.source
 
 
-# the first rank moved rows while the second still compared them, which then found nothing to refuse and waited elsewhere
+# the first rank moved rows while the second still compared them, which then refused others and waited elsewhere
 @example(n=[39, 39, 36], group=1, size=2, capacity=20, repeated=True, seed=28)
 @settings(max_examples=40, deadline=None)
 @given(

@@ -213,6 +213,46 @@ def test_column_of_some_files_only_is_taken_as_absent_and_said(tmp_path, caplog)
     assert "cost is in some files only" in caplog.text
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_columns_that_folders_name_are_read(suffix, tmp_path):
+    # they were taken as absent: a table partitioned by ef_search held one config, the default, and nothing said so
+    for ef in (32, 64):
+        for tier, folder in (("small", "small"), ("größe 2/3", "gr%C3%B6%C3%9Fe%202%2F3")):
+            one = arrow(good(3, 100 * ef + len(tier))).drop_columns(["ef_search", "model_tier"])
+            path = tmp_path / f"day=2026-11-01/ef_search={ef}/model_tier={folder}/part-0{suffix}"
+            path.parent.mkdir(parents=True)
+            write(path, one)
+    table = read(str(tmp_path), newest=11)
+    names = np.array(table.tier_names)[table.columns["model_tier"]]
+    assert table.columns["ef_search"].tolist() == [32] * 5 + [64] * 6
+    assert names.tolist() == ["größe 2/3"] * 2 + ["small"] * 3 + ["größe 2/3"] * 3 + ["small"] * 3
+
+
+def test_column_in_the_file_goes_before_that_of_its_folder(tmp_path):
+    (tmp_path / "ef_search=7").mkdir()
+    assert set(read(write(tmp_path / "ef_search=7/x.parquet", good())).columns["ef_search"]) == {64}
+
+
+def test_folders_of_nulls_and_of_what_is_no_number(tmp_path):
+    one = arrow(good(3)).drop_columns(["ef_search"])
+    for folder in ("__HIVE_DEFAULT_PARTITION__", "fast"):
+        (tmp_path / f"ef_search={folder}").mkdir()
+    null = write(tmp_path / "ef_search=__HIVE_DEFAULT_PARTITION__/x.parquet", one)
+    assert {reason for *_, reason in refused(null)} == {"ef_search is null or not a number"}
+    fast = write(tmp_path / "ef_search=fast/x.parquet", one)
+    assert error(fast).startswith(f"data.path={fast}: the folder ef_search=fast holds no int64; rename it, or store ")
+
+
+@pytest.mark.parametrize("name", ["rating", "session"])
+def test_column_that_rows_may_lack_is_none_in_files_without_it(name, tmp_path, caplog):
+    # a rating or session in some files was dropped from all of them
+    one = write(tmp_path / "a.parquet", {n: v for n, v in good(2, 10).items() if n != name})
+    two = write(tmp_path / "b.parquet", good(2, 20, **{name: [3, 4]}))
+    table = read_table([one, two], REQUIRED, (name,), BadRows(), Reading())
+    assert table.columns[name].tolist() == [0, 0, 3, 4]
+    assert f"{name} is in some files only and is taken as none in the others" in caplog.text
+
+
 # ---- only what is needed is read
 
 

@@ -547,6 +547,21 @@ def test_absent_parameters_mean_the_configured_default(tmp_path):
     assert table.configs.tiers == ("base",)
 
 
+@pytest.mark.parametrize("name", ["ef_search", "model_tier", "temperature"])
+def test_parameter_that_came_later_keeps_its_values_and_means_the_default_before(name, tmp_path, caplog):
+    # it was taken as absent from all files: rows of every n_probes were learned from as rows of the default's
+    default = {"ef_search": 7, "model_tier": "small", "temperature": 0.5} | (
+        {"model_tier": "old"} if name == "model_tier" else {}
+    )
+    parquet(tmp_path / "a.parquet", one_table(LOG[:30], name))
+    parquet(tmp_path / "b.parquet", one_table(LOG[30:]))
+    both = rows_of(read(str(tmp_path), {"default": default}))
+    whole = rows_of(read(parquet(tmp_path / "whole.pq", one_table(LOG))))
+    assert {both[i][name] for i in range(30)} == {default[name]}
+    assert [both[i][name] for i in range(30, 60)] == [whole[i][name] for i in range(30, 60)]
+    assert f"{name} is in some files only and is taken as {default[name]} in the others" in caplog.text
+
+
 def test_absent_tier_needs_a_default_among_the_configured_tiers(tmp_path):
     path = parquet(tmp_path / "x.parquet", one_table(LOG, "model_tier"))
     with pytest.raises(

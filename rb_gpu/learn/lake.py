@@ -14,6 +14,7 @@ import pyarrow.dataset as ds
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn.data_config import VERSIONED, DataConfig, S3Config, Store
 from rb_gpu.learn.distributed import Ranks
+from rb_gpu.learn.partitions import with_constants
 from rb_gpu.learn.sources import BATCH_ROWS, Source, first_line, open_parquet
 
 S3_REMEDY = (
@@ -62,15 +63,7 @@ def _delta_file(
     # a column that came later is in some files only, as it would be in plain Parquet
     constants = {c: pa.scalar(added[f"partition.{c}"], schema.field(c).type) for c in schema.names
                  if f"partition.{c}" in added and c not in file.schema.names}  # fmt: skip
-    whole = pa.schema([*file.schema, *(schema.field(c) for c in constants)])
-
-    def batches(columns: list[str], rows: int, groups: range) -> Iterator[pa.RecordBatch]:
-        for batch in file.batches([c for c in columns if c not in constants], rows, groups):
-            n = batch.num_rows
-            arrays = [pa.repeat(constants[c], n) if c in constants else batch.column(c) for c in columns]
-            yield pa.RecordBatch.from_arrays(arrays, columns)
-
-    return Source(name, whole, file.groups, batches)
+    return replace(with_constants(file, constants), name=name)
 
 
 def open_lance(path: str, store: Store, key: str) -> tuple[list[Source], int]:

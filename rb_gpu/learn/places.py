@@ -101,9 +101,15 @@ def _files(filesystem: pyarrow.fs.FileSystem, name: str, key: str) -> list[str]:
         raise DataError(f"{key}={name} does not exist; give a file, a directory, a URI of one, or a glob")
     if info.type != pyarrow.fs.FileType.Directory:
         return [name]
+    below = filesystem.get_file_info(pyarrow.fs.FileSelector(name, recursive=True))
+    if any(PurePosixPath(file.path).name == "_delta_log" for file in below):
+        raise DataError(
+            f"{key}={name} is or holds a Delta Lake table, whose files hold deleted rows too; set data=delta and name "
+            "the table's folder"
+        )
     files = [
         file.path
-        for file in filesystem.get_file_info(pyarrow.fs.FileSelector(name, recursive=True))
+        for file in below
         if file.is_file
         and PurePosixPath(file.path).suffix.lower() in KNOWN_SUFFIXES
         and not any(part[0] in "._" for part in PurePosixPath(file.path).relative_to(info.path).parts)

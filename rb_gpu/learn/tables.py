@@ -5,9 +5,8 @@ Only the columns of design section 4 and the numeric features that were asked fo
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -32,13 +31,12 @@ from rb_gpu.learn.decode import (
     list_dim,
     rule_of,
 )
+from rb_gpu.learn.partitions import with_absent, with_folders
 from rb_gpu.learn.places import open_table
 from rb_gpu.learn.progress import step
 from rb_gpu.learn.quarantine import BadRows
 from rb_gpu.learn.room import Room, to_front
 from rb_gpu.learn.sources import BATCH_ROWS, Source, Span, ahead, guarded, share_out
-
-log = logging.getLogger(__name__)
 
 # the column of a table that no file has: the hashes of its embeddings, taken while each was in the cache
 HASH = "embedding_hash"
@@ -85,7 +83,7 @@ class Reading:
     """How a table is read. tiers: the configured tiers, another name is a bad row; None takes all. newest: keep the
     rows of largest timestamp, of equal ones the last. key: the setting that messages name. unique: a repeated value in
     this column, if it is read, is a bad row. room: where the embeddings lie, and the processes that share the reading.
-    store: how the table is stored.
+    store: how the table is stored. absent: what a column means in a file that lacks it, where other files have it.
     """
 
     tiers: Sequence[str] | None = None
@@ -94,6 +92,7 @@ class Reading:
     unique: str = "id"
     room: Room = field(default_factory=Room)
     store: Store = field(default_factory=Store)
+    absent: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_table(
@@ -119,17 +118,15 @@ def check_sources(
 ) -> Table:
     """`read_table` of opened sources."""
     key, room, ranks = reading.key, reading.room, reading.room.ranks
+    sources = [with_folders(source, (*required, *optional), key) for source in sources]
     for source in sources:
         _check_columns(source, required, optional, key)
     files = [source.name for source in sources]
-    sources = [source for source in sources if source.rows]
+    sources = with_absent([source for source in sources if source.rows], optional, reading.absent, key)
     total = sum(source.rows for source in sources)
     if total == 0:
         raise DataError(f"{key}={label} has no rows; check the log's export")
     wanted = [c for c in (*required, *optional) if all(c in s.schema.names for s in sources)]
-    for column in sorted(set(optional) - set(wanted)):
-        if any(column in s.schema.names for s in sources):
-            log.warning("%s: %s is in some files only and is taken as absent", key, column)
     dim = _common_dim(sources, key) if "query_embedding" in wanted else None
     newest = reading.newest if reading.newest is not None and reading.newest < total else None
     keep_N = np.ones(total, dtype=bool) if newest is None else newest_rows(sources, newest, key)

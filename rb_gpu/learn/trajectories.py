@@ -146,17 +146,18 @@ def load(
     if meant:
         raise ConfigError(f"data.features={list(features)}: {meant[0]} has a meaning of its own; leave it out")
     tiers = None if params.tiers == "auto" else list(params.tiers)
+    absent = SearchParams(**({} if params.default == "auto" else params.default)).as_dict()
     bad = BadRows()
     queries = None
     if data.queries is None:
         required = (*OUTCOME_REQUIRED, *QUERY_REQUIRED, *features)
-        reading = Reading(tiers, data.capacity, room=room, store=data.store)
+        reading = Reading(tiers, data.capacity, room=room, store=data.store, absent=absent)
         outcomes = read_table(data.path, required, (*OUTCOME_OPTIONAL, "query_id", *QUERY_OPTIONAL), bad, reading)
     else:
         per_query = ("query_id", *QUERY_REQUIRED, *features)
         reading = Reading(key="data.queries", unique="query_id", room=room, store=data.queries_store)
         queries = read_table(data.queries, per_query, QUERY_OPTIONAL, bad, reading)
-        reading = Reading(tiers, room=room, store=data.store)
+        reading = Reading(tiers, room=room, store=data.store, absent=absent)
         outcomes = read_table(data.path, (*OUTCOME_REQUIRED, "query_id"), OUTCOME_OPTIONAL, bad, reading)
     seen = outcomes.total_rows + (queries.total_rows if queries else 0)
     columns = join(outcomes, queries, bad, data.capacity, features)

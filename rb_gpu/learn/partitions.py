@@ -1,0 +1,88 @@
+"""Columns of one value a file, which lie beside it: in the names of its folders, in a table's log, or in the rule that
+an absent parameter is the default's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import unquote
+
+import pyarrow as pa
+
+from rb_gpu.errors import DataError
+from rb_gpu.learn.decode import rule_of
+from rb_gpu.learn.sources import Source
+
+log = logging.getLogger(__name__)
+
+# what Hive, Spark, pandas and DuckDB call the folder of nulls
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+
+
+def with_constants(source: Source, constants: Mapping[str, pa.Scalar]) -> Source:
+    """The source with columns, none of which it has, that hold one value in every row."""
+    if not constants:
+        return source
+
+    def batches(columns: list[str], rows: int, groups: range) -> Iterator[pa.RecordBatch]:
+        # some column must tell how many rows there are
+        stored = [name for name in columns if name not in constants] or source.schema.names[:1]
+        for batch in source.batches(stored, rows, groups):
+            n = batch.num_rows
+            arrays = [pa.repeat(constants[c], n) if c in constants else batch.column(c) for c in columns]
+            yield pa.RecordBatch.from_arrays(arrays, columns)
+
+    schema = pa.schema([*source.schema, *(pa.field(name, value.type) for name, value in constants.items())])
+    return replace(source, schema=schema, batches=batches)
+
+
+def with_folders(source: Source, wanted: Sequence[str], key: str) -> Source:
+    """The source with those wanted columns that the folders of its file name, as in ef_search=64/part-0.parquet, and
+    that it does not hold itself. Raises DataError where a folder's value is not of its column's type.
+    """
+    parts = [part.partition("=") for part in PurePosixPath(source.name).parts[:-1]]
+    named = {unquote(name): unquote(value) for name, equals, value in parts if equals}
+    constants = {}
+    for name in wanted:
+        if name not in named or name in source.schema.names:
+            continue
+        text, kind = named[name], _kind(name)
+        try:
+            constants[name] = pa.scalar(None if text == HIVE_NULL else text, pa.string()).cast(kind)
+        except pa.ArrowException as error:
+            raise DataError(
+                f"{key}={source.name}: the folder {name}={text} holds no {kind}; rename it, or store the column {name} "
+                "in the file"
+            ) from error
+    return with_constants(source, constants)
+
+
+def with_absent(
+    sources: Sequence[Source], optional: Sequence[str], absent: Mapping[str, Any], key: str
+) -> list[Source]:
+    """The sources, where a column that some have and others lack holds in these what it means to be absent: the value
+    of `absent`, or null where a row may have none. Other such columns stay as they are.
+    """
+    constants: list[dict[str, pa.Scalar]] = [{} for _ in sources]
+    for name in optional:
+        lack = [name not in source.schema.names for source in sources]
+        if all(lack) or not any(lack):
+            continue
+        if name not in absent and not rule_of(name).nullable:
+            log.warning("%s: %s is in some files only and is taken as absent", key, name)
+            continue
+        value = absent.get(name)
+        log.warning("%s: %s is in some files only and is taken as %s in the others", key, name,
+                    "none" if value is None else value)  # fmt: skip
+        for one, lacks in zip(constants, lack, strict=True):
+            if lacks:
+                one[name] = pa.scalar(value, _kind(name))
+    return [with_constants(source, one) for source, one in zip(sources, constants, strict=True)]
+
+
+def _kind(name: str) -> pa.DataType:
+    return pa.string() if name == "model_tier" else pa.from_numpy_dtype(rule_of(name).dtype)
