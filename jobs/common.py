@@ -35,7 +35,7 @@ def job(
     name: str,
     doc: str | None,
     task: Callable[[Any], int],
-    member: Callable[[Any], float] | None = None,
+    member: Callable[[DictConfig], float | None] | None = None,
     finish: Callable[[], int] | None = None,
 ) -> Callable[[], None]:
     """The entry point of the job whose settings are conf/NAME.yaml. The task takes them and returns an exit code. doc:
@@ -52,10 +52,9 @@ def job(
         logging.getLogger("faiss.loader").setLevel(logging.WARNING)
         try:
             with claimed(run_folder()), shown(run_folder(), quiet):
-                settings = to_object(composed)
                 if HydraConfig.get().mode == RunMode.MULTIRUN and member is not None:
-                    return member(settings)
-                code = task(settings)
+                    return member(composed)
+                code = task(to_object(composed))
         except RbGpuError as error:
             log.error("%s", error)
             code = EXIT_ERROR
@@ -90,7 +89,13 @@ def job(
                 nowhere = stack.enter_context(tempfile.TemporaryDirectory(prefix="rb_gpu-dry-"))
                 sys.argv += [f"hydra.run.dir={nowhere}", f"hydra.sweep.dir={nowhere}"]
             stack.enter_context(lazy_help())
-            composing()
+            try:
+                composing()
+            except SystemExit as ended:
+                # a sweeper that gave up, as Optuna's where every run failed: what they came to is shown all the same
+                if ended.code and finish is not None:
+                    finish()
+                raise
         code = 0 if finish is None else finish()
         if code:
             sys.exit(code)

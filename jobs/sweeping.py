@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 
-from rb_gpu.errors import RbGpuError
+from rb_gpu.errors import ConfigError, RbGpuError
 from rb_gpu.learn.config import TrainConfig
+from rb_gpu.learn.job_config import to_object
 from rb_gpu.learn.progress import Watch
 from rb_gpu.learn.rehearsal import rehearse
 from rb_gpu.learn.stages import Stages
-from rb_gpu.learn.sweep import Member, best_of, member_of, read_members, write_member
+from rb_gpu.learn.sweep import RESULT_FILE, Member, best_of, member_of, read_members, write_member
 from rb_gpu.learn.track import check_tracker, track
 from rb_gpu.learn.training import measure, train
 
@@ -34,11 +37,21 @@ class Sweep:
         self.folder: Path | None = None
         self.rehearsed: list[bool] = []
 
-    def member(self, config: TrainConfig) -> float:
-        """Runs one member and keeps its result. Returns its utility, which a sweeper maximises; NaN where it failed:
-        the others go on.
+    def member(self, composed: DictConfig) -> float | None:
+        """Runs one member and keeps its result. Returns its utility, which a sweeper maximises; None where it failed or
+        has none: the others go on. What is only rehearsed has 0.
         """
         folder, settings = run_folder(), list(HydraConfig.get().overrides.task)
+        try:
+            config: TrainConfig = to_object(composed)
+        except ConfigError as error:
+            log.error("%s", error)
+            if composed.get("dry_run") is True:
+                self.rehearsed.append(False)
+            else:
+                self._began(folder)
+                write_member(folder.parent, Member(folder.name, settings, error=str(error)))
+            return None
         if config.dry_run:
             print(" ".join(settings) or "as configured")
             try:
@@ -47,8 +60,9 @@ class Sweep:
             except RbGpuError as error:
                 log.error("%s", error)
                 self.rehearsed.append(False)
-            return float("nan")
-        self.folder, self.configs[folder.name] = folder.parent, config
+            return 0.0
+        self._began(folder)
+        self.configs[folder.name] = config
         check_tracker(config.track)
         watch, start = Watch(), time.perf_counter()
         try:
@@ -62,7 +76,18 @@ class Sweep:
             member = Member(folder.name, settings, error=f"{type(error).__name__}: {error}")
         write_member(folder.parent, member)
         track(run_of_member(member, folder.parent.name, config), config.track)
-        return member.utility
+        return None if math.isnan(member.utility) else member.utility
+
+    def _began(self, folder: Path) -> None:
+        """Raises ConfigError before the first member where the sweep's folder has runs of an earlier one, which would
+        be compared with this one's.
+        """
+        if self.folder is None and any(folder.parent.glob(f"*/{RESULT_FILE}")):
+            raise ConfigError(
+                f"hydra.sweep.dir={folder.parent} holds the runs of an earlier sweep; name another folder, or delete "
+                "this one first"
+            )
+        self.folder = folder.parent
 
     def finish(self) -> int:
         """Shows all members and publishes the best as a candidate, which a person may promote. Returns the exit code:

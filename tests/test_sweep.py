@@ -31,7 +31,7 @@ from rb_gpu.learn.config import (
 from rb_gpu.learn.job_config import SynthesizeConfig
 from rb_gpu.learn.progress import Watch
 from rb_gpu.learn.stages import Stages
-from rb_gpu.learn.sweep import Member, best_of, chosen_among, read_members, write_member
+from rb_gpu.learn.sweep import Member, best_of, chosen_among, member_of, read_members, write_member
 from rb_gpu.learn.synthesize import synthesize
 from rb_gpu.learn.training import Candidate, measure, train
 from rb_gpu.registry import Registry
@@ -161,6 +161,58 @@ def test_the_interval_of_the_best_of_many_holds_for_all_at_once():
 def test_no_run_is_best_among_utilities_of_different_units():
     assert best_of([member("0", 0.1), member("1", 0.2, objective='{"cost_weight": 1}')]) is None
     assert best_of([Member("0", [], error="no")]) is None
+    assert best_of([member("0", 0.1, cost_ref=1.0), member("1", 0.2, cost_ref=1.1)]) is None
+
+
+def test_what_pruning_moves_in_the_references_makes_no_other_utility():
+    # prune.min_support, which README sweeps, takes rows from the mean that costs refer to: no run was the best
+    assert best_of([member("0", 0.1, cost_ref=1.0), member("1", 0.2, cost_ref=1.001)]).folder == "1"
+
+
+@pytest.mark.parametrize("key", ["params.default", "eval.holdout"])
+def test_gains_over_other_defaults_and_on_other_queries_are_not_compared(plain, key):
+    # the worst default has the greatest gain over it; what told them apart was a reference to the last digit
+    other = {"params.default": {"ef_search": 32, "n_probes": 1}, "eval.holdout": 0.3}
+    section, name = key.split(".")
+    changed = replace(plain, **{section: replace(getattr(plain, section), **{name: other[key]})})
+    members = []
+    for config in (plain, changed):
+        watch = Watch()
+        members.append(member_of(measure(config, None, Stages(True), watch), str(len(members)), [], watch, 1.0))
+    assert best_of(members[:1]) is not None and best_of(members) is None
+
+
+def run_job(folder: Path, job: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"jobs.{job}", *overrides]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_optuna_goes_on_after_a_run_that_failed_and_the_best_is_offered(plain, tmp_path):
+    # told NaN, its sweeper ended with a traceback, and what the other runs came to was shown nowhere
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    optuna = ("-m", "hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=4",
+              "hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=0", "data=files",
+              f"data.path={plain.data.path}")  # fmt: skip
+    done = run_job(tmp_path, "train", *optuna, "cluster.k=choice(16,5000)")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "failed: cluster.k=5000 exceeds the" in done.stdout and "action=promote version=" in done.stdout
+    none = run_job(tmp_path, "train", *optuna, "cluster.k=choice(5000,6000)")
+    assert none.returncode == 1 and "every run failed" in none.stdout
+    dry = run_job(tmp_path, "train", *optuna, "cluster.k=choice(4,16)", "dry_run=true")
+    assert dry.returncode == 0, dry.stdout + dry.stderr
+
+
+def test_a_setting_out_of_bounds_fails_its_run_alone_and_a_folder_is_of_one_sweep(plain, tmp_path):
+    # it ended the sweep; and in a folder used again the best was a run of the sweep before: a KeyError
+    sweep = ("-m", "data=files", f"data.path={plain.data.path}", "hydra.sweep.dir=night")
+    done = run_job(tmp_path, "train", *sweep, "cluster.k=0,16")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "run 0 failed: cluster.k=0 is not auto" in done.stdout and "best: run 1 (cluster.k=16)" in done.stdout
+    again = run_job(tmp_path, "train", *sweep, "cluster.k=4")
+    assert again.returncode == 1 and "night holds the runs of an earlier sweep; name another" in again.stdout
 
 
 def test_results_come_back_in_the_order_of_the_runs_and_a_damaged_one_is_left_out(tmp_path):
@@ -187,17 +239,9 @@ def test_a_folder_in_use_by_another_run_is_refused(tmp_path):
 
 
 def test_a_sweep_shows_failures_offers_the_best_and_is_told_again_from_its_folder(plain, tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-
-    def run(job: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", f"jobs.{job}", *overrides]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-
-    done = run(
-        "train", "data=files", f"data.path={plain.data.path}", "-m", "cluster.k=16,5000,4", "hydra.sweep.dir=sweep",
-        "judge.cost_weight=0.1",
+    done = run_job(
+        tmp_path, "train", "data=files", f"data.path={plain.data.path}", "-m", "cluster.k=16,5000,4",
+        "hydra.sweep.dir=sweep", "judge.cost_weight=0.1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "run 1 failed: cluster.k=5000 exceeds the" in done.stdout
@@ -209,6 +253,6 @@ def test_a_sweep_shows_failures_offers_the_best_and_is_told_again_from_its_folde
     assert len(registry.versions()) == 1
     assert registry.champion() is None
     assert f"action=promote version={registry.versions()[0]}" in done.stdout
-    again = run("sweep_report", "folder=sweep")
+    again = run_job(tmp_path, "sweep_report", "folder=sweep")
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.strip().rsplit("\n", 1)[0] in done.stdout

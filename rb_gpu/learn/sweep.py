@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from scipy import stats
 
 from rb_gpu.errors import DataError
 from rb_gpu.learn.progress import Watch
+from rb_gpu.learn.stages import digest
 from rb_gpu.learn.training import Candidate
 from rb_gpu.publish import without_nan
 
@@ -21,6 +23,8 @@ log = logging.getLogger(__name__)
 
 RESULT_FILE = "result.json"
 NAN = float("nan")
+# pruned patterns take their rows with them, which moves the mean cost of the dearest config by less
+SAME_COST = 1.01
 Z_95 = 1.959963984540054
 
 
@@ -29,14 +33,16 @@ class Member:
     """One run of a sweep. folder: its name in the sweep's. error: why it has no value, None where it has one.
 
     utility: of the bank on held-out queries, low and high its 95 % interval; gain, gain_low, gain_high: over what is
-    served, which is `served` (champion or default). objective: what utility means. promote, reason: what the gate would
-    do. seconds: wall; memory_mb: peak of the process by the end of the run, MiB.
+    served, which is `served` (champion or default). objective: what utility means, and of which queries and over which
+    default; cost_ref: the cost that judge.cost_weight is the price of, 1 where cost does not count. promote, reason:
+    what the gate would do. seconds: wall; memory_mb: peak of the process by the end of the run, MiB.
     """
 
     folder: str
     overrides: list[str]
     error: str | None = None
     objective: str = ""
+    cost_ref: float = 1.0
     served: str = ""
     utility: float = NAN
     low: float = NAN
@@ -55,14 +61,18 @@ class Member:
 def member_of(candidate: Candidate, folder: str, overrides: list[str], watch: Watch, seconds: float) -> Member:
     """A run that ended well."""
     evaluation, counts = candidate.evaluation, candidate.learned.data.facts["counts"]
-    bank, objective = evaluation.value("bank"), candidate.bank.data.objective
+    value, bank = evaluation.value("bank"), candidate.bank.data
+    objective = bank.objective
     served = "champion" if "champion" in evaluation.bank_gains else "default"
     gain = evaluation.bank_gains[served]
-    # references come from sums whose last digits depend on the clustering
-    meant = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(objective).items()}
+    # the latency that latency_weight refers to shifts utilities, and no gain
+    meant = {k: v for k, v in asdict(objective).items() if k not in ("cost_ref", "latency_ref_us")}
+    held_out = candidate.held_out
+    meant |= {"default": held_out.configs[bank.default].as_dict(), "queries": digest(np.sort(held_out.query_id))}
+    cost_ref = objective.cost_ref if objective.cost_weight else 1.0
     return Member(
-        folder, overrides, None, json.dumps(meant, sort_keys=True), served, bank.utility, bank.low,
-        bank.high, gain.gain, gain.low, gain.high, counts["patterns"], counts["verdicts"], candidate.decision.promote,
+        folder, overrides, None, json.dumps(meant, sort_keys=True), cost_ref, served, value.utility, value.low,
+        value.high, gain.gain, gain.low, gain.high, counts["patterns"], counts["verdicts"], candidate.decision.promote,
         candidate.decision.reason, round(seconds, 3), max(watch.memory_mb.values(), default=NAN),
     )  # fmt: skip
 
@@ -95,9 +105,14 @@ def told_apart(members: Sequence[Member]) -> dict[str, str]:
 
 
 def best_of(members: Sequence[Member]) -> Member | None:
-    """The run of highest gain; None where none has a value, or where their utilities are in different units."""
+    """The run of highest gain; None where none has a value, or where their gains are in different units, of different
+    queries, or over different defaults.
+    """
     valued = [one for one in members if one.error is None and math.isfinite(one.gain)]
     if not valued or len({(one.objective, one.served) for one in valued}) > 1:
+        return None
+    costs = [one.cost_ref for one in valued]
+    if max(costs) > SAME_COST * min(costs):
         return None
     return max(valued, key=lambda one: one.gain)
 
@@ -123,8 +138,9 @@ def verdict(members: Sequence[Member]) -> str:
         return "every run failed; the log in each one's folder says why"
     if best is None:
         return (
-            "no run is the best: what they call utility differs (judge.cost_weight, judge.objective, ...), or none has "
-            "a value; compare quality and cost instead"
+            "no run is the best: what they call utility differs (judge.cost_weight, judge.objective, ...), or the "
+            "default (params.default) or the queries that they are valued on (data, eval.holdout), or none has a "
+            "value; compare quality and cost instead"
         )
     wide = chosen_among(best, members)
     return (
