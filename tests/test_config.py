@@ -58,6 +58,24 @@ def keys_of(name: str) -> list[str]:
 def test_a_slope_may_be_typed_as_an_integer():
     # a setting that was float or auto took 16.0 and refused 16
     assert composed("train", "lookup.beta=16").lookup.beta == 16.0
+    settings = composed("train", "judge.margin=0", "lookup.floor=-1")
+    assert (settings.judge.margin, settings.lookup.floor) == (0, -1)
+    with pytest.raises(ConfigError, match=r"^judge\.min_probability=1 is not auto or a probability in \[0\.5, 1\)"):
+        composed("train", "judge.min_probability=1")
+
+
+def test_a_bound_may_be_lifted_as_its_yaml_says():
+    assert composed("train", "gate.max_p95_latency_ratio=inf").gate.max_p95_latency_ratio == math.inf
+    assert "; inf: any" in (CONF / "gate" / "default.yaml").read_text()
+
+
+def test_what_cannot_be_interpolated_names_its_setting(monkeypatch):
+    # "KeyError raised while resolving interpolation", of no setting in particular
+    monkeypatch.delenv("RB_NOWHERE", raising=False)
+    with pytest.raises(
+        ConfigError, match=r"^data\.path: .*'RB_NOWHERE' not found.*; give the setting a value, or mend"
+    ):
+        composed("train", "data=files", "data.path=${oc.env:RB_NOWHERE}")
 
 
 @pytest.mark.parametrize("name", YAMLS)
@@ -210,7 +228,7 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "track.folder": [""],
 }
 OUT_OF_BOUNDS_OF_A_JOB: dict[str, dict[str, list[Any]]] = {
-    "train": {"seed": [-1]},  # NumPy has no negative seed: evaluation died of it after all the learning was done
+    "train": {"seed": [-1, 2**64]},  # NumPy has no negative seed: evaluation died of it after all the learning was done
     "evaluate": {"seed": [-1]},
     "registry": {"action": ["delete"]},
     "collect": {
@@ -218,7 +236,7 @@ OUT_OF_BOUNDS_OF_A_JOB: dict[str, dict[str, list[Any]]] = {
         "max_queries": [0],
         "hnsw_m": [1],
         "hnsw_ef_construction": [0],
-        "hnsw_ef_search": [[0], [16, 16], [5]],
+        "hnsw_ef_search": [[0], [16, 16], [5], [2**31]],
         "ivf_nlist": [0, "many"],
         "ivf_n_probes": [[0], [2, 2]],
         "seed": [-1],

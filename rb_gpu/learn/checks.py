@@ -7,6 +7,8 @@ from typing import Any
 
 from rb_gpu.errors import ConfigError
 
+MAX_SEED = 2**63 - 1
+
 
 def check(key: str, value: Any, ok: bool, bound: str, remedy: str) -> None:
     """Raises ConfigError `key=value is not BOUND; REMEDY` unless ok."""
@@ -22,6 +24,11 @@ def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
 def check_count(key: str, value: int, least: int = 1) -> None:
     """Raises ConfigError unless value >= least."""
     check(key, value, value >= least, f"an integer >= {least}", f"raise it to {least} or more")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ConfigError unless torch and NumPy take the setting `seed`."""
+    check("seed", seed, 0 <= seed <= MAX_SEED, f"an integer in [0, {MAX_SEED}]", "use 0")
 
 
 def check_share(key: str, value: float) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from rb_gpu.errors import ConfigError
 from rb_gpu.index_file import MAX_BREADTH
-from rb_gpu.learn.checks import check, check_choice, check_count, check_nonnegative, check_share, is_auto
+from rb_gpu.learn.checks import check, check_choice, check_count, check_nonnegative, check_seed, check_share, is_auto
 from rb_gpu.learn.data_config import DataConfig as DataConfig
 from rb_gpu.learn.router_config import RouterConfig as RouterConfig
 from rb_gpu.learn.track import TrackConfig
@@ -115,8 +115,8 @@ class JudgeConfig:
     max_latency_us: float | None = None
     max_cost: float | None = None
     target: float = 0.95
-    margin: float | str = "auto"
-    min_probability: float | str = "auto"
+    margin: int | float | str = "auto"
+    min_probability: int | float | str = "auto"
     alpha: float = 0.05
     min_samples: int = 3
     half_life: Any = None
@@ -214,7 +214,7 @@ class LookupConfig:
 
     top_k: int | str = "auto"
     beta: int | float | str = "auto"
-    floor: float | str = "auto"
+    floor: int | float | str = "auto"
 
     def __post_init__(self) -> None:
         k_ok = is_auto(self.top_k) or (isinstance(self.top_k, int) and self.top_k >= 1)
@@ -304,4 +304,4 @@ class TrainConfig:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        check_count("seed", self.seed, 0)
+        check_seed(self.seed)

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rb_gpu.errors import ConfigError
-from rb_gpu.learn.checks import check, check_choice, check_count, check_nonnegative, check_share, is_auto
+from rb_gpu.learn.checks import check, check_choice, check_count, check_nonnegative, check_seed, check_share, is_auto
 from rb_gpu.learn.config import (
     SAMPLE_FOLDER,
     ClusterConfig,
@@ -45,7 +45,7 @@ class EvaluateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_count("seed", self.seed, 0)
+        check_seed(self.seed)
         ready = not self.eval.baseline_names or self.training.path is not None
         remedy = "add training.path=FILE, the table that the artifact learned from, or leave eval.baselines out"
         check("training.path", self.training.path, ready, "a table that eval.baselines learn from", remedy)
@@ -74,6 +74,10 @@ class SweepReportConfig:
     """What `jobs.sweep_report` reads. folder: of a sweep, in which each run has one of its own."""
 
     folder: str = "???"
+
+
+# as Faiss holds its settings
+MAX_INT32 = 2**31 - 1
 
 
 @dataclass
@@ -106,15 +110,15 @@ class CollectConfig:
         check("ivf_nlist", self.ivf_nlist, nlist_ok, "auto or an integer >= 1", "set ivf_nlist=auto")
         for key in ("hnsw_ef_search", "ivf_n_probes"):
             grid = getattr(self, key)
-            ok = all(v >= 1 for v in grid) and len(set(grid)) == len(grid)
-            check(key, grid, ok, "a list of distinct integers >= 1", "give e.g. [8,16,32]")
+            ok = all(1 <= v <= MAX_INT32 for v in grid) and len(set(grid)) == len(grid)
+            check(key, grid, ok, f"a list of distinct integers in [1, {MAX_INT32}]", "give e.g. [8,16,32]")
         least_ef = min(self.hnsw_ef_search, default=self.top_k)
         bound = f"at least top_k={self.top_k}, below which Faiss searches with top_k"
         check("hnsw_ef_search", self.hnsw_ef_search, least_ef >= self.top_k, bound, "raise it or lower top_k")
         # a table of both indexes marks the parameter that an index lacks with 1
         same = 1 in self.hnsw_ef_search and 1 in self.ivf_n_probes
         check("hnsw_ef_search", self.hnsw_ef_search, not same, "free of 1 where ivf_n_probes has 1", "leave one 1 out")
-        check_count("seed", self.seed, 0)
+        check_seed(self.seed)
         both_empty = not self.hnsw_ef_search and not self.ivf_n_probes
         check("hnsw_ef_search", self.hnsw_ef_search, not both_empty, "non-empty where ivf_n_probes is", "give a grid")
 
@@ -158,7 +162,7 @@ class SynthesizeConfig:
         bound = f"in (0, {widest:.3f}), as effect={self.effect:g} allows"
         check("quality_noise", self.quality_noise, 0 < self.quality_noise < widest, bound, "lower it, or effect")
         check_share("bad_fraction", self.bad_fraction)
-        check_count("seed", self.seed, 0)
+        check_seed(self.seed)
 
 
 SUITES = (
@@ -230,7 +234,7 @@ class BenchmarkConfig:
         for key in ("rounds", "batch", "threads", "gpu_budget_s"):
             check_count(key, getattr(self, key))
         check_count("distinct_queries", self.distinct_queries, self.rounds)
-        check_count("seed", self.seed, 0)
+        check_seed(self.seed)
 
 
 SECTIONS: dict[str, type] = {
@@ -280,7 +284,10 @@ def to_object(composed: DictConfig) -> Any:
         cause = error.__cause__ or error.__context__
         if isinstance(cause, ConfigError):
             raise cause from None
-        raise ConfigError(str(error).splitlines()[0]) from error
+        # what cannot be interpolated, as a variable that the environment lacks, does not name its setting
+        raise ConfigError(
+            f"{error.full_key}: {str(error).splitlines()[0]}; give the setting a value, or mend what it refers to"
+        ) from error
     _refuse_unknown(settings)
     return settings
 
