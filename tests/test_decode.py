@@ -255,8 +255,10 @@ def test_integer_timestamps_are_seconds(kind):
 
 
 def test_unsigned_timestamp_that_int64_does_not_hold_is_no_crash():
-    # ArrowInvalid, without the file's name
-    assert decode_times(pa.array([2**63 + 5], pa.uint64()), "x")[0][0] < -(2**62)
+    # ArrowInvalid, without the file's name; then 2**64 - 1 wrapped to -1, a good second of 1969
+    seconds, missing = decode_times(pa.array([2**63 + 5, 2**64 - 1, None, 7], pa.uint64()), "x")
+    assert (seconds[:2] > 2**62).all() and seconds[3] == 7
+    assert missing.tolist() == [False, False, True, False]
 
 
 @pytest.mark.parametrize("values", [pa.array([1.0]), pa.array(["2024-01-01"]), pa.array([1], pa.date32())], ids=str)
@@ -268,6 +270,7 @@ def test_other_timestamps_are_an_error(values):
 TIER_TYPES = [
     pa.string(),
     pa.large_string(),
+    pa.string_view(),
     pa.dictionary(pa.int8(), pa.string()),
     pa.dictionary(pa.int32(), pa.large_string()),
 ]
@@ -299,7 +302,17 @@ def test_dictionary_as_large_as_its_indices_allow():
     assert decode_tiers(values, [], False, "t").tolist() == [127, NULL_TIER]
 
 
-@pytest.mark.parametrize("values", [pa.array([1, 2]), pa.array([b"a"]), pa.array([1]).dictionary_encode()], ids=str)
+def test_tier_that_is_not_utf_8_is_an_error_that_names_it():
+    # a UnicodeDecodeError with a traceback, of no file in particular
+    with pytest.raises(DataError, match=r"^x: column model_tier holds b'\\xff', which is not UTF-8; "):
+        decode_tiers(pa.array([b"a", b"\xff"]).view(pa.string()), [], False, "x: column model_tier")
+
+
+RUNS = pa.RunEndEncodedArray.from_arrays(pa.array([2], pa.int32()), pa.array(["a"]))
+NO_STRINGS = [pa.array([1, 2]), pa.array([b"a"]), pa.array([1]).dictionary_encode(), RUNS]
+
+
+@pytest.mark.parametrize("values", NO_STRINGS, ids=lambda values: str(values.type))
 def test_tiers_that_are_no_strings_are_an_error(values):
     # numbers became tier names that SearchParams refused, with an error that named no file
     with pytest.raises(DataError, match=r"^x: column model_tier is .+; store the tier's name as a string$"):

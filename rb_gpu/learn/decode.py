@@ -169,16 +169,24 @@ def decode_times(column: pa.Array, where: str) -> tuple[npt.NDArray[np.int64], n
         column = pc.cast(column, pa.timestamp("s", column.type.tz), safe=False)
     elif not pa.types.is_integer(column.type):
         raise DataError(f"{where} is {column.type}; store a timestamp, or integer UTC seconds")
+    elif pa.types.is_uint64(column.type):  # beyond int64 it would wrap to a time long ago
+        column = pc.min_element_wise(column, pa.scalar(MAX_INT64, pa.uint64()), skip_nulls=False)
     seconds = _filled(pc.cast(column, pa.int64(), safe=False))
     return seconds.to_numpy(zero_copy_only=False), _nulls(column)
 
 
 def decode_tiers(column: pa.Array, names: list[str], fixed: bool, where: str) -> npt.NDArray[np.int32]:
     """(N,) codes into `names`, which grows unless it is fixed; NULL_TIER also for an empty name, UNKNOWN_TIER."""
-    encoded = column if pa.types.is_dictionary(column.type) else pc.dictionary_encode(column)
-    if not (pa.types.is_string(encoded.type.value_type) or pa.types.is_large_string(encoded.type.value_type)):
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_string_view(kind):  # as Polars writes Arrow files
+        column = pc.cast(column, pa.string())
+    elif not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise DataError(f"{where} is {column.type}; store the tier's name as a string")
-    local = encoded.dictionary.to_pylist()
+    encoded = column if pa.types.is_dictionary(column.type) else pc.dictionary_encode(column)
+    try:
+        local = encoded.dictionary.to_pylist()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} holds {error.object!r}, which is not UTF-8; store the tier's name in it") from error
     code = np.full(len(local) + 1, NULL_TIER, np.int32)
     for i, name in enumerate(local):
         if name in names:
