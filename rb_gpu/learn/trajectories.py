@@ -20,6 +20,7 @@ from rb_gpu.learn.blocks import block_threads, row_hashes
 from rb_gpu.learn.config import DataConfig, ParamsConfig
 from rb_gpu.learn.contradictions import check_merged, refuse_other_embeddings
 from rb_gpu.learn.decode import CONTRACT
+from rb_gpu.learn.order import put_in_order
 from rb_gpu.learn.quarantine import BadRows
 from rb_gpu.learn.room import Room
 from rb_gpu.learn.tables import HASH, Columns, Reading, Table, distinct, read_table
@@ -133,8 +134,9 @@ def split_by_time(trajectories: Trajectories, holdout: float) -> tuple[Trajector
 def load(
     data: DataConfig, params: ParamsConfig, quarantine: Path | None = None, room: Room | None = None
 ) -> Trajectories:
-    """Reads, checks and joins the tables of `data`, queries in the order of their newest timestamp; bad rows go to the
-    quarantine file. room: where the embeddings lie, and the processes that share the reading.
+    """Reads, checks and joins the tables of `data`, queries in the order of their newest timestamp, whatever the order
+    of the rows; bad rows go to the quarantine file. room: where the embeddings lie, and the processes that share the
+    reading.
 
     Raises DataError naming file, column and remedy; ConfigError where the settings contradict the table.
     """
@@ -172,20 +174,8 @@ def load(
     files = (*outcomes.files, *(queries.files if queries else ()))
     versions = {"path": outcomes.version} | ({"queries": queries.version} if queries else {})
     source = Source(outcomes.source, files, seen, bad.by_reason(), versions=versions)
-    _by_time(columns, room, features)
+    put_in_order(columns, room, (*QUERY_OPTIONAL, *features))
     return assemble(columns, outcomes.tier_names, params, source, features)
-
-
-def _by_time(columns: Columns, room: Room, features: Sequence[str]) -> None:
-    """Puts the queries in the order of time, so that those of any span of time are consecutive; ties stay in order."""
-    if (np.diff(columns["query_time"]) >= 0).all():
-        return
-    order = np.argsort(columns["query_time"], kind="stable")
-    room.sort(columns["x_QD"], order)
-    columns["query_row"] = np.argsort(order)[columns["query_row"]]
-    for name in ("hash_Q", "query_id", "query_time", *QUERY_OPTIONAL, *features):
-        if name in columns:
-            columns[name] = columns[name][order]
 
 
 def join(
