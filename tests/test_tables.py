@@ -243,6 +243,18 @@ def test_folders_of_nulls_and_of_what_is_no_number(tmp_path):
     assert error(fast).startswith(f"data.path={fast}: the folder ef_search=fast holds no int64; rename it, or store ")
 
 
+@pytest.mark.parametrize("name", ["efSearch", "EF_SEARCH", "Ef Search"])
+def test_column_that_is_spelt_otherwise_is_named(name, tmp_path, caplog):
+    # every row was taken for one of the default, which may never have run, and a bank that says so was promoted
+    table = arrow(good(3))
+    path = write(
+        tmp_path / "x.parquet", table.rename_columns([name if c == "ef_search" else c for c in table.schema.names])
+    )
+    assert "ef_search" not in read(path).columns
+    assert f"data.path: there is no column ef_search, and {name} is not read; rename it if that is meant" in caplog.text
+    assert "cost" not in caplog.text
+
+
 @pytest.mark.parametrize("name", ["rating", "session"])
 def test_column_that_rows_may_lack_is_none_in_files_without_it(name, tmp_path, caplog):
     # a rating or session in some files was dropped from all of them

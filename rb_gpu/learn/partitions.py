@@ -65,12 +65,19 @@ def with_absent(
     sources: Sequence[Source], optional: Sequence[str], absent: Mapping[str, Any], key: str
 ) -> list[Source]:
     """The sources, where a column that some have and others lack holds in these what it means to be absent: the value
-    of `absent`, or null where a row may have none. Other such columns stay as they are.
+    of `absent`, or null where a row may have none. Other such columns stay as they are. Warns of a column that none has
+    where one is spelt like it.
     """
     constants: list[dict[str, pa.Scalar]] = [{} for _ in sources]
     for name in optional:
         lack = [name not in source.schema.names for source in sources]
-        if all(lack) or not any(lack):
+        if not any(lack):
+            continue
+        if all(lack):
+            names = {other for source in sources for other in source.schema.names}
+            for other in sorted(other for other in names if _letters(other) == _letters(name)):
+                log.warning("%s: there is no column %s, and %s is not read; rename it if that is meant",
+                            key, name, other)  # fmt: skip
             continue
         if name not in absent and not rule_of(name).nullable:
             log.warning("%s: %s is in some files only and is taken as absent", key, name)
@@ -82,6 +89,10 @@ def with_absent(
             if lacks:
                 one[name] = pa.scalar(value, _kind(name))
     return [with_constants(source, one) for source, one in zip(sources, constants, strict=True)]
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).lower()
 
 
 def _kind(name: str) -> pa.DataType:

@@ -175,7 +175,12 @@ def load(
     versions = {"path": outcomes.version} | ({"queries": queries.version} if queries else {})
     source = Source(outcomes.source, files, seen, bad.by_reason(), versions=versions)
     put_in_order(columns, room, (*QUERY_OPTIONAL, *features))
-    return assemble(columns, outcomes.tier_names, params, source, features)
+    trajectories = assemble(columns, outcomes.tier_names, params, source, features)
+    if len(np.unique(trajectories.config_id)) == 1:
+        one = trajectories.configs[trajectories.config_id[0]]
+        log.warning("data.path=%s: every row ran %s, so that nothing can be learned of other settings; check that what "
+                    "varied has its column", outcomes.source, one)  # fmt: skip
+    return trajectories
 
 
 def join(
