@@ -696,6 +696,15 @@ def test_stored_order_does_not_matter_to_a_bit(seconds, tmp_path):
         assert_same(expected, read(**two))
 
 
+def test_of_a_query_embedded_twice_the_same_embedding_stays_in_any_order(tmp_path):
+    # that of the row which came first in the files
+    x = [np.float32([i // 3 + 1, 1, 0, 1 + i % 3 / 99]) for i in range(30)]
+    log = [make(i, **query(i // 3) | {"query_embedding": x[i]}) for i in range(30)]
+    expected = read(parquet(tmp_path / "x.parquet", one_table(log)))
+    assert_same(expected, read(parquet(tmp_path / "y.parquet", one_table(log[::-1]))))
+    assert set(expected.x_QD[:, 3]) == {1.0}
+
+
 # ---- what it came from
 
 

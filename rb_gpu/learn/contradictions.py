@@ -23,15 +23,29 @@ SAME_QUERY = 0.99
 ROWS_AT_ONCE = 4096
 
 
+def first_rows(
+    query_N: npt.NDArray[np.uint64], id_N: npt.NDArray[np.uint64]
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The distinct queries (Q,), the row (Q,) of each one's least id, and each row's place among the queries (N,).
+
+    The least id, not the first row: it is the same in whatever order rows are stored. Ids are distinct.
+    """
+    if (id_N[1:] > id_N[:-1]).all():
+        return np.unique(query_N, return_index=True, return_inverse=True)
+    query_Q, place_N = np.unique(query_N, return_inverse=True)
+    order = np.lexsort((id_N, place_N))
+    return query_Q, order[np.flatnonzero(np.diff(place_N[order], prepend=-1))], place_N
+
+
 def refuse_other_embeddings(outcomes: Table, bad: BadRows) -> None:
-    """Sets rows aside whose embedding is another one than that of their query's first row.
+    """Sets rows aside whose embedding is another one than that of their query's row of least id.
 
     Of a query one embedding is kept: where query_id was a session's or a user's, the others would be lost.
     """
     columns = outcomes.columns
     if "query_id" not in columns or distinct(columns["query_id"]):
         return
-    _, first_Q, query_N = np.unique(columns["query_id"], return_index=True, return_inverse=True)
+    _, first_Q, query_N = first_rows(columns["query_id"], columns["id"])
     x_ND, hash_N, first_N = columns["query_embedding"], columns[HASH], first_Q[query_N]
     rows_M = np.flatnonzero(hash_N != hash_N[first_N])
     other_N = np.zeros(len(hash_N), dtype=bool)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn.blocks import block_threads, row_hashes
 from rb_gpu.learn.config import DataConfig, ParamsConfig
-from rb_gpu.learn.contradictions import check_merged, refuse_other_embeddings
+from rb_gpu.learn.contradictions import check_merged, first_rows, refuse_other_embeddings
 from rb_gpu.learn.decode import CONTRACT
 from rb_gpu.learn.order import put_in_order
 from rb_gpu.learn.quarantine import BadRows
@@ -187,7 +187,8 @@ def join(
     outcomes: Table, queries: Table | None, bad: BadRows, capacity: int | None, features: Sequence[str] = ()
 ) -> Columns:
     """Rows with the row of their query: adds query_row (N,) and the queries' x_QD, hash_Q, query_id, query_time, and
-    session and features where they are there. What a query's rows tell of it apart from its time, its first row tells.
+    session and features where they are there. What a query's rows tell of it apart from its time, the one of least id
+    tells.
     """
     columns = outcomes.columns
     if queries is None:
@@ -197,7 +198,7 @@ def join(
         if group is columns["id"] or distinct(group):
             columns |= {"x_QD": x, "hash_Q": hash_N, "query_id": group, "query_row": np.arange(len(group))}
         else:
-            query_id, first, row = np.unique(group, return_index=True, return_inverse=True)
+            query_id, first, row = first_rows(group, columns["id"])
             order = np.argsort(first, kind="stable")  # queries stay in the order of the file, not of their ids
             rank = np.empty_like(order)
             rank[order] = np.arange(len(order))
