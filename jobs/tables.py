@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rb_gpu.learn.policy import Evaluation
+from rb_gpu.learn.report.formats import short
 from rb_gpu.learn.tradeoffs import Tradeoffs
 
 
@@ -52,8 +53,8 @@ def policy_table(evaluation: Evaluation) -> str:
                 value.name,
                 number(value.utility, ".4f"),
                 number(value.quality, ".4f"),
-                number(value.cost, ",.4g"),
-                number(value.latency_p95_us / 1000, ".3g"),
+                amount(value.cost, 4),
+                amount(value.latency_p95_us / 1000),
                 *(against_oracle if known else (number(value.ess, ",.0f"),)),
                 number(100 * value.acted, ".1f", " %"),
                 number(100 * value.harm.negative, ".0f", " %"),
@@ -92,7 +93,7 @@ def tradeoff_table(tradeoffs: Tradeoffs) -> str:
         (name, number(area.aiq, ".4f"), number(area.apgr, ".3f"))
         for name, area in (("bank", tradeoffs.bank_area), ("mixes of single configs", tradeoffs.configs_area))
     ]
-    curve = [(name, number(one.cost, ",.4g"), number(one.quality, ".4f")) for name, one in rows]
+    curve = [(name, amount(one.cost, 4), number(one.quality, ".4f")) for name, one in rows]
     return (
         f"{render(('quality over cost', 'cost', 'quality'), curve)}\n\n"
         f"{render(('over that range of cost', 'AIQ', 'APGR'), areas)}"
@@ -141,6 +142,11 @@ def lookup_tables(result: dict[str, Any]) -> str:
 def number(value: float, form: str, unit: str = "") -> str:
     """The number in the given form, or a dash where it is not known."""
     return f"{value:{form}}{unit}" if math.isfinite(value) else "-"
+
+
+def amount(value: float, digits: int = 3) -> str:
+    """To `digits` significant ones as the report writes it, or a dash where it is not known."""
+    return short(value, digits) if math.isfinite(value) else "-"
 
 
 def cluster_tables(result: dict[str, Any]) -> str:

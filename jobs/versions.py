@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from rb_gpu.bank_data import BankData
 from rb_gpu.learn.comparison import STANDS, Comparison, compare
 from rb_gpu.registry import CHAMPION, Registry
 
-from .tables import number, render
+from .tables import amount, number, render
 
 # rows of the longer lists; the counts beside them are of all
 LISTED = 20
@@ -102,13 +102,18 @@ def _held_out(before: BankData, after: BankData) -> str:
     """Policies of both versions' policy tables, in the order of the later one."""
     sides = [one.facts.get("evaluation") or {} for one in (before, after)]
     values = [{value["name"]: value for value in side.get("values", [])} for side in sides]
-    form = (("utility", ".4f", 1.0), ("quality", ".4f", 1.0), ("latency_p95_us", ".3g", 1e-3), ("acted", ".1f", 100.0))
+    form: tuple[tuple[str, Callable[[float], str]], ...] = (
+        ("utility", lambda value: number(value, ".4f")),
+        ("quality", lambda value: number(value, ".4f")),
+        ("latency_p95_us", lambda value: amount(value / 1e3)),
+        ("acted", lambda value: number(100 * value, ".1f")),
+    )
     rows = []
     for name in [*values[1], *(one for one in values[0] if one not in values[1])]:
         cells = [name]
-        for key, shape, scale in form:
+        for key, shown in form:
             known = [side[name].get(key) if name in side else None for side in values]
-            cells += [number(math.nan if value is None else value * scale, shape) for value in known]
+            cells += [shown(math.nan if value is None else value) for value in known]
         rows.append(cells)
     head = (
         "held out: policy",

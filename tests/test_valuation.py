@@ -140,6 +140,13 @@ def test_the_printed_table_fits_a_terminal_and_says_what_is_unknown():
     assert max(map(len, f"{text}\n{wide}".splitlines())) <= 130
 
 
+def test_amounts_are_printed_as_the_report_writes_them():
+    rows = full()
+    slow = replace(rows, latency_us=2.76e6 + 0 * rows.latency_us, cost=16_408.0 + 0 * rows.utility)
+    default = evaluation_tables(evaluate(slow, choices(rows.x_QD), 100, 0)).splitlines()[1].split()
+    assert default[3:5] == ["16,408", "2,760"]
+
+
 def test_harm_tells_sure_losses_from_noise():
     rows = full(2000, seed=3)
     leaf = np.arange(2000) % 40
