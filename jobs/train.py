@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from rb_gpu.learn.config import TrainConfig
 from rb_gpu.learn.rehearsal import rehearse
+from rb_gpu.learn.report.formats import counted
 from rb_gpu.learn.track import check_tracker, track
 from rb_gpu.learn.training import train
 
@@ -32,8 +33,8 @@ def run(config: TrainConfig) -> int:
     evaluation, counts = published.evaluation, published.manifest["counts"]
     print(f"\nOn {evaluation.queries:,} held-out queries ({evaluation.grade} values):\n")
     print(f"{evaluation_tables(evaluation)}\n")
-    print(f"{counts['patterns']} patterns: {counts['verdicts']} have a better config than the default, "
-          f"on {counts['default_stands']} the default stands")  # fmt: skip
+    print(f"{counted(counts['patterns'], 'pattern')}: on {counts['verdicts']} another config than the default is "
+          f"recommended, on {counts['default_stands']} the default stands")  # fmt: skip
     promoted = "promoted" if published.decision.promote else "NOT promoted"
     print(f"artifact: {published.folder} (report.html shows it)\n{promoted}: {published.decision.reason}")
     return 0 if published.decision.promote else EXIT_REFUSED

@@ -19,7 +19,7 @@ from rb_gpu.learn.report.answer import answer
 from rb_gpu.learn.report.curves import wilson
 from rb_gpu.learn.report.formats import change, latency, percent, sentence, short
 from rb_gpu.learn.report.latency import mixtures, quantile_us
-from rb_gpu.learn.report.patterns import MAP_PATTERNS, tree, verdict_table
+from rb_gpu.learn.report.patterns import MAP_PATTERNS, pattern_counts, tree, verdict_table
 from rb_gpu.learn.report.run import found_table
 
 torch = pytest.importorskip("torch")
@@ -179,6 +179,30 @@ def test_what_the_gate_passes_but_nobody_promoted_waits(pages):
     assert "not promoted" in pages.refused.read_text()
 
 
+def test_no_command_is_offered_that_would_fail(pages):
+    first = page_of(pages.bank, pages.facts())
+    assert "Nothing was served before it" in first and "action=rollback" not in first
+    facts = pages.facts()
+    facts["evaluation"]["bank_gains"]["champion"] = facts["evaluation"]["bank_gains"]["default"]
+    facts["evaluation"]["values"].append(facts["evaluation"]["values"][0] | {"name": "champion"})
+    assert "action=rollback" in page_of(pages.bank, facts)
+
+
+def test_a_log_with_one_config_is_told_that_there_is_no_choice(pages):
+    facts = pages.facts()
+    facts["counts"] |= {"configs": 1, "patterns": 1}
+    assert answer(pages.bank, facts).headline == "Nothing to choose from: the log has one config"
+    assert "1 pattern from" in pattern_counts(facts) and "under 1 config." in pattern_counts(facts)
+
+
+def test_the_formula_leaves_out_a_cost_that_was_not_logged(pages):
+    facts = pages.facts()
+    assert "cost" in answer(pages.bank, facts).formula
+    for value in facts["evaluation"]["values"]:
+        value["cost"] = None
+    assert "cost" not in answer(pages.bank, facts).formula and "latency" in answer(pages.bank, facts).formula
+
+
 def test_every_link_leads_somewhere(pages):
     for path in (pages.promoted, pages.refused, pages.plain):
         page = path.read_text()
@@ -191,6 +215,10 @@ def test_settings_that_were_left_to_the_job_are_told(pages):
     assert found["lookup.floor"] == f"cosine {pages.bank.data.lookup.floor:.3f}"
     assert found["params.default"] == pages.bank.configs.describe(pages.bank.data.default)
     assert "cluster.k" not in found  # which was given
+    data = pages.bank.data
+    same = replace(data, arrays=data.arrays | {"margin": np.zeros_like(data.arrays["margin"])})
+    once = dict(found_table(ReasoningBank(same), pages.facts()).rows)
+    assert once["judge.margin"] == "0" and "params.tiers" not in once
 
 
 def test_memory_stands_beside_the_time_where_it_was_measured(pages):

@@ -13,7 +13,18 @@ from markupsafe import Markup
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.learn.charts import whisker
 from rb_gpu.learn.policy import SINGLE
-from rb_gpu.learn.report.formats import UNKNOWN, change, count, interval, milliseconds, number, percent, short, signed
+from rb_gpu.learn.report.formats import (
+    UNKNOWN,
+    change,
+    count,
+    counted,
+    interval,
+    milliseconds,
+    number,
+    percent,
+    short,
+    signed,
+)
 from rb_gpu.learn.report.pieces import Check
 from rb_gpu.objective import Objective
 from rb_gpu.registry import CHAMPION
@@ -30,8 +41,8 @@ def served_before(evaluation: dict[str, Any]) -> str:
     return CHAMPION if CHAMPION in evaluation["bank_gains"] else "default"
 
 
-def formula(objective: Objective) -> str:
-    """The objective in words, with its unit."""
+def formula(objective: Objective, has_cost: bool) -> str:
+    """The objective in words, with its unit. has_cost: whether the log tells what answers cost."""
     quality = f"quality ({objective.quality}, 0 to 1)"
     if objective.kind == "bound":
         bounds = [
@@ -44,7 +55,7 @@ def formula(objective: Objective) -> str:
     terms = []
     if objective.latency_weight:
         terms.append(f" − {objective.latency_weight:g} × log2(latency / {short(objective.latency_ref_us)} µs)")
-    if objective.cost_weight:
+    if objective.cost_weight and has_cost:
         terms.append(f" − {objective.cost_weight:g} × cost / {short(objective.cost_ref, 4)}")
     return f"Utility is {quality}{''.join(terms)}."
 
@@ -81,7 +92,9 @@ def answer(bank: ReasoningBank, facts: dict[str, Any]) -> Answer:
     values = {value["name"]: value for value in evaluation["values"]}
     before, after = values[served], values["bank"]
     low, high = gain["low"], gain["high"]
-    if low is None or high is None:
+    if facts["counts"]["configs"] == 1:
+        state, word, headline = "none", "No choice", "Nothing to choose from: the log has one config"
+    elif low is None or high is None:
         state, word, headline = "none", "Unknown", "Nobody can say yet whether this bank is better"
     elif served == "default" and not after["acted"]:
         state, word, headline = "none", "No change", "The default stands for every held-out query"
@@ -111,7 +124,7 @@ def answer(bank: ReasoningBank, facts: dict[str, Any]) -> Answer:
         ],
         reasons=gate["refusals"] or [gate["reason"]],
         checks=checks(bank, facts),
-        formula=formula(bank.data.objective),
+        formula=formula(bank.data.objective, before["cost"] is not None or after["cost"] is not None),
     )
 
 
@@ -170,7 +183,9 @@ def checks(bank: ReasoningBank, facts: dict[str, Any]) -> list[Check]:
         Check(
             "none" if harm is None else "bad" if harm > gate["max_harm_rate"] else "good",
             "Surely harmed",
-            "unknown" if harm is None else f"{percent(harm)} of {after['harm']['patterns']} patterns that act",
+            "unknown"
+            if harm is None
+            else f"{percent(harm)} of {counted(after['harm']['patterns'], 'pattern')} with a query it acts on",
             "policies",
         ),
         Check(

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from rb_gpu.bank import ReasoningBank
+from rb_gpu.learn.calibration import LEAST_QUERIES
 from rb_gpu.learn.charts import Frame, linear_axis, stroke, swatch
 from rb_gpu.learn.report.formats import number, short
 from rb_gpu.learn.report.pieces import Figure, Table
@@ -54,7 +55,8 @@ def tradeoff_figure(bank: ReasoningBank, tradeoffs: dict[str, Any] | None) -> Fi
             (stroke("theirs"), "best mixes of configs, blind to the query"),
         ),
         f"Up and to the left is better; where the bank's line lies above the dashed one, it pays to look at the query. "
-        f"Mean quality over that range of cost (AIQ): {said}.",
+        f"Mean quality over that range of cost (AIQ): {said}. APGR is the share of the way from the "
+        "cheapest config's quality to the dearest one's.",
         Table("Points of quality over cost", ("curve", "point", "cost", "quality", "on its hull"), rows, (1,),
               sortable=True),
     )  # fmt: skip
@@ -99,7 +101,10 @@ def reliability_figure(calibration: dict[str, Any] | None) -> Figure | None:
         "Does confidence keep its word?",
         frame.render("Reliability of confidence", said),
         (
-            (swatch("circle", "ours"), f"a tenth of the {patterns} patterns that act, with 95 % interval"),
+            (
+                swatch("circle", "ours"),
+                f"a tenth of the {patterns} patterns with {LEAST_QUERIES} queries or more it acts on, 95 % interval",
+            ),
             (stroke("theirs"), "every probability right"),
         ),
         said,

@@ -62,6 +62,11 @@ def count(value: float | None) -> str:
     return UNKNOWN if value is None or not math.isfinite(value) else f"{value:,.0f}"
 
 
+def counted(value: float, noun: str) -> str:
+    """So many of what the noun names."""
+    return f"{count(value)} {noun}" + "s" * (value != 1)
+
+
 def sentence(text: str) -> str:
     """With a capital and a full stop, of what other modules say in half sentences."""
     return f"{text[:1].upper()}{text[1:]}."

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.learn.charts import SHAPES, Axis, plain_frame, swatch, whisker
 from rb_gpu.learn.projection import Projection
-from rb_gpu.learn.report.formats import UNKNOWN, count, interval, milliseconds, number, percent, short, signed
+from rb_gpu.learn.report.formats import UNKNOWN, count, counted, interval, milliseconds, number, percent, short, signed
 from rb_gpu.learn.report.pieces import Figure, Table
 
 # marks on the map, by support; more would hide each other
@@ -86,7 +86,7 @@ def map_figure(bank: ReasoningBank, projection: Projection) -> Figure:
         title = f"pattern {arrays['pattern_id'][leaf]}: {told_P[leaf]}, {count(support_P[leaf])} trajectories"
         at = projection.centroids_P2[leaf].tolist()
         frame.dots([at[0]], [at[1]], style, [title], shape, float(radius_P[leaf]))
-    legend = [(swatch("circle", "stands"), f"{DEFAULT_STANDS}: {int(stands_P.sum())} patterns")]
+    legend = [(swatch("circle", "stands"), f"{DEFAULT_STANDS}: {counted(int(stands_P.sum()), 'pattern')}")]
     for config_id, times in styles.patterns.items():
         if config_id in styles.styles:
             mark = swatch(styles.shapes[config_id], styles.styles[config_id])
@@ -217,8 +217,8 @@ def pattern_counts(facts: dict[str, Any]) -> str:
     counts = facts["counts"]
     levels = ", ".join(count(level) for level in counts["levels"])
     return (
-        f"{count(counts['patterns'])} patterns from {count(counts['trajectories'])} trajectories of "
-        f"{count(counts['queries'])} queries under {count(counts['configs'])} configs. On {count(counts['verdicts'])} "
-        f"another config is better than the default, on {count(counts['default_stands'])} the default stands. "
-        f"Patterns by level, leaves first: {levels}."
+        f"{counted(counts['patterns'], 'pattern')} from {count(counts['trajectories'])} trajectories of "
+        f"{count(counts['queries'])} queries under {counted(counts['configs'], 'config')}. On "
+        f"{count(counts['verdicts'])} another config than the default is recommended, on "
+        f"{count(counts['default_stands'])} the default stands. Patterns by level, leaves first: {levels}."
     )

@@ -14,6 +14,7 @@ from rb_gpu.learn.config import TrainConfig
 from rb_gpu.learn.drift import LEVEL
 from rb_gpu.learn.report.formats import UNKNOWN, count, date, number, percent, short, signed
 from rb_gpu.learn.report.pieces import Figure, Table
+from rb_gpu.params import AUTO_TIER
 
 Facts = dict[str, Any]
 
@@ -152,13 +153,14 @@ def settings_tables(config: Facts) -> tuple[Table, Table]:
 def found_table(bank: ReasoningBank, facts: Facts) -> Table:
     """What the settings that were left to the job came to."""
     config, lookup, objective = facts["config"], bank.data.lookup, bank.data.objective
-    margins = bank.data.arrays["margin"]
+    margin = bank.data.arrays["margin"]
+    least, most = short(float(margin.min())), short(float(margin.max()))
     half_life = facts["half_life"]
     found = {
-        "params.tiers": ", ".join(bank.data.tiers),
+        "params.tiers": "" if bank.data.tiers == (AUTO_TIER,) else ", ".join(bank.data.tiers),
         "params.default": bank.configs.describe(bank.data.default),
         "cluster.k": f"{count(bank.data.leaves)} patterns",
-        "judge.margin": f"{short(float(margins.min()))} to {short(float(margins.max()))}, by config",
+        "judge.margin": least if least == most else f"{least} to {most}, by config",
         "judge.min_probability": number(lookup.min_probability, 3),
         "judge.half_life": "" if half_life is None else _days(half_life["half_life_days"]),
         "lookup.top_k": count(lookup.top_k),
