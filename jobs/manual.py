@@ -8,17 +8,20 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from rb_gpu.errors import ConfigError
 from rb_gpu.learn.job_config import JOBS
+from rb_gpu.params import PARAMETERS
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+DEFAULT = "params.default"
 # columns of a page, and where what a setting means begins
 WIDTH, INDENT = 118, 38
-GROUP = re.compile(r"- (/?)(\w+)(?:@\w+)?: *\"?(\w+)\"?")
+GROUP = re.compile(r"- /?(\w+)(?:@(\w+))?: *\"?(\w+)\"?(?: *# *(.*))?")
 ENDING = """
 Exit codes: 0 done, 1 an error that a line of the log explains, 2 a setting that Hydra refuses, 3 the gate refused.
 --quiet: warnings and errors only.  --cfg job: the settings as they would run.  -m: a run for each combination of
@@ -31,7 +34,10 @@ def page(name: str, doc: str) -> str:
     main = CONF / f"{name}.yaml"
     own = dict(_settings(main, "")).values()
     parts = [doc.strip(), "\n".join(["Settings, as KEY=VALUE, with their defaults:", "", *own])]
-    for group, option in _groups(main):
+    for group, place, option, said in _groups(main):
+        if place is not None:
+            parts.append(f"{place} ({option}): {said}; its settings are those of {group}, as {place}.KEY=VALUE")
+            continue
         others = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
         choice = f", {group}={' | '.join(others)}" if len(others) > 1 else ""
         # what only some options know stands once; an option that sets other sections too is of its own
@@ -44,15 +50,17 @@ def page(name: str, doc: str) -> str:
     return "\n\n".join(parts) + "\n" + ENDING
 
 
-def _groups(main: Path) -> Iterator[tuple[str, str]]:
-    """The groups of a job's defaults list, and the option of each that stands without being asked."""
+def _groups(main: Path) -> Iterator[tuple[str, str | None, str, str | None]]:
+    """The groups of a job's defaults list: where one stands if not under its own name, the option that stands without
+    being asked, and what the comment behind says.
+    """
     listed = main.read_text().split("\ndefaults:", 1)[1]
     for line in listed.splitlines()[1:]:
         if not line.startswith("  -"):
             break
         found = GROUP.match(line.strip())
-        if found and (CONF / found[2] / f"{found[3]}.yaml").is_file():
-            yield found[2], found[3]
+        if found and (CONF / found[1] / f"{found[3]}.yaml").is_file():
+            yield found[1], found[2], found[3], found[4]
 
 
 def _settings(path: Path, prefix: str) -> Iterator[tuple[str, str]]:
@@ -110,6 +118,7 @@ def check_keys(name: str, arguments: Sequence[str]) -> None:
         except HydraException:
             continue
         key = override.key_or_group.replace("/", ".")
+        _check_default(argument, key, override.value())
         plain = not (override.is_add() or override.is_delete() or key.split(".")[0] == "hydra")
         # below a mapping, such as params.default, the setting's own check decides
         if not plain or any(key == one or (key.startswith(f"{one}.") and one not in _sections(known)) for one in known):
@@ -117,6 +126,19 @@ def check_keys(name: str, arguments: Sequence[str]) -> None:
         near = _nearest(key, known)
         meant = f"did you mean {near}?" if near else f"python -m jobs.{name} --help lists all"
         raise ConfigError(f"{argument}: {key} is not a setting of jobs.{name}; {meant}")
+
+
+def _check_default(argument: str, key: str, value: Any) -> None:
+    """Raises ConfigError where params.default is not given whole, or a parameter of it is mistyped: what Hydra says of
+    either leads astray.
+    """
+    if key.startswith(f"{DEFAULT}."):
+        raise ConfigError(f"{argument}: {DEFAULT} is given whole; write {DEFAULT}='{{{key.split('.')[2]}: ...}}'")
+    for name in value if key == DEFAULT and isinstance(value, dict) else ():
+        if name not in PARAMETERS:
+            near = difflib.get_close_matches(str(name), PARAMETERS, 1, 0.5)
+            meant = f"did you mean {near[0]}?" if near else f"give some of {', '.join(PARAMETERS)}"
+            raise ConfigError(f"{argument}: {name} is not a search parameter; {meant}")
 
 
 def is_dry(arguments: Sequence[str]) -> bool:

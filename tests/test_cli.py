@@ -70,12 +70,29 @@ def test_the_nearest_setting_is_named(given, meant):
 
 
 def test_what_hydra_understands_is_left_to_it():
-    check_keys(
-        "train", ["-m", "+x=1", "~judge", "hydra.run.dir=a", "params.default.ef_search=3", "data=files", "judge=eb"]
-    )
+    check_keys("train", ["-m", "+x=1", "~judge", "hydra.run.dir=a", "params.default=auto", "data=files", "judge=eb"])
     check_keys("train", ["cluster.k=1,2", "params.default={ef_search: 64}", "data.path=[a=b,c]", "--config-dir=x"])
     with pytest.raises(ConfigError, match="--help lists all"):
         check_keys("train", ["qqqq=1"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("params.default={ef_serach: 64}", "ef_serach is not a search parameter; did you mean ef_search?"),
+        ("params.default={1: 64}", "give some of ef_search, n_probes, model_tier, context_tokens, temperature"),
+        ("params.default.ef_search=64", r"is given whole; write params.default='\{ef_search: ...\}'"),
+    ],
+)
+def test_a_mistyped_default_is_told_what_was_meant(given, said):
+    with pytest.raises(ConfigError, match=said):
+        check_keys("train", [given])
+
+
+def test_the_same_settings_are_not_listed_twice():
+    text = manual("evaluate")
+    assert text.count("  data.path=") == 1
+    assert "training (files): what eval.baselines learn from; its settings are those of data" in text
 
 
 def test_dry_is_what_hydra_takes_for_true():
