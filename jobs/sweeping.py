@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from rb_gpu.errors import ConfigError, RbGpuError
-from rb_gpu.learn.config import TrainConfig
+from rb_gpu.learn.config import RegistryConfig, TrainConfig
 from rb_gpu.learn.job_config import to_object
 from rb_gpu.learn.progress import Watch
 from rb_gpu.learn.rehearsal import rehearse
@@ -103,8 +104,11 @@ class Sweep:
         if not best.promote:
             print(f"not offered: {best.reason}")
             return EXIT_REFUSED
+        logging.getLogger("rb_gpu.learn").setLevel(logging.WARNING)  # what it logs stood there when its run came
         published = train(self.configs[best.folder], stages=self.stages, promote=False)
         if published is not None:
-            print(f"candidate: {published.folder}\n"
-                  f"serve it: python -m jobs.registry action=promote version={published.folder.name}")  # fmt: skip
+            place = self.configs[best.folder].registry.path
+            elsewhere = "" if place == RegistryConfig().path else " " + shlex.quote(f"registry.path={place}")
+            print(f"candidate: {published.folder}\nserve it: python -m jobs.registry action=promote "
+                  f"version={published.folder.name}{elsewhere}")  # fmt: skip
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -241,7 +242,7 @@ def test_a_folder_in_use_by_another_run_is_refused(tmp_path):
 def test_a_sweep_shows_failures_offers_the_best_and_is_told_again_from_its_folder(plain, tmp_path):
     done = run_job(
         tmp_path, "train", "data=files", f"data.path={plain.data.path}", "-m", "cluster.k=16,5000,4",
-        "hydra.sweep.dir=sweep", "judge.cost_weight=0.1",
+        "hydra.sweep.dir=sweep", "judge.cost_weight=0.1", "registry.path=my artifacts",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "run 1 failed: cluster.k=5000 exceeds the" in done.stdout
@@ -249,10 +250,14 @@ def test_a_sweep_shows_failures_offers_the_best_and_is_told_again_from_its_folde
     results = [json.loads((tmp_path / "sweep" / str(i) / "result.json").read_text()) for i in range(3)]
     assert [result["error"] is None for result in results] == [True, False, True]
     assert "best: run 0 (cluster.k=16)" in done.stdout
-    registry = Registry(tmp_path / "artifacts")
+    registry = Registry(tmp_path / "my artifacts")
     assert len(registry.versions()) == 1
     assert registry.champion() is None
-    assert f"action=promote version={registry.versions()[0]}" in done.stdout
+    assert "[HYDRA] load" not in done.stdout, "the best one's stages are not told a second time"
+    offered = done.stdout.strip().rsplit("\n", 1)[1].removeprefix("serve it: python -m jobs.")
+    served = run_job(tmp_path, *shlex.split(offered))
+    assert served.returncode == 0, served.stdout + served.stderr
+    assert registry.champion() == registry.versions()[0]
     again = run_job(tmp_path, "sweep_report", "folder=sweep")
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.strip().rsplit("\n", 1)[0] in done.stdout
