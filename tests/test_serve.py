@@ -171,6 +171,16 @@ def test_a_bad_body_is_a_422_that_says_why(client: TestClient, body: bytes, path
         assert answer.status_code == 422 and len(answer.json()["error"]) > 5, content
 
 
+@pytest.mark.parametrize(
+    "queries", [[[1.0] * 8, [1.0] * 8], [[1.0] * 32], [[1.0] * 16, [1.0]], [[1.0]], [[]], [[1.0] * 8] * 40]
+)
+def test_queries_of_another_length_are_not_joined_to_right_ones(client: TestClient, queries: Any) -> None:
+    # two halves of 8 numbers were answered as one query of 16
+    answer = client.post("/v1/optimized_params/batch", json={"queries": queries})
+    assert answer.status_code == 422
+    assert "numbers, expected 16; use the bank's embedder" in answer.json()["error"]
+
+
 @pytest.mark.parametrize("size", [1, 60, 63, 65, 128])
 def test_raw_bodies_of_another_size_are_refused(client: TestClient, size: int) -> None:
     answer = client.post("/v1/optimized_params", content=b"\0" * size, headers=RAW)

@@ -24,7 +24,7 @@ from rb_gpu.bank import ReasoningBank
 from rb_gpu.errors import RbGpuError
 from rb_gpu.prometheus import CONTENT_TYPE
 from rb_gpu.serve import bodies, openapi
-from rb_gpu.serve.bodies import answer_body, float32, match_body, parsed, tradeoff_of
+from rb_gpu.serve.bodies import answer_body, float32, match_body, parsed, rows_of, tradeoff_of
 from rb_gpu.serve.guard import Guard
 from rb_gpu.serve.metrics import Metrics
 from rb_gpu.serve.openapi import JSON, NO_LOG, PROBLEMS, RAW
@@ -160,7 +160,7 @@ class _Routes:
             asked, queries = _of_url(bodies.AskMany, request), await self._raw(request, 2)
         else:
             asked, queries = await self._of_json(
-                request, bodies.Queries, lambda body: (body, float32(body.queries).reshape(-1, self._bank.dim))
+                request, bodies.Queries, lambda body: (body, rows_of(body.queries, self._bank.dim))
             )
         if len(queries) > self._max_batch:
             raise HTTPException(422, f"{len(queries)} queries are over {self._max_batch}; send smaller batches")

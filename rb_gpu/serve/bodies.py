@@ -241,9 +241,21 @@ def parsed(content: bytes, dim: int, max_batch: int) -> Any:
         if isinstance(item, dict) and len(item) > MOST_KEYS:
             raise ValueError(f"an object has {len(item)} keys, over {MOST_KEYS}; send those that /docs names")
         numbers = item.get("query_embedding") if isinstance(item, dict) else item
-        if isinstance(numbers, list) and len(numbers) != dim:
-            raise ValueError(f"an embedding has {len(numbers)} numbers, expected {dim}; use the bank's embedder")
+        if isinstance(numbers, list):
+            _check_length(numbers, dim)
     return body
+
+
+def _check_length(embedding: list[Any], dim: int) -> None:
+    if len(embedding) != dim:
+        raise ValueError(f"an embedding has {len(embedding)} numbers, expected {dim}; use the bank's embedder")
+
+
+def rows_of(queries: list[list[float]], dim: int) -> npt.NDArray[np.float32]:
+    """Embeddings (B, dim), also of none. Raises ValueError where one has another length: two halves are no query."""
+    for query in queries:
+        _check_length(query, dim)
+    return float32(queries).reshape(-1, dim)
 
 
 def float32(values: list[float] | list[list[float]]) -> npt.NDArray[np.float32]:
