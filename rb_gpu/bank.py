@@ -20,12 +20,11 @@ from rb_gpu.errors import ArtifactError
 from rb_gpu.params import ConfigTable, SearchParams
 from rb_gpu.source import ArtifactSource
 from rb_gpu.types import OptimizedParams, PatternMatch, QueryTrajectory, ReasoningBankStats, Tradeoff, UserFeedback
-from rb_gpu.usage import Counts
+from rb_gpu.usage import Counts, open_log
 from rb_gpu.views import PatternView, VerdictView
 from rb_gpu.vote import BankState, answer, fallback, interpolate, nearest
 
 if TYPE_CHECKING:
-    from rb_gpu.trajectory_log import TrajectoryLog
     from rb_gpu.watcher import Watcher
 
 _banks: weakref.WeakSet[ReasoningBank] = weakref.WeakSet()
@@ -41,7 +40,7 @@ class ReasoningBank:
     def _begin(self, state: BankState, search: str, log: str | Path | None) -> None:
         self._state, self._search = state, search
         self._source: ArtifactSource | None = None
-        self._log = _open_log(log)
+        self._log = open_log(log)
         self._counts = Counts()
         self._trajectories = self._feedback = self._reloads = 0
         self._watcher: Watcher | None = None
@@ -52,6 +51,12 @@ class ReasoningBank:
         """For a forked child, whose parent's other threads may have held them."""
         self._lock, self._reloading = threading.Lock(), threading.Lock()
         self._state.ratings.lock, self._counts.lock = threading.Lock(), threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<ReasoningBank {self.version or 'of no version'}: {self.patterns!r}, {len(self.configs)} configs>"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a bank is not pickled or copied; load its artifact in each process: they share its pages")
 
     @classmethod
     def load(
@@ -279,8 +284,10 @@ class ReasoningBank:
 
         Returns whether the vote was counted here: False for a repeat, and for a trajectory that this process did not
         record (which a log, where there is one, keeps all the same). None where the log refused the vote, as it may a
-        trajectory: then it is counted nowhere, and can be given again.
+        trajectory: then it is counted nowhere, and can be given again. Raises TypeError for a bare rating.
         """
+        if not isinstance(feedback, UserFeedback):
+            raise TypeError(f"feedback={feedback!r} is no UserFeedback; give UserFeedback(rating)")
         if self._log is not None and not self._log.record_feedback(trajectory_id, feedback):
             return None
         return self._rate(self._state, trajectory_id, feedback)
@@ -327,14 +334,6 @@ class ReasoningBank:
             self._watcher = None
         if self._log is not None:
             self._log.close()
-
-
-def _open_log(path: str | Path | None) -> TrajectoryLog | None:
-    if path is None:
-        return None
-    from rb_gpu.trajectory_log import TrajectoryLog  # SQLite, which a bank without a log does not need
-
-    return TrajectoryLog(path)
 
 
 def _after_fork_in_child() -> None:

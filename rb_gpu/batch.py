@@ -62,7 +62,7 @@ def as_columns(state: BankState, votes: Votes) -> dict[str, npt.NDArray[Any]]:
         "n_probes": configs.n_probes[config],
         "model_tier": np.array(configs.tiers)[configs.tier[config]],
         "context_tokens": configs.context_tokens[config],
-        "temperature": configs.temperature[config],
+        "temperature": state.temperature_C[config],
     }
 
 

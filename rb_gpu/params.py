@@ -58,6 +58,11 @@ class SearchParams:
         return values | {k: v.item() for k, v in values.items() if isinstance(v, np.generic)}
 
 
+def decimal(value: np.float32) -> float:
+    """The shortest decimal that float32 holds as `value`: .7, which is what was asked for, not .699999988."""
+    return float(str(value))
+
+
 def temperature_bucket(temperature: npt.ArrayLike, step: float) -> npt.NDArray[np.int64]:
     """Index of the multiple of `step` nearest to each temperature (int64, same shape)."""
     return np.rint(np.asarray(temperature, dtype=np.float64) / step).astype(np.int64)
@@ -93,7 +98,7 @@ class ConfigTable:
             n_probes=int(self.n_probes[config_id]),
             model_tier=self.tiers[int(self.tier[config_id])],
             context_tokens=int(self.context_tokens[config_id]),
-            temperature=float(self.temperature[config_id]),
+            temperature=decimal(self.temperature[config_id]),
         )
 
     def __iter__(self) -> Iterator[SearchParams]:

@@ -42,6 +42,9 @@ class Registry:
     keep: int = 10
     hmac_key: bytes | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))  # a string too, as everywhere else
+
     @classmethod
     def open(cls, path: str, keep: int, hmac_key_file: str | None) -> Registry:
         """The registry that a job's `registry` settings name. Raises ArtifactError where the key cannot be read."""

@@ -6,8 +6,22 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rb_gpu.trajectory_log import TrajectoryLog
 
 REMEMBERED_TRAJECTORIES = 100_000
+
+
+def open_log(path: str | Path | None) -> TrajectoryLog | None:
+    """The trajectory log of a path, None where there is none. Raises DataError where it cannot be written."""
+    if path is None:
+        return None
+    from rb_gpu.trajectory_log import TrajectoryLog  # SQLite, which a bank without a log does not need
+
+    return TrajectoryLog(path)
 
 
 class Counts:

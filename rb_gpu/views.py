@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rb_gpu.bank_data import BankData
-from rb_gpu.params import SearchParams
+from rb_gpu.params import SearchParams, decimal
 from rb_gpu.types import LearnedPattern, Verdict, VerdictEvidence
 
 
@@ -26,6 +26,9 @@ class PatternView(Mapping[int, LearnedPattern]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._row)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} patterns of {self._data.dim} dims>"
 
     def __getitem__(self, pattern_id: int) -> LearnedPattern:
         return self.by_row(self._row[pattern_id])
@@ -54,7 +57,7 @@ class PatternView(Mapping[int, LearnedPattern]):
                 n_probes=int(arrays["optimal_n_probes"][row]),
                 model_tier=self._data.tiers[int(arrays["optimal_tier"][row])],
                 context_tokens=int(arrays["optimal_context_tokens"][row]),
-                temperature=float(arrays["optimal_temperature"][row]),
+                temperature=decimal(arrays["optimal_temperature"][row]),
             ),
             confidence=float(arrays["confidence"][row]),
             quality=float(arrays["quality"][row]),
@@ -82,6 +85,9 @@ class VerdictView(Mapping[int, Verdict]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._row)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} verdicts>"
 
     def __getitem__(self, pattern_id: int) -> Verdict:
         row, data = self._row[pattern_id], self._data

@@ -50,6 +50,7 @@ class BankState:
         self.version = str(data.facts.get("version", ""))
         self.configs: ConfigTable = data.configs
         self.params: list[SearchParams] = list(self.configs)
+        self.temperature_C = np.array([one.temperature for one in self.params])
         kind = str(data.facts.get("index", {}).get("kind", "flat"))
         self.search: Search = open_search(leaves, index, kind, search)
         self.exact = ExactSearch(leaves)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
+import pickle
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from rb_gpu import batch
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ArtifactError
-from rb_gpu.params import SearchParams
+from rb_gpu.params import ConfigTable, SearchParams
 from rb_gpu.prometheus import bank_metrics
 from rb_gpu.publish import write_artifact
 from rb_gpu.registry import Registry
@@ -458,6 +460,23 @@ def patterns_row(bank: ReasoningBank, pattern_id: int) -> int:
     return bank.data.arrays["pattern_id"].tolist().index(pattern_id)
 
 
+def test_a_bank_says_what_it_is_and_is_not_pickled(bank: ReasoningBank) -> None:
+    patterns = f"<{len(bank.patterns)} patterns of {bank.dim} dims>"
+    assert repr(bank) == f"<ReasoningBank of no version: {patterns}, {len(bank.configs)} configs>"
+    assert repr(bank.verdicts) == f"<{len(bank.verdicts)} verdicts>"
+    for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="load its artifact in each process"):
+            attempt(bank)
+
+
+def test_temperatures_come_back_as_they_were_asked_for(bank: ReasoningBank) -> None:
+    # float32's .7 was answered as 0.699999988079071
+    params = SearchParams(64, 8, "auto", 2048, 0.7)
+    assert ConfigTable.from_params([params], ["auto"], 0)[0] == params
+    answers = bank.optimized_params_batch(bank.data.arrays["centroids"][:5])
+    assert answers["temperature"].tolist() == [bank.configs[i].temperature for i in answers["config_id"]]
+
+
 def test_unknown_patterns_are_key_errors(bank: ReasoningBank) -> None:
     for lookup in (bank.patterns.__getitem__, bank.verdicts.__getitem__, bank.satisfaction):
         with pytest.raises(KeyError):
@@ -493,6 +512,8 @@ def test_a_rating_is_an_integer(rating: Any) -> None:
 
 
 def test_one_vote_per_trajectory(bank: ReasoningBank) -> None:
+    with pytest.raises(TypeError, match=r"feedback=5 is no UserFeedback; give UserFeedback\(rating\)"):
+        bank.record_feedback(1, 5)  # type: ignore[arg-type]
     centroid, pattern = bank.data.arrays["centroids"][3], 103
     alpha, beta = bank.satisfaction(pattern)
     bank.record_trajectory(trajectory(7, centroid))

@@ -42,6 +42,7 @@ def test_versions_come_oldest_first_and_nothing_else_is_one(registry: Registry) 
     (registry.path / ".tmp-x").mkdir()
     assert registry.versions() == [A, B, C] and registry.champion() is None
     assert Registry(registry.path / "nowhere").versions() == []
+    assert Registry(str(registry.path)).versions() == registry.versions()
 
 
 def test_new_versions_sort_after_all_before_them(tmp_path: Path) -> None:
