@@ -19,6 +19,9 @@ EVENTS_FILE = "events.jsonl"
 # seconds between two lines, and between two events, of one task
 LINE_SECONDS, EVENT_SECONDS = 10.0, 0.5
 
+# columns of a terminal from which on a line has a bar and a rate
+WIDE = 72
+
 log = logging.getLogger("rb_gpu")
 
 
@@ -71,9 +74,12 @@ class Bars(logging.Handler):
 
     def __init__(self, console: Console) -> None:
         super().__init__()
-        columns = ("{task.fields[amount]:>22}", "{task.fields[rate]:>12}")
+        # where all does not fit the bar shrinks and the rate goes: a cut time would tell nothing
+        wide = console.width >= WIDE
+        columns = ("{task.fields[amount]:>22}", *(["{task.fields[rate]:>12}"] if wide else []))
+        bar = BarColumn(max(4, min(32, console.width - (WIDE - 7 if wide else WIDE - 20))))
         self.progress = Progress(
-            TextColumn("{task.description:<12}"), BarColumn(32), *map(TextColumn, columns), TimeElapsedColumn(),
+            TextColumn("{task.description:<12}"), bar, *map(TextColumn, columns), TimeElapsedColumn(),
             TimeRemainingColumn(), console=console, transient=True, redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
         self._tasks: dict[str, Any] = {}

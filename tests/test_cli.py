@@ -139,6 +139,20 @@ def test_bars_show_the_tasks_of_the_stage_that_runs():
     assert bars.progress.tasks == []
 
 
+@pytest.mark.parametrize("width", [56, 64, 80, 200])
+def test_bars_fit_the_terminal_without_cutting_a_number(width):
+    # on 64 columns times were cut to 0:0 and an ellipsis
+    console = Console(file=io.StringIO(), force_terminal=True, width=width)
+    bars = Bars(console)
+    for task in (1, 120_000):
+        record = logging.LogRecord("", logging.INFO, "", 0, "", None, None)
+        record.event = {"event": "step", "task": "k-means++", "done": task, "total": 120_000, "unit": "seeds"}
+        bars.emit(record)
+    console.print(bars.progress.get_renderable())
+    drawn = console.file.getvalue()
+    assert "120,000/120,000 seeds" in drawn and "…" not in drawn and "0:00:00" in drawn
+
+
 def test_lines_elsewhere_are_few(tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="rb_gpu")
     monkeypatch.setattr(sys, "stderr", io.StringIO())
