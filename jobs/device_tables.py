@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .tables import render
+from .columns import render
 
 SHOWN = [
     ("seed", "tf32"),

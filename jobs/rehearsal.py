@@ -5,7 +5,7 @@ from __future__ import annotations
 from rb_gpu.learn.config import TrainConfig
 from rb_gpu.learn.rehearsal import Rehearsal
 
-from .tables import render
+from .columns import render
 
 SHOWN_CONFIGS = 20
 

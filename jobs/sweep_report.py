@@ -14,8 +14,8 @@ from rb_gpu.learn.job_config import SweepReportConfig
 from rb_gpu.learn.report.sweep import render_sweep
 from rb_gpu.learn.sweep import Member, read_members, told_apart, verdict
 
+from .columns import number, render
 from .common import job
-from .tables import number, render
 
 TABLE_FILE, PAGE_FILE = "sweep.txt", "sweep.html"
 

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rb_gpu.learn.policy import Evaluation
-from rb_gpu.learn.report.formats import short
 from rb_gpu.learn.tradeoffs import Tradeoffs
 
-
-def render(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned: the first to the left, the others to the right."""
-    lines = [list(head), *map(list, rows)]
-    width = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width[i]) if i == 0 else cell.rjust(width[i]) for i, cell in enumerate(line)).rstrip()
-        for line in lines
-    )
+from .columns import amount, number, render
 
 
 def evaluation_tables(evaluation: Evaluation) -> str:
@@ -137,16 +128,6 @@ def lookup_tables(result: dict[str, Any]) -> str:
         f"{100 * once['resident_over_file_size']:+.0f} % of the file size over it"
     )
     return "\n\n".join(out)
-
-
-def number(value: float, form: str, unit: str = "") -> str:
-    """The number in the given form, or a dash where it is not known."""
-    return f"{value:{form}}{unit}" if math.isfinite(value) else "-"
-
-
-def amount(value: float, digits: int = 3) -> str:
-    """To `digits` significant ones as the report writes it, or a dash where it is not known."""
-    return short(value, digits) if math.isfinite(value) else "-"
 
 
 def cluster_tables(result: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from rb_gpu.bank_data import BankData
 from rb_gpu.learn.comparison import STANDS, Comparison, compare
 from rb_gpu.registry import CHAMPION, Registry
 
-from .tables import amount, number, render
+from .columns import amount, number, render
 
 # rows of the longer lists; the counts beside them are of all
 LISTED = 20

@@ -19,6 +19,7 @@ pytest.importorskip("torch")
 
 from hydra._internal.utils import get_args_parser
 
+from jobs.columns import render
 from jobs.common import lazy_help
 from jobs.display import Bars, shown
 from jobs.manual import check_keys, is_dry, known_keys, page
@@ -248,3 +249,17 @@ def test_jobs_read_their_settings_where_argparse_looks_at_every_help_text(monkey
     with lazy_help():
         assert get_args_parser().parse_args(["a=1"]).overrides == ["a=1"]
     assert argparse.ArgumentParser._check_help is check
+
+
+def test_a_table_wider_than_the_terminal_goes_on_below(monkeypatch):
+    head, rows = ("policy", "utility", "quality", "cost"), [("bank", "0.8420", "0.9094", "5,561")]
+    whole = render(head, rows)
+    assert whole.splitlines() == ["policy  utility  quality   cost", "bank     0.8420   0.9094  5,561"]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "31")
+    assert render(head, rows) == whole
+    monkeypatch.setenv("COLUMNS", "25")
+    narrow = ["policy  utility  quality", "bank     0.8420   0.9094", "", "policy   cost", "bank    5,561"]
+    assert render(head, rows).splitlines() == narrow
+    monkeypatch.setenv("COLUMNS", "3")
+    assert len(render(head, rows).splitlines()) == 3 * 3 - 1
