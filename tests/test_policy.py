@@ -151,9 +151,15 @@ def test_utility_counts_latency_and_cost():
     ("effect", "gate", "refusal", "promoted", "says"),
     [
         (0.1, GateConfig(), None, True, "above gate.min_gain"),
-        (-0.1, GateConfig(), None, False, "not above gate.min_gain"),
+        (-0.1, GateConfig(), None, False, "not above gate.min_gain=-0.005; keep what is served, or log more rows"),
         (0.1, GateConfig(min_gain=0.5), None, False, "not above"),
-        (0.1, GateConfig(min_rows=10_000), None, False, "gate.min_rows=10000"),
+        (
+            0.1,
+            GateConfig(min_rows=10_000),
+            None,
+            False,
+            "under gate.min_rows=10000; log more rows, or let the service try fewer",
+        ),
         (0.1, GateConfig(), "the champion's dim is 3", False, "dim is 3"),
     ],
 )

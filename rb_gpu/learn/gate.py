@@ -48,7 +48,10 @@ def decide(evaluation: Evaluation, config: GateConfig, drift: EmbeddingDrift, re
 def _against_the_gain(evaluation: Evaluation, served: str, config: GateConfig, gain: str) -> Iterator[str]:
     bank = evaluation.value("bank")
     if bank.matched < config.min_rows:
-        yield f"only {bank.matched} held-out rows tried what the bank picks, gate.min_rows={config.min_rows}"
+        yield (
+            f"only {bank.matched} held-out rows tried what the bank picks, under gate.min_rows={config.min_rows}; log "
+            "more rows, or let the service try fewer configs"
+        )
     unknown = [value for value in (bank, evaluation.value(served)) if value.unknown is not None]
     for value in unknown:
         yield f"the {value.name} has no held-out value: {value.unknown}, or promote by hand"
@@ -59,7 +62,7 @@ def _against_the_gain(evaluation: Evaluation, served: str, config: GateConfig, g
         yield f"the bank's {evaluation.broken['bank']}; log more queries, or ask for less"
     asked = not unknown and served not in evaluation.broken
     if asked and not evaluation.bank_gains[served].low > config.min_gain:
-        yield f"{gain}not above gate.min_gain={config.min_gain:g}"
+        yield f"{gain}not above gate.min_gain={config.min_gain:g}; keep what is served, or log more rows, which narrow it"
     default = evaluation.bank_gains["default"]
     # a champion that is as bad would let it pass; one that is surely worse still is better replaced
     worse = default.high < 0 and "default" not in evaluation.broken
