@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import make_bank, queries_near
 
+from rb_gpu import ReasoningBank
 from rb_gpu.learn.config import DataConfig, ParamsConfig
 from rb_gpu.learn.trajectories import Trajectories, load
 
@@ -49,6 +51,23 @@ duckdb.sql("""
     ) TO 'trajectories.parquet'
 """)
 '''
+
+
+SERVICE = """\
+import random
+import time
+from rb_gpu import QueryTrajectory, UserFeedback
+
+bank = ReasoningBank.load("artifacts/champion", log="trajectories.sqlite")
+chosen = bank.optimized_params(query).params
+params = random.choice(list(bank.configs)) if random.random() < 0.05 else chosen
+bank.record_trajectory(QueryTrajectory(
+    id=1, query_embedding=query, search_params=params, precision=0.9, recall=0.8, latency_us=480,  # what came of it
+    timestamp=int(time.time()), propensity=0.05 / len(bank.configs) + 0.95 * (params == chosen),
+))
+bank.record_feedback(1, UserFeedback(rating=5))  # perhaps later: what the user thought of it
+bank.close()
+"""
 
 
 @pytest.fixture
@@ -91,7 +110,16 @@ def test_sql_and_an_npy_make_the_same_table(folder):
     assert table_of(folder, f"import numpy\n{by_npy}").source.fingerprint == expected
 
 
-@pytest.mark.parametrize("snippet", [PANDAS, SQL])
+def test_a_service_closes_the_loop(registry, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    query = queries_near(make_bank(), 1)[0].tolist()
+    exec(SERVICE, {"ReasoningBank": ReasoningBank, "query": query})  # noqa: S102 - what the README shows
+    table = load(DataConfig(path="trajectories.sqlite"), ParamsConfig())
+    assert len(table) == 1 and table.rating.tolist() == [5]
+    assert table.propensity[0] in (pytest.approx(0.05 / 5), pytest.approx(0.95 + 0.05 / 5))
+
+
+@pytest.mark.parametrize("snippet", [PANDAS, SQL, SERVICE])
 def test_readme_shows_what_is_tested(snippet):
     text = README.read_text()
     if "log.csv" not in text:

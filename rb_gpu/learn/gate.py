@@ -62,7 +62,7 @@ def _against_the_gain(evaluation: Evaluation, served: str, config: GateConfig, g
         yield f"the bank's {evaluation.broken['bank']}; log more queries, or ask for less"
     asked = not unknown and served not in evaluation.broken
     if asked and not evaluation.bank_gains[served].low > config.min_gain:
-        yield f"{gain}not above gate.min_gain={config.min_gain:g}; keep what is served, or log more rows, which narrow it"
+        yield f"{gain}not above gate.min_gain={config.min_gain:g}; keep what is served, or log more rows to narrow it"
     default = evaluation.bank_gains["default"]
     # a champion that is as bad would let it pass; one that is surely worse still is better replaced
     worse = default.high < 0 and "default" not in evaluation.broken
