@@ -96,3 +96,10 @@ def test_what_is_committed_came_from_one_whole_run(name):
     check_claims(name, notebook)
     assert pictures(notebook) >= 3
     assert path.stat().st_size < MOST_BYTES
+
+
+@pytest.mark.parametrize("name", ["02_what_is_it_worth", "03_explore_artifact"])
+def test_what_is_committed_is_what_the_readme_says_of_the_sample(name):
+    # outputs of an older version stood beside a README of this one
+    [gain] = re.findall(r"^default .*  (\+\S+ \[.*\])$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert f"bank over default: {gain}\n" in printed(nbformat.read(FOLDER / f"{name}.ipynb", as_version=4))
