@@ -286,11 +286,11 @@ def test_the_best_single_config_keeps_what_the_objective_asks():
         (FLOOR, 3, 1, True, "gain over the default +0.8"),  # was refused: less quality, as it was asked for
         (FLOOR, 1, 3, False, "gain over the default -0.8"),
         (FLOOR, 3, 0, False, "the bank's held-out quality 0.5"),
-        (FLOOR, 0, 1, True, "default: held-out quality 0.5"),
+        (FLOOR, 0, 1, True, "no gain is asked over the default, whose held-out quality 0.5"),
         (BOUND, 0, 1, True, "gain over the default +0.3"),
         (BOUND, 1, 3, False, "the bank's held-out cost 10 is over judge.max_cost=4.5"),
         (BOUND, 1, 2, False, "the bank's held-out p95 latency 3000 us is over judge.max_latency_us=2500"),
-        (BOUND, 3, 1, True, "default: held-out cost 10 is over judge.max_cost=4.5"),
+        (BOUND, 3, 1, True, "over the default, whose held-out cost 10 is over judge.max_cost=4.5"),
         (BOUND, 1, 0, False, "gain over the default -0.3"),
     ],
 )

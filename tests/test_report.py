@@ -203,6 +203,23 @@ def test_the_formula_leaves_out_a_cost_that_was_not_logged(pages):
     assert "cost" not in answer(pages.bank, facts).formula and "latency" in answer(pages.bank, facts).formula
 
 
+def test_a_floor_that_only_the_bank_keeps_is_no_loss(pages):
+    facts = pages.facts()
+    facts["evaluation"]["bank_gains"]["default"] = {"gain": -0.2, "low": -0.3, "high": -0.1}
+    data = pages.bank.data
+    bank = ReasoningBank(replace(data, objective=replace(data.objective, kind="floor", target=0.9)))
+    facts["evaluation"]["broken"] = {"default": "held-out quality 0.8 is under judge.target=0.9"}
+    said = answer(bank, facts)
+    assert (said.better, said.headline) == ("Yes", "Keeps the floor that was asked for, which the default breaks")
+    assert said.formula.startswith("Utility is − cost / ") and "reaches 0.9" in said.formula
+    facts["evaluation"]["broken"] |= {"bank": "held-out quality 0.7 is under judge.target=0.9"}
+    assert answer(bank, facts).headline == "The bank breaks the floor that was asked for"
+
+
+def test_the_first_screen_names_the_default(pages):
+    assert f"the default ({pages.bank.configs.describe(pages.bank.data.default)})" in page_of(pages.bank, pages.facts())
+
+
 def test_every_link_leads_somewhere(pages):
     for path in (pages.promoted, pages.refused, pages.plain):
         page = path.read_text()

@@ -41,8 +41,10 @@ def decide(evaluation: Evaluation, config: GateConfig, drift: EmbeddingDrift, re
     said += _broken_bounds(evaluation, served, config, drift)
     if said:
         return Decision(False, "; ".join(said), said)
-    told = evaluation.broken.get(served)
-    return Decision(True, f"{gain}above gate.min_gain={config.min_gain:g}" if told is None else f"{served}: {told}")
+    if served in evaluation.broken:
+        return Decision(True, f"no gain is asked over the {served}, whose {evaluation.broken[served]}")
+    passed = ", which lets a loss as small as this one pass" if over.high < 0 else ""
+    return Decision(True, f"{gain}above gate.min_gain={config.min_gain:g}{passed}")
 
 
 def _against_the_gain(evaluation: Evaluation, served: str, config: GateConfig, gain: str) -> Iterator[str]:

@@ -119,7 +119,12 @@ def _learned(
         leaves = making.gathered(label_Q, trajectories)
         objective = resolve_objective(judging, config.quality, trajectories, leaves.evidence)
         leaves = making.foretold(leaves, trajectories, objective)
-        if leaves.field is not None and not leaves.pays and is_experiment(trajectories, objective):
+        unused, held_back = is_experiment(trajectories, objective), leaves.field is not None and not leaves.pays
+        if unused and not held_back:
+            log.warning("params.default=auto: no config ran twice as often as any other, so that gains are over the "
+                        "one most logged, of several the cheapest, %s; set params.default to what runs today",
+                        trajectories.configs.describe(trajectories.configs.default))  # fmt: skip
+        if unused and held_back:
             trajectories = settle_default(trajectories, leaves.evidence, objective)
             leaves = making.gathered(label_Q, trajectories)
             objective = resolve_objective(judging, config.quality, trajectories, leaves.evidence)

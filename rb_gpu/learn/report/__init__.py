@@ -35,6 +35,7 @@ def render_report(
         "promote": f"python -m jobs.registry action=promote version={version} {registry}",
         "rollback": f"python -m jobs.registry action=rollback {registry}",
         "answer": answer.answer(bank, facts),
+        "default": bank.configs.describe(bank.data.default),
         "promoted": promoted,
         "passes": facts["gate"]["promote"],
         "doubts": worth.doubts(evaluation),

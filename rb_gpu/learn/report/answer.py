@@ -51,7 +51,9 @@ def formula(objective: Objective, has_cost: bool) -> str:
         ]
         return f"Utility is {quality}; configs must keep {' and '.join(bounds)}."
     if objective.kind == "floor":
-        return f"Utility is {quality}; the cheapest config that reaches {objective.target:g} is sought."
+        by_latency = f"latency / {short(objective.latency_ref_us)} µs"
+        spent = f"cost / {short(objective.cost_ref, 4)}" if has_cost else by_latency
+        return f"Utility is − {spent}: the cheapest config is sought with which {quality} reaches {objective.target:g}."
     terms = []
     if objective.latency_weight:
         terms.append(f" − {objective.latency_weight:g} × log2(latency / {short(objective.latency_ref_us)} µs)")
@@ -92,8 +94,13 @@ def answer(bank: ReasoningBank, facts: dict[str, Any]) -> Answer:
     values = {value["name"]: value for value in evaluation["values"]}
     before, after = values[served], values["bank"]
     low, high = gain["low"], gain["high"]
+    broken, kind = evaluation["broken"], bank.data.objective.kind
     if facts["counts"]["configs"] == 1:
         state, word, headline = "none", "No choice", "Nothing to choose from: the log has one config"
+    elif "bank" in broken:
+        state, word, headline = "bad", "No", f"The bank breaks the {kind} that was asked for"
+    elif served in broken:
+        state, word, headline = "good", "Yes", f"Keeps the {kind} that was asked for, which the {served} breaks"
     elif low is None or high is None:
         state, word, headline = "none", "Unknown", "Nobody can say yet whether this bank is better"
     elif served == "default" and not after["acted"]:
