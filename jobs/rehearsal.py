@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rb_gpu.learn.config import TrainConfig
 from rb_gpu.learn.rehearsal import Rehearsal
+from rb_gpu.learn.report.formats import counted
 
 from .columns import render
 
@@ -27,10 +28,11 @@ def told(found: Rehearsal, config: TrainConfig) -> str:
     removed = f"; {', '.join(found.removed)} would go (registry.keep={config.registry.keep})" if found.removed else ""
     return "\n\n".join(
         [
-            f"{found.path}: {found.files} files, {found.total_rows:,} rows, {bad:,} of them bad{reasons}",
+            f"{found.path}: {counted(found.files, 'file')}, {counted(found.total_rows, 'row')}, {bad:,} of them "
+            f"bad{reasons}",
             f"{found.rows:,} rows of {found.queries:,} queries, {found.dim} dimensions; the newest {found.held_out:,} "
             f"queries would be held out; logged: {logged}",
-            f"{len(found.configs)} configs{shown}" + (f"\n  and {more} more" if more > 0 else ""),
+            f"{counted(len(found.configs), 'config')}{shown}" + (f"\n  and {more} more" if more > 0 else ""),
             f"on {found.device}: about {total:,.0f} s with {found.k:,} clusters, scaled up from a part of the queries; "
             f"loading as it was, valuing and report not counted\n\n{times}",
             f"embeddings {_size(found.embedding_bytes)}, {place}; {_size(found.free_bytes)} are free",

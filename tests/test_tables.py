@@ -268,6 +268,23 @@ def test_column_that_rows_may_lack_is_none_in_files_without_it(name, tmp_path, c
 # ---- only what is needed is read
 
 
+@pytest.mark.parametrize(
+    ("there", "meant"),
+    [
+        ("efsearch", "ef_search"), ("ef", "ef_search"), ("model", "model_tier"),
+        ("costs", "cost"), ("query", None), ("text", None), ("search_params", None),
+    ],
+)  # fmt: skip
+def test_a_column_that_is_nearly_one_of_ours_is_told_of(there, meant, tmp_path, caplog):
+    # a mistyped ef_search was never read, and all rows had one config
+    columns = good() | {there: [1] * 60}
+    for name in ("ef_search", "n_probes", "model_tier", "cost", "query_id"):
+        columns.pop(name, None)
+    read(write(tmp_path / "log.parquet", columns))
+    told = f"column {there} of {tmp_path / 'log.parquet'} is not read; did you mean {meant}?"
+    assert (told in caplog.text) if meant else ("did you mean" not in caplog.text)
+
+
 def test_only_needed_columns_are_asked_for(tmp_path, monkeypatch):
     path = write(tmp_path / "x.parquet", good() | {"retrieved_ids": [["a"] * 50] * 60, "prompt": ["x" * 999] * 60})
     asked: list[list[str]] = []

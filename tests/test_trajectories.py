@@ -204,7 +204,7 @@ def test_table_holds_what_was_logged(tmp_path):
             "query_time": t.timestamp,
             "x": t.query_embedding.tolist(),
             **t.search_params.as_dict(),
-            "temperature": float(np.float32(t.search_params.temperature)),
+            "temperature": t.search_params.temperature,
         }
 
 
@@ -534,7 +534,7 @@ def test_codes_follow_the_order_of_tiers(tmp_path):
 def test_absent_parameters_mean_the_default(tmp_path, caplog):
     path = parquet(tmp_path / "x.parquet", one_table(LOG, *PARAMETERS, "cost", "propensity", "rating"))
     table = read(path)
-    assert list(table.configs) == [SearchParams(temperature=float(np.float32(0.7)))]
+    assert list(table.configs) == [SearchParams(temperature=0.7)]
     assert table.cost is None and table.propensity is None and not table.rating.any()
     assert (table.config_id == 0).all()
     assert "every row ran SearchParams(ef_search=100," in caplog.text

@@ -128,9 +128,6 @@ def _loaded(config: TrainConfig, quarantine: Path | None, ranks: Ranks) -> tuple
     room = _room(config, ranks)
     everything = load(config.data, config.params, quarantine, room)
     training, held_out = split_by_time(everything, config.eval.holdout)
-    if len(everything.configs) == 1:
-        log.warning("all rows have one config: there is nothing to choose from; let the service try others on a share "
-                    "of its queries, by lot, and log the propensity")  # fmt: skip
     log.info("%d rows, %d queries, %d configs, dim %d; newest %d queries held out", len(everything),
              len(everything.query_id), len(everything.configs), everything.x_QD.shape[1],
              len(held_out.query_id))  # fmt: skip
