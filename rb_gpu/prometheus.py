@@ -38,7 +38,7 @@ def bank_metrics(bank: ReasoningBank) -> str:
             metric("trajectories", "gauge", "Trajectories learned from, and recorded by this process.",
                    ("", stats.total_trajectories)),
             metric("patterns", "gauge", "Patterns of all levels served.", ("", stats.total_patterns)),
-            metric("verdicts", "gauge", "Leaves that have a better config than the default.",
+            metric("verdicts", "gauge", "Leaves for which another config than the default is recommended.",
                    ("", stats.total_verdicts)),
             metric("reloads_total", "counter", "Artifacts put in place after the first.", ("", bank.reloads)),
             metric("reload_failing", "gauge", "1 where the newest artifact cannot be served.",

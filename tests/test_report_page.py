@@ -112,6 +112,11 @@ def test_the_page_is_whole_wide_and_narrow(show, every_page, name):
         assert [url for url in shown.requests if not url.startswith(("file:", "data:"))] == []
         assert shown.page.evaluate(OVERFLOWING) == []
         shown.page.evaluate(UNFOLD)
+        # captions were as wide as their tables, whose rest is scrolled to
+        ends = shown.page.evaluate(
+            "[...document.querySelectorAll('caption span')].map(e => e.getBoundingClientRect().right)"
+        )
+        assert max(ends) <= viewport["width"]
         assert shown.page.evaluate(OVERFLOWING) == [] and shown.page.evaluate(COLLISIONS) == []
         assert shown.page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
 

@@ -486,6 +486,8 @@ def test_openapi_documents_every_route_and_status(client: TestClient, served: Re
     assert query["minItems"] == query["maxItems"] == served.dim
     assert [p["name"] for p in post["parameters"]] == ["tradeoff", "mode"]
     assert post["parameters"][0]["schema"] == {"type": "number", "minimum": 0, "maximum": 1e6}
+    named = [document["paths"][path]["post"]["operationId"] for path in document["paths"] if path.startswith("/v1/")]
+    assert named == ["optimized_params", "optimized_params_batch", "similar", "trajectories", "feedback"]
     assert "409" in document["paths"]["/v1/trajectories"]["post"]["responses"]
     assert client.get("/docs").status_code == 200
 

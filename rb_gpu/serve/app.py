@@ -99,6 +99,7 @@ def make_app(
         app.router.add_api_route(
             path, endpoint, methods=["POST"], route_class_override=_Direct, status_code=status, dependencies=keyed,
             response_class=Response, summary=body.__doc__, openapi_extra=openapi.request(body, bank.dim, raw),
+            operation_id=path.removeprefix("/v1/").replace("/", "_"),
             responses={status: {"model": answer}, **PROBLEMS, **(NO_LOG if path == "/v1/trajectories" else {})},
         )  # fmt: skip
 
