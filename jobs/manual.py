@@ -38,7 +38,7 @@ def page(name: str, doc: str) -> str:
         if place is not None:
             parts.append(f"{place} ({option}): {said}; its settings are those of {group}, as {place}.KEY=VALUE")
             continue
-        others = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        others = options_of(name, group)
         choice = f", {group}={' | '.join(others)}" if len(others) > 1 else ""
         # what only some options know stands once; an option that sets other sections too is of its own
         entries: dict[str, str] = {}
@@ -48,6 +48,16 @@ def page(name: str, doc: str) -> str:
                 entries = dict(_settings(path, f"{group}.")) | entries
         parts.append("\n".join([f"{group} ({option}{choice})", *entries.values()]))
     return "\n\n".join(parts) + "\n" + ENDING
+
+
+def options_of(name: str, group: str) -> list[str]:
+    """The options of a group that the job has a place for: one that sets other sections too may need more of them."""
+    has = {field.name for field in fields(JOBS[name])} | {"defaults"}
+    texts = {path.stem: path.read_text() for path in sorted((CONF / group).glob("*.yaml"))}
+    return [
+        option for option, text in texts.items()
+        if "_global_" not in text or has.issuperset(re.findall(r"^(\w+):", text, re.MULTILINE))
+    ]  # fmt: skip
 
 
 def _groups(main: Path) -> Iterator[tuple[str, str | None, str, str | None]]:
@@ -112,6 +122,7 @@ def check_keys(name: str, arguments: Sequence[str]) -> None:
     known = set(known_keys(JOBS[name]))
     # Hydra's flags take values of their own
     given = [one for one in arguments if "=" in one and not one.startswith("-")]
+    own_options = any(one.startswith(("--config-dir", "-cd")) for one in arguments)
     for argument in given:
         try:
             override = OverridesParser.create().parse_override(argument)
@@ -120,12 +131,22 @@ def check_keys(name: str, arguments: Sequence[str]) -> None:
         key = override.key_or_group.replace("/", ".")
         _check_default(argument, key, override.value())
         plain = not (override.is_add() or override.is_delete() or key.split(".")[0] == "hydra")
+        if plain and not own_options and (CONF / key).is_dir() and isinstance(override.value(), str):
+            _check_option(argument, override.value(), options_of(name, key))
         # below a mapping, such as params.default, the setting's own check decides
         if not plain or any(key == one or (key.startswith(f"{one}.") and one not in _sections(known)) for one in known):
             continue
         near = _nearest(key, known)
         meant = f"did you mean {near}?" if near else f"python -m jobs.{name} --help lists all"
         raise ConfigError(f"{argument}: {key} is not a setting of jobs.{name}; {meant}")
+
+
+def _check_option(argument: str, given: Any, options: list[str]) -> None:
+    if given not in options:
+        near = difflib.get_close_matches(given, options, 1, 0.5)
+        raise ConfigError(
+            f"{argument}: {given} is not one of {', '.join(options)}" + (f"; did you mean {near[0]}?" if near else "")
+        )
 
 
 def _check_default(argument: str, key: str, value: Any) -> None:

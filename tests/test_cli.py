@@ -90,6 +90,21 @@ def test_a_mistyped_default_is_told_what_was_meant(given, said):
         check_keys("train", [given])
 
 
+@pytest.mark.parametrize(
+    ("job", "given", "said"),
+    [
+        ("train", "judge=ebb", r"judge=ebb: ebb is not one of eb, reference, welch; did you mean eb\?"),
+        ("train", "data=csv", r"csv is not one of delta, files, huggingface, lance, s3, sample, sqlite$"),
+        ("evaluate", "data=sample", r"sample is not one of delta, files, huggingface, lance, s3, sqlite"),
+    ],
+)
+def test_a_mistyped_option_is_told_what_there_is(job, given, said):
+    with pytest.raises(ConfigError, match=said):
+        check_keys(job, [given])
+    check_keys(job, ["--config-dir=mine", given])  # where it may be
+    assert "sample" in manual("train") and "sample |" not in manual("evaluate")
+
+
 def test_the_same_settings_are_not_listed_twice():
     text = manual("evaluate")
     assert text.count("  data.path=") == 1
