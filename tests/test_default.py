@@ -50,11 +50,6 @@ def test_an_experiment_falls_back_to_the_best_single_config():
     assert np.mean(worth) > 0.505 and min(worth) >= 0.495
 
 
-def test_a_log_of_one_config_is_told_that_there_is_nothing_to_choose_from(caplog):
-    learned(log_of(0, [0.5], [1.0]))
-    assert "all rows have one config: there is nothing to choose from" in caplog.text
-
-
 def test_what_a_service_runs_stays_the_default():
     assert {default_of(log_of(seed, MEANS, [0.6, 0.1, 0.1, 0.1, 0.1])) for seed in range(3)} == {0}
 

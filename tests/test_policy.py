@@ -134,6 +134,14 @@ def test_a_champion_that_is_surely_worse_than_the_default_lets_nothing_as_bad_pa
     assert promoted or "surely worse, and not surely better than the champion; serve the default" in decision.reason
 
 
+def test_what_is_surely_worse_than_the_default_is_not_the_first_to_be_served():
+    # gate.min_gain=-0.005 let a bank pass that surely lost .0015, with nothing served before
+    for gain, promoted in ((Gain(-0.0015, -0.0027, -0.0005), False), (Gain(-0.0015, -0.0032, 0.0002), True)):
+        decision = decide(replace(judged({}, {}), bank_gains={"default": gain}), GateConfig(), CALM, [])
+        assert decision.promote is promoted
+        assert promoted or "surely worse; serve the default" in decision.reason
+
+
 def test_a_default_that_breaks_the_objective_is_nothing_to_be_worse_than():
     # of a bound or a floor that the default breaks, it spends what nobody may, and every later candidate was refused
     gains = {"default": Gain(-0.3, -0.35, -0.25), "champion": Gain(0.0, -0.001, 0.001)}

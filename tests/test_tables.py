@@ -251,7 +251,7 @@ def test_column_that_is_spelt_otherwise_is_named(name, tmp_path, caplog):
         tmp_path / "x.parquet", table.rename_columns([name if c == "ef_search" else c for c in table.schema.names])
     )
     assert "ef_search" not in read(path).columns
-    assert f"data.path: there is no column ef_search, and {name} is not read; rename it if that is meant" in caplog.text
+    assert f"column {name} of {path} is not read; did you mean ef_search?" in caplog.text
     assert "cost" not in caplog.text
 
 

@@ -537,7 +537,7 @@ def test_absent_parameters_mean_the_default(tmp_path, caplog):
     assert list(table.configs) == [SearchParams(temperature=0.7)]
     assert table.cost is None and table.propensity is None and not table.rating.any()
     assert (table.config_id == 0).all()
-    assert "every row ran SearchParams(ef_search=100," in caplog.text
+    assert "every row ran SearchParams(ef_search=100," in caplog.text and "nothing to choose from" in caplog.text
 
 
 def test_absent_parameters_mean_the_configured_default(tmp_path):

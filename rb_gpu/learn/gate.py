@@ -66,12 +66,14 @@ def _against_the_gain(evaluation: Evaluation, served: str, config: GateConfig, g
     if asked and not evaluation.bank_gains[served].low > config.min_gain:
         yield f"{gain}not above gate.min_gain={config.min_gain:g}; keep what is served, or log more rows to narrow it"
     default = evaluation.bank_gains["default"]
-    # a champion that is as bad would let it pass; one that is surely worse still is better replaced
+    # gate.min_gain or a champion that is as bad would let it pass; a champion surely worse still is better replaced
     worse = default.high < 0 and "default" not in evaluation.broken
-    if served == CHAMPION and worse and not evaluation.bank_gains[CHAMPION].low > 0:
+    better = served == CHAMPION and evaluation.bank_gains[CHAMPION].low > 0
+    if worse and not better:
+        beside = ", and not surely better than the champion" if served == CHAMPION else ""
         yield (
-            f"held-out gain over the default {default.gain:+.4f}, 95 % upper bound {default.high:+.4f}: surely worse, "
-            "and not surely better than the champion; serve the default, and learn from newer rows"
+            f"held-out gain over the default {default.gain:+.4f}, 95 % upper bound {default.high:+.4f}: surely worse"
+            f"{beside}; serve the default, and learn from newer rows"
         )
 
 

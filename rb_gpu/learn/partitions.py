@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import unquote
@@ -65,19 +66,12 @@ def with_absent(
     sources: Sequence[Source], optional: Sequence[str], absent: Mapping[str, Any], key: str
 ) -> list[Source]:
     """The sources, where a column that some have and others lack holds in these what it means to be absent: the value
-    of `absent`, or null where a row may have none. Other such columns stay as they are. Warns of a column that none has
-    where one is spelt like it.
+    of `absent`, or null where a row may have none. Other such columns stay as they are.
     """
     constants: list[dict[str, pa.Scalar]] = [{} for _ in sources]
     for name in optional:
         lack = [name not in source.schema.names for source in sources]
-        if not any(lack):
-            continue
-        if all(lack):
-            names = {other for source in sources for other in source.schema.names}
-            for other in sorted(other for other in names if _letters(other) == _letters(name)):
-                log.warning("%s: there is no column %s, and %s is not read; rename it if that is meant",
-                            key, name, other)  # fmt: skip
+        if not any(lack) or all(lack):
             continue
         if name not in absent and not rule_of(name).nullable:
             log.warning("%s: %s is in some files only and is taken as absent", key, name)
@@ -89,6 +83,18 @@ def with_absent(
             if lacks:
                 one[name] = pa.scalar(value, _kind(name))
     return [with_constants(source, one) for source, one in zip(sources, constants, strict=True)]
+
+
+def warn_of_near(sources: Sequence[Source], required: Sequence[str], optional: Sequence[str]) -> None:
+    """Of a column that no file has, where one that is not read has nearly its name, or a part of it as in `model`."""
+    there = {name for source in sources for name in source.schema.names}
+    unread = {_letters(name): name for name in sorted(there - {*required, *optional})}
+    shared = {part for column in required for part in column.split("_")}
+    for column in sorted(set(optional) - there):
+        parts = set(column.split("_")) - shared
+        near = [*get_close_matches(_letters(column), unread, 1, 0.85), *(one for one in unread if one in parts)]
+        if near:
+            log.warning("column %s of %s is not read; did you mean %s?", unread[near[0]], sources[0].name, column)
 
 
 def _letters(name: str) -> str:

@@ -119,9 +119,6 @@ def _learned(
         leaves = making.gathered(label_Q, trajectories)
         objective = resolve_objective(judging, config.quality, trajectories, leaves.evidence)
         leaves = making.foretold(leaves, trajectories, objective)
-        if len(trajectories.configs) == 1:
-            log.warning("all rows have one config: there is nothing to choose from; let the service try others on a "
-                        "share of its queries, by lot, and log the propensity")  # fmt: skip
         unused, held_back = is_experiment(trajectories, objective), leaves.field is not None and not leaves.pays
         if unused and not held_back:
             log.warning("params.default=auto: no config ran twice as often as any other, so that gains are over the "

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ from rb_gpu.learn.decode import (
     list_dim,
     rule_of,
 )
-from rb_gpu.learn.partitions import with_absent, with_folders
+from rb_gpu.learn.partitions import warn_of_near, with_absent, with_folders
 from rb_gpu.learn.places import open_table
 from rb_gpu.learn.progress import step
 from rb_gpu.learn.quarantine import BadRows
@@ -122,7 +121,7 @@ def check_sources(
     sources = [with_folders(source, (*required, *optional), key) for source in sources]
     for source in sources:
         _check_columns(source, required, optional, key)
-    _warn_of_near(sources, required, optional)
+    warn_of_near(sources, required, optional)
     files = [source.name for source in sources]
     sources = with_absent([source for source in sources if source.rows], optional, reading.absent, key)
     total = sum(source.rows for source in sources)
@@ -233,18 +232,6 @@ def distinct(values: npt.NDArray[np.uint64]) -> bool:
         return True
     ordered = np.sort(values)
     return not bool((ordered[1:] == ordered[:-1]).any())
-
-
-def _warn_of_near(sources: Sequence[Source], required: Sequence[str], optional: Sequence[str]) -> None:
-    """Of a column that no file has, where one that is not read has nearly its name, or a part of it as in `model`."""
-    there = {name for source in sources for name in source.schema.names}
-    unread = sorted(there - {*required, *optional})
-    shared = {part for column in required for part in column.split("_")}
-    for column in sorted(set(optional) - there):
-        parts = set(column.split("_")) - shared
-        near = [*get_close_matches(column, unread, 1, 0.8), *(one for one in unread if one in parts)]
-        if near:
-            log.warning("column %s of %s is not read; did you mean %s?", near[0], sources[0].name, column)
 
 
 def _check_columns(source: Source, required: Sequence[str], optional: Sequence[str], key: str) -> None:

@@ -178,8 +178,9 @@ def load(
     trajectories = assemble(columns, outcomes.tier_names, params, source, features)
     if len(np.unique(trajectories.config_id)) == 1:
         one = trajectories.configs[trajectories.config_id[0]]
-        log.warning("data.path=%s: every row ran %s, so that nothing can be learned of other settings; check that what "
-                    "varied has its column", outcomes.source, one)  # fmt: skip
+        log.warning("data.path=%s: every row ran %s, so that there is nothing to choose from; check that what varied "
+                    "has its column, or let the service try other settings on a share of its queries, by lot, and log "
+                    "the propensity", outcomes.source, one)  # fmt: skip
     return trajectories
 
 
