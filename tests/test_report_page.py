@@ -93,7 +93,7 @@ def every_page(pages, tmp_path_factory) -> dict[str, Path]:
     facts["config"]["registry"]["path"] = name
     (folder / "hostile.html").write_text(page_of(pages.bank, facts))
     members = [
-        Member(str(run), [f"cluster.k={2**run}", "judge.cost_weight=0.2"], None, "", "default", 0.8, 0.7, 0.9,
+        Member(str(run), [f"cluster.k={2**run}", "judge.cost_weight=0.2"], None, "", 1.0, "default", 0.8, 0.7, 0.9,
                0.01 * run, 0.01 * run - 0.005, 0.01 * run + 0.005, 2**run, run, run > 0, "", 1.5 * run, 500.0)
         for run in range(6)
     ]  # fmt: skip
