@@ -24,10 +24,11 @@ def test_a_choice_is_better_as_often_as_it_is_said_to_be(log: str, most: float) 
 
 
 def test_few_rows_of_a_config_do_not_make_it_sure() -> None:
-    # 60 rows for each config but the default: confidence was .889 where .788 of the choices were better, now .878
-    worlds = [acted(kind, "70 % on the default", 1000, seed) for kind in KINDS for seed in range(6)]
+    # 60 rows for each config but the default: where nothing was allowed for deviations that foretold no better,
+    # confidence was .085 over the share of choices that were better, now it is .075
+    worlds = [acted(kind, "70 % on the default", 1000, seed) for kind in KINDS for seed in range(12)]
     confidence, better, _ = calibration_error(worlds)
-    assert confidence - better < 0.097
+    assert confidence - better < 0.08
 
 
 def test_the_error_is_of_confidence_beside_what_came() -> None:
