@@ -146,7 +146,7 @@ def cluster_tables(result: dict[str, Any]) -> str:
             rows.append(
                 (
                     *label,
-                    f"{row['seconds']:.2f}",
+                    f"{row['seconds']:.2f}" if row["seconds"] >= 0.1 else f"{row['seconds']:.2g}",
                     f"{row['seconds'] / ours['seconds']:.2f}",
                     f"{row['inertia'] / ours['inertia']:.5f}",
                     f"{row['gflops']:,.0f}" if "gflops" in row else "",
