@@ -722,7 +722,9 @@ def test_truncated_file(suffix, share, tmp_path):
 def test_unknown_suffix(name, tmp_path):
     (tmp_path / name).write_text("id")
     known = ".parquet, .pq, .arrow, .ipc, .feather, .sqlite, .sqlite3, .db"
-    said = f"data.path={tmp_path / name} has no known suffix; use one of {known} (README.md turns a CSV into Parquet)"
+    said = (
+        f"data.path={tmp_path / name} has no known suffix; use one of {known} (jobs/README.md turns a CSV into Parquet)"
+    )
     assert error(str(tmp_path / name)) == said
 
 

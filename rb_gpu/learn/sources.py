@@ -100,7 +100,8 @@ def open_source(filesystem: pyarrow.fs.FileSystem, name: str, key: str) -> Sourc
     except DataError as error:
         raise DataError(f"{key}={error}") from error
     raise DataError(
-        f"{key}={name} has no known suffix; use one of {', '.join(KNOWN_SUFFIXES)} (README.md turns a CSV into Parquet)"
+        f"{key}={name} has no known suffix; use one of {', '.join(KNOWN_SUFFIXES)} "
+        "(jobs/README.md turns a CSV into Parquet)"
     )
 
 

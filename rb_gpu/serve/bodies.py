@@ -81,7 +81,7 @@ class Similar(AskSimilar):
 
 
 class Trajectory(Body):
-    """One answered query; the fields are the columns of the trajectory table (README)."""
+    """One answered query; the fields are the columns of the trajectory table (jobs/README.md)."""
 
     id: Id
     query_embedding: Embedding
