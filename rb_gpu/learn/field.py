@@ -90,10 +90,6 @@ class Fit:
     share_SL: Tensor
     ridges: dict[int, Sequence[Ridge]]
 
-    def predict(self, features: Sequence[Tensor]) -> Tensor:
-        """(Q, C) of queries whose features (Q, F) are given for every slope."""
-        return torch.stack([x @ w for x, w in zip(features, self.coefs, strict=True)]).sum(0) + self.base_C
-
     def leverage(self, features: Sequence[Tensor]) -> Tensor:
         """(P, C) variance of each config's deviation at P places, in units of a row's noise, under the likeliest model;
         0 for a config without rows of its own.

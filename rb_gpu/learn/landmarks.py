@@ -140,7 +140,7 @@ def foretell(
 
     rows, in_fit_N = _rows(chosen_Q, trajectories, weight_N, device)
     y_NO = outcomes(trajectories, device)
-    features = _features(place_CR, landmarks_MR, factors)
+    features = _whitened(_kernels(place_CR, landmarks_MR), factors)
     names = (objective.quality, "log2_latency", "cost")
     regressions = Regressions(features, rows)
     fits = {OUTCOMES.index(name): fit(regressions, y_NO[in_fit_N, OUTCOMES.index(name)]) for name in names}
@@ -159,41 +159,38 @@ def foretell(
     all_rows = torch.from_numpy(trajectories.query_row).to(device)
     config_N = torch.from_numpy(trajectories.config_id).to(device)
     unseen_NO = torch.zeros_like(y_NO)
+    base_CO = torch.zeros(configs, len(OUTCOMES), dtype=torch.float64, device=device)
+    coef_SMCO = base_CO.new_zeros(len(SLOPES), landmarks, configs, len(OUTCOMES))
     for o, one in fits.items():
         unseen_NO[in_fit_N, o] = one.unseen_N
-    mass_U = torch.zeros(leaves + 1, dtype=torch.float64, device=device)
-    sums = [torch.zeros(leaves + 1, landmarks, dtype=torch.float64, device=device) for _ in SLOPES]
-    order = torch.argsort(all_rows, stable=True)
-    bounds = torch.searchsorted(all_rows[order], torch.arange(queries + 1, device=device))
-    reach = [torch.full((configs, len(OUTCOMES)), bound, dtype=torch.float64, device=device)
-             for bound in (torch.inf, -torch.inf, torch.inf, -torch.inf)]  # fmt: skip
-    for tile in tiles(queries, 4 * landmarks * len(SLOPES), device):
-        step("field", min(tile.stop, queries), queries, "queries")
-        part = _features(_places(unit_QD[tile], axes_RD, device), landmarks_MR, factors)
-        slot = torch.where(label[tile] < 0, leaves, label[tile])
-        mass_U.index_add_(0, slot, torch.ones_like(slot, dtype=torch.float64))
-        for total, x in zip(sums, part, strict=True):
-            total.index_add_(0, slot, x)
-        mine = order[int(bounds[tile.start]) : int(bounds[min(tile.stop, queries)])]
-        mine = mine[~in_fit_N[mine]]
-        for o, one in fits.items():
-            said = one.predict(part)
-            unseen_NO[mine, o] = said[all_rows[mine] - tile.start, config_N[mine]]
-            said = said - one.base_C
-            for at, values in ((0, said), (2, said - said[:, [default]])):
-                reach[at][:, o] = torch.minimum(reach[at][:, o], values.amin(0))
-                reach[at + 1][:, o] = torch.maximum(reach[at + 1][:, o], values.amax(0))
-    for total in (mass_U, *sums):
-        total[-1] = total.sum(0)
-    means = [total / mass_U.clamp(min=1)[:, None] for total in sums]
-    mean_UCO = torch.zeros(leaves + 1, configs, len(OUTCOMES), dtype=torch.float64, device=device)
-    base_CO = mean_UCO.new_zeros(configs, len(OUTCOMES))
-    coef_SMCO = torch.zeros(len(SLOPES), landmarks, configs, len(OUTCOMES), dtype=torch.float64, device=device)
-    for o, one in fits.items():
-        mean_UCO[..., o] = one.predict(means) - one.base_C
         base_CO[:, o] = one.base_C
+        # of the kernels themselves: whitening those of all queries would take longer than all the rest
         for s, (factor, coef) in enumerate(zip(factors, one.coefs, strict=True)):
             coef_SMCO[s, ..., o] = torch.linalg.solve_triangular(factor.T, coef, upper=True)
+    mass_U = base_CO.new_zeros(leaves + 1)
+    sums = [base_CO.new_zeros(leaves + 1, landmarks) for _ in SLOPES]
+    order = torch.argsort(all_rows, stable=True)
+    bounds = torch.searchsorted(all_rows[order], torch.arange(queries + 1, device=device))
+    reach = [torch.full_like(base_CO, bound) for bound in (torch.inf, -torch.inf, torch.inf, -torch.inf)]
+    for tile in tiles(queries, 4 * landmarks * len(SLOPES), device):
+        step("field", min(tile.stop, queries), queries, "queries")
+        kernels = _kernels(_places(unit_QD[tile], axes_RD, device), landmarks_MR)
+        slot = torch.where(label[tile] < 0, leaves, label[tile])
+        mass_U.index_add_(0, slot, torch.ones_like(slot, dtype=torch.float64))
+        for total, x in zip(sums, kernels, strict=True):
+            total.index_add_(0, slot, x)
+        said_TCO = _said(kernels, coef_SMCO)
+        mine = order[int(bounds[tile.start]) : int(bounds[min(tile.stop, queries)])]
+        mine = mine[~in_fit_N[mine]]
+        unseen_NO[mine] = said_TCO[all_rows[mine] - tile.start, config_N[mine]] + base_CO[config_N[mine]]
+        for at, values in ((0, said_TCO), (2, said_TCO - said_TCO[:, [default]])):
+            reach[at] = torch.minimum(reach[at], values.amin(0))
+            reach[at + 1] = torch.maximum(reach[at + 1], values.amax(0))
+    for total in (mass_U, *sums):
+        total[-1] = total.sum(0)
+    kernel_means = [total / mass_U.clamp(min=1)[:, None] for total in sums]
+    mean_UCO = _said(kernel_means, coef_SMCO)
+    means = _whitened(kernel_means, factors)
     level_variance_CO, gain_variance_UCO, quality_variance_UC = _variances(
         fits, rows, y_NO[in_fit_N], means, default, OUTCOMES.index(objective.quality)
     )
@@ -203,7 +200,7 @@ def foretell(
         coef_SMCO.flatten(0, 1).float().cpu().numpy(),
         base_CO.cpu().numpy(),
         level_variance_CO.cpu().numpy(),
-        tuple(torch.where(bound.isfinite(), bound, 0.0).cpu().numpy() for bound in reach),
+        tuple(bound.cpu().numpy() for bound in reach),
         mean_UCO.cpu().numpy(),
         gain_variance_UCO.cpu().numpy(),
         quality_variance_UC.cpu().numpy(),
@@ -246,13 +243,24 @@ def _factor(landmarks_MR: Tensor, slope: float) -> Tensor:
     return factor
 
 
-def _features(place_TR: Tensor, landmarks_MR: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
-    """(T, M) float64 for every slope: kernels, whitened so that a ridge is a Gaussian process's prior."""
+def _kernels(place_TR: Tensor, landmarks_MR: Tensor) -> list[Tensor]:
+    """(T, M) float64 for every slope."""
     cosine = (place_TR @ landmarks_MR.T).double()
+    return [torch.exp(slope * (cosine - 1.0)) for slope in SLOPES]
+
+
+def _whitened(kernels: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
+    """(T, M) float64 for every slope: kernels so that a ridge is a Gaussian process's prior."""
     return [
-        torch.linalg.solve_triangular(factor, torch.exp(slope * (cosine - 1.0)).T, upper=False).T
-        for slope, factor in zip(SLOPES, factors, strict=True)
+        torch.linalg.solve_triangular(factor, kernel.T, upper=False).T
+        for kernel, factor in zip(kernels, factors, strict=True)
     ]
+
+
+def _said(kernels: Sequence[Tensor], coef_SMCO: Tensor) -> Tensor:
+    """(T, C, O) what kernels (T, M) of every slope say, less the base."""
+    said = torch.stack([x @ w_MCO.flatten(1) for x, w_MCO in zip(kernels, coef_SMCO, strict=True)]).sum(0)
+    return said.reshape(len(said), *coef_SMCO.shape[2:])
 
 
 def _rows(chosen_Q: Tensor, trajectories: Trajectories, weight_N: Tensor, device: torch.device) -> tuple[Rows, Tensor]:
