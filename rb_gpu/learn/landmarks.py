@@ -44,13 +44,14 @@ NUGGET = 1e-3
 
 @dataclass(frozen=True)
 class Trial:
-    """What tells whether choices pay: the fits by outcome without the regressions behind them, their rows, and the
-    rows' outcomes (N, O).
+    """What tells whether choices pay: the fits by outcome without the regressions behind them, their rows, the rows'
+    outcomes (N, O), and the leaves of the queries (Q,).
     """
 
     fits: dict[int, Fit]
     rows: Rows
     y_NO: Tensor
+    leaf_Q: Tensor
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ class Foretold:
 
     def pays(self, objective: Objective, default: int, seed: int, in_use: bool) -> bool:
         """Whether its choices for unseen queries beat the default (rb_gpu.learn.proof); a floor is not tested."""
+        trial = self.trial
         return objective.kind != "utility" or pays_unseen(
-            self.trial.fits, self.trial.rows, self.trial.y_NO, objective, default, seed, in_use
+            trial.fits, trial.rows, trial.y_NO, trial.leaf_Q, objective, default, seed, in_use
         )
 
     def field(self, evidence: Evidence, left: Evidence) -> Field:
@@ -206,7 +208,12 @@ def foretell(
         quality_variance_UC.cpu().numpy(),
         unseen_NO,
         unseen,
-        Trial({o: replace(one, coefs=[], ridges={}) for o, one in fits.items()}, rows, y_NO[in_fit_N]),
+        Trial(
+            {o: replace(one, coefs=[], ridges={}) for o, one in fits.items()},
+            rows,
+            y_NO[in_fit_N],
+            label[chosen_Q.to(device)],
+        ),
     )
 
 
