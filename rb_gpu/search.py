@@ -5,6 +5,8 @@ Suffixes: P leaves, D dims, B queries, K neighbours.
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from typing import Any, Protocol
 
@@ -145,6 +147,24 @@ class _Buffers(threading.local):
         self.addresses: tuple[Any, ...] = ()
 
 
+class _Batches(threading.local):
+    # whether Faiss has searched a batch in this thread, for which OpenMP keeps helping threads
+    searched = False
+
+
+_batches = _Batches()
+
+
+def _after_fork_in_child() -> None:
+    if _batches.searched:
+        # those threads are the parent's alone: GNU's OpenMP would wait for them in the next batch, for ever
+        sys.modules["faiss"].omp_set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 class FaissSearch:
     """The artifact's Faiss index gives candidates, their exact products decide."""
 
@@ -173,6 +193,7 @@ class FaissSearch:
         """See Search.nearest."""
         leaves = len(self._unit_PD)
         k = min(k, leaves)
+        _batches.searched = True
         _, rows = self._index.search(x_BD, self._candidates(k))
         rows = np.sort(np.where((rows >= 0) & (rows < leaves), rows, -1), axis=1)
         cosine = np.empty(rows.shape, np.float32)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,6 +193,35 @@ def test_more_patterns_than_an_index_was_tuned_for_are_all_found(kind: str) -> N
         for k in (1, data.lookup.top_k + 1, 500, 2000):
             found = [match.pattern.id - 100 for match in bank.find_similar_patterns(query, k)]
             assert found == expected[:k].tolist()
+
+
+BATCH_AFTER_FORK = """
+import os, signal, sys
+import numpy as np
+from rb_gpu.bank import ReasoningBank
+
+bank = ReasoningBank.load(sys.argv[1], search="index")
+queries = np.tile(bank.data.arrays["centroids"][:12], (10, 1))
+before = bank.optimized_params_batch(queries)
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    after = bank.optimized_params_batch(queries)
+    os._exit(0 if all((before[name] == after[name]).all() for name in before) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf"])
+def test_a_child_forked_after_a_batch_can_search_one_too(data: BankData, tmp_path: Path, kind: str) -> None:
+    # it waited for ever for the threads that OpenMP had started in its parent
+    index = index_of(data.arrays["centroids"][:12], kind=kind)
+    write_artifact(tmp_path / "v", replace(data, facts=data.facts | {"index": {"kind": kind}}), {"index.faiss": index})
+    ran = subprocess.run(
+        [sys.executable, "-c", BATCH_AFTER_FORK, str(tmp_path / "v")],
+        env=os.environ | {"OMP_NUM_THREADS": "2"}, timeout=120, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0
 
 
 def test_rows_that_an_inverted_file_does_not_find_have_no_vote(data: BankData) -> None:
