@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -519,17 +520,23 @@ def hang_up(port: int) -> None:
         time.sleep(0.05)
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "rb_gpu.serve.main", *arguments]
+def start(*arguments: str, under: Sequence[str] = ()) -> subprocess.Popen[str]:
+    command = [*under, sys.executable, "-m", "rb_gpu.serve.main", *arguments]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
-def test_the_command_serves_follows_the_champion_and_stops_in_order(registry: Registry, tmp_path: Path) -> None:
+# a closed terminal used to end it at once, with what the log had queued
+@pytest.mark.parametrize(
+    ("under", "passed_over", "last"), [((), (), signal.SIGHUP), (("nohup",), (signal.SIGHUP,), signal.SIGTERM)]
+)
+def test_the_command_serves_follows_the_champion_and_stops_in_order(
+    registry: Registry, tmp_path: Path, under: Sequence[str], passed_over: Sequence[int], last: int
+) -> None:
     port, log = free_port(), tmp_path / "log.sqlite"
     (tmp_path / "key").write_bytes(KEY)
     process = start(
         str(registry.path / "champion"), "--port", str(port), "--log", str(log), "--reload-every", "0.05",
-        "--api-key-file", str(tmp_path / "key"),
+        "--api-key-file", str(tmp_path / "key"), under=under,
     )  # fmt: skip
     try:
         end = time.monotonic() + 60
@@ -546,9 +553,12 @@ def test_the_command_serves_follows_the_champion_and_stops_in_order(registry: Re
             time.sleep(0.02)
         body = {"trajectories": [trajectory_body(i) for i in range(200)]}
         assert call(port, "/v1/trajectories", body, **{"x-api-key": KEY.decode()}) == (202, b'{"accepted": 200}')
+        for number in passed_over:
+            process.send_signal(number)
         for _ in range(3):
             hang_up(port)
-        process.send_signal(signal.SIGTERM)
+        assert call(port, "/healthz")[0] == 200
+        process.send_signal(last)
         output = process.communicate(timeout=30)[1]
         assert process.returncode == 0 and "Traceback" not in output
     finally:

@@ -70,7 +70,9 @@ def _api_key(path: Path) -> bytes:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Serves until SIGTERM or SIGINT; then requests under way end, and the log is flushed. Returns an exit code."""
+    """Serves until SIGTERM, SIGINT or, unless that is ignored, SIGHUP; then requests under way end, and the log is
+    flushed. Returns an exit code.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     options = _arguments(given)
     try:
@@ -90,9 +92,11 @@ def main(given: Sequence[str] | None = None) -> int:
         root_path=options.root_path,
     )  # fmt: skip
     server = uvicorn.Server(config)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # uvicorn raises what it caught once more after its shutdown, for which the process would die by the signal
-        signal.signal(number, server.handle_exit)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        # uvicorn raises what it caught once more after its shutdown, for which the process would die by the signal; a
+        # terminal that closes sends SIGHUP, by which what the log has queued would be lost
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, server.handle_exit)
     try:
         server.run()
     except SystemExit:  # the address cannot be had; uvicorn's own code for it is 3, which here says that a gate refused
