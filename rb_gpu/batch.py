@@ -113,16 +113,15 @@ def decide(state: BankState, voters: Voters) -> Votes:
     settings, default, configs, field = state.settings, state.default, len(state.params), state.field
     score_sure_BE = _blocks(state, 0, 2, voters)
     score_BC, sure_BC = score_sure_BE[:, :configs], score_sure_BE[:, configs:]
-    least: float | Matrix = settings.min_probability
-    if field is not None:
-        least = state.least_z * _mixed(field.cells_UE[:, 4 * configs :], voters)
+    least = settings.min_probability if field is None else 0.0
     # quality is asked for where the likeliest config is, and nowhere else
     quality_BC = _blocks(state, 3, 4, voters) if settings.likeliest else score_BC
     config_B = choose(score_BC, sure_BC, quality_BC, least, default, settings.likeliest)
     acted_B = config_B != default
     sure_B = sure_BC[np.arange(len(config_B)), config_B]
     if field is not None:
-        sure_B = _probability(sure_B, _picked(state, 4, config_B, voters), acted_B)
+        sd_B = _picked(state, 4, config_B, voters)
+        sure_B = _probability(sure_B + np.float32(field.least_z) * sd_B, sd_B, acted_B)
     confidence = np.where(acted_B, np.minimum(sure_B, 1), np.float32(0)).astype(np.float32)
     gain = np.where(acted_B, _picked(state, 2, config_B, voters), np.float32(0))
     quality = np.clip(_picked(state, 3, config_B, voters), 0.0, 1.0)  # as vote.answer bounds it

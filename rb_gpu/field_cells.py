@@ -14,6 +14,7 @@ import numpy.typing as npt
 from rb_gpu.bank_data import NO_CHANCE, BankData
 from rb_gpu.evidence import OUTCOMES, Floats
 from rb_gpu.field import SLOPES
+from rb_gpu.normal import normal_quantile
 from rb_gpu.objective import Objective
 from rb_gpu.search import in_lines
 
@@ -23,8 +24,9 @@ Matrix = npt.NDArray[np.float32]
 class FieldCells:
     """What a lookup mixes and adds where there is a field, for one objective.
 
-    cells_UE: as in BankState, with `test` in place of the probability, each less what the field says of the leaf on the
-    whole, and then the standard deviation of the test. block: which columns of `shift` each of the first four blocks is
+    cells_UE: as in BankState, each less what the field says of the leaf on the whole, and then the standard deviation
+    of the test. In place of the probability stands by how much the test exceeds `least_z` of these, so that what is not
+    below 0 is probable enough. block: which columns of `shift` each of the first four blocks is
     moved by, since blocks of which the field says the same share theirs. column_E: the same for each of their columns.
     """
 
@@ -45,7 +47,8 @@ class FieldCells:
         constant_F = np.exp(-np.repeat(SLOPES, len(field.landmarks)))
         shift, means, low, high = [], [], [], []
         cells = cells_UE.astype(np.float64)
-        cells[:, configs : 2 * configs] = test_UC
+        self.least_z = normal_quantile(data.lookup.min_probability)
+        cells[:, configs : 2 * configs] = test_UC - self.least_z * test_sd_UC.astype(np.float64)
         for direction_O, relative in said:
             part, mean = field.coef @ direction_O, field.mean @ direction_O
             ends = (field.gain_low, field.gain_high) if relative else (field.low, field.high)

@@ -16,7 +16,6 @@ import numpy.typing as npt
 from rb_gpu.bank_data import NO_CHANCE, BankData, squared_norms
 from rb_gpu.evidence import OUTCOMES
 from rb_gpu.field_cells import FieldCells
-from rb_gpu.normal import normal_quantile
 from rb_gpu.params import ConfigTable, SearchParams, round_half_up, snap
 from rb_gpu.search import EXACT_BATCH_LEAVES, ExactSearch, Search, in_lines, open_search
 from rb_gpu.types import OptimizedParams, ParamSource, Tradeoff
@@ -64,7 +63,6 @@ class BankState:
         self.field: FieldCells | None = None
         if data.field is not None:
             self.field = FieldCells(data, data.objective, arrays["field_test"], arrays["field_test_sd"], self.cells_UE)
-        self.least_z = normal_quantile(data.lookup.min_probability)
         self.ratings = Ratings()
         self.tradeoffs: dict[Tradeoff, BankState] = {}
 
@@ -183,12 +181,12 @@ def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
         mixed_E = share.dot(cells_UE.take(rows[: len(weight)], 0))
         row = rows[0]
         if field is not None:
-            mixed_E[: 4 * configs] += field.shift(values_D).take(field.column_E)
+            moved_E = mixed_E[: 4 * configs]
+            moved_E += field.shift(values_D).take(field.column_E)
     else:
         mixed_E, row = cells_UE[-1].copy(), -1
     score_C, sure_C = mixed_E[:configs], mixed_E[configs : 2 * configs]
-    least = settings.min_probability if field is None else state.least_z * mixed_E[4 * configs :]
-    score_C[sure_C < least] = -math.inf
+    score_C[sure_C < (settings.min_probability if field is None else 0.0)] = -math.inf
     config = int(score_C.argmax())
     if score_C.item(config) == -math.inf:
         config = int(mixed_E[3 * configs : 4 * configs].argmax()) if settings.likeliest else default
@@ -197,7 +195,8 @@ def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
         return OptimizedParams(state.params[config], 0.0, NO_SOURCE, quality, 0.0, config, reason)
     sure = sure_C.item(config)
     if field is not None:
-        sure = _probability(sure, mixed_E.item(4 * configs + config))
+        sd = mixed_E.item(4 * configs + config)
+        sure = _probability(sure + field.least_z * sd, sd)
     source, reason = (ParamSource(state.pattern_id[row]), BY_NEAR) if row >= 0 else (NO_SOURCE, BY_ALL)
     quality, gain = _share(mixed_E.item(3 * configs + config)), mixed_E.item(2 * configs + config)
     # weights in float32 may add up to just over 1
