@@ -13,16 +13,16 @@ from .common import job
 
 
 def run(config: CollectConfig) -> int:
-    """Collects and prints the means of every config."""
+    """Collects and prints what every config did on the mean, and its median latency."""
     summary = collect(config)
     print(
         f"{summary.out}: {summary.queries} queries x {len(summary.configs)} configs = {summary.rows} rows, "
         f"from {summary.base_rows} vectors of {summary.dim} dims"
     )
-    print("ef_search n_probes precision  recall latency_us      cost")
+    print("ef_search n_probes precision  recall     p50_us      cost")
     for c in summary.configs:
         parameters = f"{c.ef_search:>9} {c.n_probes:>8}"
-        print(f"{parameters} {c.precision:>9.4f} {c.recall:>7.4f} {c.latency_us:>10.0f} {c.cost:>9.0f}")
+        print(f"{parameters} {c.precision:>9.4f} {c.recall:>7.4f} {c.latency_p50_us:>10.0f} {c.cost:>9.0f}")
     print(f"learn from it: data.queries={summary.out}/queries.parquet data.path={summary.out}/outcomes.parquet")
     return 0
 

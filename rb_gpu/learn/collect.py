@@ -45,13 +45,15 @@ NOT_USED = 1
 
 @dataclass(frozen=True)
 class ConfigMeans:
-    """Means over all queries of one config; the parameter of the other index is NOT_USED."""
+    """Means over all queries of one config, and the median of their latencies, since a few searches that the machine
+    held up can make a mean twenty times as long. The parameter of the other index is NOT_USED.
+    """
 
     ef_search: int
     n_probes: int
     precision: float
     recall: float
-    latency_us: float
+    latency_p50_us: float
     cost: float
 
 
@@ -193,7 +195,7 @@ def _run(
     """Measures block after block and writes each as one row group; the means of each config."""
     left_out = ([] if config.hnsw_ef_search else ["ef_search"]) + ([] if config.ivf_n_probes else ["n_probes"])
     schema = pa.schema([f for f in _OUTCOMES if f.name not in left_out])
-    sums = np.zeros((4, len(arms)))
+    sums, latencies = np.zeros((3, len(arms))), []
     with _one_thread(), pq.ParquetWriter(path, schema) as writer:
         _measure(arms, queries.unit_QD[:WARM_UP_QUERIES], kth_Q[:WARM_UP_QUERIES], config.top_k, rng)
         for start in range(0, len(queries), BLOCK_QUERIES):
@@ -201,11 +203,14 @@ def _run(
             measured = _measure(arms, queries.unit_QD[block], kth_Q[block], config.top_k, rng)
             table = _outcome_table(measured, arms, queries.query_id[block], first_id=start * len(arms))
             writer.write_table(table.select(schema.names))
-            per_arm = (measured.precision, measured.recall, measured.latency_us, measured.cost)
+            per_arm = (measured.precision, measured.recall, measured.cost)
             sums += [np.sum(a, axis=0, dtype=np.float64) for a in per_arm]
+            latencies.append(measured.latency_us)
             log.info("%d of %d queries", min(block.stop, len(queries)), len(queries))
-    means = sums / len(queries)
-    return tuple(ConfigMeans(a.ef_search, a.n_probes, *map(float, means[:, c])) for c, a in enumerate(arms))
+    precision, recall, cost = (sums / len(queries)).tolist()
+    p50_us = np.median(np.concatenate(latencies), axis=0).tolist()
+    columns = zip(arms, precision, recall, p50_us, cost, strict=True)
+    return tuple(ConfigMeans(arm.ef_search, arm.n_probes, *of_arm) for arm, *of_arm in columns)
 
 
 @contextmanager
