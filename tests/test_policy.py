@@ -196,6 +196,8 @@ def judged(bank: dict, champion: dict | None = None, coverage: float = 1.0) -> E
         (judged({}), CALM, None),
         (judged({"latency_p95_us": 5000.0}), CALM, None),
         (judged({"latency_p95_us": 5100.0}), CALM, "5.1 times that of the default, over gate.max_p95_latency_ratio=5"),
+        # of a floor it advised what a floor does not read
+        (judged({"latency_p95_us": 5100.0}), CALM, "(of judge.objective=floor: lower judge.target)"),
         (judged({"latency_p95_us": 5100.0}, {"latency_p95_us": 5000.0}), CALM, None),
         (judged({"latency_p95_us": 5100.0, "matched": 120}, {"matched": 99}), CALM, None),  # a p95 of too few rows
         (judged({"latency_p95_us": math.nan}), CALM, None),

@@ -84,7 +84,8 @@ def _broken_bounds(evaluation: Evaluation, served: str, config: GateConfig, drif
     if min(bank.matched, before.matched) >= config.min_rows and ratio > config.max_p95_latency_ratio:
         yield (
             f"p95 latency {bank.latency_p95_us / 1e3:.4g} ms is {ratio:.3g} times that of the {served}, over "
-            f"gate.max_p95_latency_ratio={config.max_p95_latency_ratio:g}; raise judge.latency_weight or the bound"
+            f"gate.max_p95_latency_ratio={config.max_p95_latency_ratio:g}; raise the bound, or "
+            "judge.latency_weight (of judge.objective=floor: lower judge.target)"
         )
     # where what is served harms as much, to refuse would not spare anyone
     spared = before.harm.sure if served == CHAMPION else 0.0
