@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from sklearn.metrics import adjusted_rand_score
 
 from rb_gpu import ReasoningBank, Registry, SearchParams, verify_artifact
@@ -20,10 +21,12 @@ from rb_gpu.learn import learn
 from rb_gpu.learn.config import (
     ClusterConfig,
     DataConfig,
+    EvalConfig,
     IndexConfig,
     JudgeConfig,
     ParamsConfig,
     RegistryConfig,
+    RouterConfig,
     TrainConfig,
 )
 from rb_gpu.learn.job_config import SynthesizeConfig
@@ -247,3 +250,24 @@ def test_the_bundled_sample_is_small_enough_and_loads():
     )
     assert (len(table), len(table.query_id), len(table.configs)) == (120_000, 8_000, 15)
     assert table.has_default_pairs
+
+
+def test_torchs_default_dtype_changes_no_bit_of_a_training(tmp_path):
+    # factories and divisions of integers without a dtype followed it: RuntimeError, or another bias of the router
+    synthesize(SynthesizeConfig(out=str(tmp_path / "planted"), n=3000, dim=8, patterns=8, configs=3, seed=2))
+    trained = []
+    for dtype in (torch.float32, torch.float64):
+        config = TrainConfig(
+            data=DataConfig(path=str(tmp_path / "planted" / "trajectories.parquet")), cluster=ClusterConfig(k=8),
+            router=RouterConfig(kind="fastgrnn", epochs=3), eval=EvalConfig(baselines="all"),
+            registry=RegistryConfig(path=str(tmp_path / str(dtype))),
+        )  # fmt: skip
+        torch.set_default_dtype(dtype)
+        try:
+            trained.append(train(config))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    narrow, wide = trained
+    assert repr(wide.evaluation) == repr(narrow.evaluation)
+    for name in ("bank.safetensors", "index.faiss", "router.safetensors"):
+        assert (wide.folder / name).read_bytes() == (narrow.folder / name).read_bytes(), name

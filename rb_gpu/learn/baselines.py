@@ -225,8 +225,8 @@ def logistic_per_config(training: Training, x_BD: Matrix, penalty: float) -> Flo
     weight_N = torch.from_numpy(training.weight_N / training.weight_N.mean()).float()
     query_N, config_N = torch.from_numpy(training.query_N), torch.from_numpy(training.config_N)
     x_QD = torch.from_numpy(training.x_QD)
-    slope_DC = torch.zeros(x_QD.shape[1], training.configs, requires_grad=True)
-    base_C = torch.zeros(training.configs, requires_grad=True)
+    slope_DC = torch.zeros(x_QD.shape[1], training.configs, dtype=torch.float32, requires_grad=True)
+    base_C = torch.zeros(training.configs, dtype=torch.float32, requires_grad=True)
     optimiser = torch.optim.LBFGS([slope_DC, base_C], max_iter=LOGISTIC_STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:

@@ -140,7 +140,9 @@ def leaves_of(
     queries a leaf p-values are still a little too large).
     """
     labels = torch.from_numpy(label_Q)
-    sums, _ = label_sums(torch.from_numpy(x_QD), torch.ones(len(x_QD)), labels, int(label_Q.max()) + 1)
+    sums, _ = label_sums(
+        torch.from_numpy(x_QD), torch.ones(len(x_QD), dtype=torch.float32), labels, int(label_Q.max()) + 1
+    )
     sums_PD = sums.numpy()
     unit_PD = (sums_PD / np.maximum(np.linalg.norm(sums_PD, axis=1, keepdims=True), 1e-300)).astype(np.float32)
 

@@ -223,7 +223,7 @@ def _axes(unit_QD: Tensor, generator: torch.Generator, device: torch.device) -> 
     """
     dim = unit_QD.shape[1]
     if dim <= AXES:
-        return torch.eye(dim, device=device)
+        return torch.eye(dim, dtype=torch.float32, device=device)
     axes_DR: Tensor = torch.linalg.qr(torch.randn(dim, AXES, generator=generator, dtype=torch.float64)).Q.to(device)
     for _ in range(POWERS):
         moved_DR = torch.zeros_like(axes_DR)

@@ -72,12 +72,12 @@ def principal_axes(x_PD: Tensor, drawn: torch.Generator) -> Tensor:
     Subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4). Where D is 1 the second axis is 0.
     """
     dims = x_PD.shape[1]
-    axes_DA = torch.randn(dims, min(dims, 2 + SPARE_AXES), generator=drawn).to(x_PD)
+    axes_DA = torch.randn(dims, min(dims, 2 + SPARE_AXES), generator=drawn, dtype=torch.float32).to(x_PD)
     for _ in range(ROUNDS):
         axes_DA = torch.linalg.qr(x_PD.T @ (x_PD @ axes_DA)).Q
     inside = x_PD @ axes_DA
     turn = torch.linalg.eigh(inside.T @ inside).eigenvectors.flip(1)
-    axes_D2 = torch.zeros(dims, 2).to(x_PD)
+    axes_D2 = x_PD.new_zeros(dims, 2)
     found = (axes_DA @ turn)[:, :2]
     largest = found.gather(0, found.abs().argmax(0, keepdim=True))
     axes_D2[:, : found.shape[1]] = found * largest.sign()

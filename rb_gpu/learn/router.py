@@ -115,7 +115,7 @@ def train_router(
     training = queries - lessons.validating
     _check_lessons(lessons, configs, training)
     target = _targets(lessons, training, configs.default)
-    net = _net(lessons, configs, config, training).to(device)
+    net = _net(lessons, configs, config, training).to(device, torch.float32)
     net.initialise(generator, recurrent=bool((lessons.step_QT[:, :-1] >= 0).any()))
     with torch.no_grad():
         net.linear("utility").bias.copy_(target.start_C)
@@ -139,7 +139,7 @@ def train_router(
 
     for epoch in range(thin.epochs):
         order = torch.randperm(training, generator=generator, device=device)
-        total = torch.zeros(2, device=device)
+        total = torch.zeros(2, dtype=torch.float32, device=device)
         for picked in torch.split(order, batch):
             loss = loss_of(picked)
             optimiser.zero_grad()
@@ -268,7 +268,7 @@ def _beaten(lessons: Lessons, training: int, default: int) -> Tensor:
     rows = utility_QC[:training, default][ran_Q[:training]].sort().values
     if len(rows) == 0:
         rows = utility_QC[:training][weight_QC[:training] > 0].sort().values
-    less_QC = torch.searchsorted(rows, utility_QC.contiguous()) / len(rows)
+    less_QC = torch.searchsorted(rows, utility_QC.contiguous()).float() / len(rows)
     return torch.where(ran_Q[:, None], (utility_QC > utility_QC[:, default, None]).float(), less_QC)
 
 
