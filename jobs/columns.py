@@ -12,13 +12,18 @@ from rb_gpu.learn.report.formats import short
 GAP = "  "
 
 
-def render(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned: the first to the left, the others to the right. On a terminal that is too narrow, those that do
-    not fit follow below, each time with the first.
+def terminal_width() -> int:
+    """Columns of the terminal that is written to; where it is a file or a pipe, there is no end to a line."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+
+
+def render(head: Sequence[str], rows: Sequence[Sequence[str]], room: int | None = None) -> str:
+    """Columns aligned: the first to the left, the others to the right. Where a line of `room` columns is too narrow,
+    those that do not fit follow below, each time with the first. room: None is the terminal's.
     """
     lines = [list(head), *map(list, rows)]
     width = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    blocks = _blocks(width, shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize)
+    blocks = _blocks(width, terminal_width() if room is None else room)
     return "\n\n".join(
         "\n".join(
             GAP.join([line[0].ljust(width[0]), *(line[i].rjust(width[i]) for i in block)]).rstrip() for line in lines

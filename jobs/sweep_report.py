@@ -7,6 +7,7 @@ python -m jobs.sweep_report folder=night1
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from rb_gpu.learn.job_config import SweepReportConfig
 from rb_gpu.learn.report.sweep import render_sweep
 from rb_gpu.learn.sweep import Member, read_members, told_apart, verdict
 
-from .columns import number, render
+from .columns import number, render, terminal_width
 from .common import job
 
 TABLE_FILE, PAGE_FILE = "sweep.txt", "sweep.html"
@@ -29,14 +30,18 @@ def run(config: SweepReportConfig) -> int:
 
 def show(folder: Path, members: Sequence[Member]) -> str:
     """The table, and which run is best, with where it and a page that draws it were written."""
-    failed = [f"run {one.folder} failed: {one.error}" for one in members if one.error is not None]
-    said = "\n\n".join([_table(members), *failed, verdict(members)])
-    (folder / TABLE_FILE).write_text(f"{said}\n")
+    # the file is read elsewhere than on this terminal
+    (folder / TABLE_FILE).write_text(f"{_told(members, sys.maxsize)}\n")
     (folder / PAGE_FILE).write_text(render_sweep(folder.resolve().name, members))
-    return f"{said}\n\n{folder / TABLE_FILE} and {PAGE_FILE}"
+    return f"{_told(members, terminal_width())}\n\n{folder / TABLE_FILE} and {PAGE_FILE}"
 
 
-def _table(members: Sequence[Member]) -> str:
+def _told(members: Sequence[Member], room: int) -> str:
+    failed = [f"run {one.folder} failed: {one.error}" for one in members if one.error is not None]
+    return "\n\n".join([_table(members, room), *failed, verdict(members)])
+
+
+def _table(members: Sequence[Member], room: int) -> str:
     head = ("run, settings", "gain [95 %]", "utility", "patterns", "verdicts", "gate", "seconds", "peak MiB")
     settings = told_apart(members)
     rows = []
@@ -50,7 +55,7 @@ def _table(members: Sequence[Member]) -> str:
         rows.append((name, gain, number(one.utility, ".4f"), f"{one.patterns:,}", f"{one.verdicts:,}",
                      gate, f"{one.seconds:.2f}", f"{one.memory_mb:,.0f}"))  # fmt: skip
     served = next((one.served for one in members if one.error is None), "default")
-    return f"gain of utility over the {served} on held-out queries\n\n{render(head, rows)}"
+    return f"gain of utility over the {served} on held-out queries\n\n{render(head, rows, room)}"
 
 
 main = job("sweep_report", __doc__, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -228,6 +229,20 @@ def test_results_come_back_in_the_order_of_the_runs_and_a_damaged_one_is_left_ou
     assert repr(found[0]) == repr(member("0", 0.1))  # its NaNs are not equal
     with pytest.raises(DataError, match=r"holds no result\.json"):
         read_members(tmp_path / "0" / "nothing")
+
+
+def test_a_narrow_terminal_does_not_fold_what_is_kept_of_a_sweep(tmp_path, monkeypatch):
+    # sweep.txt was as narrow as the terminal that happened to be there
+    from rb_gpu.jobs import columns
+    from rb_gpu.jobs.sweep_report import show
+
+    members = [member(str(i), 0.1 * i) for i in range(2)]
+    monkeypatch.setattr(columns.sys, "stdout", type("Narrow", (io.StringIO,), {"isatty": lambda self: True})())
+    monkeypatch.setattr(columns.shutil, "get_terminal_size", lambda: os.terminal_size((60, 24)))
+    printed = show(tmp_path, members)
+    assert max(map(len, printed.split("best:")[0].splitlines())) <= 60
+    kept = (tmp_path / "sweep.txt").read_text().splitlines()
+    assert any("run, settings" in line and "peak MiB" in line for line in kept)
 
 
 def test_a_folder_in_use_by_another_run_is_refused(tmp_path):
