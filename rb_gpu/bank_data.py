@@ -83,6 +83,8 @@ ARRAYS: dict[str, tuple[str, str]] = {
 MAX_CELL = 1e30
 # a test that no place of a query can lift over 0: of a config of which nothing is known
 NO_CHANCE = -MAX_CELL
+# a softmax is steep enough, and times what scales the shortest query it must stay finite
+MAX_BETA = 1e6
 MAX_ID = 2**62
 
 
@@ -219,7 +221,7 @@ def _check_settings(data: BankData) -> None:
         _require(value is None or _is_number(value, 0.0), f"objective.{name}={value!r} is not a number >= 0")
     top_k = lookup.top_k
     _require(isinstance(top_k, int) and _is_number(top_k, 1), f"lookup.top_k={top_k!r} is not an integer >= 1")
-    for name, low, high in (("beta", 0.0, 1e300), ("floor", -1e300, 1e300), ("min_probability", 0.0, 1.0)):
+    for name, low, high in (("beta", 0.0, MAX_BETA), ("floor", -1e300, 1e300), ("min_probability", 0.0, 1.0)):
         value = getattr(lookup, name)
         _require(_is_number(value, low, high), f"lookup.{name}={value!r} is not a number in its bounds")
     for name in ("likeliest", "auto_margin"):

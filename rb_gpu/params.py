@@ -19,6 +19,8 @@ PARAMETERS = ("ef_search", "n_probes", "model_tier", "context_tokens", "temperat
 COUNT_PARAMETERS = ("ef_search", "n_probes", "context_tokens")
 MAX_COUNT = 2**32 - 1
 MAX_TEMPERATURE = 2.0
+# nearer temperatures are one
+SAME_TEMPERATURE = 1e-6
 MAX_CONFIGS = 4096
 AUTO_TIER = "auto"
 
@@ -113,7 +115,7 @@ class ConfigTable:
             & (self.n_probes == params.n_probes)
             & (self.tier == self.tiers.index(params.model_tier))
             & (self.context_tokens == params.context_tokens)
-            & np.isclose(self.temperature, params.temperature, rtol=0, atol=1e-6)
+            & np.isclose(self.temperature, params.temperature, rtol=0, atol=SAME_TEMPERATURE)
         )
         rows = np.flatnonzero(same)
         return int(rows[0]) if len(rows) else None

@@ -268,7 +268,8 @@ MANIFESTS: list[tuple[str, Any]] = [
     ("objective", {}), ("objective.kind", "most"), ("objective.quality", "cost"), ("objective.cost_ref", 0),
     ("objective.latency_weight", "1"), ("objective.latency_weight", -1), ("objective.target", None),
     ("objective.max_cost", "x"), ("objective.extra", 1), ("lookup", []), ("lookup.top_k", 0), ("lookup.top_k", 2.5),
-    ("lookup.top_k", True), ("lookup.beta", HUGE), ("lookup.beta", float("nan")), ("lookup.floor", None),
+    ("lookup.top_k", True), ("lookup.beta", HUGE), ("lookup.beta", 1e300), ("lookup.beta", float("nan")),
+    ("lookup.floor", None),
     ("lookup.min_probability", 2), ("lookup.likeliest", 1), ("lookup.auto_margin", "no"), ("counts", []),
     ("counts.trajectories", "many"), ("evaluation", 3), ("evaluation.improvement_percent", "x"), ("index", None),
 ]  # fmt: skip

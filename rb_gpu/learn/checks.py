@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from rb_gpu.errors import ConfigError
+from rb_gpu.types import MAX_WEIGHT
 
 MAX_SEED = 2**63 - 1
 
@@ -39,6 +40,11 @@ def check_share(key: str, value: float) -> None:
 def check_nonnegative(key: str, value: float) -> None:
     """Raises ConfigError unless value is finite and >= 0."""
     check(key, value, math.isfinite(value) and value >= 0, "a finite number >= 0", "give 0 or more")
+
+
+def check_weight(key: str, value: float) -> None:
+    """Raises ConfigError unless a lookup can weigh by it in float32: 0 <= value <= MAX_WEIGHT."""
+    check(key, value, 0 <= value <= MAX_WEIGHT, f"a number in [0, {MAX_WEIGHT:g}]", "1 outweighs quality")
 
 
 def is_auto(value: int | float | str | None) -> bool:

@@ -6,19 +6,29 @@ reads or writes anything.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rb_gpu.bank_data import MAX_BETA, MAX_CELL
 from rb_gpu.errors import ConfigError
 from rb_gpu.index_file import MAX_BREADTH
-from rb_gpu.learn.checks import check, check_choice, check_count, check_nonnegative, check_seed, check_share, is_auto
+from rb_gpu.learn.checks import (
+    check,
+    check_choice,
+    check_count,
+    check_nonnegative,
+    check_seed,
+    check_share,
+    check_weight,
+    is_auto,
+)
 from rb_gpu.learn.data_config import DataConfig as DataConfig
 from rb_gpu.learn.router_config import RouterConfig as RouterConfig
 from rb_gpu.learn.track import TrackConfig
 from rb_gpu.learn.version_config import GateConfig, RegistryConfig, RetrainConfig
-from rb_gpu.params import PARAMETERS, SearchParams
+from rb_gpu.params import MAX_COUNT, MAX_TEMPERATURE, PARAMETERS, SAME_TEMPERATURE, SearchParams
+from rb_gpu.types import MAX_WEIGHT
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent.parent / "sample"
 
@@ -51,8 +61,11 @@ class ParamsConfig:
                 SearchParams(**self.default)
             except ConfigError as error:
                 raise ConfigError(f"params.default.{error}") from None
-        check("params.temperature_step", self.temperature_step, 0 < self.temperature_step <= 2, "in (0, 2]", "lower it")
-        check_count("params.context_step", self.context_step)
+        step = self.temperature_step
+        step_ok = SAME_TEMPERATURE <= step <= MAX_TEMPERATURE
+        check("params.temperature_step", step, step_ok, f"in [{SAME_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]", "use 0.05")
+        step_ok = 1 <= self.context_step <= MAX_COUNT
+        check("params.context_step", self.context_step, step_ok, f"an integer in [1, {MAX_COUNT}]", "use 1")
 
 
 @dataclass
@@ -124,15 +137,17 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         check_choice("judge.method", self.method, ("eb", "welch", "reference"))
         check_choice("judge.objective", self.objective, ("utility", "bound", "floor"))
-        check_nonnegative("judge.latency_weight", self.latency_weight)
-        check_nonnegative("judge.cost_weight", self.cost_weight)
+        check_weight("judge.latency_weight", self.latency_weight)
+        check_weight("judge.cost_weight", self.cost_weight)
         for key, bound in (("judge.max_latency_us", self.max_latency_us), ("judge.max_cost", self.max_cost)):
-            check(key, bound, bound is None or bound > 0, "a number > 0", "give the bound or leave it out")
+            bound_ok = bound is None or 0 < bound <= MAX_CELL
+            check(key, bound, bound_ok, f"a number in (0, {MAX_CELL:g}]", "give the bound or leave it out")
         bounded = self.objective != "bound" or self.max_latency_us is not None or self.max_cost is not None
         check("judge.objective", self.objective, bounded, "complete", "give judge.max_latency_us or judge.max_cost")
         check_share("judge.target", self.target)
-        margin_ok = is_auto(self.margin) or (not isinstance(self.margin, str) and math.isfinite(self.margin))
-        check("judge.margin", self.margin, margin_ok, "auto or a number", "set judge.margin=auto")
+        margin_ok = is_auto(self.margin) or (not isinstance(self.margin, str) and abs(self.margin) <= MAX_WEIGHT)
+        within = f"auto or a number in [-{MAX_WEIGHT:g}, {MAX_WEIGHT:g}]"
+        check("judge.margin", self.margin, margin_ok, within, "set judge.margin=auto")
         least = self.min_probability
         sure_ok = is_auto(least) or (not isinstance(least, str) and 0.5 <= least < 1)
         check(
@@ -219,8 +234,8 @@ class LookupConfig:
     def __post_init__(self) -> None:
         k_ok = is_auto(self.top_k) or (isinstance(self.top_k, int) and self.top_k >= 1)
         check("lookup.top_k", self.top_k, k_ok, "auto or an integer >= 1", "set lookup.top_k=auto")
-        beta_ok = is_auto(self.beta) or (not isinstance(self.beta, str) and 0 <= self.beta < math.inf)
-        check("lookup.beta", self.beta, beta_ok, "auto or a finite number >= 0", "set lookup.beta=auto")
+        beta_ok = is_auto(self.beta) or (not isinstance(self.beta, str) and 0 <= self.beta <= MAX_BETA)
+        check("lookup.beta", self.beta, beta_ok, f"auto or a number in [0, {MAX_BETA:g}]", "set lookup.beta=auto")
         ok = is_auto(self.floor) or (not isinstance(self.floor, str) and -1 <= self.floor <= 1)
         check("lookup.floor", self.floor, ok, "auto or a cosine in [-1, 1]", "set lookup.floor=auto")
 
