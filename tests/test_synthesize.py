@@ -56,6 +56,16 @@ def test_truth_matches_the_rows(planted):
     assert rows["id"].to_pylist() == columns["id"].tolist() == list(range(SMALL.n))
 
 
+def test_the_truth_holds_nothing_but_what_is_documented(tmp_path, monkeypatch):
+    # NumPy before 2.1 takes allow_pickle for one more array
+    given: list[str] = []
+    real = np.savez
+    monkeypatch.setattr(np, "savez", lambda path, **arrays: given.extend(arrays) or real(path, **arrays))
+    synthesize(replace(SMALL, n=100, out=str(tmp_path / "out")))
+    best = ["best_ef_search", "best_n_probes", "best_model_tier", "best_context_tokens", "best_temperature"]
+    assert sorted(given) == sorted([*best, "centres", "share", "effect"])
+
+
 def test_shares_are_moderately_unequal_and_configs_uniform(planted):
     _, columns, rows, truth = planted
     count = np.bincount(rows["pattern"].to_numpy(), minlength=10)

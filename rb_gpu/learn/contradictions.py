@@ -14,6 +14,7 @@ import numpy.typing as npt
 from rb_gpu.errors import ConfigError
 from rb_gpu.learn.config import ParamsConfig
 from rb_gpu.learn.estimators import odd_propensities
+from rb_gpu.learn.order import first_rows
 from rb_gpu.learn.quarantine import BadRows
 from rb_gpu.learn.tables import HASH, Table, distinct
 from rb_gpu.params import ConfigTable
@@ -21,20 +22,6 @@ from rb_gpu.params import ConfigTable
 # cosine from which two embeddings are taken for one query's, embedded twice
 SAME_QUERY = 0.99
 ROWS_AT_ONCE = 4096
-
-
-def first_rows(
-    query_N: npt.NDArray[np.uint64], id_N: npt.NDArray[np.uint64]
-) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The distinct queries (Q,), the row (Q,) of each one's least id, and each row's place among the queries (N,).
-
-    The least id, not the first row: it is the same in whatever order rows are stored. Ids are distinct.
-    """
-    if (id_N[1:] > id_N[:-1]).all():
-        return np.unique(query_N, return_index=True, return_inverse=True)
-    query_Q, place_N = np.unique(query_N, return_inverse=True)
-    order = np.lexsort((id_N, place_N))
-    return query_Q, order[np.flatnonzero(np.diff(place_N[order], prepend=-1))], place_N
 
 
 def refuse_other_embeddings(outcomes: Table, bad: BadRows) -> None:

@@ -33,6 +33,20 @@ def put_in_order(columns: Columns, room: Room, told: Sequence[str]) -> None:
             columns[name] = columns[name][order]
 
 
+def first_rows(
+    query_N: npt.NDArray[np.uint64], id_N: npt.NDArray[np.uint64]
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The distinct queries (Q,), the row (Q,) of each one's least id, and each row's place among the queries (N,).
+
+    The least id, not the first row: it is the same in whatever order rows are stored. Ids are distinct.
+    """
+    if (id_N[1:] > id_N[:-1]).all():
+        return np.unique(query_N, return_index=True, return_inverse=True)
+    query_Q, place_N = np.unique(query_N, return_inverse=True)
+    order = np.lexsort((id_N, place_N))
+    return query_Q, order[np.flatnonzero(np.diff(place_N[order], prepend=-1))], place_N
+
+
 def _ascend(major: npt.NDArray[Any], minor: npt.NDArray[Any]) -> bool:
     """Whether pairs, none of which is there twice, are in their order."""
     later = major[1:] > major[:-1]

@@ -17,6 +17,7 @@ from rb_gpu.errors import DataError
 from rb_gpu.learn.progress import Watch
 from rb_gpu.learn.stages import digest
 from rb_gpu.learn.training import Candidate
+from rb_gpu.learn.verdicts import Z_95
 from rb_gpu.publish import without_nan
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,6 @@ RESULT_FILE = "result.json"
 NAN = float("nan")
 # pruned patterns take their rows with them, which moves the mean cost of the dearest config by less
 SAME_COST = 1.01
-Z_95 = 1.959963984540054
 
 
 @dataclass(frozen=True)

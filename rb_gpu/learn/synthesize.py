@@ -238,10 +238,10 @@ def synthesize(config: SynthesizeConfig) -> SynthesizeSummary:
     """
     world = plant(config)
     best = [world.configs[c].as_dict() for c in world.best_P]
-    truth = {f"best_{name}": np.array([b[name] for b in best]) for name in PARAMETERS}
+    truth: dict[str, Any] = {f"best_{name}": np.array([b[name] for b in best]) for name in PARAMETERS}
     truth |= {"centres": world.centres_PD, "share": world.share_P, "effect": np.array(config.effect)}
     with new_folder(config.out) as folder:
-        np.savez(folder / "truth.npz", allow_pickle=False, **truth)
+        np.savez(folder / "truth.npz", **truth)
         path = folder / "trajectories.parquet"
         bad_rows = _write(blocks(config, world), config, path, folder / "truth.parquet")
         n_bytes = path.stat().st_size

@@ -18,9 +18,9 @@ import numpy.typing as npt
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn.blocks import block_threads, row_hashes
 from rb_gpu.learn.config import DataConfig, ParamsConfig
-from rb_gpu.learn.contradictions import check_merged, first_rows, refuse_other_embeddings
+from rb_gpu.learn.contradictions import check_merged, refuse_other_embeddings
 from rb_gpu.learn.decode import CONTRACT
-from rb_gpu.learn.order import put_in_order
+from rb_gpu.learn.order import first_rows, put_in_order
 from rb_gpu.learn.quarantine import BadRows
 from rb_gpu.learn.room import Room
 from rb_gpu.learn.tables import HASH, Columns, Reading, Table, distinct, read_table
