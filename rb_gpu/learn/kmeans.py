@@ -129,7 +129,8 @@ def kmeans(
     if len(run.centroids_KD) < k:
         log.warning("k=%d exceeds the %d distinct points; that many clusters were made", k, len(run.centroids_KD))
     share = opened.assignment.work.share if isinstance(opened.assignment, Assignment) else 1.0
-    log.info("k-means computed %.2f %% of all distances in full", 100 * share)
+    log.info("k-means: %.2f %% of the distances between points and centroids were computed, bounds ruled out the rest",
+             100 * share)  # fmt: skip
     inertia = run.inertia / frame.scale / frame.scale / opened.weight_scale
     if inertia == math.inf:
         raise ValueError("x lies so far apart that its squared distances add up to more than float64; scale x down")
