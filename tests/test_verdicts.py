@@ -277,3 +277,73 @@ def test_pruning_goes_by_the_confidence_that_is_published(method):
     else:
         for name in ("config", "stands", "p_value", "p_adjusted", "confidence"):
             np.testing.assert_array_equal(pruned.arrays[f"verdict_{name}"], whole.arrays[f"verdict_{name}"][kept])
+
+
+def some(rows: Trajectories, kept_N: np.ndarray) -> Trajectories:
+    """The same table without some of its rows."""
+    per_row = ("query_row", "config_id", "precision", "recall", "latency_us", "rating", "timestamp", "id")
+    return Trajectories(**{k: v[kept_N] if k in per_row else v for k, v in rows.__dict__.items()})
+
+
+def first_of_each(rows: Trajectories, counts: tuple[int, ...]) -> Trajectories:
+    """The first so many rows of each config."""
+    place_N = np.zeros(len(rows.config_id), int)
+    for c in range(len(rows.configs)):
+        place_N[rows.config_id == c] = np.arange((rows.config_id == c).sum())
+    return some(rows, place_N < np.array(counts)[rows.config_id])
+
+
+@pytest.mark.parametrize("default_rows", [4, 5])
+def test_cells_of_min_samples_rows_are_tested_and_smaller_ones_are_not(default_rows):
+    rows = first_of_each(table(seed=11), (default_rows, 5, 4))
+    _, evidence, objective = judged(rows, np.zeros(len(rows.query_id), int), 1)
+    known = ~np.isnan(compare(evidence, objective.direction, 0, 5).p_value[0])
+    assert known.tolist() == [False, default_rows == 5, False]
+
+
+def test_the_null_error_is_of_both_samples_about_their_common_mean():
+    rows = first_of_each(table(seed=12, effect=[0, 0.4, 0]), (40, 25, 30))
+    _, evidence, objective = judged(rows, np.zeros(len(rows.query_id), int), 1)
+    result, quality = compare(evidence, objective.direction, 0, 3), quality_of(rows)
+    default = quality[rows.config_id == 0]
+    for c in (1, 2):
+        mine = quality[rows.config_id == c]
+        common = np.var(np.r_[mine, default], ddof=1) * (1 / len(mine) + 1 / len(default))
+        welch = np.var(mine, ddof=1) / len(mine) + np.var(default, ddof=1) / len(default)
+        assert result.error[0, c] == pytest.approx(np.sqrt(welch), rel=1e-6)
+        assert result.null_error[0, c] == pytest.approx(np.sqrt(max(common, welch)), rel=1e-6)
+    assert result.null_error[0, 1] > 1.2 * result.error[0, 1]  # a large effect, which the null has in its spread
+
+
+def test_the_references_interval_is_welchs():
+    rows = table(seed=13, effect=[0, 0.2, 0])
+    verdicts, *_ = judged(rows, np.zeros(len(rows.query_id), int), 1, method="reference")
+    quality = quality_of(rows)
+    theirs = stats.ttest_ind(quality[rows.config_id == 1], quality[rows.config_id == 0], equal_var=False)
+    low, high = theirs.confidence_interval(0.95)
+    assert (verdicts.effect_low[0], verdicts.effect_high[0]) == pytest.approx((low, high), rel=1e-6)
+
+
+@pytest.mark.parametrize("best_rows", [2, 3])
+def test_the_reference_needs_three_rows_of_the_best_and_takes_an_unknown_default_for_a_half(best_rows):
+    rows = first_of_each(table(seed=14, effect=[0, 0.4, 0]), (0, best_rows, 60))
+    verdicts, *_ = judged(rows, np.zeros(len(rows.query_id), int), 1, method="reference")
+    trajectories = [
+        oracles.Trajectory(i, [1.0], 16 * 2 ** int(c), 8, "auto", 2048, 0.7, float(p), float(r), 1, i)
+        for i, (c, p, r) in enumerate(zip(rows.config_id, rows.precision, rows.recall, strict=True))
+    ]
+    expected = oracles.judge_reference(trajectories, 3, 0.05, 16)
+    assert (expected is None) == (best_rows == 2) == bool(verdicts.stands[0])
+    if expected is not None:
+        assert verdicts.improvement[0] == pytest.approx(expected["avg_improvement"], rel=1e-4)
+
+
+def test_references_of_the_utility_are_the_dearest_configs_cost_and_the_defaults_latency():
+    rows = table(seed=15)
+    cost = np.array([0.1, 0.2, 0.05], np.float32)[rows.config_id]
+    latency = 1000 * 2**rows.config_id
+    for costs, expected in ((cost, 0.2), (None, 1.0)):
+        known = replace(rows, cost=costs, latency_us=latency)
+        *_, objective = judged(known, np.zeros(len(rows.query_id), int), 1)
+        assert objective.cost_ref == pytest.approx(expected)
+        assert objective.latency_ref_us == pytest.approx(1000)
