@@ -226,7 +226,7 @@ def believe(
 
     direction = objective.quality_direction
     level, level_var, size = linear_moments(judged.w, judged.w2, judged.mean, judged.comoment, direction)
-    quality, quality_var, _ = pool(level, np.where(size > 0, _error(level_var, size), np.inf), parents, tested=False)
+    quality, quality_var, _ = pool(level, _error(level_var, size), parents, tested=False)
     quality = np.where(np.isfinite(quality_var), quality, _fallback_quality(level, evidence.w))
     if field is not None:
         quality, quality_var = quality + (field.base + field.mean) @ direction, quality_var + field.quality_variance

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import oracles
 import pytest
 from statsmodels.stats.meta_analysis import combine_effects
 
-from rb_gpu.evidence import Evidence
+from rb_gpu.bank_data import NO_CHANCE
+from rb_gpu.evidence import OUTCOMES, Evidence
+from rb_gpu.field import Field
 from rb_gpu.homogeneity import hidden, varies
 from rb_gpu.normal import normal_cdf
 from rb_gpu.objective import Objective, choose
-from rb_gpu.posterior import believe, paule_mandel, pool
+from rb_gpu.posterior import _foretold, believe, effects, paule_mandel, pool, surely_better
 
 UTILITY = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
 
@@ -172,3 +176,116 @@ def test_what_a_test_did_not_find_may_be_there():
 def test_nothing_is_hidden_among_leaves_without_evidence():
     assert not hidden(np.zeros((3, 2)), np.full((3, 2), np.inf)).any()
     assert not hidden(np.array([[0.3, 0.1]]), np.array([[0.1, 0.1]])).any()
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1e3])
+@pytest.mark.parametrize("tested", [False, True])
+def test_pooling_does_not_depend_on_the_unit(unit, tested):
+    rng = np.random.default_rng(9)
+    variance = rng.uniform(0.5, 2.0, (12, 3)) * 1e-3
+    variance[rng.random(variance.shape) < 0.2] = np.inf
+    effect = np.where(np.isfinite(variance), rng.normal(size=variance.shape) * [0.01, 0.1, 0.3], 0.0)
+    parents = levels(12, [4, 2])
+    mean, var, root_var = pool(effect, variance, parents, tested)
+    scaled = pool(unit * effect, unit**2 * variance, parents, tested)
+    for ours, theirs in zip(scaled, (unit * mean, unit**2 * var, unit**2 * root_var), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-12 * unit)
+
+
+def test_an_effects_error_is_of_variances_that_neighbours_moderate():
+    # cell by cell as the docstring says it, from cells of 0 to 6 rows
+    evidence = world(np.random.default_rng(10), 7, 4, 3)
+    effect, error = effects(evidence, UTILITY.direction, 1)
+    rows, square = evidence.rows, evidence.comoment[..., 0, 0]
+    freedom = [[max(n - 1, 0) for n in one] for one in rows.tolist()]
+    overall = square[rows > 1].sum() / np.sum(freedom)
+    of_mean = np.full(rows.shape, np.inf)
+    for c in range(4):
+        own = sum(freedom[p][c] for p in range(7))
+        pooled = (20 * overall + square[rows[:, c] > 1, c].sum()) / (20 + own)
+        for p in range(7):
+            if rows[p, c] > 0:
+                f = freedom[p][c]
+                variance = (4 * pooled + (square[p, c] if f else 0)) / (4 + f)
+                of_mean[p, c] = variance * (1 + 2 * f / (4 + f) ** 2) / rows[p, c]
+    expected = of_mean + of_mean[:, [1]]
+    expected[:, 1] = np.inf
+    np.testing.assert_allclose(error, expected)
+    known = np.isfinite(expected)
+    assert 0 < known.sum() < known.size - 7
+    quality = evidence.mean[..., 0]
+    np.testing.assert_allclose(effect, np.where(known, quality - quality[:, [1]], 0))
+
+
+def test_a_cell_without_evidence_has_no_test():
+    evidence = world(np.random.default_rng(11), 6, 3, 40)
+    never = evidence._replace(**{
+        name: getattr(evidence, name) * (np.arange(3) != 2).reshape(-1, *[1] * (getattr(evidence, name).ndim - 2))
+        for name in ("rows", "w", "w2", "mean", "comoment")
+    })  # fmt: skip
+    beliefs = believe(never, levels(6, [2]), UTILITY, 0, "auto")
+    assert (beliefs.test[:, 2] == NO_CHANCE).all() and (beliefs.test_sd[:, 2] == 0).all()
+    assert (beliefs.probability[:, 2] == 0).all() and (beliefs.test_sd[:, 1] > 0).all()
+    held = beliefs.held_back()
+    assert (held.choose(0.5, 0, False) == 0).all() and (held.test == NO_CHANCE).all() and not held.test_sd.any()
+
+
+def constant(**outcomes: list[float]) -> Evidence:
+    """One leaf whose every row of a config has the same outcomes."""
+    evidence = world(np.random.default_rng(12), 1, 2, 30)
+    mean = np.zeros_like(evidence.mean)
+    for name, values in outcomes.items():
+        mean[..., OUTCOMES.index(name)] = values
+    return evidence._replace(mean=mean, comoment=0 * evidence.comoment)
+
+
+def test_what_is_just_at_a_floor_or_a_bound_keeps_it():
+    floor = replace(UTILITY, kind="floor", target=0.9)
+    assert believe(constant(f1=[0.8, 0.9]), [], floor, 0, "auto").probability[0].tolist() == [0, 1]
+    # the default breaks the bound, so that whatever keeps it is better
+    for limit, kept in ((2.0, [0, 1]), (1.9, [0, 0])):
+        bound = replace(UTILITY, kind="bound", max_cost=limit)
+        beliefs = believe(constant(f1=[0.8, 0.9], cost=[3.0, 2.0]), [], bound, 0, "auto")
+        assert beliefs.probability[0].tolist() == kept
+
+
+def field_of(level: np.ndarray, level_variance: np.ndarray) -> Field:
+    """A field that foretells a mean quality of each config, everywhere the same, with these variances (C,)."""
+    configs = len(level)
+    of_one = np.zeros((configs, len(OUTCOMES)))
+    mean, variance = np.zeros((3, *of_one.shape)), of_one.copy()
+    mean[..., 0], variance[:, 0] = level, level_variance
+    unused = [of_one] * 4
+    none = np.zeros((0, 0), np.float32)
+    return Field(none, none, none, of_one, variance, *unused, mean, 0 * mean, 0 * mean[..., 0], *[of_one] * 4)
+
+
+def test_a_fields_levels_are_shrunk_together():
+    # James & Stein with a common prior N(0, tau2), by the method of moments, config by config
+    half = replace(UTILITY, latency_weight=0.5)
+    level, variance = np.array([0.5, 0.58, 0.47, 0.9, 0.5]), np.array([0.0, 4e-4, 1e-4, 0.0, 9e-4])
+    gain, gain_variance, error = _foretold(field_of(level, variance), half.direction, 0)
+    known = [1, 2, 4]
+    shift = level - 0.5
+    excess = sum(shift[c] ** 2 / variance[c] for c in known) - len(known)
+    tau2 = excess / sum(1 / variance[c] for c in known)
+    assert tau2 > 0
+    for c in range(5):
+        kept = tau2 / (tau2 + variance[c]) if c in known else 0.0
+        np.testing.assert_allclose(gain[:, c], kept * shift[c])
+        expected = kept * variance[c] if c in known else np.inf
+        assert error[c] == (variance[c] if c in known else np.inf)
+        np.testing.assert_allclose(gain_variance[:, c], expected)
+    # of latency, whose weight counts squared in a variance
+    field = field_of(level, variance)
+    field = field._replace(**{
+        name: np.roll(getattr(field, name), OUTCOMES.index("log2_latency"), -1) for name in ("mean", "level_variance")
+    })  # fmt: skip
+    np.testing.assert_allclose(_foretold(field, half.direction, 0)[2], 0.25 * error)
+
+
+@pytest.mark.parametrize(("lead", "surely"), [(2.3, False), (2.5, True)])
+def test_a_config_surely_beats_the_default_where_its_lead_counts_all_of_them(lead, surely):
+    # five configs beside the default: at .05 / 5 a lead takes 2.326 standard errors
+    field = field_of(np.array([0.5, *[0.4] * 4, 0.5 + lead * 0.01]), np.array([0.0, *[1e-4] * 5]))
+    assert surely_better(field, UTILITY, 0) == surely
