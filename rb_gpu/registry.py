@@ -121,9 +121,11 @@ class Registry:
             # written first: a crash between the two leaves a line that nothing follows from, not an unknown champion
             with (self.path / HISTORY).open("a+b") as file:
                 # a line that a crash tore must not swallow this one
-                torn = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
-                line = json.dumps({"time": int(time.time()), **entry}) + "\n"
-                file.write(b"\n" * torn + line.encode())
+                if file.tell() > 0:
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":
+                        file.write(b"\n")
+                file.write(json.dumps({"time": int(time.time()), **entry}).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
             temporary.unlink(missing_ok=True)

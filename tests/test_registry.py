@@ -193,6 +193,22 @@ def test_a_torn_line_of_the_history_costs_no_other(registry: Registry) -> None:
     assert registry.rollback() == A
 
 
+@pytest.mark.parametrize(("before", "lines"), [(b"", 1), (b"{", 2), (b"\n", 2)])
+def test_a_history_of_one_byte_is_gone_on_with(registry: Registry, before: bytes, lines: int) -> None:
+    (registry.path / "history.jsonl").write_bytes(before)
+    registry.promote(A, "")
+    assert [entry["version"] for entry in registry.history()] == [A]
+    assert (registry.path / "history.jsonl").read_bytes().count(b"\n") == lines
+
+
+def test_a_switch_is_on_the_disk_before_it_is_reported(registry: Registry, monkeypatch: Any) -> None:
+    # a folder's entry that is not synced is gone after a power cut, with the line of the history that tells of it left
+    synced = []
+    monkeypatch.setattr("rb_gpu.registry.sync_path", lambda path: synced.append((path, registry.champion())))
+    registry.promote(A, "")
+    assert synced == [(registry.path, A)]
+
+
 def test_retention_keeps_the_newest_the_champion_and_its_predecessor(registry: Registry, data: BankData) -> None:
     registry.promote(A, "")
     registry.promote(B, "")
