@@ -182,20 +182,18 @@ class FaissSearch:
         self._index.search_c(1, *buffers.addresses)
         rows = buffers.rows
         rows.sort()  # for equal cosines
-        leaves = len(self._unit_PD)
-        if rows.item(0) < 0 or rows.item(-1) >= leaves:  # an inverted file may find less, and may hold any id
-            rows = rows[(rows >= 0) & (rows < leaves)]
+        if rows.item(0) < 0:  # an inverted file may find less; no id is over the leaves, check_index saw them all
+            rows = rows[rows >= 0]
         product = self._unit_PD.take(rows, 0).dot(x_D)
         order = (-product).argsort(kind="stable")[:k]
         return rows[order].tolist(), product[order].tolist()
 
     def nearest(self, x_BD: Matrix, k: int) -> tuple[Rows, Matrix]:
         """See Search.nearest."""
-        leaves = len(self._unit_PD)
-        k = min(k, leaves)
+        k = min(k, len(self._unit_PD))
         _batches.searched = True
         _, rows = self._index.search(x_BD, self._candidates(k))
-        rows = np.sort(np.where((rows >= 0) & (rows < leaves), rows, -1), axis=1)
+        rows = np.sort(rows, axis=1)
         cosine = np.empty(rows.shape, np.float32)
         for start in range(0, len(rows), GATHERED_ROWS):
             tile = slice(start, start + GATHERED_ROWS)

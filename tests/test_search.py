@@ -19,7 +19,8 @@ from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ArtifactError
 from rb_gpu.publish import write_artifact
-from rb_gpu.search import EXACT_BATCH_QUERIES, ExactSearch, open_search
+from rb_gpu.search import EXACT_BATCH_QUERIES, ExactSearch, in_lines, open_search
+from rb_gpu.tensor_file import CACHE_LINE
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -238,6 +239,16 @@ def test_rows_that_an_inverted_file_does_not_find_have_no_vote(data: BankData) -
     np.testing.assert_allclose(found["confidence"], expected["confidence"], rtol=1e-5)
     assert [m.pattern.id for m in bank.find_similar_patterns(leaves[4], 3)] == [104]
     bank.optimized_params(leaves[4], mode="interpolate")
+
+
+def test_copied_leaves_begin_at_a_cache_line() -> None:
+    rng = np.random.default_rng(0)
+    kept = []  # so that no copy takes the place of another
+    for size in range(1, 40):
+        values = rng.normal(size=(size, 7))
+        kept.append(in_lines(values))
+        assert kept[-1].ctypes.data % CACHE_LINE == 0
+        np.testing.assert_array_equal(kept[-1], values.astype(np.float32))
 
 
 def test_an_index_of_other_patterns_is_refused(data: BankData) -> None:
