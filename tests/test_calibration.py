@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import norm, sem
 
 torch = pytest.importorskip("torch")
 
@@ -66,3 +66,32 @@ def test_gains_of_few_queries_may_be_skewed(seed: int):
     found = measure_calibration(Valuation(rows, [choice]), choice, np.zeros(3000, int), leaf, promise, 0)
     assert found is not None and found.patterns == (expected > 0).sum()
     assert found.ece <= found.chance
+
+
+def test_of_many_queries_the_held_out_means_error_is_added_to_the_confidences():
+    # as many patterns as bins, so that each bin tells of one: Φ(lead / √(sd² + standard error²))
+    rng = np.random.default_rng(8)
+    table = world(1200, rng)
+    leaf, sd, margin = np.arange(1200) % 10, np.linspace(0.01, 0.1, 10), 0.01
+    expected = np.linspace(0.02, 0.08, 10)
+    quality = np.full((1200, 6), 0.5)
+    quality[:, 1] += expected[leaf]
+    quality = (quality + 0.1 * rng.normal(size=(1200, 6))).ravel().astype(np.float32)
+    rows = held_out_outcomes(replace(table, precision=quality, recall=quality), QUALITY)
+    choice, default = np.ones(1200, int), np.zeros(1200, int)
+    valuation = Valuation(rows, [choice, default])
+    promise = Promise(norm.cdf((expected - margin) / sd)[leaf], expected[leaf], np.full(1200, margin))
+    found = measure_calibration(valuation, choice, default, leaf, promise, 0)
+    gain = (quality.reshape(-1, 6)[:, 1] - quality.reshape(-1, 6)[:, 0]).astype(float)
+    error = np.array([sem(gain[leaf == p]) for p in range(10)])
+    foretold = norm.cdf((expected - margin) / np.hypot(sd, error))
+    order = np.argsort(foretold)
+    assert found is not None and found.foretold == pytest.approx(foretold[order].tolist(), rel=1e-4)
+    seen = np.array([gain[leaf == p].mean() > margin for p in range(10)])
+    assert found.seen == seen[order].tolist()
+    assert found.brier == pytest.approx(np.mean((foretold - seen) ** 2), rel=1e-4)
+    # too few patterns for bins, a policy that never acts, and values that are no effects
+    assert measure_calibration(valuation, choice, default, leaf % 9, promise, 0) is None
+    assert measure_calibration(valuation, default, default, leaf, promise, 0) is None
+    valuation.grade = "associational"
+    assert measure_calibration(valuation, choice, default, leaf, promise, 0) is None
