@@ -173,11 +173,29 @@ def test_kish_by_hand():
         ({"pscore_N": np.full(60, np.nan)}, r"outside \(0, 1\]"),
         ({"choice_N": np.zeros(3, int)}, "choice_N has shape"),
         ({"choice_N": np.full(60, -1)}, r"outside \[0, 4\)"),
+        # one would be read as the last config
+        ({"choice_N": np.append(np.zeros(59, int), -1)}, r"outside \[0, 4\)"),
+        ({"choice_N": np.append(np.zeros(59, int), 4)}, r"outside \[0, 4\)"),
+        ({"pscore_N": np.append(np.ones(59), 1.001)}, r"outside \(0, 1\]"),
     ],
 )
 def test_bad_arrays_are_refused(wrong: dict[str, np.ndarray], says: str):
     with pytest.raises(ValueError, match=says):
         doubly_robust(**(logged(0) | wrong))
+
+
+def test_a_log_without_chance_is_the_plain_mean():
+    log = logged(0) | {"pscore_N": np.ones(60)}
+    matched = log["chosen_N"] == log["choice_N"]
+    assert estimates(log)["snips"].value == pytest.approx(log["reward_N"][matched].mean())
+
+
+def test_one_effective_round_or_one_query_has_no_interval():
+    found = estimates(logged(0))["dr"]
+    each, one = np.arange(60), np.zeros(60, int)
+    assert all(map(math.isfinite, found.interval(each, 1.01, 0.0)))
+    for query, size in ((each, 1.0), (one, 30.0)):
+        assert all(map(math.isnan, found.interval(query, size, 0.0)))
 
 
 def test_nothing_matched_is_not_a_number():
@@ -225,6 +243,12 @@ def test_a_share_that_no_row_stands_for_widens_the_interval():
     left = rng.normal(size=4000)
     everywhere = np.where(rng.random(4000) < 0.5, 2.0, 0.0)
     assert unseen_error(everywhere, left) < 0.1
+    # 1 % missing, and 1.6 % would be chance
+    assert unseen_error(np.where(np.arange(4000) < 1980, 2.0, 0.0), left) == 0.0
+    # without chance whatever is missing is missing: 1 % of the spread of the rest
+    alone = np.where(np.arange(4000) < 3960, 1.0, 0.0)
+    assert unseen_error(alone, left) == pytest.approx(0.01 * left[:3960].std())
+    assert unseen_error(np.zeros(4000), left) == 0.0
     half = np.where(np.arange(4000) < 2000, everywhere, 0.0)
     assert unseen_error(half, left) == pytest.approx(0.5, rel=0.1)
 

@@ -12,6 +12,7 @@ from simulate_logs import CONFIGS, QUALITY, choices, world
 from jobs.tables import evaluation_tables
 from rb_gpu.bench.decisions import draw
 from rb_gpu.learn.drift import EmbeddingDrift
+from rb_gpu.learn.estimators import rare_error
 from rb_gpu.learn.gate import decide
 from rb_gpu.learn.harm import measure_harm
 from rb_gpu.learn.policy import evaluate, oracle
@@ -48,6 +49,29 @@ def test_a_full_table_is_exact_whatever_propensities_it_logs():
         assert result.value("bank").estimates == {}
 
 
+def test_a_query_that_tried_a_pick_twice_counts_once():
+    one = full(queries=40)
+    again = np.flatnonzero(one.query_row < 10)  # the first ten queries, with other outcomes
+    both = np.concatenate([np.arange(len(one.query_row)), again])
+    rows = replace(one, **{name: getattr(one, name)[both] for name in PER_ROW if getattr(one, name) is not None})
+    rows.utility[len(one.query_row) :] += 0.1
+    choice = np.full(40, 2)
+    valuation = Valuation(rows, [choice])
+    assert valuation.grade == "exact"
+    expected = one.utility.reshape(-1, CONFIGS)[:, 2] + np.where(np.arange(40) < 10, 0.05, 0.0)
+    assert valuation.estimate("utility", choice).value == pytest.approx(expected.mean())
+
+
+def test_quality_that_never_fails_may_though_latency_spreads_the_utility():
+    # of a utility that latency spreads normally nothing rare is seen; quality's failures stay possible
+    rows = full()
+    rng = np.random.default_rng(0)
+    same = np.ones(len(rows.utility))
+    sure = replace(rows, quality=same, utility=same + 0.1 * rng.normal(size=len(same)))
+    valuation = Valuation(sure, [np.zeros(300, int)])
+    assert valuation.rare(np.zeros(300, int)) == pytest.approx(rare_error(np.ones(300), 1.0))
+
+
 def test_a_log_is_valued_doubly_robust_beside_the_plainer_estimators():
     rows = rows_of()
     result = evaluate(rows, choices(rows.x_QD), 100, 0)
@@ -81,6 +105,8 @@ def test_a_config_that_no_row_tried_leaves_its_policy_without_a_value():
     assert bank.unknown == f"no held-out row tried ef_search=128, picked on {share:.3g} % of queries; log some"
     unknown = (bank.utility, bank.low, bank.quality, bank.cost, bank.latency_p50_us, bank.harm.negative)
     assert all(math.isnan(value) for value in (*unknown, result.bank_gains["default"].low))
+    untried = replace(rows, **{name: getattr(rows, name)[rows.config_id != 0] for name in PER_ROW})
+    assert "row tried ef_search=16, picked" in Valuation(untried, []).refusal(np.zeros(600, int))
     assert result.value("default").unknown is None and math.isfinite(result.value("default").utility)
     decision = decide(result, GateConfig(min_rows=1), EmbeddingDrift(0.5, 1.0), [])
     assert (
