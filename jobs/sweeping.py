@@ -30,18 +30,31 @@ log = logging.getLogger("rb_gpu")
 
 
 class Sweep:
-    """The members that ran in this process. rehearsed: of each dry run, whether it could be trained."""
+    """The members that ran in this process. rehearsed: of each dry run, whether it could be trained. valued: whether a
+    sweeper was told a number so far.
+    """
 
     def __init__(self) -> None:
         self.stages = Stages(sharing=True)
         self.configs: dict[str, TrainConfig] = {}
         self.folder: Path | None = None
         self.rehearsed: list[bool] = []
+        self.valued = False
 
     def member(self, composed: DictConfig) -> float | None:
         """Runs one member and keeps its result. Returns its utility, which a sweeper maximises; None where it failed or
-        has none: the others go on. What is only rehearsed has 0.
+        has none: the others go on. What is only rehearsed has 0. Raises SystemExit where all trials of a sweeper that
+        knows their number have none.
         """
+        value = self._value_of(composed)
+        self.valued = self.valued or value is not None
+        hydra = HydraConfig.get()
+        if not self.valued and hydra.job.num + 1 == hydra.sweeper.get("n_trials"):
+            # asked for the best trial of none, Optuna would end in a traceback
+            raise SystemExit(EXIT_ERROR)
+        return value
+
+    def _value_of(self, composed: DictConfig) -> float | None:
         folder, settings = run_folder(), list(HydraConfig.get().overrides.task)
         try:
             config: TrainConfig = to_object(composed)
