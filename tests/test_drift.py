@@ -79,7 +79,7 @@ def test_other_shares_are_found_and_read():
     rng = np.random.default_rng(2)
     even, uneven = np.full(8, 1 / 8), np.array([0.4, 0.2, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05])
     found = compare_shares(counts(rng, 4000, even), counts(rng, 1000, uneven), rng)
-    assert found.reading == "large" and found.p_value <= 0.002
+    assert found.reading == "large" and found.p_value == 0.001  # none of 999 deals came near
     slight = compare_shares(counts(rng, 400_000, even), counts(rng, 100_000, even * np.tile([0.95, 1.05], 4)), rng)
     assert slight.p_value <= 0.01 and slight.reading == "stable"  # certain, and too small to matter
 

@@ -191,4 +191,11 @@ def test_queries_far_from_every_pattern_were_in_none(learned):
     x_QD = torch.from_numpy(np.stack([learned.centres[0], far]).astype(np.float32))
     leaf_Q = parent_leaves(data, x_QD, torch.device("cpu"))
     assert leaf_Q[0] >= 0 and leaf_Q[1] == -1
+    # just over and under the floor, by the cosine to the nearest centroid
+    leaf = data.arrays["centroids"][leaf_Q[0]].astype(np.float64)
+    leaf /= np.linalg.norm(leaf)
+    away = far - (far @ leaf) * leaf
+    away /= np.linalg.norm(away)
+    near_QD = np.stack([c * leaf + np.sqrt(1 - c**2) * away for c in (0.52, 0.48)]).astype(np.float32)
+    assert (parent_leaves(data, torch.from_numpy(near_QD), torch.device("cpu")) >= 0).tolist() == [True, False]
     assert parent_leaves(None, x_QD, torch.device("cpu")).tolist() == [-1, -1]
