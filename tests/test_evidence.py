@@ -84,7 +84,6 @@ def test_pairs_are_differences_to_the_default_on_the_same_query():
     rows = table(seed=4, n=90, configs=3, full=True)
     evidence = gather(rows, np.zeros(len(rows.query_id), int), 1)
     assert evidence.paired
-    assert rows.has_default_pairs
     quality = f1_score(torch.from_numpy(rows.precision).double(), torch.from_numpy(rows.recall).double()).numpy()
     by_query = quality.reshape(-1, 3)
     for c in range(3):

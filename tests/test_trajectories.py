@@ -805,13 +805,6 @@ def test_select_queries_keeps_every_row_of_each():
     assert rows_of(table.select_queries(np.ones(20, bool))) == rows_of(table)
 
 
-def test_default_pairs_need_the_default_once_and_another_config_in_every_query():
-    log = [make(i, query_id=i // 2, ef_search=10 + i % 2) for i in range(8)]
-    assert from_trajectories(log).has_default_pairs
-    assert not from_trajectories(log[:-1]).has_default_pairs  # the last query has one try only
-    assert not from_trajectories([make(i) for i in range(4)]).has_default_pairs
-
-
 # ---- memory
 
 MEASURE = """

@@ -76,12 +76,12 @@ def exact_distance(n: int, dim: int, precision: str, engine: str) -> Part:
     return Part("exact distance", 3.0 * n * dim, "fp32", 0 if at_hand else 4 * n * dim + 24 * n)
 
 
-def iteration(n: int, dim: int, k: int, precision: str, engine: str, moved: float = MOVED) -> list[Part]:
+def iteration(n: int, dim: int, k: int, precision: str, engine: str) -> list[Part]:
     """One of Lloyd's: the product, the distances, and the sums of the points that moved.
 
     A point that moves is read, and its D int64 are added to one cluster's sums and taken from another's.
     """
-    sums = Part("sums", 4.0 * moved * n * dim, "fp32", moved * n * dim * (4 + 2 * 16) + 16 * n + 24 * k * dim)
+    sums = Part("sums", 4.0 * MOVED * n * dim, "fp32", MOVED * n * dim * (4 + 2 * 16) + 16 * n + 24 * k * dim)
     return [product(n, dim, k, precision, engine), exact_distance(n, dim, precision, engine), sums]
 
 

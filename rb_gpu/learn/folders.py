@@ -19,24 +19,21 @@ SUFFIX = ".partial"
 
 
 @contextmanager
-def new_folder(out: str | Path, key: str = "out") -> Iterator[Path]:
+def new_folder(out: str | Path) -> Iterator[Path]:
     """Gives a temporary sibling of `out` to write files into; it is fsynced and renamed when the block ends well.
 
     A block that raises leaves nothing. A killed process leaves no `out`, only a hidden `.NAME.*.partial` beside it,
-    which a later run names in a warning. key: the setting that messages name. Raises ConfigError where `out` exists or
-    its parent cannot be written.
+    which a later run names in a warning. Raises ConfigError where `out` exists or its parent cannot be written.
     """
     target = Path(out).absolute()
-    _refuse_existing(target, key)
+    _refuse_existing(target)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}{SUFFIX}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         leftovers = [p for p in target.parent.iterdir() if p.name.startswith(f".{target.name}.") and p.suffix == SUFFIX]
         partial.mkdir()
     except OSError as error:
-        raise ConfigError(
-            f"{key}={out} cannot be made ({error.strerror}); choose a folder that you may write"
-        ) from error
+        raise ConfigError(f"out={out} cannot be made ({error.strerror}); choose a folder that you may write") from error
     for left in leftovers:
         # not removed here: it may belong to a run that is still at work
         log.warning("%s was left by a killed run, or another run is writing it; delete it once none is", left)
@@ -44,7 +41,7 @@ def new_folder(out: str | Path, key: str = "out") -> Iterator[Path]:
         yield partial
         for path in [*partial.rglob("*"), partial]:
             sync_path(path)
-        _refuse_existing(target, key)
+        _refuse_existing(target)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -52,7 +49,7 @@ def new_folder(out: str | Path, key: str = "out") -> Iterator[Path]:
     sync_path(target.parent)
 
 
-def _refuse_existing(target: Path, key: str) -> None:
+def _refuse_existing(target: Path) -> None:
     # lexists: a dangling link is somebody's too
     if os.path.lexists(target):
-        raise ConfigError(f"{key}={target} already exists; choose another {key}, or delete it first")
+        raise ConfigError(f"out={target} already exists; choose another out, or delete it first")

@@ -26,9 +26,7 @@ from rb_gpu.params import PARAMETERS
 from rb_gpu.types import QueryTrajectory
 
 
-def from_trajectories(
-    trajectories: Sequence[QueryTrajectory], params: ParamsConfig | None = None, source: Source | None = None
-) -> Trajectories:
+def from_trajectories(trajectories: Sequence[QueryTrajectory], params: ParamsConfig | None = None) -> Trajectories:
     """Columns of trajectory objects, for a service or a notebook; cost and propensity where all have it.
 
     Raises DataError where there is none, or naming the first that breaks the rules of a table.
@@ -49,7 +47,7 @@ def from_trajectories(
     )
     for _, row, trajectory_id, reason in bad:
         raise DataError(f"trajectories[{row}] (id {trajectory_id}): {reason}; drop it ({len(bad)} such in all)")
-    return assemble(join(table, None, bad, None), table.tier_names, params, source or Source("memory"))
+    return assemble(join(table, None, bad, None), table.tier_names, params, Source("memory"))
 
 
 def _to_arrow(trajectories: Sequence[QueryTrajectory]) -> pa.RecordBatch:

@@ -79,13 +79,6 @@ class Trajectories:
     def __len__(self) -> int:
         return len(self.id)
 
-    @property
-    def has_default_pairs(self) -> bool:
-        """Whether every query was tried under the default and under another config, so that differences are paired."""
-        tries = np.bincount(self.query_row, minlength=len(self.query_id))
-        default = np.bincount(self.query_row[self.config_id == self.configs.default], minlength=len(self.query_id))
-        return bool((default == 1).all() and (tries > 1).all())
-
     def select_queries(self, keep_Q: npt.NDArray[np.bool_]) -> Trajectories:
         """The rows of the queries where keep_Q, with every row of each; ids of configs stay."""
         new_row = np.cumsum(keep_Q) - 1
