@@ -20,6 +20,7 @@ from rb_gpu import batch
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ArtifactError
+from rb_gpu.evidence import OUTCOMES
 from rb_gpu.params import ConfigTable, SearchParams
 from rb_gpu.prometheus import bank_metrics
 from rb_gpu.publish import write_artifact
@@ -300,14 +301,21 @@ def test_a_margin_that_was_given_stays_under_another_tradeoff(learned: SimpleNam
     assert_same(judged(0.0).optimized_params_batch(queries, 0.2), judged(0.2).optimized_params_batch(queries))
 
 
-def test_a_number_weighs_latency_where_no_cost_was_logged(data: BankData) -> None:
-    arrays = {name: array.copy() for name, array in data.arrays.items()}
-    arrays["evidence_mean"][..., 3] = 0
-    queries = queries_near(data, 100)
-    free = ReasoningBank(replace(data, arrays=arrays))
-    assert_same(free.optimized_params_batch(queries, 0.3), free.optimized_params_batch(queries, Tradeoff(0.3, 0.0)))
-    dear = ReasoningBank(data)
-    assert_same(dear.optimized_params_batch(queries, 0.3), dear.optimized_params_batch(queries, Tradeoff(0.0, 0.3)))
+@pytest.mark.parametrize(("cost", "meant"), [
+    (0.1, Tradeoff(0.0, 0.5)),  # any cost at all, however small, and though some config has none
+    (0.0, Tradeoff(0.5, 0.0)),
+])  # fmt: skip
+def test_a_number_weighs_cost_where_any_was_logged_else_latency(data: BankData, cost: float, meant: Tradeoff) -> None:
+    mean = data.arrays["evidence_mean"].copy()
+    mean[..., OUTCOMES.index("cost")] = cost * (np.arange(mean.shape[1]) > 0)
+    bank = ReasoningBank(replace(data, arrays=data.arrays | {"evidence_mean": mean}))
+    bank.optimized_params(queries_near(data, 1)[0], 0.5)
+    assert list(bank._state.tradeoffs) == [meant]
+
+
+def test_the_default_of_a_query_that_cannot_be_read_promises_nothing(bank: ReasoningBank) -> None:
+    answer = bank.optimized_params(np.zeros(bank.dim), on_error="default")
+    assert (answer.confidence, answer.expected_gain, answer.config_id) == (0.0, 0.0, bank.data.default)
 
 
 def test_tradeoffs_are_worked_out_once_and_forgotten_some_day(bank: ReasoningBank, monkeypatch: Any) -> None:
