@@ -59,6 +59,11 @@ class SearchParams:
         values = asdict(self)
         return values | {k: v.item() for k, v in values.items() if isinstance(v, np.generic)}
 
+    def describe(self, names: Sequence[str]) -> str:
+        """Some of the parameters, as `ef_search=64 temperature=0.7`."""
+        values = self.as_dict()
+        return " ".join(f"{n}={values[n]:.3g}" if n == "temperature" else f"{n}={values[n]}" for n in names)
+
 
 def decimal(value: np.float32) -> float:
     """The shortest decimal that float32 holds as `value`: .7, which is what was asked for, not .699999988."""
@@ -124,10 +129,7 @@ class ConfigTable:
         """The parameters in which the table's configs differ, as `ef_search=64 n_probes=8`."""
         columns = {name: getattr(self, "tier" if name == "model_tier" else name) for name in PARAMETERS}
         varying = [name for name in PARAMETERS if len(np.unique(columns[name])) > 1] or ["ef_search"]
-        params = self[config_id].as_dict()
-        return " ".join(
-            f"{name}={params[name]:.3g}" if name == "temperature" else f"{name}={params[name]}" for name in varying
-        )
+        return self[config_id].describe(varying)
 
     @classmethod
     def from_params(cls, params: Sequence[SearchParams], tiers: Sequence[str], default: int) -> ConfigTable:

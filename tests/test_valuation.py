@@ -94,6 +94,19 @@ def test_the_best_in_hindsight_of_a_log_is_no_oracle():
     assert result.grade == "dr" and [value.name for value in result.values][-1] == "bank"
 
 
+@pytest.mark.parametrize("tries", [1, 2])
+def test_hindsight_takes_two_tries_of_every_query(tries):
+    rows = full(queries=50)
+    kept = (rows.config_id < 2) | (rows.query_row > 0)
+    kept[rows.query_row == 0] = rows.config_id[rows.query_row == 0] < tries
+    some = replace(rows, **{name: getattr(rows, name)[kept] for name in PER_ROW if getattr(rows, name) is not None})
+    best = oracle(some)
+    assert (best is None) == (tries == 1)
+    if best is not None:
+        assert best[0] == rows.utility[:2].argmax()
+        assert (best[1:] == rows.utility.reshape(50, CONFIGS)[1:].argmax(1)).all()
+
+
 def test_a_config_that_no_row_tried_leaves_its_policy_without_a_value():
     rows = rows_of()
     kept = rows.config_id != 3

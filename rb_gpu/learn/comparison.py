@@ -79,14 +79,9 @@ def compare(before: BankData, after: BankData) -> Comparison:
 
 def _described(*banks: BankData) -> list[list[str]]:
     """Each bank's configs by the parameters in which any of all these configs differ."""
-    tables = [[bank.configs[row].as_dict() for row in range(len(bank.configs))] for bank in banks]
-    everything = [params for table in tables for params in table]
-    varying = [name for name in PARAMETERS if len({params[name] for params in everything}) > 1] or [PARAMETERS[0]]
-
-    def text(params: dict[str, Any]) -> str:
-        return " ".join(f"{n}={params[n]:.3g}" if n == "temperature" else f"{n}={params[n]}" for n in varying)
-
-    return [[text(params) for params in table] for table in tables]
+    everything = [params for bank in banks for params in bank.configs]
+    varying = [name for name in PARAMETERS if len({getattr(params, name) for params in everything}) > 1]
+    return [[params.describe(varying or PARAMETERS[:1]) for params in bank.configs] for bank in banks]
 
 
 def _verdict(bank: BankData, row: int, configs: list[str]) -> tuple[int, str, float]:

@@ -35,13 +35,14 @@ from rb_gpu.learn.lessons import gather_lessons
 from rb_gpu.learn.lineage import differences, inherit, parent_leaves
 from rb_gpu.learn.past import gather_past, tell, with_past, with_ratings
 from rb_gpu.learn.progress import Watch
-from rb_gpu.learn.router import train_router
+from rb_gpu.learn.router import Lessons, train_router
 from rb_gpu.learn.stages import Stages, digest
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.tuning import tune_lookup
 from rb_gpu.learn.valuation import Choice
 from rb_gpu.learn.verdicts import chosen_p, judge, resolve_objective
 from rb_gpu.objective import Objective
+from rb_gpu.params import ConfigTable
 from rb_gpu.router import FastGRNNRouter
 
 log = logging.getLogger(__name__)
@@ -171,16 +172,38 @@ def _learned(
     if config.router.kind == "fastgrnn":
         with watch.stage("router"):
             lessons = gather_lessons(x_QD, trajectories, data, weight_N, config, device)
-            drawn = torch.Generator(device=device).manual_seed(config.seed)
-            taught = train_router(lessons, trajectories.configs, config.router, drawn, device)
-            router = FastGRNNRouter.from_bytes(taught.router.to_bytes(config.router.int8))
-            routing = {
-                name: getattr(taught, name) for name in ("train_loss", "valid_loss", "best_epoch", "calibrated_on")
-            }
-            log.info("router: best of %d epochs is %d, validation loss %.4f", len(taught.valid_loss),
-                     taught.best_epoch, taught.valid_loss[taught.best_epoch])  # fmt: skip
+            router, routing = _routed(lessons, trajectories.configs, config, device)
     issued = int((~verdicts.stands).sum())
-    facts = {
+    facts = _facts(data, trajectories, config, issued) | {
+        "lookup_tuning": asdict(tuned),
+        "half_life": None if decay is None else asdict(decay),
+        "router": routing,
+        "device": str(device),
+    }
+    log.info(
+        "%d patterns, %d verdicts, the default stands on %d (default: %s)",
+        data.leaves, issued, data.leaves - issued, trajectories.configs.describe(default),
+    )  # fmt: skip
+    lookup = replace(data.lookup, top_k=tuned.top_k, beta=tuned.beta, floor=floor)
+    data = replace(data, lookup=lookup, facts=data.facts | facts)
+    return LearnedBank(data, index, router, leaves.label_Q, watch.seconds)
+
+
+def _routed(
+    lessons: Lessons, configs: ConfigTable, config: TrainConfig, device: torch.device
+) -> tuple[FastGRNNRouter, dict[str, Any]]:
+    """The router as a service will load it, and how it learned."""
+    drawn = torch.Generator(device=device).manual_seed(config.seed)
+    taught = train_router(lessons, configs, config.router, drawn, device)
+    log.info("router: best of %d epochs is %d, validation loss %.4f", len(taught.valid_loss), taught.best_epoch,
+             taught.valid_loss[taught.best_epoch])  # fmt: skip
+    told = {name: getattr(taught, name) for name in ("train_loss", "valid_loss", "best_epoch", "calibrated_on")}
+    return FastGRNNRouter.from_bytes(taught.router.to_bytes(config.router.int8)), told
+
+
+def _facts(data: BankData, trajectories: Trajectories, config: TrainConfig, issued: int) -> dict[str, Any]:
+    """What the manifest tells of the rows, the settings and what came of them. issued: verdicts for another config."""
+    return {
         "index": {"kind": config.index.kind},
         "counts": {
             "trajectories": len(trajectories),
@@ -197,18 +220,7 @@ def _learned(
             "newest_timestamp": int(trajectories.timestamp.max()),
         },
         "config": asdict(config),
-        "lookup_tuning": asdict(tuned),
-        "half_life": None if decay is None else asdict(decay),
-        "router": routing,
-        "device": str(device),
     }
-    log.info(
-        "%d patterns, %d verdicts, the default stands on %d (default: %s)",
-        data.leaves, issued, data.leaves - issued, trajectories.configs.describe(default),
-    )  # fmt: skip
-    lookup = replace(data.lookup, top_k=tuned.top_k, beta=tuned.beta, floor=floor)
-    data = replace(data, lookup=lookup, facts=data.facts | facts)
-    return LearnedBank(data, index, router, leaves.label_Q, watch.seconds)
 
 
 def _searched(

@@ -147,15 +147,13 @@ def evaluate(
     valuation = Valuation(rows, policies.values())
     if valuation.grade != "exact":
         policies = {name: choice for name, choice in policies.items() if name != "oracle"}
-    names = list(policies)
     unknown = {name: valuation.refusal(choice) for name, choice in policies.items()}
     point = {n: NAN if unknown[n] else valuation.estimate("utility", choice).value for n, choice in policies.items()}
     exact_gap = point.get("oracle", NAN) - point[SINGLE]
     drawn_RM = None if valuation.grade == "dr" else _bootstrap(valuation, policies, resamples, seed)
 
     values = []
-    for m, name in enumerate(names):
-        choice = policies[name]
+    for m, (name, choice) in enumerate(policies.items()):
         weight_N = valuation.weights(choice)
         hit_N = weight_N > 0
         p50, p95, p99 = weighted_quantiles(rows.latency_us[hit_N], weight_N[hit_N], (0.5, 0.95, 0.99)).tolist()
@@ -193,27 +191,33 @@ def evaluate(
                 unknown=unknown[name],
             )
         )
-    bank = names.index("bank")
-    gains = {}
-    for m, name in enumerate(names):
-        if m == bank:
-            continue
-        if unknown["bank"] or unknown[name]:
-            gains[name] = Gain(NAN, NAN, NAN)
-            continue
-        gain = point["bank"] - point[name]
-        ends = (
-            valuation.interval(policies["bank"], policies[name])
-            if drawn_RM is None
-            else _widened(
-                gain, _interval(drawn_RM[:, bank] - drawn_RM[:, m]), valuation.rare(policies["bank"], policies[name])
-            )
-        )
-        gains[name] = Gain(gain, *ends)
+    gains = _bank_gains(valuation, policies, point, drawn_RM)
     misled = [name for name, choice in policies.items() if valuation.misled(choice)]
     return Evaluation(
         valuation.grade, rows.queries, len(rows.query_row), values, gains, valuation.warnings(), misled=misled
     )
+
+
+def _bank_gains(
+    valuation: Valuation, policies: dict[str, Choice], point: dict[str, float], drawn_RM: Floats | None
+) -> dict[str, Gain]:
+    """How much more the bank is worth than each other policy. point: utilities, NaN where unknown; drawn: of resamples,
+    None where the interval is the estimate's own.
+    """
+    bank, picked = list(policies).index("bank"), policies["bank"]
+    gains = {}
+    for m, (name, choice) in enumerate(policies.items()):
+        if m == bank:
+            continue
+        gain = point["bank"] - point[name]
+        if math.isnan(gain):
+            gains[name] = Gain(NAN, NAN, NAN)
+        elif drawn_RM is None:
+            gains[name] = Gain(gain, *valuation.interval(picked, choice))
+        else:
+            drawn_R = drawn_RM[:, bank] - drawn_RM[:, m]
+            gains[name] = Gain(gain, *_widened(gain, _interval(drawn_R), valuation.rare(picked, choice)))
+    return gains
 
 
 def _bootstrap(valuation: Valuation, policies: dict[str, Choice], resamples: int, seed: int) -> Floats:
