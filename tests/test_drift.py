@@ -198,6 +198,11 @@ def test_outcomes_that_cannot_be_compared_are_unknown():
     old, new = Utilities(np.linspace(0, 1, 20), zeros, zeros), Utilities(np.ones(20), zeros + 1, zeros)
     (found,) = compare_outcomes(old, new, ["a"])
     assert found.queries == 0 and math.isnan(found.q_value) and math.isnan(found.change)
+    # one pattern cannot move against others: of two tests one is left, which is not corrected for the other
+    rng = np.random.default_rng(0)
+    old, new = (Utilities(rng.normal(size=n), np.zeros(n, int), np.zeros(n, int)) for n in (60, 30))
+    (found,) = compare_outcomes(old, new, ["a"])
+    assert math.isnan(found.p_patterns) and found.q_value == found.p_shift and found.queries == 90
 
 
 @pytest.fixture(scope="module")

@@ -289,3 +289,22 @@ def test_a_config_surely_beats_the_default_where_its_lead_counts_all_of_them(lea
     # five configs beside the default: at .05 / 5 a lead takes 2.326 standard errors
     field = field_of(np.array([0.5, *[0.4] * 4, 0.5 + lead * 0.01]), np.array([0.0, *[1e-4] * 5]))
     assert surely_better(field, UTILITY, 0) == surely
+
+
+@pytest.mark.parametrize(("cost", "expected"), [([3.0, 2.0], [-3.0, -2.0]), ([0.0, 0.0], [-900.0, -800.0])])
+def test_a_floor_spares_cost_where_any_was_logged_else_latency(cost, expected):
+    evidence = constant(f1=[0.8, 0.9], cost=cost)._replace(latency_us=np.array([[900.0, 800.0]]))
+    beliefs = believe(evidence, [], replace(UTILITY, kind="floor", target=0.9), 0, "auto")
+    assert beliefs.score[0].tolist() == expected
+
+
+def test_one_row_of_a_constant_outcome_is_believed_and_no_row_is_the_mean_of_the_others():
+    evidence = world(np.random.default_rng(13), 3, 2, 30)
+    n = np.array([[30, 30], [10, 1], [0, 30]])
+    mean = np.zeros_like(evidence.mean)
+    mean[..., 0] = [[0.4, 0.9], [0.8, 0.3], [0.0, 0.9]]
+    w = n.astype(float)
+    evidence = evidence._replace(rows=n, w=w, w2=w, mean=mean, comoment=0 * evidence.comoment)
+    quality = believe(evidence, levels(3, [1]), UTILITY, 0, "auto").quality
+    np.testing.assert_allclose(quality[:3, 1], [0.9, 0.3, 0.9])
+    np.testing.assert_allclose(quality[[2, 3], 0], (30 * 0.4 + 10 * 0.8) / 40)

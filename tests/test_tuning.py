@@ -69,7 +69,8 @@ def test_what_was_asked_for_is_not_tuned() -> None:
     rng = np.random.default_rng(0)
     x_QD, label = corners(4000, rng)
     quality_QC = np.stack([np.full(4000, 0.5), np.where(label % 3 == 0, 0.8, 0.2)], axis=1)
-    assert settings(table(quality_QC, x_QD, False, rng), 12, top_k=7, beta=3.0)[:2] == (7, 3.0)
+    top_k, beta, told = settings(table(quality_QC, x_QD, False, rng), 12, top_k=7, beta=3.0)
+    assert (top_k, beta, told["gain"], told["error"], told["settings"]) == (7, 3.0, 0.0, 0.0, 1)
     top_k, _, told = settings(table(quality_QC, x_QD, False, rng), 12, top_k=7)
     assert top_k == 7 and told["settings"] == 5
 
@@ -85,14 +86,24 @@ def test_of_a_large_table_one_fold_is_enough(monkeypatch: pytest.MonkeyPatch) ->
     assert (top_k == 1 or beta > USUAL_BETA) and len(passes) == 1
 
 
+def test_of_one_pattern_nothing_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_choices", None)  # every setting answers alike
+    rng = np.random.default_rng(0)
+    x_QD, _ = corners(600, rng)
+    top_k, beta, told = settings(table(np.full((600, CONFIGS), 0.5), x_QD, False, rng), 1)
+    assert (top_k, beta, told["gain"], told["error"]) == (USUAL_TOP_K, USUAL_BETA, 0.0, 0.0)
+
+
 def test_noise_chooses_nothing() -> None:
     # at alpha=.9 patterns act on noise: by evidence that the valued queries had a part in, the nearest would win
     usual = 0
     for seed in range(20):
         rng = np.random.default_rng(seed)
         x_QD, _ = corners(600, rng)
-        top_k, beta, _ = settings(table(np.full((600, CONFIGS), 0.5), x_QD, False, rng), 12, alpha=0.9)
-        usual += (top_k, beta) == (USUAL_TOP_K, USUAL_BETA)
+        top_k, beta, told = settings(table(np.full((600, CONFIGS), 0.5), x_QD, False, rng), 12, alpha=0.9)
+        stands = (top_k, beta) == (USUAL_TOP_K, USUAL_BETA)
+        assert stands == (told["gain"] == 0) == (told["error"] == 0)
+        usual += stands
     assert usual >= 17
 
 
