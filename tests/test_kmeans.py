@@ -474,3 +474,20 @@ def test_many_seeds_take_little_memory():
         seeds, _ = kmeans_plus_plus(x, 10_000)
     assert len(np.unique(seeds, axis=0)) == 10_000
     assert largest == seeding.MOST_CANDIDATES
+
+
+@pytest.mark.parametrize("exponent", [-60, 60])
+def test_inertia_is_in_units_of_x_whatever_frame_held_it(exponent):
+    # beyond 2^40 points are scaled by a power of two, which changes no bit
+    x = np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32)
+    plain, far = (kmeans(points, 7, seed=3) for points in (x, np.ldexp(x, exponent)))
+    assert np.array_equal(far.labels, plain.labels)
+    assert far.inertia == pytest.approx(plain.inertia * 2.0 ** (2 * exponent), rel=1e-6)
+    away = np.ldexp(x, exponent).astype(np.float64) - far.centroids[far.labels]
+    assert far.inertia == pytest.approx(float((away**2).sum()), rel=1e-5)
+
+
+def test_bounds_rule_distances_out_and_the_share_that_is_left_is_told():
+    rng = np.random.default_rng(1)
+    x = (4 * rng.normal(size=(50, 16))[rng.integers(50, size=5000)] + rng.normal(size=(5000, 16))).astype(np.float32)
+    assert 0 < kmeans(x, 50).computed_share < 0.9

@@ -249,12 +249,16 @@ def test_what_is_just_at_a_floor_or_a_bound_keeps_it():
         assert beliefs.probability[0].tolist() == kept
 
 
+# what a field says of two leaves beyond what it says of all queries
+APART_UC = np.array([[0.0, 0.02, -0.03, 0.01, 0.04, 0.0], [0.0, -0.01, 0.05, 0.02, -0.04, 0.0], np.zeros(6)])
+
+
 def field_of(level: np.ndarray, level_variance: np.ndarray) -> Field:
-    """A field that foretells a mean quality of each config, everywhere the same, with these variances (C,)."""
+    """A field that foretells a mean quality of each config over two leaves, with these variances (C,)."""
     configs = len(level)
     of_one = np.zeros((configs, len(OUTCOMES)))
     mean, variance = np.zeros((3, *of_one.shape)), of_one.copy()
-    mean[..., 0], variance[:, 0] = level, level_variance
+    mean[..., 0], variance[:, 0] = level + APART_UC[:, :configs], level_variance
     unused = [of_one] * 4
     none = np.zeros((0, 0), np.float32)
     return Field(none, none, none, of_one, variance, *unused, mean, 0 * mean, 0 * mean[..., 0], *[of_one] * 4)
@@ -272,7 +276,7 @@ def test_a_fields_levels_are_shrunk_together():
     assert tau2 > 0
     for c in range(5):
         kept = tau2 / (tau2 + variance[c]) if c in known else 0.0
-        np.testing.assert_allclose(gain[:, c], kept * shift[c])
+        np.testing.assert_allclose(gain[:, c], kept * shift[c] + APART_UC[:, c], atol=1e-15)
         expected = kept * variance[c] if c in known else np.inf
         assert error[c] == (variance[c] if c in known else np.inf)
         np.testing.assert_allclose(gain_variance[:, c], expected)
@@ -282,6 +286,21 @@ def test_a_fields_levels_are_shrunk_together():
         name: np.roll(getattr(field, name), OUTCOMES.index("log2_latency"), -1) for name in ("mean", "level_variance")
     })  # fmt: skip
     np.testing.assert_allclose(_foretold(field, half.direction, 0)[2], 0.25 * error)
+
+
+def test_a_query_unlike_those_learned_from_is_asked_for_a_margin_that_leaves_are_not():
+    evidence = world(np.random.default_rng(14), 2, 3, 50)
+    variance = np.array([0.0, 4e-4, 9e-4])
+    field = field_of(np.array([0.5, 0.6, 0.5]), variance)
+    # the field left nothing unexplained but noise
+    field = field._replace(**{
+        f"residual_{name}": 0 * array if name.endswith("mean") else array for name, array in evidence._asdict().items()
+        if f"residual_{name}" in Field._fields
+    })  # fmt: skip
+    beliefs = believe(evidence, [], UTILITY, 0, "auto", field)
+    np.testing.assert_allclose(beliefs.test[:2, 1:], beliefs.gain[:2, 1:])
+    np.testing.assert_allclose(beliefs.test[2, 1:], beliefs.gain[2, 1:] - np.sqrt(variance[1:]))
+    assert not beliefs.margin.any()
 
 
 @pytest.mark.parametrize(("lead", "surely"), [(2.3, False), (2.5, True)])
