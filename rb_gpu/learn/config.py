@@ -216,8 +216,9 @@ class IndexConfig:
             value = getattr(self, key)
             ok = is_auto(value) or (isinstance(value, int) and 1 <= value <= MAX_BREADTH)
             check(f"index.{key}", value, ok, f"auto or an integer in [1, {MAX_BREADTH}]", f"set index.{key}=auto")
-        check_count("index.ef_construction", self.ef_construction)
-        check_count("index.m", self.m, 2)
+        for key, number, least in (("ef_construction", self.ef_construction, 1), ("m", self.m, 2)):
+            ok = least <= number <= MAX_BREADTH
+            check(f"index.{key}", number, ok, f"an integer in [{least}, {MAX_BREADTH}]", "leave it out")
         check_share("index.recall", self.recall)
 
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rb_gpu.errors import ConfigError
+from rb_gpu.index_file import MAX_BREADTH
 from rb_gpu.learn.checks import check, check_choice, check_count, check_nonnegative, check_seed, check_share, is_auto
 from rb_gpu.learn.config import (
     SAMPLE_FOLDER,
@@ -101,9 +102,11 @@ class CollectConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("top_k", "hnsw_ef_construction"):
-            check_count(key, getattr(self, key))
-        check_count("hnsw_m", self.hnsw_m, 2)
+        check_count("top_k", self.top_k)
+        for key, least in (("hnsw_ef_construction", 1), ("hnsw_m", 2)):
+            number = getattr(self, key)
+            ok = least <= number <= MAX_BREADTH
+            check(key, number, ok, f"an integer in [{least}, {MAX_BREADTH}]", "leave it out")
         if self.max_queries is not None:
             check_count("max_queries", self.max_queries)
         nlist_ok = is_auto(self.ivf_nlist) or (isinstance(self.ivf_nlist, int) and self.ivf_nlist >= 1)

@@ -7,6 +7,9 @@ from typing import Any
 
 from rb_gpu.learn.checks import check, check_choice, check_count
 
+# wider than any router that a service could wait for; beyond, products of sizes overflow
+MAX_HIDDEN = 2**12
+
 
 @dataclass
 class RouterConfig:
@@ -31,9 +34,10 @@ class RouterConfig:
         check_choice("router.target", self.target, ("auto", "bank", "log"))
         for key in ("steps", "hidden", "rank", "epochs", "patience"):
             check_count(f"router.{key}", getattr(self, key))
+        check("router.hidden", self.hidden, self.hidden <= MAX_HIDDEN, f"at most {MAX_HIDDEN}", "use 64")
         check("router.steps", self.steps, self.steps <= 64, "at most 64", "older queries tell little")
         count = isinstance(self.batch_size, int) and not isinstance(self.batch_size, bool) and self.batch_size > 0
         check("router.batch_size", self.batch_size, self.batch_size == "auto" or count, "auto or an integer >= 1",
               "use auto")  # fmt: skip
-        check("router.learning_rate", self.learning_rate, self.learning_rate > 0, "a number > 0", "use 3e-3")
+        check("router.learning_rate", self.learning_rate, 0 < self.learning_rate <= 1, "in (0, 1]", "use 3e-3")
         check("router.sparsity", self.sparsity, 0 <= self.sparsity < 1, "a share in [0, 1)", "use 0.9")
