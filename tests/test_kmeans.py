@@ -491,3 +491,37 @@ def test_bounds_rule_distances_out_and_the_share_that_is_left_is_told():
     rng = np.random.default_rng(1)
     x = (4 * rng.normal(size=(50, 16))[rng.integers(50, size=5000)] + rng.normal(size=(5000, 16))).astype(np.float32)
     assert 0 < kmeans(x, 50).computed_share < 0.9
+
+
+def test_epsilon_is_of_the_centroids_shift_over_the_points_in_median_distances():
+    # Lloyd's iterations in float64, and after which of them the root mean square shift is first at most epsilon
+    rng = np.random.default_rng(2)
+    x = np.concatenate([rng.normal(size=(n, 3)) + place for n, place in ((400, 0), (120, 2), (60, -2), (20, 4))])
+    x = x.astype(np.float32)
+    weight = rng.uniform(0.5, 2.0, len(x)).astype(np.float32)
+    centroids, shifts = x[[0, 1, 2, 3, 450]].astype(np.float64), []
+    typical = np.median(np.linalg.norm(x - np.median(x, axis=0), axis=1))
+    for _ in range(30):
+        label = ((x[:, None] - centroids) ** 2).sum(2).argmin(1)
+        mass = np.bincount(label, weight, 5)
+        means = np.stack([np.bincount(label, weight * x[:, d], 5) / mass for d in range(3)], axis=1)
+        shifts.append(np.sqrt(mass @ ((means - centroids) ** 2).sum(1) / mass.sum()) / typical)
+        centroids = means
+    asked = 0
+    for t in (1, 3, 6):
+        if shifts[t] < 0.98 * min(shifts[:t]):
+            epsilon = 0.99 * min(shifts[:t]) if t == 1 else np.sqrt(shifts[t] * min(shifts[:t]))
+            found = kmeans(x, 5, init=x[[0, 1, 2, 3, 450]], epsilon=float(epsilon), weight=weight)
+            assert found.n_iter == 1 + next(i for i, shift in enumerate(shifts) if shift <= epsilon)
+            asked += 1
+    assert asked >= 2
+
+
+@pytest.mark.parametrize("exponent", [-20, 20])
+def test_a_power_of_two_changes_no_label_where_doubled_centroids_are_repaired(exponent):
+    # what is exchanged is drawn by squared distances, which are far from 1 here
+    rng = np.random.default_rng(3)
+    x = (6 * rng.normal(size=(60, 4))[rng.integers(60, size=3000)] + rng.normal(size=(3000, 4))).astype(np.float32)
+    plain, scaled = kmeans(x, 60, seed=1), kmeans(np.ldexp(x, exponent), 60, seed=1)
+    assert np.array_equal(scaled.labels, plain.labels)
+    assert scaled.inertia == plain.inertia * 2.0 ** (2 * exponent) and scaled.n_iter == plain.n_iter
