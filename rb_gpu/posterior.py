@@ -105,7 +105,9 @@ def _error(variance: Floats, size: Floats) -> Floats:
     return error
 
 
-def pool(effect: Floats, variance: Floats, parents: Sequence[Rows], tested: bool) -> tuple[Floats, Floats, Floats]:
+def pool(
+    effect: Floats, variance: Floats, parents: Sequence[Rows], tested: bool, proven: bool = False
+) -> tuple[Floats, Floats, Floats]:
     """Posterior mean and variance of every cell (P, C), and the variance of the root (C,).
 
     A normal model on the tree: a child scatters around its parent by τ² (per level and config, Paule & Mandel 1982).
@@ -115,7 +117,9 @@ def pool(effect: Floats, variance: Floats, parents: Sequence[Rows], tested: bool
 
     tested: what chance alone could show is taken as nothing, so that equal configs stay equal: a config's effect on the
     whole is 0 unless a test rejects that, and its τ² are 0 unless Cochran's Q over the leaves rejects homogeneity, at
-    FAMILY_ERROR for all configs and both tests together.
+    FAMILY_ERROR for all configs and both tests together. proven: whether choices must be shown to pay as a whole before
+    any is made: configs whose own leaves show nothing then have one τ² of the leaves together, as where configs are
+    many each has too few rows to show its own.
     """
     levels = [*parents, np.zeros(_width(parents, len(effect)), dtype=np.int64)]
     mean, var = effect, variance
@@ -124,6 +128,8 @@ def pool(effect: Floats, variance: Floats, parents: Sequence[Rows], tested: bool
     for parent in levels:
         groups = int(parent.max()) + 1
         tau2 = np.where(varied, paule_mandel(mean, var, parent, groups), 0.0)
+        if proven and not messages and not varied.all():
+            tau2[~varied] = _one_tau2(mean[:, ~varied], var[:, ~varied], parent, groups)
         precision = np.where(np.isfinite(var), 1.0 / (var + tau2), 0.0)
         messages.append((mean, var, precision, tau2))
         total = _add(precision, parent, groups)
@@ -185,6 +191,12 @@ def paule_mandel(mean: Floats, var: Floats, parent: Rows, groups: int) -> Floats
     return np.where(over_dispersed, 0.5 * (low + high), 0.0)
 
 
+def _one_tau2(mean: Floats, var: Floats, parent: Rows, groups: int) -> float:
+    """τ² of all these configs as one, each with means of its own."""
+    own = (parent + groups * np.arange(mean.shape[1])[:, None]).ravel()
+    return float(paule_mandel(mean.T.reshape(-1, 1), var.T.reshape(-1, 1), own, groups * mean.shape[1])[0])
+
+
 def believe(
     evidence: Evidence,
     parents: Sequence[Rows],
@@ -204,7 +216,7 @@ def believe(
     evidence = evidence.with_unknown()
     parents = [np.append(parent, parent.max() + 1) for parent in parents]
     effect, variance = effects(judged, objective.direction, default)
-    gain, gain_variance, root_variance = pool(effect, variance, parents, tested=True)
+    gain, gain_variance, root_variance = pool(effect, variance, parents, tested=True, proven=field is not None)
     if field is not None:
         foretold, foretold_variance, root_variance = _foretold(field, objective.direction, default)
         gain, gain_variance = gain + foretold, gain_variance + foretold_variance + hidden(effect, variance)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rb_gpu.learn.canonical import average_coordinates
-from rb_gpu.learn.ridge import RIDGES, TINY, Ridge, average
+from rb_gpu.learn.ridge import RIDGES, TINY, Ridge, average, repeated
 
 SWEEPS = 3
 # rows that a config must have before it may deviate from the others
@@ -115,7 +115,8 @@ class Regressions:
         """Of every slope, over all queries of a full table, else over all rows."""
         if self.rows.full:
             return [Ridge(x, torch.ones_like(x[:, 0])) for x in self.features]
-        return [Ridge(x[self.rows.query_N], self.rows.weight_N) for x in self.features]
+        query_N = self.rows.query_N
+        return [Ridge(x[query_N], self.rows.weight_N, repeated(query_N)) for x in self.features]
 
     @cached_property
     def own(self) -> dict[int, Sequence[Ridge]]:
@@ -124,7 +125,7 @@ class Regressions:
             return dict.fromkeys(range(self.rows.configs), self.shared)
         query_N, weight_N = self.rows.query_N, self.rows.weight_N
         return {
-            c: [Ridge(x[query_N[index]], weight_N[index]) for x in self.features]
+            c: [Ridge(x[query_N[index]], weight_N[index], repeated(query_N[index])) for x in self.features]
             for c, index in self.rows.members.items()
         }
 

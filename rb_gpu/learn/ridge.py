@@ -30,18 +30,34 @@ def folds_in_turn(queries: int, device: torch.device) -> Tensor:
     return torch.arange(queries, device=device) % FOLDS
 
 
-class Ridge:
-    """Weighted ridge regression with an unpenalised mean, at every ridge at once, with leave-one-out errors."""
+def repeated(query_N: Tensor) -> Tensor | None:
+    """The queries of some rows, as `Ridge` takes them: None where each has one row."""
+    return query_N if len(torch.unique(query_N)) < len(query_N) else None
 
-    def __init__(self, x_NF: Tensor, weight_N: Tensor) -> None:
+
+def _sums(v_N: Tensor, group_N: Tensor) -> Tensor:
+    """Over the rows of each group, with as many places as there are rows."""
+    return torch.zeros_like(v_N).index_add_(0, group_N, v_N)
+
+
+class Ridge:
+    """Weighted ridge regression with an unpenalised mean, at every ridge at once, with leave-one-out errors.
+
+    query_N: which query a row is of, where some have several; all of them are then left out.
+    """
+
+    def __init__(self, x_NF: Tensor, weight_N: Tensor, query_N: Tensor | None = None) -> None:
         self.weight_N, total = weight_N, weight_N.sum()
+        self.group_N = None if query_N is None else torch.unique(query_N, return_inverse=True)[1]
         self.mean_F = weight_N @ x_NF / total
         centred = x_NF - self.mean_F
         value_F, self.vectors_FF = torch.linalg.eigh((centred * weight_N[:, None]).T @ centred)
         self.scores_NF = centred @ self.vectors_FF
         ridges_L = torch.tensor(RIDGES, dtype=x_NF.dtype, device=x_NF.device)
         self.shrunk_FL = 1.0 / (value_F.clamp(min=0)[:, None] + ridges_L)
-        leverage_NL = weight_N[:, None] * (self.scores_NF.square() @ self.shrunk_FL + 1.0 / total)
+        # rows of one query lie in one place, and are to a regression one row of their mean and of all their weight
+        whole_N = weight_N if self.group_N is None else _sums(weight_N, self.group_N)[self.group_N]
+        leverage_NL = whole_N[:, None] * (self.scores_NF.square() @ self.shrunk_FL + 1.0 / total)
         self.kept_NL = (1.0 - leverage_NL).clamp(min=1e-3)
 
     def solve(self, y_NC: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,9 +66,14 @@ class Ridge:
         return mean_C, self.scores_NF.T @ (self.weight_N[:, None] * (y_NC - mean_C))
 
     def errors(self, y_NC: Tensor, mean_C: Tensor, products_FC: Tensor, ridge: int) -> Tensor:
-        """How far y lies from its leave-one-out prediction, (N, C)."""
-        fitted_NC = self.scores_NF @ (products_FC * self.shrunk_FL[:, ridge, None])
-        error_NC: Tensor = (y_NC - mean_C - fitted_NC) / self.kept_NL[:, ridge, None]
+        """How far y lies from its prediction without its query, (N, C)."""
+        fitted_NC = mean_C + self.scores_NF @ (products_FC * self.shrunk_FL[:, ridge, None])
+        own_NC = y_NC
+        if self.group_N is not None:
+            whole_N = _sums(self.weight_N, self.group_N)
+            total_NC = _sums(self.weight_N[:, None] * y_NC, self.group_N)
+            own_NC = (total_NC / whole_N.clamp(min=TINY)[:, None])[self.group_N]
+        error_NC: Tensor = y_NC - own_NC + (own_NC - fitted_NC) / self.kept_NL[:, ridge, None]
         return error_NC
 
     def coef(self, products_FC: Tensor, share_LW: Tensor) -> Tensor:
