@@ -56,6 +56,8 @@ def test_areas_by_hand():
     assert bent.aiq == pytest.approx((2 * 0.6 + 2 * 1.0) / 4)
     assert bent.apgr == pytest.approx(np.mean([0.1, 0.3, 0.5, 0.7, 0.9, 1, 1, 1, 1, 1]))
     assert math.isnan(area([weak, weak], *points((1, 0.2), (2, 0.1))).apgr)
+    # a share of the gap between cheapest and dearest, which a config in between may more than close
+    assert area(points((0, 0.2), (1, 0.8), (2, 0.4)), *points((0, 0.2), (2, 0.4))).apgr > 2
 
 
 def test_a_banks_curve_of_the_sample():

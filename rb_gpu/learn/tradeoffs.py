@@ -42,7 +42,8 @@ class Area:
 
     aiq: average improvement in quality (RouterBench, arXiv 2403.12031): area under the non-decreasing concave hull of
     quality over cost, over the range of cost. apgr: average performance gap recovered (RouteLLM, arXiv 2406.18665), 0
-    for the cheapest config everywhere, .5 for even mixes of it with the dearest; NaN where the dearest is no better.
+    for the cheapest config everywhere, .5 for even mixes of it with the dearest, over 1 where a curve is on the whole
+    better than the dearest config, which need not be the best; NaN where the dearest is no better than the cheapest.
     """
 
     aiq: float
