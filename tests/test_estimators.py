@@ -241,16 +241,27 @@ def test_wrong_propensities_are_noticed():
 def test_a_share_that_no_row_stands_for_widens_the_interval():
     rng = np.random.default_rng(5)
     left = rng.normal(size=4000)
-    everywhere = np.where(rng.random(4000) < 0.5, 2.0, 0.0)
-    assert unseen_error(everywhere, left) < 0.1
+    everywhere, even = np.where(rng.random(4000) < 0.5, 2.0, 0.0), np.full(4000, 0.5)
+    assert unseen_error(everywhere, left, even) < 0.1
     # 1 % missing, and 1.6 % would be chance
-    assert unseen_error(np.where(np.arange(4000) < 1980, 2.0, 0.0), left) == 0.0
+    assert unseen_error(np.where(np.arange(4000) < 1980, 2.0, 0.0), left, even) == 0.0
     # without chance whatever is missing is missing: 1 % of the spread of the rest
     alone = np.where(np.arange(4000) < 3960, 1.0, 0.0)
-    assert unseen_error(alone, left) == pytest.approx(0.01 * left[:3960].std())
-    assert unseen_error(np.zeros(4000), left) == 0.0
+    assert unseen_error(alone, left, even) == pytest.approx(0.01 * left[:3960].std())
     half = np.where(np.arange(4000) < 2000, everywhere, 0.0)
-    assert unseen_error(half, left) == pytest.approx(0.5, rel=0.1)
+    assert unseen_error(half, left, even) == pytest.approx(0.5, rel=0.1)
+    assert unseen_error(np.zeros(4000), left, even) == 0.0
+
+
+def test_rounds_of_tiny_propensity_count_as_unseen_though_the_weights_hardly_miss_them():
+    rng = np.random.default_rng(6)
+    left, hard = rng.normal(size=4000), np.arange(4000) < 80
+    weight = np.where((rng.random(4000) < 0.5) & ~hard, 2.0, 0.0)
+    most = np.where(hard, 0.001, 0.5)
+    # of 80 such rounds .08 are expected to match, and of the others five more are as good as unseen
+    assert unseen_error(weight, left, most) == pytest.approx(85 / 4000, rel=0.1)
+    weight[0] = 1000.0  # the one that matched stands for all of them
+    assert unseen_error(weight, left, most) == 0.0
 
 
 @pytest.mark.parametrize("log", simulate_logs.LOGS)

@@ -26,6 +26,8 @@ ODD_SIGMAS, ODD_SHARE = 5.0, 0.1
 RARE_ROWS = 2.0
 # matched weights that add up to fewer rounds by more standard errors leave some rounds unseen
 UNSEEN_SIGMAS = 2.0
+# rounds of which so many are expected to match, or fewer, show none in 1 - LEVEL of logs or more
+UNSEEN_ROUNDS = -math.log(1.0 - LEVEL)
 
 
 @dataclass(frozen=True)
@@ -143,18 +145,25 @@ def effective_size(weight_N: Floats) -> float:
     return float(weight_N.sum()) ** 2 / squares if squares > 0 else 0.0
 
 
-def unseen_error(weight_N: Floats, left_N: Floats) -> float:
+def unseen_error(weight_N: Floats, left_N: Floats, most_N: Floats) -> float:
     """Standard error of Σw·left / Σw for the rounds that no matched one stands for, 0 where that is but chance.
 
     Matched weights add up to N. Where they add up to far less, rounds of small propensity did not come up, or some had
-    none: a share of rounds is missing, and so is their part in the influences. What is left of them may be off by the
-    spread of what is left of the others.
+    none: a share of rounds is missing, and so is their part in the influences. Of few such rounds the sum does not
+    tell, but their propensities do. most_N: the largest propensity that each round's pick may have had; the rounds of
+    smallest ones, of which UNSEEN_ROUNDS are expected to match, are missing but for what matched ones among them stand
+    for. What is left of the missing may be off by the spread of what is left of the others.
     """
     total, rounds = float(weight_N.sum()), len(weight_N)
-    missing = 1.0 - total / rounds if rounds else 0.0
-    chance = math.sqrt(max(float(weight_N @ (weight_N - 1.0)), 0.0)) / max(rounds, 1)
-    if total == 0 or missing <= UNSEEN_SIGMAS * chance:
+    if total == 0:
         return 0.0
+    missing = 1.0 - total / rounds
+    chance = math.sqrt(max(float(weight_N @ (weight_N - 1.0)), 0.0)) / rounds
+    if missing <= UNSEEN_SIGMAS * chance:
+        missing = 0.0
+    order = np.argsort(most_N, kind="stable")
+    rare = order[np.cumsum(most_N[order]) <= UNSEEN_ROUNDS]
+    missing = max(missing, (len(rare) - float(weight_N[rare].sum())) / rounds)
     away_N = left_N - float(weight_N @ left_N) / total
     return missing * math.sqrt(float(weight_N @ away_N**2) / total)
 

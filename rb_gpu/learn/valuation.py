@@ -203,7 +203,10 @@ class Valuation:
             reach = share * float(np.ptp(self.rows.utility))
             return 0.0 - reach, reach
         left_N = self._unexplained
-        unseen = [share * unseen_error(weight_N[differs_N], left_N[differs_N]) for weight_N in compared]
+        unseen = [
+            share * unseen_error(weight_N[differs_N], left_N[differs_N], self._most(weight_N)[differs_N])
+            for weight_N in compared
+        ]
         return utility.interval(self.round_query, size, math.hypot(*unseen, self.rare(choice_Q, other_Q)))
 
     def rare(self, choice_Q: Choice, other_Q: Choice | None = None) -> float:
@@ -225,6 +228,14 @@ class Valuation:
                 value_Q = value_Q - self.rows.by_query(self.weights(other_Q) * y_N)
             sizes.append(_size(value_Q[differs_Q] - value_Q[differs_Q].mean(), y_N))
         return share * rare_error(np.ones(int(differs_Q.sum())), max(sizes))
+
+    def _most(self, weight_N: Floats) -> Floats:
+        """(N,) the largest propensity that what is picked may have had: a row's own where it matched, what its own
+        choice left where it did not; endless where another row of its query matched.
+        """
+        matched_Q = self.rows.by_query(weight_N) > 0
+        other_N = np.where(matched_Q[self.rows.query_row], np.inf, 1.0 - self._pscore)
+        return np.where(weight_N > 0, self._pscore, other_N)
 
     @cached_property
     def _unexplained(self) -> Floats:
