@@ -118,8 +118,7 @@ def pool(
     tested: what chance alone could show is taken as nothing, so that equal configs stay equal: a config's effect on the
     whole is 0 unless a test rejects that, and its τ² are 0 unless Cochran's Q over the leaves rejects homogeneity, at
     FAMILY_ERROR for all configs and both tests together. proven: whether choices must be shown to pay as a whole before
-    any is made: configs whose own leaves show nothing then have one τ² of the leaves together, as where configs are
-    many each has too few rows to show its own.
+    any is made: the τ² of the leaves are then not tested, but drawn together.
     """
     levels = [*parents, np.zeros(_width(parents, len(effect)), dtype=np.int64)]
     mean, var = effect, variance
@@ -128,8 +127,8 @@ def pool(
     for parent in levels:
         groups = int(parent.max()) + 1
         tau2 = np.where(varied, paule_mandel(mean, var, parent, groups), 0.0)
-        if proven and not messages and not varied.all():
-            tau2[~varied] = _one_tau2(mean[:, ~varied], var[:, ~varied], parent, groups)
+        if proven and not messages:
+            tau2 = _drawn_together(mean, var, parent, groups, tau2)
         precision = np.where(np.isfinite(var), 1.0 / (var + tau2), 0.0)
         messages.append((mean, var, precision, tau2))
         total = _add(precision, parent, groups)
@@ -191,10 +190,32 @@ def paule_mandel(mean: Floats, var: Floats, parent: Rows, groups: int) -> Floats
     return np.where(over_dispersed, 0.5 * (low + high), 0.0)
 
 
-def _one_tau2(mean: Floats, var: Floats, parent: Rows, groups: int) -> float:
-    """τ² of all these configs as one, each with means of its own."""
-    own = (parent + groups * np.arange(mean.shape[1])[:, None]).ravel()
-    return float(paule_mandel(mean.T.reshape(-1, 1), var.T.reshape(-1, 1), own, groups * mean.shape[1])[0])
+def _drawn_together(mean: Floats, var: Floats, parent: Rows, groups: int, alone: Floats) -> Floats:
+    """τ² (C,) of each config drawn to that of all as one, as far as chance explains how they differ (James & Stein
+    1961): where configs are many, each has too few rows to show its own. Each `alone` where only one has any.
+
+    A config's own is the moment estimate (DerSimonian & Laird 1986), whose chance error is that of equal variances.
+    """
+    weight = np.where(np.isfinite(var), 1.0 / var, 0.0)
+    total = _add(weight, parent, groups)
+    centre = np.divide(_add(weight * mean, parent, groups), total, out=np.zeros(total.shape), where=total > 0)
+    lost = np.divide(_add(weight**2, parent, groups), total, out=np.zeros(total.shape), where=total > 0)
+    freedom = (np.count_nonzero(weight, axis=0) - np.count_nonzero(total, axis=0)).astype(np.float64)
+    scale = weight.sum(0) - lost.sum(0)
+    known = (freedom > 0) & (scale > 0)
+    if np.count_nonzero(known) < 2:
+        return alone
+    squares, freedom, scale = (weight * (mean - centre[parent]) ** 2).sum(0)[known], freedom[known], scale[known]
+    configs = mean.shape[1]
+    of_all = (parent + groups * np.arange(configs)[:, None]).ravel()
+    together = paule_mandel(mean.T.reshape(-1, 1), var.T.reshape(-1, 1), of_all, groups * configs)[0]
+    own = (squares - freedom) / scale
+    chance = 2.0 * (freedom / scale + together) ** 2 / freedom
+    differ = float(((own - together) ** 2).mean())
+    share = min(1.0, float(chance.mean()) / differ) if differ > 0 else 1.0
+    out = np.full(configs, together)
+    out[known] = np.maximum(share * together + (1.0 - share) * own, 0.0)
+    return out
 
 
 def believe(

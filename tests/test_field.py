@@ -13,8 +13,9 @@ from pretend import pretended  # noqa: E402
 
 from rb_gpu.bank import ReasoningBank  # noqa: E402
 from rb_gpu.errors import ArtifactError  # noqa: E402
+from rb_gpu.evidence import OUTCOMES  # noqa: E402
 from rb_gpu.field import FIELD_ARRAYS, SLOPES  # noqa: E402
-from rb_gpu.learn import learn  # noqa: E402
+from rb_gpu.learn import landmarks, learn  # noqa: E402
 from rb_gpu.learn.canonical import average_coordinates, canonical  # noqa: E402
 from rb_gpu.learn.config import ClusterConfig, DeviceConfig, JudgeConfig, ParamsConfig, TrainConfig  # noqa: E402
 from rb_gpu.learn.field import Regressions, Rows, fit  # noqa: E402
@@ -22,6 +23,7 @@ from rb_gpu.learn.landmarks import AXES, _axes  # noqa: E402
 from rb_gpu.learn.ridge import FOLDS, RIDGES, Ridge, average, repeated  # noqa: E402
 from rb_gpu.learn.trajectories import Source, assemble  # noqa: E402
 from rb_gpu.normal import normal_quantile  # noqa: E402
+from rb_gpu.objective import Objective  # noqa: E402
 from rb_gpu.types import Tradeoff  # noqa: E402
 from tests.null_worlds import world  # noqa: E402
 
@@ -480,6 +482,29 @@ def test_landmarks_lie_on_the_axes_along_which_queries_spread_most():
     assert np.square(axes_RD @ vectors[:, -12:]).sum() == pytest.approx(12, abs=1e-4)
     held = np.square(x_QD @ axes_RD.T).sum()
     assert 0.995 * values[-AXES:].sum() < held <= values[-AXES:].sum() * (1 + 1e-5)
+
+
+def test_choices_are_tried_on_more_queries_than_regressions_see(monkeypatch):
+    # of a million rows and 120 configs the gate saw 4 rows a cell, and found nothing that pays
+    def tried(n):
+        monkeypatch.setattr(landmarks, "MAX_QUERIES", 400)
+        monkeypatch.setattr(landmarks, "TRIAL_QUERIES", n)
+        log, leaf_Q, weight_N = table(3), np.arange(1500) % 7, torch.ones(1500)
+        objective = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
+        unit_QD = torch.nn.functional.normalize(torch.as_tensor(log.x_QD), dim=1)
+        found = landmarks.foretell(unit_QD, leaf_Q, log, weight_N, objective, 0, torch.device("cpu"))
+        return found.trial, found.unseen_NO
+
+    (few, _), (many, unseen_NO) = tried(400), tried(1000)
+    assert few.rows.queries == 400 and many.rows.queries == 1000
+    f1 = OUTCOMES.index("f1")
+    at_N = torch.nonzero((unseen_NO[:, f1][:, None] == many.fits[f1].unseen_N).any(1)).squeeze(1)
+    # one config a query: what is foretold of the pick is what was foretold of the row, but for what all share
+    assert len(at_N) == 1000
+    gap_N = many.fits[f1].unseen_QC[many.rows.query_N, many.rows.config_N] - many.fits[f1].unseen_N
+    fitted_N = torch.isin(many.fits[f1].unseen_N, few.fits[f1].unseen_N)
+    assert int(fitted_N.sum()) == 400 and float(gap_N[~fitted_N].abs().max()) < 1e-9
+    assert torch.equal(many.leaf_Q[many.rows.query_N], at_N % 7)
 
 
 def test_few_dims_are_all_axes():

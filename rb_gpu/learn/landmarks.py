@@ -38,6 +38,8 @@ QUERIES_PER_LANDMARK = 8
 LEAST_LANDMARKS = 4
 # queries that the regressions see: far more than their coefficients need
 MAX_QUERIES = 2**15
+# queries on which choices are tried: where configs are many, leaves show what they do only in many rows
+TRIAL_QUERIES = 2**17
 # a landmark's own variance beside the kernel's 1: coefficients stay small enough for float32
 NUGGET = 1e-3
 
@@ -127,8 +129,9 @@ def foretell(
     """
     queries, configs = len(unit_QD), len(trajectories.configs)
     generator = torch.Generator().manual_seed(seed)
-    chosen_Q = torch.zeros(queries, dtype=torch.bool)
-    chosen_Q[torch.randperm(queries, generator=generator)[:MAX_QUERIES]] = True
+    chosen_Q, tried_Q = torch.zeros(2, queries, dtype=torch.bool)
+    drawn = torch.randperm(queries, generator=generator)
+    chosen_Q[drawn[:MAX_QUERIES]], tried_Q[drawn[:TRIAL_QUERIES]] = True, True
     unit_CD = unit_QD[chosen_Q]
     landmarks = min(LANDMARKS, len(unit_CD) // QUERIES_PER_LANDMARK)
     if landmarks < LEAST_LANDMARKS or configs < 2:
@@ -169,6 +172,11 @@ def foretell(
         # of the kernels themselves: whitening those of all queries would take longer than all the rest
         for s, (factor, coef) in enumerate(zip(factors, one.coefs, strict=True)):
             coef_SMCO[s, ..., o] = torch.linalg.solve_triangular(factor.T, coef, upper=True)
+    tried_rows, in_trial_N = _rows(tried_Q, trajectories, weight_N, device)
+    tried_at_Q = torch.cumsum(tried_Q, 0) - 1
+    away = {o: base_CO.new_empty(tried_rows.queries, configs) for o in fits}
+    for o, one in fits.items():
+        away[o][tried_at_Q[chosen_Q].to(device)] = one.unseen_QC
     mass_U = base_CO.new_zeros(leaves + 1)
     sums = [base_CO.new_zeros(leaves + 1, landmarks) for _ in SLOPES]
     order = torch.argsort(all_rows, stable=True)
@@ -185,6 +193,10 @@ def foretell(
         mine = order[int(bounds[tile.start]) : int(bounds[min(tile.stop, queries)])]
         mine = mine[~in_fit_N[mine]]
         unseen_NO[mine] = said_TCO[all_rows[mine] - tile.start, config_N[mine]] + base_CO[config_N[mine]]
+        more = torch.nonzero((tried_Q & ~chosen_Q)[tile]).squeeze(1)
+        place, more = tried_at_Q[tile][more].to(device), more.to(device)
+        for o, away_QC in away.items():
+            away_QC[place] = said_TCO[more, :, o] + base_CO[:, o]
         for at, values in ((0, said_TCO), (2, said_TCO - said_TCO[:, [default]])):
             reach[at] = torch.minimum(reach[at], values.amin(0))
             reach[at + 1] = torch.maximum(reach[at + 1], values.amax(0))
@@ -196,6 +208,10 @@ def foretell(
     level_variance_CO, gain_variance_UCO, quality_variance_UC = _variances(
         fits, rows, y_NO[in_fit_N], means, default, OUTCOMES.index(objective.quality)
     )
+    trial = {
+        o: replace(one, coefs=[], ridges={}, unseen_N=unseen_NO[in_trial_N, o], unseen_QC=away[o])
+        for o, one in fits.items()
+    }
     return Foretold(
         axes_RD.cpu().numpy(),
         landmarks_MR.cpu().numpy(),
@@ -208,12 +224,7 @@ def foretell(
         quality_variance_UC.cpu().numpy(),
         unseen_NO,
         unseen,
-        Trial(
-            {o: replace(one, coefs=[], ridges={}) for o, one in fits.items()},
-            rows,
-            y_NO[in_fit_N],
-            label[chosen_Q.to(device)],
-        ),
+        Trial(trial, tried_rows, y_NO[in_trial_N], label[tried_Q.to(device)]),
     )
 
 
