@@ -96,9 +96,9 @@ def pays(
     default_C[default] = 1.0
     by_query, alike = (_p_value(shares_QC - default_C, pseudo, rows) for shares_QC in (by_query_QC, alike_QC))
     by_place = _p_value(_from_place_to_place(by_query_QC), pseudo, rows)
-    # leaves deviate in every world
-    rare = not rows.full and any(one.deviates for one in fits.values())
-    place_error = (LOG_PLACE_ERROR if in_use else LIKELIER) if rare else FULL_PLACE_ERROR
+    # leaves seem to deviate in every world, unlike the field of a log
+    by_field = not rows.full and any(one.deviates for one in fits.values())
+    place_error = (LOG_PLACE_ERROR if in_use else LIKELIER) if by_field else FULL_PLACE_ERROR
     if not in_use:
         return by_place < place_error
     if by_place < place_error and by_query < LIKELIER:
