@@ -23,13 +23,19 @@ KINDS = (
     "95 % of traffic on the default",
     "hard queries go to dear configs",
     "the default is best everywhere, in places by more",
+    "queries run 5 times each and differ",
+    "queries run 20 times each and differ",
 )
 
 
 def world(kind: str, rows: int, rng: np.random.Generator) -> Trajectories:
-    """A log of one config per query with propensities; quality depends on the query alone, but for one bad config."""
-    x = rng.normal(size=(rows, DIM)).astype(np.float32)
-    quality = 0.5 + 0.2 * (x[:, 0] > 0)
+    """A log of one config per row with propensities; quality depends on the query alone, but for one bad config."""
+    times = next((n for n in (5, 20) if f"run {n} times" in kind), 1)
+    query = np.arange(rows) // times
+    x = rng.normal(size=(query[-1] + 1, DIM)).astype(np.float32)
+    quality = 0.5 + 0.2 * (x[query, 0] > 0)
+    if times > 1:
+        quality += 0.2 * rng.normal(size=len(x))[query]
     propensity = np.full((rows, CONFIGS), 1.0 / CONFIGS)
     if kind == "95 % of traffic on the default":
         propensity[:] = 0.05 / (CONFIGS - 1)
@@ -44,11 +50,11 @@ def world(kind: str, rows: int, rng: np.random.Generator) -> Trajectories:
     if kind == "one bad config":
         quality -= 0.2 * (config == CONFIGS - 1)
     elif kind == "the default is best everywhere, in places by more":
-        quality -= (0.02 + 0.15 * (x[:, 1] > 0)) * (config != DEFAULT)
+        quality -= (0.02 + 0.15 * (x[query, 1] > 0)) * (config != DEFAULT)
     found = np.clip(quality, 0.0, 1.0).astype(np.float32)
     columns = {
-        "id": np.arange(rows, dtype=np.uint64), "query_id": np.arange(rows, dtype=np.uint64), "x_QD": x,
-        "query_row": np.arange(rows), "query_time": np.arange(rows), "timestamp": np.arange(rows),
+        "id": np.arange(rows, dtype=np.uint64), "query_id": np.arange(len(x), dtype=np.uint64), "x_QD": x,
+        "query_row": query, "query_time": np.arange(len(x)), "timestamp": query,
         "ef_search": (config + 1).astype(np.uint32), "precision": found, "recall": found,
         "latency_us": np.full(rows, 1000), "propensity": propensity[np.arange(rows), config].astype(np.float32),
     }  # fmt: skip
