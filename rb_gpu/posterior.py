@@ -106,7 +106,7 @@ def _error(variance: Floats, size: Floats) -> Floats:
 
 
 def pool(
-    effect: Floats, variance: Floats, parents: Sequence[Rows], tested: bool, proven: bool = False
+    effect: Floats, variance: Floats, parents: Sequence[Rows], tested: bool, gated: bool = False
 ) -> tuple[Floats, Floats, Floats]:
     """Posterior mean and variance of every cell (P, C), and the variance of the root (C,).
 
@@ -117,7 +117,7 @@ def pool(
 
     tested: what chance alone could show is taken as nothing, so that equal configs stay equal: a config's effect on the
     whole is 0 unless a test rejects that, and its τ² are 0 unless Cochran's Q over the leaves rejects homogeneity, at
-    FAMILY_ERROR for all configs and both tests together. proven: whether choices must be shown to pay as a whole before
+    FAMILY_ERROR for all configs and both tests together. gated: whether choices must be shown to pay as a whole before
     any is made: the τ² of the leaves are then not tested, but drawn together.
     """
     levels = [*parents, np.zeros(_width(parents, len(effect)), dtype=np.int64)]
@@ -127,7 +127,7 @@ def pool(
     for parent in levels:
         groups = int(parent.max()) + 1
         tau2 = np.where(varied, paule_mandel(mean, var, parent, groups), 0.0)
-        if proven and not messages:
+        if gated and not messages:
             tau2 = _drawn_together(mean, var, parent, groups, tau2)
         precision = np.where(np.isfinite(var), 1.0 / (var + tau2), 0.0)
         messages.append((mean, var, precision, tau2))
@@ -237,9 +237,10 @@ def believe(
     evidence = evidence.with_unknown()
     parents = [np.append(parent, parent.max() + 1) for parent in parents]
     effect, variance = effects(judged, objective.direction, default)
-    gain, gain_variance, root_variance = pool(effect, variance, parents, tested=True, proven=field is not None)
+    gain, gain_variance, root_variance = pool(effect, variance, parents, tested=True, gated=field is not None)
     if field is not None:
         foretold, foretold_variance, root_variance = _foretold(field, objective.direction, default)
+        # a τ² that was drawn together has some of what is hidden; without, confidence of small logs errs twice as far
         gain, gain_variance = gain + foretold, gain_variance + foretold_variance + hidden(effect, variance)
     gain[:, default], gain_variance[:, default] = 0.0, 0.0
     configs = len(root_variance)

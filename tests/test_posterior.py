@@ -76,10 +76,10 @@ def test_configs_of_few_rows_show_together_that_leaves_differ():
     for seed in range(10):
         rng = np.random.default_rng(seed)
         best, effect, variance = rng.integers(60, size=32), rng.normal(size=(32, 60)), np.ones((32, 60))
-        moved.append(np.abs(pool(effect, variance, [], True, proven=True)[0]).mean())
+        moved.append(np.abs(pool(effect, variance, [], True, gated=True)[0]).mean())
         effect[np.arange(32), best] += 5.0
         right.append(
-            [(pool(effect, variance, [], True, proven=way)[0].argmax(1) == best).mean() for way in (False, True)]
+            [(pool(effect, variance, [], True, gated=way)[0].argmax(1) == best).mean() for way in (False, True)]
         )
     alone, together = np.mean(right, axis=0)
     assert alone < 0.75 < 0.9 < together
