@@ -44,7 +44,7 @@ def check_nonnegative(key: str, value: float) -> None:
 
 def check_weight(key: str, value: float) -> None:
     """Raises ConfigError unless a lookup can weigh by it in float32: 0 <= value <= MAX_WEIGHT."""
-    check(key, value, 0 <= value <= MAX_WEIGHT, f"a number in [0, {MAX_WEIGHT:g}]", "1 outweighs quality")
+    check(key, value, 0 <= value <= MAX_WEIGHT, f"a number in [0, {MAX_WEIGHT:g}]", "lower it: 1 is much already")
 
 
 def is_auto(value: int | float | str | None) -> bool:

@@ -47,7 +47,8 @@ NUGGET = 1e-3
 @dataclass(frozen=True)
 class Trial:
     """What tells whether choices pay: the fits by outcome without the regressions behind them, their rows, the rows'
-    outcomes (N, O), and the leaves of the queries (Q,).
+    outcomes (N, O), and the leaves of the queries (Q,). Queries that the regressions did not see have in unseen_QC also
+    what all configs share, on which no choice depends.
     """
 
     fits: dict[int, Fit]

@@ -23,7 +23,8 @@ DRAWS = 64
 # 5 % less what folds that share rows take for known: without it 5 to 6 % of worlds without a better config passed
 FAMILY_ERROR = 0.04
 # of the test whether choices by place beat the same choices regardless of it. The field of a log deviates from place to
-# place only where unseen rows bear it out, so that it errs in 1 world of 100; one of a full table does in 1 of 10
+# place only where unseen rows bear it out, so that it errs in 1 world of 100; one of a full table does in 1 of 10, and
+# leaves, which are all there is where no field of a log deviates, seem to in every world
 LOG_PLACE_ERROR, FULL_PLACE_ERROR = 0.05, 0.01
 # of an estimate that is a gain, however unsure
 LIKELIER = 0.5
@@ -67,8 +68,8 @@ def pays(
     it is worse in places. It is enough there that shares by place beat the same shares dealt out regardless of it, as
     in the test for heterogeneity of Chernozhukov, Demirer, Duflo & Fernández-Val (2018), and seem worth more than the
     default. in_use: whether a service runs the default. Where the best single config of an experiment stands in for one
-    that nothing surely beat, that is not asked again, and choices by place need but seem a gain.
-    Nothing is known to beat a default that hardly ran: false.
+    that nothing surely beat, that is not asked again, and choices by place, where the field deviates, need but seem a
+    gain. Nothing is known to beat a default that hardly ran: false.
     """
     if int((rows.config_N == default).sum()) < LEAST_DEFAULT:
         return False
@@ -96,7 +97,6 @@ def pays(
     default_C[default] = 1.0
     by_query, alike = (_p_value(shares_QC - default_C, pseudo, rows) for shares_QC in (by_query_QC, alike_QC))
     by_place = _p_value(_from_place_to_place(by_query_QC), pseudo, rows)
-    # leaves seem to deviate in every world, unlike the field of a log
     by_field = not rows.full and any(one.deviates for one in fits.values())
     place_error = (LOG_PLACE_ERROR if in_use else LIKELIER) if by_field else FULL_PLACE_ERROR
     if not in_use:
@@ -137,10 +137,10 @@ def _shares(pseudo: Pseudo, rows: Rows, default: int, generator: torch.Generator
         mine_leaf_Q = pseudo.leaf_Q[mine_Q]
         local_QC = pseudo.away_QC[mine_Q] - mean_C + leaf_PC[mine_leaf_Q]
         local_QC = local_QC - local_QC[:, [default]]
-        best_QC = torch.zeros_like(local_QC)
+        best_QC, by_leaf = torch.zeros_like(local_QC), bool((spread_PC > 0).any())
         for noise_C in noise_GC:
             guess_QC = local_QC + level_C + noise_C
-            if float(spread_PC.max()) > 0:
+            if by_leaf:
                 noise_PC = torch.randn(spread_PC.shape, generator=generator, dtype=torch.float64).to(gain_C) * spread_PC
                 guess_QC = guess_QC + (noise_PC - noise_PC[:, [default]])[mine_leaf_Q]
             best_Q = guess_QC.argmax(1, keepdim=True)
