@@ -3,7 +3,7 @@
 Three questions: do queries fall into the patterns in other shares, do their embeddings lie elsewhere, and do the
 configs now fare otherwise inside the patterns. All are tested as if queries came independently: bursts of like queries
 (one user, one session) are a change to these tests, as they are to a bank that learned before the burst.
-Suffixes: Q queries, N (query, config) pairs, P leaves, C configs, D dims, F features, U cells of a leaf and a config.
+Suffixes: Q queries, N (query, config) pairs, P leaves, D dims, F features.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from scipy import stats
 
 from rb_gpu.learn.distances import label_sums
+from rb_gpu.learn.drift_outcomes import ConfigDrift, Utilities, compare_outcomes
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.valuation import held_out_outcomes
-from rb_gpu.learn.verdicts import benjamini_hochberg
 from rb_gpu.objective import Objective
 
 Floats = npt.NDArray[np.float64]
@@ -55,22 +55,6 @@ class EmbeddingDrift:
 
     auc: float
     p_value: float
-
-
-@dataclass(frozen=True)
-class ConfigDrift:
-    """Mean utility of a config inside patterns, newest less training; queries: of both sides in comparable cells.
-
-    p_shift: has it moved in all patterns together, p_patterns: in some against others. q_value: the lesser of the two,
-    corrected over both and over the configs (Benjamini & Hochberg 1995). NaN where no cell has queries of both sides.
-    """
-
-    config: str
-    queries: int
-    change: float
-    p_shift: float
-    p_patterns: float
-    q_value: float
 
 
 @dataclass(frozen=True)
@@ -244,72 +228,11 @@ def hotelling(old_QF: Floats, new_QF: Floats) -> EmbeddingDrift:
     return EmbeddingDrift(float(stats.norm.cdf(math.sqrt(max(apart, 0.0) / 2))), p_value)
 
 
-@dataclass(frozen=True)
-class Utilities:
-    """Mean utility of each (query, config) pair (N,), its leaf and its config."""
-
-    value: Floats
-    leaf: Rows
-    config: Rows
-
-
 def _utilities(table: Trajectories, objective: Objective, leaf_Q: Rows) -> Utilities:
     rows = held_out_outcomes(table, objective)
     pair_N, which = np.unique(rows.query_row * len(table.configs) + rows.config_id, return_inverse=True)
     value = np.bincount(which, weights=rows.utility) / np.bincount(which)
     return Utilities(value, leaf_Q[pair_N // len(table.configs)], pair_N % len(table.configs))
-
-
-def compare_outcomes(old: Utilities, new: Utilities, configs: list[str]) -> list[ConfigDrift]:
-    """Whether each config's mean utility inside leaves changed, of the rows as they were logged.
-
-    A cell's difference has the variance s²·(1/n + 1/m) when its queries are dealt out at random, with s² about the mean
-    of both sides. The sum of differences weighted by n·m / (n + m) over its root is the shift, normal (a stratified
-    permutation test, van Elteren 1960); what is left of the cells' squares, chi-squared with a degree less than cells
-    (Cochran 1954), are patterns that moved against each other.
-    """
-    width, leaves = len(configs), 1 + max(int(old.leaf.max()), int(new.leaf.max()))
-    cell = np.concatenate([old.leaf * width + old.config, new.leaf * width + new.config])
-    value = np.concatenate([old.value, new.value])
-    is_new = np.repeat([0.0, 1.0], [len(old.value), len(new.value)])
-
-    def per_cell(x: Floats) -> Floats:
-        return np.bincount(cell, weights=x, minlength=leaves * width).astype(np.float64)
-
-    total_U, m_U = per_cell(np.ones(len(value))), per_cell(is_new)
-    n_U = total_U - m_U
-    middle_U = per_cell(value) / np.maximum(total_U, 1.0)
-    away = value - middle_U[cell]
-    variance_U = per_cell(away**2) / np.maximum(total_U - 1.0, 1.0)
-    kept_U = (np.minimum(n_U, m_U) >= 1) & (variance_U > 1e-12 * (1.0 + middle_U**2))
-    weight_U = np.where(kept_U, n_U * m_U / np.maximum(total_U, 1.0), 0.0)
-    # the newest's sum of deviations is weight times difference
-    score_U = np.where(kept_U, per_cell(away * is_new), 0.0)
-    square_U = np.divide(score_U**2, weight_U * variance_U, out=np.zeros_like(score_U), where=kept_U)
-
-    def over_leaves(x_U: npt.NDArray[np.generic]) -> Floats:
-        return np.asarray(x_U.reshape(leaves, width).sum(0), dtype=np.float64)
-
-    with np.errstate(divide="ignore", invalid="ignore"):
-        change_C = over_leaves(score_U) / over_leaves(weight_U)
-        z2_C = over_leaves(score_U) ** 2 / over_leaves(weight_U * variance_U)
-    cells_C = over_leaves(kept_U)
-    p_C2 = np.stack(
-        [
-            stats.chi2.sf(z2_C, 1),
-            np.where(cells_C > 1, stats.chi2.sf(over_leaves(square_U) - z2_C, np.maximum(cells_C - 1, 1)), np.nan),
-        ],
-        axis=1,
-    )
-    q_C2 = benjamini_hochberg(p_C2.ravel()).reshape(p_C2.shape)
-    q_C = np.where(np.isnan(q_C2).all(1), np.nan, np.nan_to_num(q_C2, nan=1.0).min(1))
-    queries_C = over_leaves(np.where(kept_U, total_U, 0.0))
-    return [
-        ConfigDrift(
-            configs[c], int(queries_C[c]), float(change_C[c]), float(p_C2[c, 0]), float(p_C2[c, 1]), float(q_C[c])
-        )
-        for c in range(width)
-    ]
 
 
 def _warnings(shares: ShareDrift, embeddings: EmbeddingDrift, outcomes: list[ConfigDrift]) -> list[str]:
