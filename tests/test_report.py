@@ -253,10 +253,14 @@ def test_a_log_without_cost_or_propensities_has_a_report_that_claims_less(pages)
 
 
 def test_ticks_hold_the_values_and_numbers_read_well():
-    for values in ([0.0, 1.0], [0.8335, 0.8433], [508.2, 16492.0], [-0.055, 0.013], [3.0, 3.0], [1e-9, 2e-9]):
+    # the estimated qualities of a log whose quality is always 1 differ by rounding: the axis had no length
+    always_one = [1.0 - 2e-16, 1.0, 1.0 + 2e-16]
+    for values in ([0.0, 1.0], [0.8335, 0.8433], [508.2, 16492.0], [-0.055, 0.013], [3.0, 3.0], [1e-9, 2e-9],
+                   always_one, [0.7, 0.7 + 2e-16]):  # fmt: skip
         axis = linear_axis("", values)
         assert axis.low <= min(values) and axis.high >= max(values) and 2 <= len(axis.ticks) <= 7
         assert len({text for _, text in axis.ticks}) == len(axis.ticks)
+        assert 0.0 <= axis.share(values[0]) <= 1.0
     assert [text for _, text in log_axis("", 200.0, 5000.0, latency).ticks] == ["300 µs", "1 ms", "3 ms"]
     assert (short(0.00004321), short(1234567.0, 4), short(0.0), short(None)) == ("4.32e-05", "1,234,567", "0", "–")
     assert (change(2.0, 2.5), change(2.0, 8.0), change(0.0, 1.0)) == ("+25.0 %", "×4", "–")

@@ -42,7 +42,8 @@ class Axis:
 def linear_axis(label: str, values: Sequence[float], text: Callable[[float], str] | None = None) -> Axis:
     """An axis that holds the values, with at most seven ticks at 1, 2 or 5 times a power of ten. text: of a tick."""
     low, high = min(values), max(values)
-    if not high > low:
+    # what differs by rounding alone has no step that its values could bear
+    if not high - low > 1e-9 * max(abs(low), abs(high)):
         pad = 0.05 * abs(low) or 0.5
         low, high = low - pad, high + pad
     rough = (high - low) / 5
