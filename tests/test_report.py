@@ -132,6 +132,20 @@ def test_the_first_screen_answers_against_what_is_served(pages, gain, word):
     assert (said.better, said.headline) == ("Yes", "Better than the champion")
 
 
+def test_a_gain_that_rests_on_false_propensities_is_no_answer(pages):
+    """The page said "Better than the default, +0.0382 to +0.1182" of values that its own warning called wrong."""
+    facts = pages.facts()
+    facts["evaluation"] |= {"misled": ["default"], "warnings": ["propensity: does not add up"]}
+    facts["evaluation"]["bank_gains"]["default"] = {"gain": 0.08, "low": 0.04, "high": 0.12}
+    said = answer(pages.bank, facts)
+    assert (said.better, said.state) == ("Unknown", "none") and "propensities" in said.headline
+    assert (said.gain, said.interval, said.unknown) == ("Unknown", "Unknown", "propensity: does not add up")
+    assert any("best single config" in other for other in said.others)
+    facts["evaluation"]["misled"] = ["best single config"]
+    said = answer(pages.bank, facts)
+    assert said.better == "Yes" and not any("best single config" in other for other in said.others)
+
+
 def test_no_string_of_the_data_becomes_markup(pages):
     evil = "<img src=x onerror=alert(1)>'\"&"
     data = make_bank()

@@ -93,17 +93,24 @@ def answer(bank: ReasoningBank, facts: dict[str, Any]) -> Answer:
     gain = evaluation["bank_gains"][served]
     values = {value["name"]: value for value in evaluation["values"]}
     before, after = values[served], values["bank"]
-    low, high = gain["low"], gain["high"]
     broken, kind = evaluation["broken"], bank.data.objective.kind
+    unchanged = served == "default" and not after["acted"]
+    misled = set(evaluation["misled"])
+    doubted = bool(misled & {"bank", served}) and not unchanged
+    if doubted:
+        gain = {"gain": None, "low": None, "high": None}
+    low, high = gain["low"], gain["high"]
     if facts["counts"]["configs"] == 1:
         state, word, headline = "none", "No choice", "Nothing to choose from: the log has one config"
+    elif doubted:
+        state, word, headline = "none", "Unknown", "Nobody can say: the logged propensities contradict the log"
     elif "bank" in broken:
         state, word, headline = "bad", "No", f"The bank breaks the {kind} that was asked for"
     elif served in broken:
         state, word, headline = "good", "Yes", f"Keeps the {kind} that was asked for, which the {served} breaks"
     elif low is None or high is None:
         state, word, headline = "none", "Unknown", "Nobody can say yet whether this bank is better"
-    elif served == "default" and not after["acted"]:
+    elif unchanged:
         state, word, headline = "none", "No change", "The default stands for every held-out query"
     elif low > 0:
         state, word, headline = "good", "Yes", f"Better than the {served}"
@@ -121,13 +128,16 @@ def answer(bank: ReasoningBank, facts: dict[str, Any]) -> Answer:
         interval="Unknown" if low is None else interval(low, high),
         whisker=whisker(low, gain["gain"], high, ends, 0.0) if ends[1] > ends[0] else Markup(),
         amounts=_amounts(before, after),
-        unknown=after["unknown"] or before["unknown"],
+        unknown=after["unknown"] or before["unknown"] or (evaluation["warnings"][0] if doubted else None),
         grade=GRADES[evaluation["grade"]],
         acted=percent(after["acted"]),
         others=[
             f"{_sure(other)} the {name}: {signed(other['gain'])} ({interval(other['low'], other['high'])})"
             for name, other in evaluation["bank_gains"].items()
-            if name in ("default", SINGLE) and name != served and other["gain"] is not None
+            if name in ("default", SINGLE)
+            and name != served
+            and other["gain"] is not None
+            and not {"bank", name} & misled
         ],
         reasons=gate["refusals"] or [gate["reason"]],
         checks=checks(bank, facts),
