@@ -146,6 +146,15 @@ def test_a_gain_that_rests_on_false_propensities_is_no_answer(pages):
     assert said.better == "Yes" and not any("best single config" in other for other in said.others)
 
 
+def test_a_gain_by_association_is_not_said_to_be_sure(pages):
+    """Of a log whose night shift ran another config the page said "Better than the default", where none was better."""
+    facts = pages.facts()
+    facts["evaluation"] |= {"grade": "associational"}
+    facts["evaluation"]["bank_gains"]["default"] = {"gain": 0.14, "low": 0.12, "high": 0.17}
+    said = answer(pages.bank, facts)
+    assert (said.better, said.headline) == ("Looks so", "Looks better than the default, by association alone")
+
+
 def test_no_string_of_the_data_becomes_markup(pages):
     evil = "<img src=x onerror=alert(1)>'\"&"
     data = make_bank()

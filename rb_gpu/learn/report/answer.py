@@ -112,6 +112,8 @@ def answer(bank: ReasoningBank, facts: dict[str, Any]) -> Answer:
         state, word, headline = "none", "Unknown", "Nobody can say yet whether this bank is better"
     elif unchanged:
         state, word, headline = "none", "No change", "The default stands for every held-out query"
+    elif low > 0 and evaluation["grade"] == "associational":
+        state, word, headline = "none", "Looks so", f"Looks better than the {served}, by association alone"
     elif low > 0:
         state, word, headline = "good", "Yes", f"Better than the {served}"
     elif high < 0:
