@@ -576,6 +576,9 @@ def test_too_many_bad_rows_is_an_error_that_counts_reasons_and_shows_the_first_o
         + "; ".join(f"x.parquet row {i} (id {i}): recall is outside [0, 1]" for i in range(5))
         + "; mend the log or raise data.max_bad_fraction"
     )
+    # of rows that are all bad no share helps
+    with pytest.raises(DataError, match=r"none is left to learn from.*; mend the log$"):
+        bad.check(8, 0.05, "logs")
 
 
 def test_all_rows_bad_is_an_error_whatever_is_allowed():

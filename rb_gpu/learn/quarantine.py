@@ -64,9 +64,10 @@ class BadRows:
             return
         first = islice(self, OFFENDERS_SHOWN)
         shown = "; ".join(f"{Path(s).name} row {r} (id {i}): {why}" for s, r, i, why in first)
-        bound = f"over data.max_bad_fraction={max_bad_fraction:g}" if bad < total else "and none is left to learn from"
+        some = bad < total
+        bound = f"over data.max_bad_fraction={max_bad_fraction:g}" if some else "and none is left to learn from"
         counts = ", ".join(f"{reason}: {n}" for reason, n in self.by_reason().items())
         raise DataError(
             f"data.path={path}: {bad} of {total} rows are bad, {bound} ({counts}); first: {shown}; "
-            "mend the log or raise data.max_bad_fraction"
+            f"mend the log{' or raise data.max_bad_fraction' if some else ''}"
         )
