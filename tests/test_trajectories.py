@@ -226,10 +226,27 @@ def test_query_id_that_stands_for_several_embeddings_is_a_bad_row(tmp_path):
     x = np.random.default_rng(0).normal(size=(40, D)).astype(np.float32)
     log = [make(i, query_id=i // 10, query_embedding=x[i]) for i in range(40)]
     path = parquet(tmp_path / "t.parquet", one_table(log))
-    with pytest.raises(DataError, match=r"36 of 40 rows are bad.*query_id stands for another embedding"):
+    with pytest.raises(
+        DataError, match=r"36 of 40 rows are bad.*query_id stands for another embedding, as a session's would"
+    ):
         read(path)
     table = read(path, max_bad_fraction=1.0)
-    assert len(table) == 4 and table.source.bad_rows == {"query_id stands for another embedding": 36}
+    assert len(table) == 4 and table.source.bad_rows == {
+        "query_id stands for another embedding, as a session's would": 36
+    }
+
+
+def test_few_rows_that_hold_nearly_all_cost_are_told(tmp_path, caplog):
+    """Ten rows of 1e12 among 10,000 of some hundred: the bank abstained everywhere, and no message said why."""
+    log = [make(i, ef_search=[32, 64][i % 2], cost=float(100 + i % 7)) for i in range(400)]
+    read(parquet(tmp_path / "even.parquet", one_table(log)))
+    assert "few rows hold nearly all" not in caplog.text
+    log[33] = make(33, ef_search=64, cost=1e12)
+    read(parquet(tmp_path / "odd.parquet", one_table(log)))
+    assert (
+        "cost: of 1 configs few rows hold nearly all of it (ef_search=64: 200 rows weigh as much as 1.0" in caplog.text
+    )
+    assert "1e+12, has id 33" in caplog.text and "judge.cost_weight=0" in caplog.text
 
 
 def test_one_query_embedded_twice_is_one_query(tmp_path):

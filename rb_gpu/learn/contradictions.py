@@ -5,6 +5,7 @@ Suffixes: N rows, Q queries, C configs, M rows that differ, D dims.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,10 @@ from rb_gpu.learn.quarantine import BadRows
 from rb_gpu.learn.tables import HASH, Table, distinct
 from rb_gpu.params import ConfigTable
 
+log = logging.getLogger(__name__)
+
+# rows of a config from which its mean cost is asked how many of them it rests on, and how many are too few
+COST_ROWS, COST_SIZE = 100, 10.0
 # cosine from which two embeddings are taken for one query's, embedded twice
 SAME_QUERY = 0.99
 ROWS_AT_ONCE = 4096
@@ -42,7 +47,7 @@ def refuse_other_embeddings(outcomes: Table, bad: BadRows) -> None:
         squares = [np.einsum("md,md->m", one, one) for one in pair]
         other_N[mine] = np.einsum("md,md->m", *pair) < SAME_QUERY * np.sqrt(squares[0] * squares[1])
     outcomes.room.ranks.wait()  # the first rank moves rows of a matrix that the others may still compare
-    outcomes.refuse(other_N, "query_id stands for another embedding", "id", bad)
+    outcomes.refuse(other_N, "query_id stands for another embedding, as a session's would", "id", bad)
 
 
 def check_merged(
@@ -78,3 +83,27 @@ def check_merged(
                 f"1/propensity adds up to {odd[c]:.2f} times the rows, 1 is expected; lower the step, or log the "
                 "probability of the merged config"
             )
+
+
+def warn_of_few_costs(
+    cost: npt.NDArray[np.float32] | None, config_id: npt.NDArray[np.int64], id_N: npt.NDArray[np.uint64],
+    table: ConfigTable,
+) -> None:  # fmt: skip
+    """Logs a warning where few of a config's rows hold nearly all of its cost (N,), as where some are in another unit.
+
+    Their mean says nothing then, nor does what the utility takes off for it: no choice is sure to pay, and nobody sees
+    why.
+    """
+    if cost is None:
+        return
+    cost_N = cost.astype(np.float64)
+    rows_C, total_C, squares_C = (np.bincount(config_id, of_N, len(table)) for of_N in (None, cost_N, cost_N**2))
+    size_C = np.divide(total_C**2, squares_C, out=np.full(len(table), np.inf), where=squares_C > 0)
+    few = np.flatnonzero((rows_C >= COST_ROWS) & (size_C < COST_SIZE))
+    if len(few):
+        worst = int(few[size_C[few].argmin()])
+        most = int(np.where(config_id == worst, cost_N, -1.0).argmax())
+        log.warning("cost: of %d configs few rows hold nearly all of it (%s: %d rows weigh as much as %.1f equal ones; "
+                    "the most, %.6g, has id %d), so that its mean is not known; check the unit, or leave cost out with "
+                    "judge.cost_weight=0", len(few), table.describe(worst), rows_C[worst], size_C[worst], cost_N[most],
+                    id_N[most])  # fmt: skip

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn.blocks import block_threads, row_hashes
 from rb_gpu.learn.config import DataConfig, ParamsConfig
-from rb_gpu.learn.contradictions import check_merged, refuse_other_embeddings
+from rb_gpu.learn.contradictions import check_merged, refuse_other_embeddings, warn_of_few_costs
 from rb_gpu.learn.decode import CONTRACT
 from rb_gpu.learn.order import first_rows, put_in_order
 from rb_gpu.learn.quarantine import BadRows
@@ -169,6 +169,7 @@ def load(
     source = Source(outcomes.source, files, seen, bad.by_reason(), versions=versions)
     put_in_order(columns, room, (*QUERY_OPTIONAL, *features))
     trajectories = assemble(columns, outcomes.tier_names, params, source, features)
+    warn_of_few_costs(trajectories.cost, trajectories.config_id, trajectories.id, trajectories.configs)
     if len(np.unique(trajectories.config_id)) == 1:
         one = trajectories.configs[trajectories.config_id[0]]
         log.warning("data.path=%s: every row ran %s, so that there is nothing to choose from; check that what varied "
