@@ -48,15 +48,17 @@ class Estimate:
         """Of LEVEL, where the rounds of one query (query_N, from 0) stand or fall together.
 
         size: effective rounds, as few of which make the error itself unsure: Student's t. unseen: a standard error
-        besides (`unseen_error`). NaN where size is 1 or less.
+        besides (`unseen_error`). NaN where size is 1 or less. The influences add up to 0, so that those of a query
+        that holds a share h of the rounds come to 1 - h of their variance, and to next to nothing where it holds most:
+        h of what its rounds have one by one is added, over the share that any query has.
         """
-        influence_Q = np.bincount(query_N, self.influence_N)
-        queries = len(np.unique(query_N))
+        influence_Q, share_Q = np.bincount(query_N, self.influence_N), np.bincount(query_N) / len(query_N)
+        queries = int((share_Q > 0).sum())
         if not (size > 1 and queries > 1 and math.isfinite(self.value)):
             return float("nan"), float("nan")
-        error = math.hypot(
-            math.sqrt(queries / (queries - 1)) * float(np.linalg.norm(influence_Q)) / len(query_N), unseen
-        )
+        together = queries / (queries - 1) * float(influence_Q @ influence_Q)
+        alone = float(np.maximum(share_Q - 1.0 / queries, 0.0) @ np.bincount(query_N, self.influence_N**2))
+        error = math.hypot(math.sqrt(together + alone) / len(query_N), unseen)
         half = float(stats.t.ppf(0.5 + 0.5 * LEVEL, size - 1)) * error
         return self.value - half, self.value + half
 
