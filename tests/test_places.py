@@ -142,7 +142,7 @@ def test_column_that_came_later_to_a_delta_table_is_absent(tmp_path, caplog):
     deltalake.write_deltalake(tmp_path / "t", planted().slice(600), mode="append", schema_mode="merge")
     table = load(config(tmp_path / "t", format="delta"), PARAMS)
     assert len(table) == N - 24 and table.propensity is None
-    assert "propensity is in some files only and is taken as absent" in caplog.text
+    assert "propensity is in some files only and is taken as absent in all" in caplog.text
 
 
 def test_delta_table_named_as_files_is_refused_lest_deleted_rows_come_back(tmp_path):

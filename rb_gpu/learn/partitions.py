@@ -66,7 +66,8 @@ def with_absent(
     sources: Sequence[Source], optional: Sequence[str], absent: Mapping[str, Any], key: str
 ) -> list[Source]:
     """The sources, where a column that some have and others lack holds in these what it means to be absent: the value
-    of `absent`, or null where a row may have none. Other such columns stay as they are.
+    of `absent`, or null where a row may have none. Other such columns stay as they are, with a warning: whoever began
+    to log costs or propensities trains on, and is told what to leave out to use them.
     """
     constants: list[dict[str, pa.Scalar]] = [{} for _ in sources]
     for name in optional:
@@ -74,7 +75,9 @@ def with_absent(
         if not any(lack) or all(lack):
             continue
         if name not in absent and not rule_of(name).nullable:
-            log.warning("%s: %s is in some files only and is taken as absent", key, name)
+            log.warning("%s: %s is in some files only and is taken as absent in all; %s lacks it (%d of %d files): add "
+                        "it there, or leave such files out", key, name, sources[lack.index(True)].name, sum(lack),
+                        len(lack))  # fmt: skip
             continue
         value = absent.get(name)
         log.warning("%s: %s is in some files only and is taken as %s in the others", key, name,
