@@ -23,7 +23,8 @@ def run(config: CollectConfig) -> int:
     for c in summary.configs:
         parameters = f"{c.ef_search:>9} {c.n_probes:>8}"
         print(f"{parameters} {c.precision:>9.4f} {c.recall:>7.4f} {c.latency_p50_us:>10.0f} {c.cost:>9.0f}")
-    print(f"learn from it: data.queries={summary.out}/queries.parquet data.path={summary.out}/outcomes.parquet")
+    tables = f"data.queries={summary.out}/queries.parquet data.path={summary.out}/outcomes.parquet"
+    print(f"learn from it: data=files {tables}; params.default says what runs today, else gains are over the cheapest")
     return 0
 
 

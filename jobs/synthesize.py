@@ -17,7 +17,8 @@ def run(config: SynthesizeConfig) -> int:
     summary = synthesize(config)
     bad = "; ".join(f"{reason}: {n}" for reason, n in sorted(summary.bad_rows.items())) or "none"
     print(f"{summary.out}: {summary.rows} rows, {summary.n_bytes / 2**20:.0f} MiB, bad rows: {bad}")
-    print(f"learn from it: data.path={summary.out}/trajectories.parquet; the truth is in truth.npz and truth.parquet")
+    table = f"{summary.out}/trajectories.parquet"
+    print(f"learn from it: data=files data.path={table}; the truth is in truth.npz and truth.parquet")
     return 0
 
 

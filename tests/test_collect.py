@@ -16,11 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir
 
+from jobs import collect as collect_job
+from jobs import synthesize as synthesize_job
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn import collect as module
 from rb_gpu.learn.collect import collect
 from rb_gpu.learn.folders import new_folder
-from rb_gpu.learn.job_config import CollectConfig, register_schemas, to_object
+from rb_gpu.learn.job_config import CollectConfig, SynthesizeConfig, register_schemas, to_object
+from rb_gpu.learn.trajectories import load
 
 ROOT = Path(__file__).resolve().parent.parent
 M, Q, D, NLIST = 3000, 300, 16, 12
@@ -274,6 +277,17 @@ def test_errors_name_key_value_and_remedy(tmp_path, base, queries, settings, mes
     assert not (tmp_path / "out").exists()
 
 
+def test_the_default_grid_leaves_out_what_a_small_corpus_has_no_cells_for(tmp_path, caplog):
+    # every corpus under 2,496 rows was refused unless one set the grid by hand
+    config = save(tmp_path, OK, OK[:5])
+    summary = collect(config)
+    assert [c.n_probes for c in summary.configs if c.ef_search == 1] == [1, 2, 4, 8]
+    assert pq.read_table(tmp_path / "out" / "outcomes.parquet").num_rows == 5 * (6 + 4)
+    assert "[16, 32, 64] are left out, since ivf_nlist=auto makes 10 cells of 400 rows; set ivf_nlist" in caplog.text
+    with pytest.raises(ConfigError, match=r"ivf_n_probes=\[11\] is not at most the 10 cells"):
+        collect(replace(config, ivf_n_probes=[11], out=str(tmp_path / "none")))
+
+
 def test_missing_files_and_bad_parquet_queries(tmp_path):
     config = save(tmp_path, OK, OK, ivf_n_probes=[1])
     with pytest.raises(DataError, match=r"base=/nowhere.npy does not exist; give a .npy file"):
@@ -294,6 +308,19 @@ def test_missing_files_and_bad_parquet_queries(tmp_path):
     )
     with pytest.raises(DataError, match=r"repeats a query_id"):
         collect(replace(config, queries=str(tmp_path / "twice.parquet")))
+
+
+@pytest.mark.parametrize("name", ["collect", "synthesize"])
+def test_what_a_job_says_to_learn_from_is_read_as_told(name, tmp_path, capsys):
+    # without data=files the sample's queries and default stood beside what was collected
+    if name == "collect":
+        collect_job.run(save(tmp_path, OK, OK[:5], ivf_n_probes=[1]))
+    else:
+        synthesize_job.run(SynthesizeConfig(out=str(tmp_path / "out"), n=200, dim=4, patterns=2, configs=7))
+    overrides = capsys.readouterr().out.partition("learn from it: ")[2].partition(";")[0].split()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = to_object(compose("train", overrides))
+    assert config.params.default == "auto" and len(load(config.data, config.params).configs) == 7
 
 
 def test_settings_that_would_mislabel_a_config_are_refused():

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def collect(config: CollectConfig) -> CollectSummary:
     m, dim = vectors_MD.shape
     if config.top_k > m:
         raise ConfigError(f"top_k={config.top_k} is not at most the {m} rows of {name}; lower it")
-    nlist = _nlist(config, m)
+    config, nlist = _with_cells(config, m)
     queries = read_queries(config.queries, dim, config.max_queries, rng)
     with new_folder(config.out) as folder:
         log.info("exact search of %d queries in %d vectors of %d dims", len(queries), m, dim)
@@ -123,20 +123,27 @@ def collect(config: CollectConfig) -> CollectSummary:
     return CollectSummary(Path(config.out), m, dim, len(queries), len(queries) * len(arms), means)
 
 
-def _nlist(config: CollectConfig, m: int) -> int:
-    """Number of IVF cells; auto is 4·sqrt(M) as Faiss's guide has it, fewer where the cells would not fill."""
+def _with_cells(config: CollectConfig, m: int) -> tuple[CollectConfig, int]:
+    """The config, and the number of IVF cells: auto is 4·sqrt(M) as Faiss's guide has it, fewer where the cells would
+    not fill; nobody chose these, and what would probe more of them is left out.
+    """
     if not config.ivf_n_probes:
-        return 0
+        return config, 0
     enough = max(1, m // TRAIN_ROWS_PER_CELL[0])
     nlist = min(round(4 * math.sqrt(m)), enough) if is_auto(config.ivf_nlist) else int(config.ivf_nlist)
     if nlist > m:
         raise ConfigError(f"ivf_nlist={nlist} is not at most the {m} rows of base={config.base}; lower it")
-    if max(config.ivf_n_probes) > nlist:
+    fit = [n_probes for n_probes in config.ivf_n_probes if n_probes <= nlist]
+    if fit == config.ivf_n_probes:
+        return config, nlist
+    if not fit or not is_auto(config.ivf_nlist):
         raise ConfigError(
             f"ivf_n_probes={list(config.ivf_n_probes)} is not at most the {nlist} cells of the index; "
             "lower it or raise ivf_nlist"
         )
-    return nlist
+    log.warning("ivf_n_probes=%s: %s are left out, since ivf_nlist=auto makes %d cells of %d rows; set ivf_nlist for "
+                "more", config.ivf_n_probes, sorted({*config.ivf_n_probes} - {*fit}), nlist, m)  # fmt: skip
+    return replace(config, ivf_n_probes=fit), nlist
 
 
 def _kth_similarity(unit_QD: Matrix, vectors_MD: npt.NDArray[np.floating], name: str, k: int) -> Matrix:

@@ -86,7 +86,7 @@ class CollectConfig:
     """What `jobs.collect` reads. base: (M, D) .npy corpus. queries: .npy (Q, D) or Parquet with query_embedding.
 
     hnsw_ef_search: the ef_search grid of an HNSW index. ivf_n_probes: the n_probes grid of an IVF index of ivf_nlist
-    cells. An empty grid leaves that index out.
+    cells, of which auto leaves out what is more than the cells. An empty grid leaves that index out.
     """
 
     base: str = "???"
