@@ -12,7 +12,8 @@ torch = pytest.importorskip("torch")
 
 from simulate_logs import QUALITY, world  # noqa: E402
 
-from rb_gpu.learn.calibration import Promise, compare, measure_calibration  # noqa: E402
+from rb_gpu.learn import calibration  # noqa: E402
+from rb_gpu.learn.calibration import LEAST_GAINS, Promise, _of_few, compare, measure_calibration  # noqa: E402
 from rb_gpu.learn.valuation import Valuation, held_out_outcomes  # noqa: E402
 
 
@@ -95,3 +96,37 @@ def test_of_many_queries_the_held_out_means_error_is_added_to_the_confidences():
     assert measure_calibration(valuation, default, default, leaf, promise, 0) is None
     valuation.grade = "associational"
     assert measure_calibration(valuation, choice, default, leaf, promise, 0) is None
+
+
+def test_gains_of_few_queries_are_drawn_from_those_of_their_config_or_of_all():
+    # config 0 fails on 4 of 40 queries, config 1 never did in the few that it had; a failure outweighs five successes
+    away = np.r_[np.tile([0.1] * 9 + [-0.9], 4), np.zeros(LEAST_GAINS - 1)]
+    config = np.repeat([0, 1], [40, LEAST_GAINS - 1])
+    leaf = np.r_[np.arange(40) // 5, np.full(LEAST_GAINS - 1, 8)]
+    lead = np.array([*[0.05] * 7, -0.05, -0.3])
+    found = _of_few(lead, np.zeros(9), away, config, leaf, 0)
+    # no failure among five draws; one success more than -.05 takes is none either
+    assert found[:7] == pytest.approx(np.full(7, 0.9**5), abs=0.05)
+    assert found[7] == pytest.approx(0.9**5, abs=0.05)
+    # a mean of 29 draws from all 69, of which 4 failed, is far from .3
+    assert found[8] < 0.01
+    # and a confidence that has a spread of its own adds it: without a spread of gains, nothing but it
+    sure = _of_few(lead, np.full(9, 0.1), 0 * away, config, leaf, 0)
+    assert sure == pytest.approx(norm.cdf(lead / 0.1))
+
+
+def test_what_a_patterns_own_mean_takes_from_the_spread_of_its_gains_is_given_back(monkeypatch):
+    rng = np.random.default_rng(9)
+    table, leaf = world(48, rng), np.arange(48) % 12
+    quality = (0.5 + 0.1 * rng.normal(size=(48, 6))).ravel().astype(np.float32)
+    rows = held_out_outcomes(replace(table, precision=quality, recall=quality), QUALITY)
+    choice, default, given = np.ones(48, int), np.zeros(48, int), []
+    monkeypatch.setattr(calibration, "_of_few", lambda *told: given.append(told) or np.full(12, 0.5))
+    promise = Promise(np.full(48, 0.9), np.full(48, 0.05), np.zeros(48))
+    assert measure_calibration(Valuation(rows, [choice, default]), choice, default, leaf, promise, 0) is not None
+    lead, sd, away, *_ = given[0]
+    gain = (quality.reshape(-1, 6)[:, 1] - quality.reshape(-1, 6)[:, 0]).astype(float)
+    for p in range(12):
+        mine = gain[leaf == p]
+        assert (away[leaf == p] ** 2).mean() == pytest.approx(mine.var(ddof=1), rel=1e-5)
+    assert lead == pytest.approx(np.full(12, 0.05)) and sd == pytest.approx(np.full(12, 0.05 / norm.ppf(0.9)))

@@ -49,7 +49,9 @@ def rows_of(query, config, queries, configs, weight=None):
 def test_leave_one_out_errors_are_those_of_refits():
     rng = np.random.default_rng(0)
     x, y, w = rng.normal(size=(30, 4)), rng.normal(size=(30, 2)), rng.uniform(0.5, 2, 30)
+    x[29] *= 10  # a row far off tells nearly all of its own prediction
     ridge = Ridge(tensor(x), tensor(w))
+    assert float(ridge.kept_NL[29, RIDGES.index(3.0)]) < 0.1
     found = ridge.errors(tensor(y), *ridge.solve(tensor(y)), RIDGES.index(3.0)).numpy()
     for left in (0, 11, 29):
         keep = np.arange(30) != left
@@ -100,6 +102,41 @@ def test_noise_leaves_only_the_mean_and_a_signal_survives():
     assert float((flat.unseen_NC - tensor(noise).mean()).std()) < 0.15
     _, [steep] = average([(ridge, tensor(signal))], 400.0)
     assert steep.coefs[0][0, 0].item() == pytest.approx(2.0, rel=0.02)
+
+
+def test_slopes_and_ridges_count_by_their_leave_one_out_errors():
+    # slope by slope and ridge by ridge, for two groups that share the weights
+    rng, rows = np.random.default_rng(8), 12.0
+    weights = rng.uniform(0.2, 3.0, (2, 40))
+    groups = []
+    for w in weights:
+        features = [rng.normal(size=(40, 3)) + 1.0 for _ in range(2)]
+        y = features[0][:, :1] * [1.0, -0.5] + 2.0 + rng.normal(size=(40, 2))
+        groups.append(([Ridge(tensor(x), tensor(w)) for x in features], features, y))
+    share, found = average([(ridges, tensor(y)) for ridges, _, y in groups], rows)
+    loss, errors = np.zeros((2, len(RIDGES))), np.zeros((2, 2, len(RIDGES), 40, 2))
+    for g, (ridges, _, y) in enumerate(groups):
+        for s, ridge in enumerate(ridges):
+            for i in range(len(RIDGES)):
+                errors[g, s, i] = ridge.errors(tensor(y), *ridge.solve(tensor(y)), i).numpy()
+                loss[s, i] += (weights[g][:, None] * errors[g, s, i] ** 2).sum()
+    expected = loss ** (-rows / 2) / (loss ** (-rows / 2)).sum()
+    assert expected.max() < 0.5
+    np.testing.assert_allclose(share, expected, rtol=1e-4)
+    for g, (_, features, y) in enumerate(groups):
+        w, one = weights[g], found[g]
+        np.testing.assert_allclose(one.unseen_NC, y - np.einsum("si,sinc->nc", expected, errors[g]), rtol=1e-4)
+        coefs = []
+        for s, x in enumerate(features):
+            away = x - w @ x / w.sum()
+            coefs.append(sum(
+                expected[s, i] * np.linalg.solve(away.T @ (w[:, None] * away) + min(ridge, 1e300) * np.eye(3),
+                                                 away.T @ (w[:, None] * (y - w @ y / w.sum())))
+                for i, ridge in enumerate(RIDGES)
+            ))  # fmt: skip
+        np.testing.assert_allclose(np.stack(one.coefs), coefs, rtol=1e-4)
+        at_means = sum(w @ x / w.sum() @ coef for x, coef in zip(features, coefs, strict=True))
+        np.testing.assert_allclose(one.base_C, w @ y / w.sum() - at_means, rtol=1e-4)
 
 
 def test_canonical_coordinates_have_uncorrelated_noise_and_signal_and_lead_back():

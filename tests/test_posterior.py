@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import oracles
 import pytest
+from scipy.optimize import brentq
+from scipy.stats import norm
 from statsmodels.stats.meta_analysis import combine_effects
 
 from rb_gpu.bank_data import NO_CHANCE
@@ -15,7 +17,7 @@ from rb_gpu.field import Field
 from rb_gpu.homogeneity import hidden, varies
 from rb_gpu.normal import normal_cdf
 from rb_gpu.objective import Objective, choose
-from rb_gpu.posterior import _foretold, believe, effects, paule_mandel, pool, surely_better
+from rb_gpu.posterior import _drawn_together, _foretold, believe, effects, paule_mandel, pool, surely_better
 
 UTILITY = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
 
@@ -209,22 +211,28 @@ def test_pooling_does_not_depend_on_the_unit(unit, tested):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-12 * unit)
 
 
-def test_an_effects_error_is_of_variances_that_neighbours_moderate():
-    # cell by cell as the docstring says it, from cells of 0 to 6 rows
-    evidence = world(np.random.default_rng(10), 7, 4, 3)
-    effect, error = effects(evidence, UTILITY.direction, 1)
+def moderated(evidence: Evidence) -> np.ndarray:
+    """Variance of each cell's mean quality, cell by cell as `effects` says it."""
     rows, square = evidence.rows, evidence.comoment[..., 0, 0]
     freedom = [[max(n - 1, 0) for n in one] for one in rows.tolist()]
     overall = square[rows > 1].sum() / np.sum(freedom)
     of_mean = np.full(rows.shape, np.inf)
-    for c in range(4):
-        own = sum(freedom[p][c] for p in range(7))
+    for c in range(rows.shape[1]):
+        own = sum(one[c] for one in freedom)
         pooled = (20 * overall + square[rows[:, c] > 1, c].sum()) / (20 + own)
-        for p in range(7):
+        for p in range(len(rows)):
             if rows[p, c] > 0:
                 f = freedom[p][c]
                 variance = (4 * pooled + (square[p, c] if f else 0)) / (4 + f)
                 of_mean[p, c] = variance * (1 + 2 * f / (4 + f) ** 2) / rows[p, c]
+    return of_mean
+
+
+def test_an_effects_error_is_of_variances_that_neighbours_moderate():
+    # from cells of 0 to 6 rows
+    evidence = world(np.random.default_rng(10), 7, 4, 3)
+    effect, error = effects(evidence, UTILITY.direction, 1)
+    of_mean = moderated(evidence)
     expected = of_mean + of_mean[:, [1]]
     expected[:, 1] = np.inf
     np.testing.assert_allclose(error, expected)
@@ -258,7 +266,8 @@ def constant(**outcomes: list[float]) -> Evidence:
 
 def test_what_is_just_at_a_floor_or_a_bound_keeps_it():
     floor = replace(UTILITY, kind="floor", target=0.9)
-    assert believe(constant(f1=[0.8, 0.9]), [], floor, 0, "auto").probability[0].tolist() == [0, 1]
+    sure = believe(constant(f1=[0.8, 0.9]), [], floor, 0, "auto")
+    assert sure.probability[0].tolist() == [0, 1] and not sure.test_sd.any()
     # the default breaks the bound, so that whatever keeps it is better
     for limit, kept in ((2.0, [0, 1]), (1.9, [0, 0])):
         bound = replace(UTILITY, kind="bound", max_cost=limit)
@@ -321,6 +330,133 @@ def test_a_query_unlike_those_learned_from_is_asked_for_a_margin_that_leaves_are
 
 
 @pytest.mark.parametrize(("lead", "surely"), [(2.3, False), (2.5, True)])
+def unexplained(field: Field, evidence: Evidence) -> Field:
+    """The field that left this evidence unexplained."""
+    return field._replace(**{
+        f"residual_{name}": array for name, array in evidence._asdict().items() if f"residual_{name}" in Field._fields
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("by_field", [False, True])
+def test_a_quality_is_its_leaves_posterior_though_no_test_finds_them_to_differ(by_field):
+    # what a test for differences asks of gains is not asked of levels: nothing is claimed of them
+    rng = np.random.default_rng(23)
+    evidence = world(rng, 8, 3, 12, 0.06 * rng.normal(size=(8, 3)), sd=0.2)
+    level, error = evidence.mean[..., 0], moderated(evidence)
+    expected, variance = np.zeros((8, 3)), np.zeros((8, 3))
+    for c in range(3):
+        tau2 = oracles.paule_mandel(level[:, c].tolist(), error[:, c].tolist())
+        assert tau2 > 0
+        for p in range(8):
+            weight = np.delete(1 / (error[:, c] + tau2), p)
+            mean = np.delete(level[:, c], p) @ weight / weight.sum()
+            expected[p, c], variance[p, c] = oracles.empirical_bayes_posterior(
+                level[p, c], error[p, c], mean, 1 / weight.sum() + tau2
+            )
+    assert not varies(level, error).any()
+    field = None
+    if by_field:
+        of_leaves = rng.normal(size=(9, 3)) * 0.01
+        field = unexplained(field_of(np.array([0.5, 0.6, 0.5]), np.array([0.0, 4e-4, 9e-4])), evidence)
+        mean_UCO = np.zeros((9, 3, len(OUTCOMES)))
+        mean_UCO[..., 0], base_CO = of_leaves, np.zeros((3, len(OUTCOMES)))
+        base_CO[:, 0] = 0.1
+        own = np.linspace(1e-3, 2e-3, 27).reshape(9, 3)
+        field = field._replace(mean=mean_UCO, base=base_CO, quality_variance=own, gain_variance=0 * mean_UCO)
+        expected, variance = expected + 0.1 + of_leaves[:8], variance + own[:8]
+    floor = replace(UTILITY, kind="floor", target=0.55)
+    found = believe(evidence, [], floor, 0, "auto", field)
+    np.testing.assert_allclose(found.quality[:8], expected, rtol=1e-6)
+    np.testing.assert_allclose(found.test_sd[:8] ** 2, variance, rtol=1e-6)
+    np.testing.assert_allclose(found.probability[:8], norm.cdf((expected - 0.55) / np.sqrt(variance)), rtol=1e-5)
+
+
+def test_with_a_field_leaves_are_drawn_together_and_what_may_be_hidden_is_counted():
+    rng = np.random.default_rng(16)
+    evidence = world(rng, 8, 4, 12, 0.06 * rng.normal(size=(8, 4)), sd=0.2)
+    field = field_of(np.array([0.5, 0.6, 0.5, 0.45]), np.array([0.0, 4e-4, 9e-4, 1e-4]))
+    apart = np.concatenate([field.mean[:1]] * 8 + [field.mean[2:]])
+    field = field._replace(mean=apart, gain_variance=0 * apart, quality_variance=0 * apart[..., 0])
+    found = believe(evidence, [], UTILITY, 0, "auto", unexplained(field, evidence))
+    effect, variance = effects(evidence.with_unknown(), UTILITY.direction, 0)
+    drawn = pool(effect, variance, [], tested=True, gated=True)
+    foretold = _foretold(field, UTILITY.direction, 0)
+    np.testing.assert_allclose(found.gain[:, 1:], (drawn[0] + foretold[0])[:, 1:])
+    unknown = hidden(effect, variance)
+    assert (unknown[:, 1:] > 0).any()
+    np.testing.assert_allclose(found.gain_variance[:, 1:], (drawn[1] + foretold[1] + unknown)[:, 1:])
+
+
+def test_each_configs_scatter_is_drawn_to_that_of_all_as_far_as_chance_explains_how_they_differ():
+    # config by config, over two parents with a mean of their own
+    rng = np.random.default_rng(17)
+    parent, tau = np.array([0] * 6 + [1] * 5), np.array([0.0, 0.3, 0.6, 1.2, 0.5])
+    variance = rng.uniform(0.5, 2.0, (11, 5)) * 0.1
+    variance[rng.random(variance.shape) < 0.15] = np.inf
+    variance[1:, 4] = np.inf  # this one tells nothing of how its leaves differ
+    known = np.isfinite(variance)
+    errors = np.where(known, variance, 0.0)
+    effect = np.where(known, (tau + np.sqrt(errors)) * rng.normal(size=variance.shape), 0.0)
+    cells = [[np.flatnonzero(known[:, c] & (parent == g)) for g in (0, 1)] for c in range(5)]
+
+    def scatter(tau2: float) -> float:
+        """How much more the cells scatter about their parents' means than their degrees of freedom."""
+        more = 0.0
+        for c in range(5):
+            for of in cells[c]:
+                if len(of):
+                    centre = np.average(effect[of, c], weights=1 / (variance[of, c] + tau2))
+                    more += ((effect[of, c] - centre) ** 2 / (variance[of, c] + tau2)).sum() - (len(of) - 1)
+        return more
+
+    together, own, chance = brentq(scatter, 0, 100), [], []
+    for c in range(4):
+        weight = [1 / variance[of, c] for of in cells[c]]
+        square = sum(w @ (effect[of, c] - np.average(effect[of, c], weights=w)) ** 2
+                     for w, of in zip(weight, cells[c], strict=True))  # fmt: skip
+        freedom, scale = sum(len(w) - 1 for w in weight), sum(w.sum() - (w**2).sum() / w.sum() for w in weight)
+        own.append((square - freedom) / scale)
+        chance.append(2 * (freedom / scale + together) ** 2 / freedom)
+    share = np.mean(chance) / np.mean((np.array(own) - together) ** 2)
+    assert 0 < share < 1 and min(own) < 0
+    expected = [max(share * together + (1 - share) * one, 0.0) for one in own] + [together]
+    alone = np.full(5, 7.0)
+    np.testing.assert_allclose(_drawn_together(effect, variance, parent, 2, alone), expected, rtol=1e-6)
+    lone = np.where(np.arange(5) == 1, variance, np.inf)
+    assert _drawn_together(effect, lone, parent, 2, alone) is alone
+
+
+def test_what_never_ran_reaches_no_floor_whatever_the_field_says_of_it():
+    evidence = world(np.random.default_rng(18), 2, 3, 50)
+    never = np.arange(3) != 2
+    evidence = evidence._replace(**{
+        name: getattr(evidence, name) * never.reshape(-1, *[1] * (getattr(evidence, name).ndim - 2))
+        for name in ("rows", "w", "w2", "mean", "comoment")
+    })  # fmt: skip
+    field = unexplained(field_of(np.array([0.0, 0.0, 0.9]), np.array([0.0, 4e-4, 0.0])), evidence)
+    floor = replace(UTILITY, kind="floor", target=0.45)
+    beliefs = believe(evidence, [], floor, 0, "auto", field)
+    assert not beliefs.quality[:, 2].any() and not beliefs.probability[:, 2].any()
+    assert (beliefs.test[:, 2] == NO_CHANCE).all()
+    assert (beliefs.probability[:, :2] > 0.5).all()
+    anything = believe(evidence, [], replace(floor, target=0.0), 0, "auto", field)
+    assert not anything.probability[:, 2].any() and anything.probability[:, :2].all()
+
+
+def test_a_cell_without_rows_keeps_a_bound_where_its_config_does_on_the_whole():
+    evidence = world(np.random.default_rng(19), 2, 2, 40)
+    rows = np.array([[40, 40], [40, 0]])
+    w, mean = rows.astype(float), np.zeros_like(evidence.mean)
+    mean[..., 0], mean[..., OUTCOMES.index("cost")] = [[0.5, 0.9], [0.5, 0.0]], [[4.0, 5.0], [4.0, 0.0]]
+    evidence = evidence._replace(rows=rows, w=w, w2=w, mean=mean, comoment=0 * evidence.comoment)
+    # the default breaks the bound, so that whatever keeps it is better
+    bound = replace(UTILITY, kind="bound", max_cost=3.0)
+    assert not believe(evidence, [], bound, 0, "auto").probability[:, 1].any()
+    # and costs there what it does on the whole
+    floor = replace(UTILITY, kind="floor", target=0.6)
+    assert believe(evidence, [], floor, 0, "auto").score[:2].tolist() == [[-4.0, -5.0], [-4.0, -5.0]]
+
+
 def test_a_config_surely_beats_the_default_where_its_lead_counts_all_of_them(lead, surely):
     # five configs beside the default: at .05 / 5 a lead takes 2.326 standard errors
     field = field_of(np.array([0.5, *[0.4] * 4, 0.5 + lead * 0.01]), np.array([0.0, *[1e-4] * 5]))

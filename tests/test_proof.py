@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import norm, t
 
 torch = pytest.importorskip("torch")
 
 from rb_gpu.evidence import OUTCOMES  # noqa: E402
+from rb_gpu.learn import proof  # noqa: E402
+from rb_gpu.learn.estimators import RARE_ROWS  # noqa: E402
 from rb_gpu.learn.field import Fit, Regressions, Rows, fit  # noqa: E402
-from rb_gpu.learn.proof import pays, shrinkage  # noqa: E402
+from rb_gpu.learn.proof import Pseudo, _from_place_to_place, _leaves, _p_value, _shares, pays, shrinkage  # noqa: E402
+from rb_gpu.learn.ridge import FOLDS  # noqa: E402
 from rb_gpu.objective import Objective  # noqa: E402
 
 QUALITY = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
@@ -204,3 +208,99 @@ def test_effects_no_larger_than_their_errors_are_shrunk_to_nothing():
     assert shrinkage(torch.tensor([0.1, -0.1, 0.05, 0.0], dtype=torch.float64), error).tolist() == [0.0] * 4
     kept = shrinkage(torch.tensor([1.0, -1.0, 0.5, 0.5], dtype=torch.float64), error)
     assert kept.tolist() == pytest.approx([1 - 0.01 / (2.5 / 4)] * 4)
+
+
+def a_log(rng: np.random.Generator, n: int = 90, configs: int = 3, leaves: int = 4) -> tuple[Pseudo, Rows]:
+    """One row a query of uneven weights, the last config in four of them."""
+    config = np.r_[[configs - 1] * 4, rng.integers(configs - 1, size=n - 4)]
+    weight = rng.uniform(0.5, 2.0, n)
+    rows = Rows(torch.arange(n), torch.as_tensor(config), *[torch.as_tensor(weight)] * 2, n, configs)
+    share = torch.as_tensor(n * weight / np.bincount(config, weight)[config])
+    away, left = (torch.as_tensor(rng.normal(size=size)) for size in ((n, configs), n))
+    return Pseudo(away, torch.as_tensor(rng.integers(leaves, size=n)), left, share, 1e-9, 0.3), rows
+
+
+def test_a_p_value_is_a_t_tests_with_satterthwaites_freedom():
+    # row by row
+    pseudo, rows = a_log(np.random.default_rng(0))
+    moved = np.random.default_rng(1).normal(size=(90, 3))
+    moved -= moved.mean(1, keepdims=True)
+    moved *= np.sign((moved * pseudo.away_QC.numpy()).sum())
+    config, left, share = (x.tolist() for x in (rows.config_N, pseudo.left_N, pseudo.share_N))
+    weight = [moved[q, config[q]] * share[q] for q in range(90)]
+    gain = [moved[q] @ pseudo.away_QC[q].numpy() + weight[q] * left[q] for q in range(90)]
+    squares, freedom, heaviest = [], [], 0.0
+    for c in range(3):
+        mine = [q for q in range(90) if config[q] == c]
+        squares.append(sum((weight[q] * left[q]) ** 2 for q in mine))
+        freedom.append(len(mine) - 1)
+        heaviest += sum(weight[q] ** 4 for q in mine) / sum(weight[q] ** 2 for q in mine)
+    together = sum(squares) ** 2 / sum(v**2 / f for v, f in zip(squares, freedom, strict=True))
+    error = np.sqrt((np.var(gain, ddof=1) + RARE_ROWS * heaviest * 0.3**2 / 90) / 90)
+    assert 4 < together < 60
+    found = _p_value(torch.as_tensor(moved), pseudo, rows)
+    assert found == pytest.approx(t.sf(np.mean(gain) / error, together), rel=1e-9) and 0.001 < found < 0.5
+    # what loses, or gains what may be rounding, is no gain
+    assert _p_value(torch.as_tensor(-moved), pseudo, rows) == 1.0
+    assert _p_value(torch.as_tensor(moved * 1e-10), pseudo, rows) == 1.0
+
+
+def test_what_leaves_show_is_shrunk_as_far_as_chance_explains_it():
+    # leaf by leaf; every effect of which a row tells, large enough that something is kept
+    rng = np.random.default_rng(2)
+    pseudo, rows = a_log(rng)
+    planted = rng.normal(size=(4, 3)) * 3
+    leaf, config, weight = pseudo.leaf_Q.numpy(), rows.config_N.numpy(), rows.weight_N.numpy()
+    left = pseudo.left_N.numpy() + planted[leaf, config]
+    weight = np.where(np.arange(90) % 5 == 1, 0.0, weight)
+    middle = rng.normal(size=3)
+    effect, error = np.zeros((4, 3)), np.full((4, 3), np.inf)
+    for c in range(3):
+        of = config == c
+        spread = weight[of] @ (left[of] - middle[c]) ** 2 / weight[of].sum()
+        for p in range(4):
+            here = weight * (of & (leaf == p))
+            if here.sum() > 0:
+                effect[p, c] = here @ (left - middle[c]) / here.sum()
+                error[p, c] = spread * (here**2).sum() / here.sum() ** 2
+    known = np.isfinite(error)
+    tau2 = (effect[known] ** 2 / error[known] - 1).sum() / (1 / error[known]).sum()
+    assert tau2 > 0 and not known.all()
+    kept = np.where(known, tau2 / (tau2 + error), 0.0)
+    told = Pseudo(pseudo.away_QC, pseudo.leaf_Q, torch.as_tensor(left), pseudo.share_N, 0.0, 0.0)
+    found = _leaves(told, rows, torch.as_tensor(weight), torch.as_tensor(middle))
+    np.testing.assert_allclose(found[0], kept * effect)
+    np.testing.assert_allclose(found[1], np.sqrt(kept * np.where(known, error, 0.0)))
+
+
+def test_shares_are_the_posteriors_probabilities_without_the_fold(monkeypatch):
+    # of one leaf, of which nothing was foretold: by query and alike, the probability that the other beats the default
+    monkeypatch.setattr(proof, "DRAWS", 4000)
+    rng, n = np.random.default_rng(6), 300
+    config = rng.integers(2, size=n)
+    left, ones = rng.normal(size=n), torch.ones(n, dtype=torch.float64)
+    left[config == 1] += 0.28 + left[config == 0].mean() - left[config == 1].mean()
+    rows = Rows(torch.arange(n), torch.as_tensor(config), ones, ones, n, 2)
+    pseudo = Pseudo(torch.zeros(n, 2, dtype=torch.float64), alike(rows), torch.as_tensor(left), ones, 0.0, 0.0)
+    found = _shares(pseudo, rows, 0, torch.Generator().manual_seed(0))
+    probability = []
+    for fold in range(FOLDS):
+        other = np.arange(n) % FOLDS != fold
+        mean, error = zip(*[(left[of].mean(), left[of].var() / of.sum()) for of in (other & (config == c)
+                          for c in (0, 1))], strict=True)  # fmt: skip
+        gain, own, of_default = mean[1] - mean[0], error[0] + error[1], 2 * error[0]
+        tau2 = (gain**2 / own - 2) / (1 / own + 1 / of_default)
+        kept = tau2 / (tau2 + own)
+        assert tau2 > 0
+        probability.append(norm.cdf(kept * gain / np.sqrt(kept * own)))
+        for shares in found:
+            mine = shares[fold::FOLDS, 1].numpy()
+            np.testing.assert_allclose(mine, probability[-1], atol=0.03)
+    assert max(probability) < 0.995 and np.ptp(probability) > 0.03
+
+
+def test_from_place_to_place_is_away_from_the_mean_of_the_fold():
+    shares = np.random.default_rng(4).random((23, 3))
+    means = [shares[fold::FOLDS].mean(0) for fold in range(FOLDS)]
+    expected = [shares[q] - means[q % FOLDS] for q in range(23)]
+    np.testing.assert_allclose(_from_place_to_place(torch.as_tensor(shares)), expected, atol=1e-12)
