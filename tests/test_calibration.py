@@ -99,20 +99,19 @@ def test_of_many_queries_the_held_out_means_error_is_added_to_the_confidences():
 
 
 def test_gains_of_few_queries_are_drawn_from_those_of_their_config_or_of_all():
-    # config 0 fails on 4 of 40 queries, config 1 never did in the few that it had; a failure outweighs five successes
-    away = np.r_[np.tile([0.1] * 9 + [-0.9], 4), np.zeros(LEAST_GAINS - 1)]
-    config = np.repeat([0, 1], [40, LEAST_GAINS - 1])
-    leaf = np.r_[np.arange(40) // 5, np.full(LEAST_GAINS - 1, 8)]
-    lead = np.array([*[0.05] * 7, -0.05, -0.3])
+    # config 1 fails on 4 of 40 queries, config 0 never did in the few that it had; a failure outweighs five successes
+    few = LEAST_GAINS - 1
+    away = np.r_[np.zeros(few), 0.2 + np.tile([0.1] * 9 + [-0.9], 4)]  # whatever is expected of all of a config's
+    config, leaf = np.repeat([0, 1], [few, 40]), np.r_[np.full(few, 8), np.arange(40) // 5]
+    lead = np.array([*[0.05] * 7, -0.05, 0.02])
     found = _of_few(lead, np.zeros(9), away, config, leaf, 0)
-    # no failure among five draws; one success more than -.05 takes is none either
-    assert found[:7] == pytest.approx(np.full(7, 0.9**5), abs=0.05)
-    assert found[7] == pytest.approx(0.9**5, abs=0.05)
-    # a mean of 29 draws from all 69, of which 4 failed, is far from .3
-    assert found[8] < 0.01
-    # and a confidence that has a spread of its own adds it: without a spread of gains, nothing but it
-    sure = _of_few(lead, np.full(9, 0.1), 0 * away, config, leaf, 0)
-    assert sure == pytest.approx(norm.cdf(lead / 0.1))
+    # no failure among five draws; -.05 takes nothing else
+    assert found[:8] == pytest.approx(np.full(8, 0.9**5), abs=0.05)
+    # the few are drawn from all 69, a mean of as many of whose deviations is nearly normal
+    deviation = np.sqrt((36 * 0.1**2 + 4 * 0.9**2) / (few + 40) / few)
+    assert found[8] == pytest.approx(norm.cdf(0.02 / deviation), abs=0.07)
+    # a confidence's own spread is all that is left where gains have none
+    assert _of_few(lead, np.full(9, 0.1), 0 * away, config, leaf, 0) == pytest.approx(norm.cdf(lead / 0.1))
 
 
 def test_what_a_patterns_own_mean_takes_from_the_spread_of_its_gains_is_given_back(monkeypatch):

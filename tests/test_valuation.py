@@ -11,8 +11,9 @@ from simulate_logs import CONFIGS, QUALITY, choices, world
 
 from jobs.tables import evaluation_tables
 from rb_gpu.bench.decisions import draw
+from rb_gpu.learn import valuation as valuation_module
 from rb_gpu.learn.drift import EmbeddingDrift
-from rb_gpu.learn.estimators import rare_error
+from rb_gpu.learn.estimators import effective_size, rare_error
 from rb_gpu.learn.gate import decide
 from rb_gpu.learn.harm import measure_harm
 from rb_gpu.learn.policy import evaluate, oracle
@@ -262,6 +263,58 @@ def test_an_interval_holds_what_the_log_had_next_to_no_chance_to_try():
             known += 1
             covered += low <= truth.mean() <= high
     assert known >= 50 and covered >= 0.91 * known
+
+
+def test_what_may_be_missing_counts_for_the_share_of_queries_on_which_two_choices_differ(monkeypatch):
+    # utilities that are all alike, so that one may be off by 1
+    one, other = (np.arange(300) % 2), np.zeros(300, int)
+    for rows in (full(), rows_of(queries=300)):
+        same = replace(rows, utility=0 * rows.utility + 0.5, quality=0 * rows.quality + 0.5)
+        valuation, differs = Valuation(same, [one, other]), (one != other)[rows.query_row]
+        if valuation.grade == "exact":
+            expected = 0.5 * rare_error(np.ones(150), 1.0)
+        else:
+            expected = 0.5 * math.hypot(*(rare_error(valuation.weights(c)[differs], 1.0) for c in (one, other)))
+        assert valuation.rare(one, other) == pytest.approx(expected)
+    # what no row stands for likewise: here a standard error of 3 each
+    monkeypatch.setattr(valuation_module, "unseen_error", lambda *_: 3.0)
+    valuation = Valuation(rows, [])
+    size = min(effective_size(valuation.weights(c)[differs]) for c in (one, other))
+    more = math.hypot(1.5, 1.5, valuation.rare(one, other))
+    difference = valuation.estimate("utility", one).over(valuation.estimate("utility", other))
+    assert valuation.interval(one, other) == pytest.approx(difference.interval(rows.query_row, size, more))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_difference_to_what_hardly_ran_is_not_estimated_whichever_is_the_other(first):
+    rows = rows_of(queries=600)
+    rows.config_id[:] = np.where(np.arange(600) < 5, 5, rows.config_id % 5)
+    one, other = np.full(600, 0), np.full(600, 5)
+    assert Valuation(rows, []).refusal(one) is None and Valuation(rows, []).refusal(other) is not None
+    low, high = Valuation(rows, []).interval(*((one, other) if first else (other, one)))
+    assert (low, high) == (-np.ptp(rows.utility), np.ptp(rows.utility))
+
+
+def test_a_row_that_did_not_match_had_the_chance_that_its_own_choice_left():
+    # unless another row of its query matched, row by row
+    rows = rows_of(queries=40)
+    rows = replace(rows, query_row=np.arange(40) // 2, query_id=rows.query_id[:20], x_QD=rows.x_QD[:20])
+    rows.propensity[:] = np.random.default_rng(0).uniform(0.1, 0.9, 40)
+    valuation = Valuation(rows, [])
+    weight = valuation.weights(np.full(20, rows.config_id[0]))
+    expected = []
+    for n in range(40):
+        other = weight[n + 1 - 2 * (n % 2)] > 0
+        p = rows.propensity[n]
+        expected.append(p if weight[n] > 0 else np.inf if other else 1 - p)
+    assert np.isinf(expected).any() and valuation._most(weight).tolist() == expected
+
+
+def test_without_propensities_a_row_is_held_against_its_configs_mean():
+    rows = replace(rows_of(queries=60), propensity=None)
+    left = Valuation(rows, [])._unexplained
+    for n, (config, utility) in enumerate(zip(rows.config_id, rows.utility, strict=True)):
+        assert left[n] == pytest.approx(utility - rows.utility[rows.config_id == config].mean())
 
 
 def test_choices_whose_quality_never_differs_are_known_as_well_as_wilson_knows():
