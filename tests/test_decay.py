@@ -49,8 +49,14 @@ def test_a_stationary_world_gets_no_decay(rows, patterns, configs, full):
 @pytest.mark.parametrize("change", ["flip", "shift"])
 @pytest.mark.parametrize("full", [False, True])
 def test_planted_drift_is_followed(change, full):
-    found = [world(seed, 9000, change=change, full=full).half_life_days for seed in range(10)]
-    assert np.mean([days is not None and days < SPAN_DAYS for days in found]) >= 0.9
+    found = [world(seed, 9000, change=change, full=full) for seed in range(10)]
+    days = [one.half_life_days for one in found]
+    assert np.mean([each is not None and each < SPAN_DAYS for each in days]) >= 0.9
+    # of those that surely beat none the one that gains most
+    for one in found:
+        told = zip(one.gain, one.error, one.candidates_days, strict=True)
+        sure = [(gain, each) for gain, error, each in told if gain > 1.5 * error]
+        assert one.half_life_days == (max(sure)[1] if sure else None)
 
 
 def test_gain_and_error_are_those_of_brute_force():
@@ -94,6 +100,10 @@ def test_gain_and_error_are_those_of_brute_force():
         (plain, seen), (decayed, _) = loss(keep, np.inf), loss(keep, days * DAY)
         return (plain - decayed) / seen
 
+    # a config that never ran changes nothing
+    wider = cell // configs * (configs + 1) + cell % configs
+    more = choose_half_life(time, np.arange(n), wider, (patterns, configs + 1), weight, utility)
+    assert more.gain == pytest.approx(found.gain) and more.error == pytest.approx(found.error)
     for h in (0, 2):
         assert found.gain[h] == pytest.approx(gain(np.ones(n, bool), found.candidates_days[h]), rel=1e-9)
     left_out = np.array([gain(group != g, found.candidates_days[2]) for g in range(GROUPS)])

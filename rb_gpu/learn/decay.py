@@ -153,7 +153,6 @@ def _prior_rows(cell_N: Rows, shape: tuple[int, int], weight_N: Floats, utility_
 
 def _predict(prior_rows: float, w: Floats, total: Floats) -> Floats:
     """Mean of each cell (..., P, C), with prior_rows more rows at its config's mean over the patterns."""
-    # a group that had a config to itself leaves rounding errors behind
-    w = np.maximum(w, 0.0)
+    # no less than 1e-9 rows: a group that had a config to itself leaves rounding errors behind
     mean_C = total.sum(-2, keepdims=True) / np.maximum(w.sum(-2, keepdims=True), 1e-9)
     return np.asarray((total + prior_rows * mean_C) / np.maximum(w + prior_rows, 1e-9))
