@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typed import run
 
 pytest.importorskip("torch")
 
@@ -195,11 +196,8 @@ def test_a_dry_run_tells_what_would_be_and_writes_nothing(tmp_path):
         SynthesizeConfig(out=str(tmp_path / "planted"), n=4000, dim=16, patterns=8, configs=3, bad_fraction=0.005)
     )
     before = sorted(tmp_path.rglob("*"))
-    command = [sys.executable, "-m", "jobs.train", "data=files", f"data.path={tmp_path}/planted/trajectories.parquet"]
-    done = subprocess.run(
-        [*command, "dry_run=true", "--quiet"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    table = f"data.path={tmp_path}/planted/trajectories.parquet"
+    done = run("train", "data=files", table, "dry_run=true", "--quiet", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(tmp_path.rglob("*")) == before
     for said in ("4,000 rows, 20 of them bad", "3 configs", "stage    seconds", "would publish bank.safetensors",
@@ -209,12 +207,8 @@ def test_a_dry_run_tells_what_would_be_and_writes_nothing(tmp_path):
 
 
 def dry_sweep(folder: Path, table: str, swept: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "jobs.train", "-m", "data=files", f"data.path={folder}/{table}", swept, "dry_run=true",
-         "--quiet"],
-        cwd=folder, capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    table = f"data.path={folder}/{table}"
+    return run("train", "-m", "data=files", table, swept, "dry_run=true", "--quiet", cwd=folder)
 
 
 def test_a_dry_sweep_rehearses_every_run_and_writes_nothing(tmp_path):

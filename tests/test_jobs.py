@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
+from typed import run
 
 from rb_gpu import ReasoningBank, Registry, SearchParams, verify_artifact
 from rb_gpu.errors import RbGpuError
@@ -35,12 +36,6 @@ from rb_gpu.learn.training import train
 from rb_gpu.learn.trajectories import load
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def run(name: str, *overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"jobs.{name}", *overrides]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +105,11 @@ def test_every_index_and_metric_publishes_a_whole_artifact(planted, tmp_path, ki
 
 def test_the_whole_way_as_typed(planted, tmp_path):
     data = [f"data.path={planted / 'trajectories.parquet'}", "data=files", "data.capacity=8000"]
-    first = run("train", *data, "router=fastgrnn", "router.epochs=2", cwd=tmp_path)
+    command = [sys.executable, "-m", "jobs.train", *data, "router=fastgrnn", "router.epochs=2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    first = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert first.returncode == 0, first.stderr
     assert "best single config" in first.stdout
     assert "promoted" in first.stdout

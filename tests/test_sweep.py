@@ -6,14 +6,12 @@ import io
 import json
 import os
 import shlex
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
+from typed import run
 
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn.config import (
@@ -38,7 +36,6 @@ from rb_gpu.learn.synthesize import synthesize
 from rb_gpu.learn.training import Candidate, measure, train
 from rb_gpu.registry import Registry
 
-ROOT = Path(__file__).resolve().parent.parent
 CHANGES = {
     "judge.method": {"judge": JudgeConfig(method="welch")},
     "judge.cost_weight": {"judge": JudgeConfig(cost_weight=1.0)},
@@ -184,37 +181,29 @@ def test_gains_over_other_defaults_and_on_other_queries_are_not_compared(plain, 
     assert best_of(members[:1]) is not None and best_of(members) is None
 
 
-def run_job(folder: Path, job: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"jobs.{job}", *overrides]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
 def test_optuna_goes_on_after_a_run_that_failed_and_the_best_is_offered(plain, tmp_path):
     # told NaN, its sweeper ended with a traceback, and what the other runs came to was shown nowhere
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     optuna = ("-m", "hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=4",
               "hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=0", "data=files",
               f"data.path={plain.data.path}")  # fmt: skip
-    done = run_job(tmp_path, "train", *optuna, "cluster.k=choice(16,5000)")
+    done = run("train", *optuna, "cluster.k=choice(16,5000)", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "failed: cluster.k=5000 exceeds the" in done.stdout and "action=promote version=" in done.stdout
-    none = run_job(tmp_path, "train", *optuna, "cluster.k=choice(5000,6000)")
+    none = run("train", *optuna, "cluster.k=choice(5000,6000)", cwd=tmp_path)
     assert none.returncode == 1 and none.stdout.count("every run failed") == 1
     assert "Traceback" not in none.stdout + none.stderr
-    dry = run_job(tmp_path, "train", *optuna, "cluster.k=choice(4,16)", "dry_run=true")
+    dry = run("train", *optuna, "cluster.k=choice(4,16)", "dry_run=true", cwd=tmp_path)
     assert dry.returncode == 0, dry.stdout + dry.stderr
 
 
 def test_a_setting_out_of_bounds_fails_its_run_alone_and_a_folder_is_of_one_sweep(plain, tmp_path):
     # it ended the sweep; and in a folder used again the best was a run of the sweep before: a KeyError
     sweep = ("-m", "data=files", f"data.path={plain.data.path}", "hydra.sweep.dir=night")
-    done = run_job(tmp_path, "train", *sweep, "cluster.k=0,16")
+    done = run("train", *sweep, "cluster.k=0,16", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "run 0 failed: cluster.k=0 is not auto" in done.stdout and "best: run 1 (cluster.k=16)" in done.stdout
-    again = run_job(tmp_path, "train", *sweep, "cluster.k=4")
+    again = run("train", *sweep, "cluster.k=4", cwd=tmp_path)
     assert again.returncode == 1 and "night holds the runs of an earlier sweep; name another" in again.stdout
 
 
@@ -256,9 +245,9 @@ def test_a_folder_in_use_by_another_run_is_refused(tmp_path):
 
 
 def test_a_sweep_shows_failures_offers_the_best_and_is_told_again_from_its_folder(plain, tmp_path):
-    done = run_job(
-        tmp_path, "train", "data=files", f"data.path={plain.data.path}", "-m", "cluster.k=16,5000,4",
-        "hydra.sweep.dir=sweep", "judge.cost_weight=0.1", "registry.path=my artifacts",
+    done = run(
+        "train", "data=files", f"data.path={plain.data.path}", "-m", "cluster.k=16,5000,4",
+        "hydra.sweep.dir=sweep", "judge.cost_weight=0.1", "registry.path=my artifacts", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "run 1 failed: cluster.k=5000 exceeds the" in done.stdout
@@ -271,9 +260,9 @@ def test_a_sweep_shows_failures_offers_the_best_and_is_told_again_from_its_folde
     assert registry.champion() is None
     assert "[HYDRA] load" not in done.stdout, "the best one's stages are not told a second time"
     offered = done.stdout.strip().rsplit("\n", 1)[1].removeprefix("serve it: python -m jobs.")
-    served = run_job(tmp_path, *shlex.split(offered))
+    served = run(*shlex.split(offered), cwd=tmp_path)
     assert served.returncode == 0, served.stdout + served.stderr
     assert registry.champion() == registry.versions()[0]
-    again = run_job(tmp_path, "sweep_report", "folder=sweep")
+    again = run("sweep_report", "folder=sweep", cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.strip().rsplit("\n", 1)[0] in done.stdout
