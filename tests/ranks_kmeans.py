@@ -1,10 +1,13 @@
-"""Run in test_distributed: k-means on this rank's rows; rank 0 writes what all found, or rank 1 dies of it."""
+"""Run in test_distributed: k-means on this rank's rows, case after case; rank 0 writes what all found, or rank 1 dies
+of it.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,15 +18,19 @@ from rb_gpu.learn.kmeans import kmeans
 
 
 def main() -> None:
-    source, out, k, metric, seed, device = sys.argv[1:]
+    k, seed, *cases = sys.argv[1:]
     # gloo stands in for NCCL where they pretend to be on GPUs
-    with launched(torch.device("cpu")) as ranks, pretended() if device == "cuda" else nullcontext():
-        share(ranks, np.load(source), out, int(k), metric, int(seed), device)
+    with launched(torch.device("cpu")) as ranks:
+        for case in cases:
+            metric, device, folder = case.split(":", 2)
+            with pretended() if device == "cuda" else nullcontext():
+                share(ranks, Path(folder), int(k), metric, int(seed), device)
 
 
-def share(ranks: Ranks, data: dict[str, np.ndarray], out: str, k: int, metric: str, seed: int, device: str) -> None:
-    if out == "die" and ranks.rank == 1:
+def share(ranks: Ranks, folder: Path, k: int, metric: str, seed: int, device: str) -> None:
+    if folder.name == "die" and ranks.rank == 1:
         os._exit(7)
+    data = np.load(folder / "data.npz")
     # ranks hold different numbers of rows
     edges = np.linspace(0, 1, ranks.size + 1) ** 1.3 * len(data["x"])
     rows = slice(int(edges[ranks.rank]), int(edges[ranks.rank + 1]))
@@ -34,7 +41,9 @@ def share(ranks: Ranks, data: dict[str, np.ndarray], out: str, k: int, metric: s
     )  # fmt: skip
     labels = ranks.joined(result.labels)
     if ranks.rank == 0:
-        np.savez(out, centroids=result.centroids, labels=labels, inertia=result.inertia, n_iter=result.n_iter)
+        np.savez(
+            folder / "out.npz", centroids=result.centroids, labels=labels, inertia=result.inertia, n_iter=result.n_iter
+        )
 
 
 if __name__ == "__main__":

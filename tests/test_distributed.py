@@ -27,12 +27,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(__file__).parent / "ranks_kmeans.py"
 
 
-@pytest.mark.parametrize(
-    ("processes", "metric", "copies", "offset", "device"),
-    [(2, "cosine", 0, 0, "cpu"), (3, "l2", 0, 0, "cpu"), (2, "l2", 30, 0, "cpu"), (2, "l2", 0, 1e7, "cpu"),
-     (2, "cosine", 0, 0, "cuda"), (2, "l2", 30, 0, "cuda")],
-)  # fmt: skip
-def test_ranks_end_on_the_bits_of_one_process(tmp_path, processes, metric, copies, offset, device):
+# metric, copies of a centroid in the start, offset of all points, device
+CASES = {
+    2: [("cosine", 0, 0, "cpu"), ("l2", 30, 0, "cpu"), ("l2", 0, 1e7, "cpu"), ("cosine", 0, 0, "cuda"),
+        ("l2", 30, 0, "cuda")],
+    3: [("l2", 0, 0, "cpu")],
+}  # fmt: skip
+
+
+def points(copies: int, offset: float) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(30, 12))[rng.integers(30, size=4000)] + 0.8 * rng.normal(size=(4000, 12))).astype(np.float32)
     weight = rng.exponential(size=len(x)).astype(np.float32)
@@ -41,32 +44,44 @@ def test_ranks_end_on_the_bits_of_one_process(tmp_path, processes, metric, copie
         x, weight = (x.astype(np.float64) + offset) * 2.0**80, weight.astype(np.float64) * 2.0**-180
     # of a start with copies, empty clusters are drawn anew
     start = {"start": np.concatenate([x[: 37 - copies], np.repeat(x[:1], copies, axis=0)])} if copies else {}
-    np.savez(tmp_path / "data.npz", x=x, weight=weight, **start)
+    return {"x": x, "weight": weight} | start
+
+
+@pytest.mark.parametrize("processes", CASES)
+def test_ranks_end_on_the_bits_of_one_process(tmp_path, processes):
+    # all cases in one launch: what its processes import takes longer
+    folders = {case: tmp_path / str(i) for i, case in enumerate(CASES[processes])}
+    for (_, copies, offset, _), folder in folders.items():
+        folder.mkdir()
+        np.savez(folder / "data.npz", **points(copies, offset))
     command = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone",
-        str(SCRIPT), str(tmp_path / "data.npz"), str(tmp_path / "out.npz"), "37", metric, "5", device,
+        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", str(SCRIPT),
+        "37", "5", *(f"{metric}:{device}:{folder}" for (metric, _, _, device), folder in folders.items()),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = np.load(tmp_path / "out.npz")
-    with pretended() if device == "cuda" else nullcontext():
-        alone = kmeans(
-            x, 37, start.get("start", "k-means++"), metric=metric, seed=5, weight=weight, n_init=2, device=device,
-            engine="auto" if device == "cpu" else "torch",
-        )  # fmt: skip
-    assert found["centroids"].tobytes() == alone.centroids.tobytes()
-    assert np.array_equal(found["labels"], alone.labels)
-    assert float(found["inertia"]) == alone.inertia
-    assert int(found["n_iter"]) == alone.n_iter
+    for case, folder in folders.items():
+        metric, copies, offset, device = case
+        data, found = points(copies, offset), np.load(folder / "out.npz")
+        with pretended() if device == "cuda" else nullcontext():
+            alone = kmeans(
+                data["x"], 37, data.get("start", "k-means++"), metric=metric, seed=5, weight=data["weight"], n_init=2,
+                device=device, engine="auto" if device == "cpu" else "torch",
+            )  # fmt: skip
+        assert found["centroids"].tobytes() == alone.centroids.tobytes(), case
+        assert np.array_equal(found["labels"], alone.labels), case
+        assert float(found["inertia"]) == alone.inertia, case
+        assert int(found["n_iter"]) == alone.n_iter, case
 
 
 def test_the_error_says_which_rank_lost_another(tmp_path):
     # without torchrun, which ends the others itself
-    np.savez(tmp_path / "data.npz", x=np.ones((40, 3), np.float32), weight=np.ones(40, np.float32))
+    (tmp_path / "die").mkdir()
+    np.savez(tmp_path / "die" / "data.npz", x=np.ones((40, 3), np.float32), weight=np.ones(40, np.float32))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "data.npz"), "die", "3", "l2", "0", "cpu"]
+    command = [sys.executable, str(SCRIPT), "3", "0", f"l2:cpu:{tmp_path / 'die'}"]
     ranks = [
         subprocess.Popen(
             command,
@@ -104,9 +119,14 @@ def test_alone_every_call_is_the_identity():
     assert ranks.of_first(values) is values
 
 
+def job(registry: Path, *settings: str) -> list[str]:
+    """A training on a quarter of the sample."""
+    return ["-m", "jobs.train", f"registry.path={registry}", "device=cpu", "data.capacity=30000", *settings]
+
+
 def torchrun(registry: Path, *settings: str) -> list[str]:
-    job = ["-m", "jobs.train", f"registry.path={registry}", "device=cpu", *settings]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *job]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return [*launch, *job(registry, *settings)]
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +141,7 @@ def published(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("budget", ["null", "1048576"], ids=["in memory", "in a file"])
 def test_two_ranks_publish_the_bank_of_one_process(published, tmp_path, budget):
-    settings = [f"registry.path={tmp_path}", "device=cpu", f"device.memory_budget={budget}"]
-    command = [sys.executable, "-m", "jobs.train", *settings]
+    command = [sys.executable, *job(tmp_path, f"device.memory_budget={budget}")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_bank(published, tmp_path)
@@ -130,11 +149,10 @@ def test_two_ranks_publish_the_bank_of_one_process(published, tmp_path, budget):
 
 def test_two_ranks_go_on_from_a_champion_as_one_process_does(published, tmp_path):
     ours, theirs = (shutil.copytree(published, tmp_path / name, symlinks=True) for name in ("ranks", "alone"))
-    alone = [sys.executable, "-m", "jobs.train", f"registry.path={theirs}", "device=cpu", "cluster.k=70"]
-    for job in (torchrun(ours, "cluster.k=70"), alone):
-        done = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    for command in (torchrun(ours, "cluster.k=35"), [sys.executable, *job(theirs, "cluster.k=35")]):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert "k-means starts from 70 leaves of 2" in done.stdout + done.stderr
+        assert "k-means starts from 35 leaves of 2" in done.stdout + done.stderr
     assert_same_bank(ours, theirs)
 
 
@@ -146,18 +164,18 @@ def assert_same_bank(*registries: Path) -> None:
 def test_a_rank_that_dies_ends_the_job_and_the_champion_stays(published):
     champion = (published / "champion").resolve()
     command = torchrun(published, "cluster.n_init=1000", "cluster.checkpoint_every=1")
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
         checkpoint = published / "kmeans.checkpoint"
         while not checkpoint.exists():
-            assert job.poll() is None, job.stdout.read()[-3000:]
+            assert run.poll() is None, run.stdout.read()[-3000:]
             time.sleep(0.1)
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 environment = (process / "environ").read_bytes().split(b"\0")
                 if b"RANK=1" in environment and str(published).encode() in (process / "cmdline").read_bytes():
                     os.kill(int(process.name), signal.SIGKILL)
-        said, _ = job.communicate(timeout=120)
-    assert job.returncode == 1
+        said, _ = run.communicate(timeout=120)
+    assert run.returncode == 1
     assert "SIGKILL" in said and "rank      : 1" in said
     assert (published / "champion").resolve() == champion
     assert not list(published.glob(".tmp-*"))
