@@ -115,6 +115,24 @@ def test_probability_has_to_reach_the_least_one_asked_for(data: BankData) -> Non
         assert answer.confidence == pytest.approx(0 if default else 0.75)
 
 
+def test_what_is_sure_is_no_more_than_sure_and_what_is_just_at_the_floor_is_near(data: BankData) -> None:
+    arrays = {name: array.copy() for name, array in data.arrays.items()}
+    arrays["centroids"][: data.leaves] = np.eye(data.dim, dtype=np.float32)[: data.leaves]
+    arrays["probability"][:] = 1.0
+    arrays["score"][:, 4] = 9.0
+    wide, exact = (
+        ReasoningBank(replace(data, arrays=arrays, lookup=replace(data.lookup, floor=floor, top_k=12)))
+        for floor in (-1.0, 1.0)
+    )
+    queries = np.random.default_rng(0).normal(size=(200, data.dim)).astype(np.float32)
+    # shares of float32 add up to just over 1
+    assert max(wide.optimized_params(query).confidence for query in queries) == 1.0
+    assert wide.optimized_params_batch(queries)["confidence"].max() == 1.0
+    alike = 2.0 * arrays["centroids"][: data.leaves]
+    nearest = [exact.optimized_params(query).source.pattern_id for query in alike]
+    assert nearest == exact.optimized_params_batch(alike)["pattern_id"].tolist() == list(range(100, 112))
+
+
 @pytest.mark.parametrize(("told", "expected"), [(1.25, 1.0), (-0.25, 0.0), (0.75, 0.75)])
 def test_expected_quality_is_a_share(data: BankData, told: float, expected: float) -> None:
     # what a leaf and the field say adds up to more than 1: 415 of the sample's 8,000 queries were told so, up to 1.113

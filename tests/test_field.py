@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 torch = pytest.importorskip("torch")
 
@@ -362,6 +363,26 @@ def test_a_query_gets_its_leaves_and_the_field(bank):
     expected = 0.0 if answer.config_id == default else gain_C[answer.config_id]
     assert answer.expected_gain == pytest.approx(expected, abs=2e-4)
     assert answer.config_id == (gain_C.argmax() if gain_C.max() > data.arrays["margin"].max() else default)
+
+
+def test_a_confidence_is_that_of_a_normal_gain_and_reaches_the_least_one_asked_for(bank):
+    # of a gain known so badly that choices are in doubt
+    arrays = bank.data.arrays | {"field_test_sd": bank.data.arrays["field_test_sd"] + np.float32(0.12)}
+    data = replace(bank.data, arrays=arrays, lookup=replace(bank.data.lookup, min_probability=0.9))
+    doubtful, x = ReasoningBank(data), table(9, n=200).x_QD
+    many = doubtful.optimized_params_batch(x)
+    acted = many["config_id"] != data.default
+    assert 20 < acted.sum() < 180 and np.ptp(many["confidence"][acted]) > 0.03
+    for row in np.flatnonzero(acted)[:40]:
+        cosine = arrays["centroids"][: data.leaves] @ x[row]
+        near = np.argsort(-cosine)[: data.lookup.top_k]
+        near = near[cosine[near] >= data.lookup.floor]
+        share = np.exp(data.lookup.beta * (cosine[near] - cosine[near].max()))
+        sd_C = share / share.sum() @ arrays["field_test_sd"][near]
+        one = doubtful.optimized_params(x[row])
+        expected = norm.cdf(one.expected_gain / sd_C[one.config_id])
+        assert one.confidence == pytest.approx(expected, abs=1e-4) and expected > 0.9 - 1e-4
+        assert many["confidence"][row] == pytest.approx(expected, abs=1e-4)
 
 
 def test_no_margin_near_a_leaf_and_one_near_none(bank):
