@@ -14,6 +14,7 @@ from rb_gpu.learn.leaves import LeafMaking
 from rb_gpu.learn.outcome_model import FOLDS, folds
 from rb_gpu.learn.stages import Stages
 from rb_gpu.learn.trajectories import Source, Trajectories, assemble
+from rb_gpu.objective import Objective
 
 DIM, CONFIGS = 8, 2
 
@@ -105,6 +106,60 @@ def test_noise_chooses_nothing() -> None:
         assert stands == (told["gain"] == 0) == (told["error"] == 0)
         usual += stands
     assert usual >= 17
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_of_settings_that_surely_gain_the_one_that_gains_most_is_taken(logged: bool) -> None:
+    # query by query: what a setting's choices are worth more than the usual one's, and the standard error of that
+    rng = np.random.default_rng(1)
+    rows = table(np.tile([0.4, 0.7], (500, 1)), rng.normal(size=(500, DIM)), logged, rng)
+    tried = [(5, 16.0), (1, 0.0), (3, 8.0), (10, 32.0), (20, 0.0), (3, 64.0)]
+    better = [0.0, 0.5, 0.9, 0.6, 0.04, 0.0]  # share of queries on which a setting takes the better config
+    choice = np.array([rng.random(500) < share for share in better]).astype(int)
+    utility = rows.recall.astype(float)
+
+    def valued(picked: np.ndarray) -> tuple[float, np.ndarray]:
+        hit = rows.config_id == picked[rows.query_row]
+        mean = utility[hit].mean()
+        # as leaving a row out changes it
+        return mean, np.bincount(rows.query_row, hit * (utility - mean), 500) / (hit.sum() - 1)
+
+    usual, away = valued(choice[0])
+    sure = []
+    for g in range(1, 6):
+        mean, other = valued(choice[g])
+        error = np.sqrt(((other - away) ** 2).sum())
+        if mean - usual > 2.0 * error:
+            sure.append((mean - usual, error, tried[g]))
+    assert 1 < len(sure) < 5
+    objective = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
+    found = tuning._best(choice, rows, objective, tried)
+    assert (found.top_k, found.beta) == max(sure)[2] and found.settings == 6
+    assert (found.gain, found.error) == pytest.approx(max(sure)[:2], rel=1e-6)
+    for first in range(1, 500):  # the better config on the first queries alone, until that gains 1.2 to 1.9 errors
+        doubtful = (np.arange(500) < first).astype(int)
+        mean, other = valued(doubtful)
+        if 1.2 < (mean - usual) / max(np.sqrt(((other - away) ** 2).sum()), 1e-9) < 1.9:
+            break
+    else:
+        pytest.fail("no such choice")
+    assert tuning._best(np.stack([choice[0], doubtful]), rows, objective, tried[:2]).gain == 0.0
+
+
+def test_folds_are_valued_until_they_have_queries_enough_of_those_with_a_pattern(monkeypatch) -> None:
+    rng = np.random.default_rng(2)
+    fold, known = rng.integers(FOLDS, size=3000), rng.random(3000) < 0.8
+    fold[fold == 0] = 1  # an empty one is none
+    whole = [np.flatnonzero((fold == f) & known) for f in range(FOLDS)]
+    for most in (100, len(whole[1]), len(whole[1]) + 1, 10_000):
+        monkeypatch.setattr(tuning, "MAX_QUERIES", most)
+        found, held = tuning._valued(fold, known), 0
+        for f in range(1, FOLDS):
+            assert (f in found) == (held < most)
+            if f in found:
+                assert np.isin(found[f], whole[f]).all() and min(most, len(whole[f])) <= len(found[f]) < 2 * most
+                held += len(found[f])
+        assert 0 not in found
 
 
 def test_evidence_without_a_fold_is_that_of_the_other_rows(learned) -> None:
