@@ -15,7 +15,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from test_assign import brute_force
 
-from rb_gpu.learn import assign, choice, devices, seeding
+from rb_gpu.learn import assign, choice, devices, lloyd, seeding
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.distributed import Ranks
@@ -525,3 +525,27 @@ def test_a_power_of_two_changes_no_label_where_doubled_centroids_are_repaired(ex
     plain, scaled = kmeans(x, 60, seed=1), kmeans(np.ldexp(x, exponent), 60, seed=1)
     assert np.array_equal(scaled.labels, plain.labels)
     assert scaled.inertia == plain.inertia * 2.0 ** (2 * exponent) and scaled.n_iter == plain.n_iter
+
+
+def test_a_cluster_whose_members_cancel_out_on_the_sphere_stays_where_it_was():
+    x = np.array([[1.0, 0.0], [-1.0, 0.0], [0.1, -1.0], [-0.1, -1.0]], np.float32)
+    start = np.array([[0.0, 1.0], [0.0, -1.0]], np.float32)
+    found = kmeans(x, 2, start, metric="cosine", max_iter=5)
+    assert found.labels.tolist() == [0, 0, 1, 1]
+    assert found.centroids[0].tolist() == [0.0, 1.0]
+
+
+def test_what_a_cluster_is_divided_at_is_drawn_by_weight_times_squared_distance(monkeypatch):
+    rng = np.random.default_rng(0)
+    x = (np.repeat([[0.0, 0.0], [90.0, 0.0], [0.0, 90.0]], 4, axis=0) + rng.normal(size=(12, 2))).astype(np.float32)
+    weight, drawn = rng.uniform(0.2, 3.0, 12).astype(np.float32), []
+    monkeypatch.setattr(lloyd, "exchange", lambda points, centroids, mass, drawn_KD, *rest: drawn.append(drawn_KD))
+    for seed in range(120):
+        kmeans(x, 3, metric="l2", seed=seed, weight=weight)
+    found = torch.cat(drawn).numpy()
+    assert len(found) >= 360
+    for first in (0, 4, 8):
+        mine, w = x[first : first + 4].astype(float), weight[first : first + 4]
+        share = w * ((mine - np.average(mine, axis=0, weights=w)) ** 2).sum(1)
+        times = np.array([(np.abs(found - point).max(1) < 1e-3).sum() for point in mine])
+        assert stats.chisquare(times, times.sum() * share / share.sum()).pvalue > 0.001
