@@ -210,6 +210,13 @@ def test_other_content_types_methods_and_paths_are_refused(client: TestClient) -
     assert client.get("/v1/nothing").status_code == 404
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+def test_a_load_balancer_may_ask_by_head(client: TestClient, path: str) -> None:
+    # it was a 405
+    assert client.head(path).status_code == 200
+    assert client.head(path).headers["content-type"] == client.get(path).headers["content-type"]
+
+
 def test_a_body_over_the_limit_is_refused_with_and_without_its_length(client: TestClient) -> None:
     query = b'{"query":[' + b"1," * 15_000 + b"1]}"
     assert client.post("/v1/optimized_params", content=query, headers=JSON).status_code == 413

@@ -64,10 +64,13 @@ def make_app(
     state = _Routes(bank, has_log, max_batch)
     guard: list[Guard] = []
 
+    # load balancers ask by HEAD, of which the server sends no body
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", summary="The process lives")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", response_model=bodies.Ready, summary="An artifact is served")
     async def readyz() -> Response:
         return _json(
@@ -79,6 +82,7 @@ def make_app(
             }
         )
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", response_class=Response, summary="Counters in Prometheus's text format",
              responses={200: {"content": {"text/plain": {}}}})  # fmt: skip
     async def prometheus() -> Response:
