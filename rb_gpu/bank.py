@@ -251,8 +251,9 @@ class ReasoningBank:
         self, queries: npt.ArrayLike, tradeoff: float | Tradeoff | None = None
     ) -> dict[str, npt.NDArray[Any]]:
         """The same for queries (B, D), as columns of length B: config_id, confidence, expected_quality, expected_gain,
-        pattern_id (-1 where the default is returned) and one column per search parameter. Numbers are those of
-        `optimized_params` to float32's rounding, not to the bit: sums are taken in another order.
+        pattern_id (-1 where the default is returned, and where all patterns choose since none is near) and one column
+        per search parameter. Numbers are those of `optimized_params` to float32's rounding, not to the bit: sums are
+        taken in another order. Raises ValueError where a query or the trade-off is bad.
         """
         state = self._state if tradeoff is None else self._state.under(tradeoff)
         columns = as_columns(state, vote(state, queries))
