@@ -7,6 +7,7 @@ E blocks of C columns.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -136,6 +137,8 @@ def nearest(state: BankState, query: npt.ArrayLike, k: int) -> tuple[list[int], 
 def queries_of(query: npt.ArrayLike, dim: int, ndim: int) -> Matrix:
     """Queries (B, D) float32, from (D,) where ndim is 1. Raises ValueError saying what came."""
     try:
+        if "numpy.ma" in sys.modules and np.ma.is_masked(query):  # whoever made one has imported it
+            raise TypeError("some are masked")
         given = np.asarray(query)
         if given.dtype.kind not in "fiu":
             raise TypeError(f"dtype {given.dtype}")

@@ -103,6 +103,8 @@ def test_a_key_that_is_missing_or_short_is_refused(tmp_path: Path) -> None:
         (np.array([]), r"shape \(0,\)"),
         (["a"] * 16, "no array of numbers"),
         (None, "no array of numbers"),
+        # what lay under the mask used to be answered
+        (np.ma.masked_values([2.0, *range(15)], 2.0), "some are masked"),
     ],
 )
 def test_a_bad_query_raises_or_gets_the_default(bank: ReasoningBank, query: Any, reason: str, mode: str) -> None:
@@ -113,6 +115,14 @@ def test_a_bad_query_raises_or_gets_the_default(bank: ReasoningBank, query: Any,
     with pytest.raises(ValueError, match=reason):
         raise ValueError(answer.reason)
     assert bank.stats().total_lookups == 1
+
+
+def test_a_masked_array_that_hides_nothing_is_a_query(bank: ReasoningBank) -> None:
+    queries = queries_near(bank.data, 3)
+    assert bank.optimized_params(np.ma.masked_invalid(queries[1])) == bank.optimized_params(queries[1])
+    hidden = np.ma.masked_greater(queries, queries.max() - 1e-3)
+    with pytest.raises(ValueError, match="some are masked"):
+        bank.optimized_params_batch(hidden)
 
 
 def test_on_error_hides_no_mistake_of_the_caller(bank: ReasoningBank) -> None:
