@@ -330,12 +330,12 @@ class ReasoningBank:
         )
 
     def close(self) -> None:
-        """Stops the watcher; flushes and closes the trajectory log, where there is one."""
+        """Flushes and closes the trajectory log, where there is one; stops the watcher."""
+        if self._log is not None:
+            self._log.close()
         if self._watcher is not None:
             self._watcher.stop()
             self._watcher = None
-        if self._log is not None:
-            self._log.close()
 
 
 def _after_fork_in_child() -> None:

@@ -10,6 +10,9 @@ from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
+# a file system that hangs must not keep a service from ending
+STOP_S = 5.0
+
 _watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
 
 
@@ -33,10 +36,10 @@ class Watcher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread; one call of the method may be under way and is waited for."""
+        """Ends the thread; one call of the method may be under way and is waited for, at most STOP_S seconds."""
         _watchers.discard(self)
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(STOP_S)
 
 
 def _run(method_of: weakref.WeakMethod[Callable[[], object]], interval_s: float, stopped: threading.Event) -> None:

@@ -285,6 +285,30 @@ def test_a_watcher_outlives_a_failed_look_but_not_its_bank(registry: Registry, m
     assert not watcher.is_alive()
 
 
+def test_a_file_system_that_hangs_does_not_keep_a_bank_open(
+    registry: Registry, tmp_path: Path, monkeypatch: Any
+) -> None:
+    # close waited for a look that hung in stat, and the log was closed only after it
+    bank = ReasoningBank.load(registry.path / "champion", log=tmp_path / "log.sqlite")
+    hangs, recovers = threading.Event(), threading.Event()
+
+    def stat() -> bool:
+        hangs.set()
+        return not recovers.wait(60)
+
+    monkeypatch.setattr(bank._source, "changed", stat)
+    monkeypatch.setattr("rb_gpu.watcher.STOP_S", 0.1)
+    bank.watch(0.02)
+    assert hangs.wait(10)
+    closing = threading.Thread(target=bank.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    closed = not closing.is_alive()
+    recovers.set()
+    assert closed and bank._watcher is None
+    closing.join()
+
+
 # Threads and processes
 
 
