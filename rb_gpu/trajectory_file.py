@@ -86,13 +86,13 @@ def read_batches(
         yield batch
 
 
-def open_writer(path: Path) -> tuple[sqlite3.Connection, int]:
+def open_writer(given: Path) -> tuple[sqlite3.Connection, int]:
     """A connection that may write, to a file made where there is none, and the file's inode. Only with the gate held.
     Raises DataError.
     """
     deadline = time.monotonic() + _OPEN_TIMEOUT_S
     while True:
-        inode = None
+        inode, path = None, Path(os.path.realpath(given))  # the -wal lies beside what a link leads to now
         try:
             with ExitStack() as on_error, _folder_held(path, deadline):
                 _make(path)
@@ -187,6 +187,7 @@ def _make(path: Path) -> None:
 
 def _select(path: Path, query: str, values: tuple[int, ...]) -> dict[str, Any]:
     """Columns of a query on a read-only connection; empty where it gives no row."""
+    path = Path(os.path.realpath(path))  # beside which the -wal lies
     # without -wal nobody writes; immutable then keeps the reader from making one, which it may not be allowed to do, or
     # which the next writer could not use
     wal = path.with_name(path.name + "-wal")

@@ -611,6 +611,27 @@ def test_rows_that_a_reader_held_back_are_put_aside(tmp_path: Path, caplog: pyte
     assert ids(moved) == [1, 2]
 
 
+def test_a_log_behind_a_link(tmp_path: Path) -> None:
+    # its -wal was looked for beside the link: a reader missed rows, or took the file for malformed while it was written
+    path, link = tmp_path / "data" / "log.db", tmp_path / "log.db"
+    path.parent.mkdir()
+    link.symlink_to("data/log.db")
+    with TrajectoryLog(link) as log, closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        log.record(trajectory(1))
+        log.flush()
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM trajectory").fetchone()
+        log.record(trajectory(2))
+        log.flush()
+        assert ids(link) == [1, 2]
+        reader.execute("COMMIT")
+        # the link is followed anew where the file was renamed
+        path.rename(tmp_path / "data" / "log.1.db")
+        log.record(trajectory(3))
+    assert ids(link) == ids(path) == [3] and ids(tmp_path / "data" / "log.1.db") == [1, 2] and link.is_symlink()
+    assert {file.name for file in path.parent.iterdir()} == {"log.db", "log.1.db"}
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_processes_go_on_in_one_new_file_after_a_rename(tmp_path: Path) -> None:
     path, moved = tmp_path / "log.db", tmp_path / "log.1.db"
