@@ -207,6 +207,13 @@ def test_other_content_types_methods_and_paths_are_refused(client: TestClient) -
         assert answer.status_code == 415 and "text/plain" in answer.json()["error"]
         assert client.get(path).status_code == 405
     assert client.post("/v1/trajectories", content=b"x", headers=RAW).status_code == 415
+    # the bytes of a compressed batch were taken for queries where their number was right
+    content = queries_near(make_bank(), 2).astype("<f4").tobytes()
+    answer = client.post("/v1/optimized_params/batch", content=content, headers=RAW | {"content-encoding": "gzip"})
+    assert answer.status_code == 415 and "'gzip' is not read" in answer.json()["error"]
+    assert answer.headers["accept-encoding"] == "identity"
+    headers = RAW | {"content-encoding": "Identity"}
+    assert client.post("/v1/optimized_params/batch", content=content, headers=headers).status_code == 200
     assert client.get("/v1/nothing").status_code == 404
 
 

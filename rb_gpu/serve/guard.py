@@ -71,6 +71,10 @@ class Guard:
                 return 401, "the API key is missing or wrong; send it as X-API-Key", [(b"www-authenticate", b"Bearer")]
         if self.in_flight > self._max_concurrency:
             return 503, f"over {self._max_concurrency} requests are under way; try again", [(b"retry-after", b"1")]
+        encoding = headers.get(b"content-encoding", b"identity").lower()
+        if encoding != b"identity":
+            error = f"content-encoding {encoding.decode('latin-1')!r} is not read; send the body as it is"
+            return 415, error, [(b"accept-encoding", b"identity")]
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self._max_body_bytes:
             return 413, self._too_large(), []

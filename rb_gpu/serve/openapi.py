@@ -15,7 +15,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "The connection ended before the body did"},
     408: {"model": Problem, "description": "The body did not come in time"},
     413: {"model": Problem, "description": "The body is too large"},
-    415: {"model": Problem, "description": "The body is of another content type"},
+    415: {"model": Problem, "description": "The body is of another content type, or encoded"},
     422: {"model": Problem, "description": "The body is wrong; the error says what came and what is expected"},
     503: {"model": Problem, "description": "Too much is under way, or the log cannot be written; try again"},
 }
