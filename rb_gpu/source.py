@@ -22,9 +22,9 @@ class ArtifactSource:
         # the process may change its folder; a link stays one, since it is followed anew at each read
         self.path, self._hmac_key = Path(path).absolute(), hmac_key
         self._manifest = os.fspath(self.path / MANIFEST)
-        self._seen: tuple[int, int, int] | None = None
-        self._reading: tuple[int, int, int] | None = None
-        self._failed: tuple[int, int, int] | None = None
+        self._seen: tuple[int, ...] | None = None
+        self._reading: tuple[int, ...] | None = None
+        self._failed: tuple[int, ...] | None = None
         self._failed_at = 0.0
         self.error: str | None = None
 
@@ -63,7 +63,8 @@ class ArtifactSource:
         return news
 
 
-def _fingerprint(manifest: str) -> tuple[int, int, int]:
+def _fingerprint(manifest: str) -> tuple[int, ...]:
     """What changes when the link is switched or the artifact is replaced."""
     status = os.stat(manifest)  # noqa: PTH116 - a third of a Path's time, and this runs before lookups
-    return status.st_ino, status.st_mtime_ns, status.st_size
+    # of two mounted images the file's number, time and size may be the same
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size

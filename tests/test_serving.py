@@ -11,6 +11,7 @@ import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -207,6 +208,19 @@ def test_nothing_new_costs_one_stat(registry: Registry, monkeypatch: Any) -> Non
         monkeypatch.setattr(os, name, None)
     assert not bank.reload_if_changed()
     assert len(calls) == 1
+
+
+def test_a_link_switched_from_one_image_to_another_is_followed(registry: Registry, monkeypatch: Any) -> None:
+    # images are made with times of 0, and number their files alike: the new one was not looked at
+    def of_image(path: str) -> Any:
+        return SimpleNamespace(st_dev=Path(path).stat().st_ino, st_ino=1, st_mtime_ns=0, st_size=4096)
+
+    monkeypatch.setattr("rb_gpu.source.os", SimpleNamespace(stat=of_image, path=os.path, fspath=os.fspath))
+    bank = ReasoningBank.load(registry.path / "champion")
+    assert not bank.reload_if_changed()
+    (registry.path / "champion").unlink()
+    (registry.path / "champion").symlink_to(B)
+    assert bank.reload_if_changed() and bank.version == B
 
 
 def test_an_artifact_asked_for_a_trade_off_is_unmapped_once_replaced(registry: Registry) -> None:
