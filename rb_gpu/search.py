@@ -21,9 +21,10 @@ Matrix = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 
-# up to so many floats a product with all leaves beats a graph on one core: what its own cache holds beside the rest of
-# an answer (`python -m jobs.benchmark suite=lookup`)
-EXACT_CELLS = 2**18
+# up to so many floats a product with all leaves beats a graph on one core, where ranking a leaf counts as so many more
+# dims: a graph catches up at 2,000 leaves of 128 dims and at 1,050 of 384; of more dims beyond these 2 MiB, which not
+# every core's own cache holds (`python -m jobs.benchmark suite=lookup`)
+EXACT_CELLS, RANKING_DIMS = 2**19, 128
 # and up to here its product with so many queries beats a graph that is asked for each of them
 EXACT_BATCH_LEAVES, EXACT_BATCH_QUERIES = 4096, 64
 # up to so many neighbours, one pass for each beats a partition
@@ -214,15 +215,20 @@ class FaissSearch:
         buffers.addresses = address(buffers.query), wanted, address(buffers.distances), address(buffers.rows)
 
 
+def product_is_faster(leaves: int, dim: int) -> bool:
+    """Whether a query is answered sooner by a product with all leaves than by an index of them."""
+    return leaves * (dim + RANKING_DIMS) <= EXACT_CELLS
+
+
 def open_search(unit_PD: Matrix, index: Any, kind: str, wanted: str) -> Search:
-    """exact, index, or auto: exact up to EXACT_CELLS, beyond that the index where there is one and Faiss is.
+    """exact, index, or auto: exact where that is faster, else the index where there is one and Faiss is.
 
     index: the content of index.faiss. Raises ArtifactError where `index` is wanted and cannot be had, ValueError on
     another word.
     """
     if wanted not in ("auto", "exact", "index"):
         raise ValueError(f"search={wanted!r} is not one of auto, exact, index; choose one of them")
-    if wanted == "exact" or (wanted == "auto" and (unit_PD.size <= EXACT_CELLS or index is None)):
+    if wanted == "exact" or (wanted == "auto" and (index is None or product_is_faster(*unit_PD.shape))):
         return ExactSearch(unit_PD)
     if index is None:
         raise ArtifactError("search=index, but the artifact has no index.faiss; train with index.kind=hnsw or use auto")

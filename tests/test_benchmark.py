@@ -18,7 +18,7 @@ from rb_gpu.bench.plot import plot_lookup
 from rb_gpu.bench.runner import clean_environment, fresh_median, in_process, interleaved
 
 SETTINGS = {
-    "patterns": [40, 1100], "dim": 240, "configs": 3, "distinct_queries": 60, "rounds": 2, "batch": 100, "threads": 2,
+    "patterns": [40, 1500], "dim": 240, "configs": 3, "distinct_queries": 60, "rounds": 2, "batch": 100, "threads": 2,
     "seed": 0,
 }  # fmt: skip
 
@@ -53,7 +53,7 @@ def test_every_contestant_is_measured_or_named_as_missing(result: dict) -> None:
 
 def test_the_table_and_the_plot_show_it(result: dict, tmp_path: Path) -> None:
     table = lookup_tables(result)
-    assert "40 (exact)" in table and "1,100 (hnsw)" in table and "not installed" in table
+    assert "40 (exact)" in table and "1,500 (hnsw)" in table and "not installed" in table
     pytest.importorskip("matplotlib")
     assert plot_lookup(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
@@ -86,7 +86,7 @@ def test_rounds_are_interleaved_and_the_first_is_dropped() -> None:
 
 def test_without_any_peer_the_bank_is_measured_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "optional", lambda name: None)
-    size = lookup.one_size(tmp_path, 1100, SETTINGS)
+    size = lookup.one_size(tmp_path, 1500, SETTINGS)
     missing = [name for name, row in size["rows"].items() if row == "not installed"]
     assert size["search"] == "exact" and missing == ["faiss flat", "faiss HNSW", "hnswlib", "usearch"]
     assert size["rows"]["ours, whole answer"]["recall"] == 1.0

@@ -322,7 +322,7 @@ def test_without_faiss_auto_is_exact_and_index_says_what_to_install(data: BankDa
         return import_(name, *args)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    monkeypatch.setattr(module, "EXACT_CELLS", 4 * 16)
+    monkeypatch.setattr(module, "EXACT_CELLS", 0)
     assert ReasoningBank(data, b"an index").search_name == "exact"
     with pytest.raises(ArtifactError, match=r"pip install 'rb_gpu\[index\]'"):
         ReasoningBank(data, b"an index", search="index")
@@ -332,9 +332,15 @@ def test_auto_takes_the_index_of_a_large_bank(monkeypatch: Any) -> None:
     data = make_bank(leaves=30)
     index = index_of(data.arrays["centroids"][:30])
     assert ReasoningBank(data, index).search_name == "exact"
-    monkeypatch.setattr(module, "EXACT_CELLS", 29 * 16)
+    monkeypatch.setattr(module, "EXACT_CELLS", 30 * (16 + module.RANKING_DIMS) - 1)
     assert ReasoningBank(data, index).search_name == "flat"
     assert ReasoningBank(data).search_name == "exact"
+
+
+@pytest.mark.parametrize(("leaves", "dim"), [(2048, 128), (1024, 384), (585, 768), (315, 1536)])
+def test_which_search_answers_sooner(leaves: int, dim: int) -> None:
+    # from 1 MiB on the index was asked, for 10 us longer at 700 x 384 and 20 at 300 x 1,536
+    assert module.product_is_faster(leaves, dim) and not module.product_is_faster(leaves + 1, dim)
 
 
 def test_an_artifact_keeps_its_index(learned: Any, tmp_path: Path) -> None:

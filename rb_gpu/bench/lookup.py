@@ -24,7 +24,7 @@ from rb_gpu.evidence import LATENCY_BINS, OUTCOMES
 from rb_gpu.field import FIELD_ARRAYS, SLOPES
 from rb_gpu.objective import Objective
 from rb_gpu.publish import write_artifact
-from rb_gpu.search import EXACT_CELLS
+from rb_gpu.search import product_is_faster
 
 Matrix = npt.NDArray[np.float32]
 Search = Callable[[Matrix], npt.NDArray[np.int64]]
@@ -154,7 +154,7 @@ def publish(folder: Path, centroids_PD: Matrix, queries_QD: Matrix, configs: int
     from rb_gpu.learn.index import build_index
     from rb_gpu.learn.landmarks import AXES, LANDMARKS
 
-    kind = "hnsw" if centroids_PD.size > EXACT_CELLS and optional("faiss") is not None else "off"
+    kind = "off" if product_is_faster(*centroids_PD.shape) or optional("faiss") is None else "hnsw"
     index = build_index(centroids_PD, IndexConfig(kind=kind), queries_QD, TOP_K)
     files = {} if index is None else {"index.faiss": index}
     landmarks = embeddings(LANDMARKS, min(AXES, centroids_PD.shape[1]), 2 * seed + 10**8)
