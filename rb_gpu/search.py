@@ -70,12 +70,12 @@ def largest(values: Vector, k: int) -> tuple[list[int], list[float]]:
     if k > FEW:
         rows = _stable_top(values[None], k)[0]
         return rows.tolist(), values[rows].tolist()
-    found, top = [], []
+    found, top, out = [], [], -np.inf
     for _ in range(k):
         row = int(values.argmax())
         found.append(row)
         top.append(values.item(row))
-        values[row] = -np.inf
+        values[row] = out
     return found, top
 
 

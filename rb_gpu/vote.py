@@ -64,6 +64,8 @@ class BankState:
         self.field: FieldCells | None = None
         if data.field is not None:
             self.field = FieldCells(data, data.objective, arrays["field_test"], arrays["field_test_sd"], self.cells_UE)
+        # an array, for a number is made into one at every comparison
+        self.least_sure = np.array(data.lookup.min_probability if self.field is None else 0.0, np.float32)
         self.ratings = Ratings()
         self.tradeoffs: dict[Tradeoff, BankState] = {}
 
@@ -189,7 +191,7 @@ def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
     else:
         mixed_E, row = cells_UE[-1].copy(), -1
     score_C, sure_C = mixed_E[:configs], mixed_E[configs : 2 * configs]
-    score_C[sure_C < (settings.min_probability if field is None else 0.0)] = -math.inf
+    score_C[sure_C < state.least_sure] = -math.inf
     config = int(score_C.argmax())
     if score_C.item(config) == -math.inf:
         config = int(mixed_E[3 * configs : 4 * configs].argmax()) if settings.likeliest else default
