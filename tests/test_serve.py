@@ -417,26 +417,28 @@ def test_more_requests_than_allowed_are_turned_away() -> None:
     assert b"over 1 requests" in sent[1][1]["body"] and (b"retry-after", b"1") in sent[1][0]["headers"]
 
 
+async def stalled(service: Any, sent: list[Any]) -> None:
+    """A request whose body stops after its first byte."""
+    parts = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+
+    async def receive() -> Any:
+        part = next(parts, None)
+        return part if part is not None else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/similar", "headers": [], "query_string": b""}
+    await service(scope, receive, send)
+
+
 def test_a_body_that_never_comes_gives_its_place_back(served: ReasoningBank, monkeypatch: Any) -> None:
     # as many of them as --max-concurrency used to give a 503 to all others for ever
     monkeypatch.setattr(guard, "BODY_TIMEOUT_S", 0.05)
     service, sent = make_app(served, True, max_concurrency=2), []
 
-    async def stalled() -> None:
-        parts = iter([{"type": "http.request", "body": b"{", "more_body": True}])
-
-        async def receive() -> Any:
-            part = next(parts, None)
-            return part if part is not None else await asyncio.Event().wait()
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        scope = {"type": "http", "method": "POST", "path": "/v1/similar", "headers": [], "query_string": b""}
-        await service(scope, receive, send)
-
     async def run() -> None:
-        await asyncio.wait_for(asyncio.gather(stalled(), stalled()), 5)
+        await asyncio.wait_for(asyncio.gather(stalled(service, sent), stalled(service, sent)), 5)
 
     asyncio.run(run())
     heads = [message for message in sent if message["type"] == "http.response.start"]
@@ -444,6 +446,21 @@ def test_a_body_that_never_comes_gives_its_place_back(served: ReasoningBank, mon
     assert all((b"connection", b"close") in head["headers"] for head in heads)
     query = queries_near(served.data, 1)[0]
     assert TestClient(service).post("/v1/similar", content=query.tobytes(), headers=RAW).status_code == 200
+
+
+def test_a_body_that_the_end_of_the_service_cuts_off_is_a_503(served: ReasoningBank) -> None:
+    # uvicorn cancels what is still under way after its time for a shutdown: it was a 500 and a traceback
+    sent: list[Any] = []
+
+    async def run() -> None:
+        request = asyncio.ensure_future(stalled(make_app(served, True), sent))
+        await asyncio.sleep(0.05)
+        request.cancel()
+        await request
+
+    asyncio.run(run())
+    assert sent[0]["status"] == 503 and (b"connection", b"close") in sent[0]["headers"]
+    assert json.loads(sent[1]["body"]) == {"error": "the service ends; try again"}
 
 
 def test_readiness_tells_of_a_bad_artifact(client: TestClient, served: ReasoningBank, registry: Registry) -> None:

@@ -92,6 +92,9 @@ class Guard:
             except TimeoutError:
                 error = f"the body did not come within {BODY_TIMEOUT_S:g} seconds; send it at once"
                 raise HTTPException(408, error, {"Connection": "close"}) from None
+            except asyncio.CancelledError:
+                # by a server that ends, and has waited for the body as long as it may
+                raise HTTPException(503, "the service ends; try again", {"Connection": "close"}) from None
             taken += len(message.get("body", b""))
             if taken > self._max_body_bytes:
                 raise HTTPException(413, self._too_large())

@@ -17,7 +17,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     413: {"model": Problem, "description": "The body is too large"},
     415: {"model": Problem, "description": "The body is of another content type, or encoded"},
     422: {"model": Problem, "description": "The body is wrong; the error says what came and what is expected"},
-    503: {"model": Problem, "description": "Too much is under way, or the log cannot be written; try again"},
+    503: {"model": Problem, "description": "Too much is under way, the log fails, or the service ends; try again"},
 }
 NO_LOG: dict[int | str, dict[str, Any]] = {409: {"model": Problem, "description": "The service keeps no log"}}
 
