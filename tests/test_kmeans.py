@@ -517,6 +517,37 @@ def test_epsilon_is_of_the_centroids_shift_over_the_points_in_median_distances()
     assert asked >= 2
 
 
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_momentum_ends_lower_and_is_not_slower(metric, monkeypatch):
+    x = np.random.default_rng(4).normal(size=(4000, 10)).astype(np.float32)
+    carried = [kmeans(x, 40, seed=seed, metric=metric, max_iter=300) for seed in range(5)]
+    for name in ("MOMENTUM", "LEAST_MOMENTUM"):
+        monkeypatch.setattr(lloyd, name, 0.0)
+    plain = [kmeans(x, 40, seed=seed, metric=metric, max_iter=300) for seed in range(5)]
+    assert np.mean([run.inertia for run in carried]) < 0.998 * np.mean([run.inertia for run in plain])
+    assert np.mean([run.n_iter for run in carried]) <= np.mean([run.n_iter for run in plain])
+
+
+@pytest.mark.parametrize("max_iter", [25, 300])
+def test_the_last_update_goes_to_the_means_alone(max_iter, monkeypatch):
+    # what is still carried on, where updates are cut off or nothing changes, would be no mean of anything
+    x = np.random.default_rng(4).normal(size=(4000, 10)).astype(np.float32)
+    held, assigned = [], Assignment.assign
+
+    def assign(points: Assignment, centroids_KD: torch.Tensor, moved_K: torch.Tensor | None = None) -> None:
+        held.append(points.labels_N.clone())
+        assigned(points, centroids_KD, moved_K)
+
+    monkeypatch.setattr(Assignment, "assign", assign)
+    monkeypatch.setattr(lloyd, "MAX_REPAIRS", 0)
+    result = kmeans(x, 40, max_iter=max_iter, epsilon=0.0)
+    label = held[-1].numpy()
+    means = np.stack([x[label == j].mean(0, dtype=np.float64) for j in range(40)])
+    np.testing.assert_allclose(result.centroids, means, rtol=1e-6, atol=1e-7)
+    assert (result.n_iter == max_iter) == (max_iter == 25)
+    assert np.array_equal(result.labels, label) == (max_iter > 25)
+
+
 @pytest.mark.parametrize("exponent", [-20, 20])
 def test_a_power_of_two_changes_no_label_where_doubled_centroids_are_repaired(exponent):
     # what is exchanged is drawn by squared distances, which are far from 1 here

@@ -35,7 +35,7 @@ from rb_gpu.learn.inputs import (
     generator_of,
     median_of,
 )
-from rb_gpu.learn.lloyd import EARLY, Solver
+from rb_gpu.learn.lloyd import EARLY, MOMENTUM, Solver
 from rb_gpu.learn.seeding import seed_plus_plus
 from rb_gpu.learn.shard import Shard, peaks
 from rb_gpu.learn.workers import Workers, workers
@@ -80,10 +80,11 @@ def kmeans(
 ) -> KMeansResult:
     """Clusters the rows of x (N, D), NumPy or torch, of real numbers, into min(k, distinct rows) clusters.
 
-    init: "k-means++" (Arthur & Vassilvitskii 2007, true D² sampling; doubled centroids are repaired) or a (k, D)
-    array to start from (then n_init is 1 and nothing is repaired; a row without weight is drawn anew). epsilon: stop
-    where the centroids' shifts, as a root mean square over the points, are at most this, in units of the data's median
-    distance to its middle. metric: "l2", or "cosine": rows are normalised and centroids kept on the unit sphere.
+    init: "k-means++" (Arthur & Vassilvitskii 2007, true D² sampling; doubled centroids are repaired, and centroids move
+    with momentum, Polyak 1964, until they settle) or a (k, D) array to start from (then these are Lloyd's iterations
+    alone, n_init is 1 and nothing is repaired; a row without weight is drawn anew). epsilon: stop where the centroids'
+    way to their means, as a root mean square over the points, is at most this, in units of the data's median distance
+    to its middle. metric: "l2", or "cosine": rows are normalised and centroids kept on the unit sphere.
     weight: (N,) >= 0; a cluster whose points weigh less than 2^-40 of all weight on the mean keeps the centroid that it
     began with. memory_budget: bytes of x that may lie on a GPU (None: what is free there); larger data stay on the host
     and travel in chunks.
@@ -118,7 +119,8 @@ def kmeans(
             raise ValueError(f"warm has {len(begun)} rows; give at most k={k} of them, and no init")
         generator = generator_of(seed, where)
         settings = {"k": k, "init": _digest(start), "warm": _digest(begun), "max_iter": max_iter, "epsilon": epsilon,
-                    "n_init": n_init, "metric": metric, "seed": int(seed), "early": EARLY}  # fmt: skip
+                    "n_init": n_init, "metric": metric, "seed": int(seed), "early": EARLY,
+                    "momentum": MOMENTUM}  # fmt: skip
         solver = Solver(
             opened.assignment, opened.shard, opened.points.peak_N, opened.crew, max_iter, epsilon * opened.typical,
             metric == "cosine", generator, checkpoint, settings,

@@ -36,6 +36,9 @@ MAX_REPAIRS = 20
 EARLY = 2
 # the update after which the way to assign is chosen anew: centroids are means by then
 CHOOSE_AGAIN = 2
+# share of its last move that a centroid makes again beyond its mean, at first, lost with each update, and at the least:
+# at first it carries over shallow minima, later along flat valleys
+MOMENTUM, MOMENTUM_LOST, LEAST_MOMENTUM = 0.9, 0.01, 0.5
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,18 @@ class Progress:
 
 
 @dataclass
+class Course:
+    """How centroids move: where they were before the last update (K, D), the updates before the course began, the
+    momentum it began with, and whether they only go to their means from now on.
+    """
+
+    previous_KD: Tensor
+    began: int
+    momentum: float
+    settling: bool
+
+
+@dataclass
 class Solver:
     """k-means over one set of points. least_shift is in units of x; settings name what else the result depends on."""
 
@@ -77,6 +92,7 @@ class Solver:
     settings: dict[str, Any] = field(default_factory=dict)
     _sums: ClusterSums | None = None
     _progress: Progress = field(default_factory=Progress)
+    _plain: bool = False
     _fingerprint: str = ""
 
     def best(self, k: int, start: Tensor | None, n_init: int, warm: Tensor | None = None) -> Run:
@@ -84,6 +100,7 @@ class Solver:
 
         warm: what the seeds of the first run begin with.
         """
+        self._plain = start is not None
         resumed = self._resumed()
         if resumed is None:
             choose(self.points, self.shard.sample(k)[:k] if start is None else start)
@@ -126,15 +143,27 @@ class Solver:
         self.points.assign(centroids_KD[kept_U])
         self.points.labels_N.copy_(kept_U[self.points.labels_N])
 
-    def _lloyd(self, centroids_KD: Tensor, n_iter: int) -> Run:
-        """Lloyd's iterations from centroids whose assignment is held; after, that to those returned is."""
+    def _lloyd(self, centroids_KD: Tensor, n_iter: int, course: Course | None = None) -> Run:
+        """Lloyd's iterations from centroids whose assignment is held; after, that to those returned is.
+
+        With momentum (Polyak 1964, the heavy ball: the mean plus a share of the last move), which ends in fewer updates
+        and at less inertia, until nothing changes; the last go to the means alone, as all do from a start that was
+        given. course: where iterations that were cut off go on.
+        """
         sums, converged = self._held_sums(len(centroids_KD)), False
+        first = self._progress.before is None
+        course = course or Course(centroids_KD, n_iter, MOMENTUM if first else LEAST_MOMENTUM, self._plain)
+        limit = min(self.max_iter, self._progress.until)
         sums.update(self.points.labels_N)
         empty = int(sums.empties().sum())
-        while not converged and n_iter < min(self.max_iter, self._progress.until):
+        while not converged and n_iter < limit:
+            momentum = max(LEAST_MOMENTUM, course.momentum - MOMENTUM_LOST * (n_iter - course.began))
             n_iter += 1
+            course.settling = course.settling or n_iter == limit
             if empty > 0:
-                centroids_KD = self._filled(centroids_KD, sums.empties())
+                empty_K = sums.empties()
+                centroids_KD = self._filled(centroids_KD, empty_K)
+                course.previous_KD = torch.where(empty_K[:, None], centroids_KD, course.previous_KD)
                 sums.update(self.points.labels_N)
             means_KD, mass_K, lost_K = sums.means()
             if self.on_sphere:
@@ -142,10 +171,15 @@ class Solver:
                 means_KD = means_KD / norm_K.clamp(min=torch.finfo(torch.float64).tiny)
                 lost_K = lost_K | (norm_K[:, 0] < 1e-12)
             # a cluster without mass, or whose members cancel out on the sphere, has no mean: it stays where it was
-            updated_KD = torch.where(lost_K[:, None], centroids_KD.double(), means_KD).float()
+            means_KD = torch.where(lost_K[:, None], centroids_KD.double(), means_KD)
+            squared_shift = ((means_KD - centroids_KD).square().sum(1) * mass_K).sum() / mass_K.sum()
+            updated_KD = means_KD.float()
+            if not course.settling:
+                carried_KD = means_KD + momentum * (centroids_KD.double() - course.previous_KD)
+                carried_KD = normalise_(carried_KD) if self.on_sphere else carried_KD
+                updated_KD = torch.where(lost_K[:, None], updated_KD, carried_KD.float())
             moved_K = (updated_KD - centroids_KD).double().square().sum(1)
-            squared_shift = (moved_K * mass_K).sum() / mass_K.sum()
-            centroids_KD = updated_KD
+            centroids_KD, course.previous_KD = updated_KD, centroids_KD
             if n_iter == CHOOSE_AGAIN:
                 choose(self.points, centroids_KD)
             self.points.assign(centroids_KD, moved_K.sqrt())
@@ -154,9 +188,12 @@ class Solver:
             told = torch.stack([squared_shift, changed_any.double(), sums.empties().sum().double()]).tolist()
             shift, changed, empty = told[0] ** 0.5, told[1], int(told[2])
             step("Lloyd", n_iter, self.max_iter, "updates")
-            converged = shift <= self.least_shift or self.shard.ranks.largest(changed) == 0
+            still = shift <= self.least_shift or self.shard.ranks.largest(changed) == 0
+            # the first update carries nothing, as the last ones
+            converged = still and (course.settling or n_iter == course.began + 1)
+            course.settling = course.settling or still
             if self.checkpoint is not None and not converged and n_iter % self.checkpoint.every == 0:
-                self._save(self.checkpoint, centroids_KD, n_iter)
+                self._save(self.checkpoint, centroids_KD, n_iter, course)
         self.points.settle(centroids_KD)
         return Run(centroids_KD, self._inertia(), n_iter, converged)
 
@@ -223,13 +260,16 @@ class Solver:
     def _inertia(self) -> float:
         return exact_total(self.points.d2_N.double() * self.shard.weight_N, self.shard.ranks)
 
-    def _save(self, checkpoint: Checkpoint, centroids_KD: Tensor, n_iter: int) -> None:
+    def _save(self, checkpoint: Checkpoint, centroids_KD: Tensor, n_iter: int, course: Course) -> None:
         if self.shard.ranks.rank > 0:
             return
         progress = self._progress
-        tensors = {"centroids": centroids_KD, "generator": self.generator.get_state()}
+        tensors = {
+            "centroids": centroids_KD, "previous": course.previous_KD, "generator": self.generator.get_state()
+        }  # fmt: skip
         facts: dict[str, Any] = {
-            "n_iter": n_iter, "attempt": progress.attempt, "repairs": progress.repairs, "until": progress.until
+            "n_iter": n_iter, "attempt": progress.attempt, "repairs": progress.repairs, "until": progress.until,
+            "began": course.began, "momentum": course.momentum, "settling": course.settling,
         }  # fmt: skip
         for name, run in (("best", progress.best), ("before", progress.before)):
             if run is not None:
@@ -263,7 +303,8 @@ class Solver:
         log.info(
             "going on from %s: restart %d, %d updates done", self.checkpoint.path, facts["attempt"], facts["n_iter"]
         )
-        centroids_KD = tensors["centroids"].to(self.shard.device)
+        centroids_KD, previous_KD = (tensors[name].to(self.shard.device) for name in ("centroids", "previous"))
         choose(self.points, centroids_KD)
         self.points.assign(centroids_KD)
-        return self._lloyd(centroids_KD, facts["n_iter"])
+        course = Course(previous_KD, facts["began"], facts["momentum"], facts["settling"])
+        return self._lloyd(centroids_KD, facts["n_iter"], course)
