@@ -15,6 +15,7 @@ from rb_gpu.learn.field import Fit, Regressions, Rows, fit  # noqa: E402
 from rb_gpu.learn.proof import Pseudo, _from_place_to_place, _leaves, _p_value, _shares, pays, shrinkage  # noqa: E402
 from rb_gpu.learn.ridge import FOLDS  # noqa: E402
 from rb_gpu.objective import Objective  # noqa: E402
+from tests.null_worlds import KINDS, acts  # noqa: E402
 
 QUALITY = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
 F1 = OUTCOMES.index("f1")
@@ -145,8 +146,15 @@ def test_a_config_that_is_better_in_places_passes_though_it_is_no_better_on_the_
 def test_a_config_that_is_worse_on_the_whole_passes_where_it_is_better_in_places():
     # shares by place lose on the whole what they gain in places, and one such log in ten passed
     effect = np.array([0.0, -0.1])
-    assert share(40, effect, np.array([0.9, 0.1]), local=0.15) >= 0.9
+    assert share(40, effect, np.array([0.9, 0.1]), n=2400, local=0.15) >= 0.8
+    assert share(40, effect, np.array([0.9, 0.1]), local=0.15) >= 0.5
     assert share(40, effect, np.array([0.9, 0.1]), local=0.0) <= 0.1
+
+
+def test_a_default_that_is_the_best_everywhere_in_places_by_more_stays():
+    # where others lose less, choices by place do beat the same choices regardless of it: six of these passed, and of
+    # logs of 6,000 rows one in four, whatever finds the places
+    assert sum(acts(KINDS[4], 1500, seed) for seed in range(20, 30)) <= 1
 
 
 def test_choices_by_place_of_an_experiment_need_but_seem_to_gain():
