@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from rb_gpu.learn.kmeans import kmeans
-from rb_gpu.learn.ridge import Ridge, average
+from rb_gpu.learn.ridge import Ridge, Task, average
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.valuation import Choice, held_out_outcomes
 from rb_gpu.objective import Objective
@@ -138,7 +138,7 @@ def ridge_per_config(training: Training, x_BD: Matrix) -> Floats:
         if len(rows) > FOLDS:
             x = torch.from_numpy(training.x_QD[training.query_N[rows]].astype(np.float64))
             y, w = (torch.from_numpy(v[rows]) for v in (training.utility_N, training.weight_N))
-            _, [fitted] = average([([Ridge(x, w / w.mean())], y[:, None])], float(len(rows)))
+            _, [fitted] = average([Task([Ridge(x, w / w.mean())], y[:, None])], float(len(rows)))
             out[:, c] = x_BD.astype(np.float64) @ fitted.coefs[0][:, 0].numpy() + float(fitted.base_C[0])
     return out
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rb_gpu.learn.ridge import FOLDS, RIDGES, TINY, Average, Ridge, average, base, folds_in_turn, shares
+from rb_gpu.learn.ridge import FOLDS, RIDGES, TINY, Average, Ridge, Task, average, base, folds_in_turn, shares
 
 # least noise of a coordinate, as a share of the greatest
 LEAST_NOISE = 1e-6
@@ -42,7 +42,7 @@ def average_coordinates(ridges: Sequence[Ridge], y_QC: Tensor) -> tuple[Tensor, 
     at it found signal in noise, and tables of configs that do not differ seemed to pay.
     """
     queries = len(y_QC)
-    _, [first] = average([(ridges, y_QC)], queries)
+    _, [first] = average([Task(ridges, y_QC)], queries)
     fold_Q = folds_in_turn(queries, y_QC.device)
     # the last one is for queries to come
     seen = [*(fold_Q != fold for fold in range(FOLDS)), torch.ones_like(fold_Q, dtype=torch.bool)]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rb_gpu.learn.canonical import average_coordinates
-from rb_gpu.learn.ridge import RIDGES, TINY, Ridge, average, repeated
+from rb_gpu.learn.echo import echoes
+from rb_gpu.learn.ridge import RIDGES, TINY, Ridge, Task, average, repeated
 
 SWEEPS = 3
 # rows that a config must have before it may deviate from the others
@@ -182,12 +183,18 @@ def _fit_rows(regressions: Regressions, y_N: Tensor) -> tuple[Fit, Fit]:
     shared, own = regressions.shared, regressions.own
     level_C = rows.levels(y_N)
     level_N, deviation_N = level_C[rows.config_N], torch.zeros_like(y_N)
+    echo: dict[int, list[Tensor]] = {}
     for _ in range(SWEEPS):
-        _, [common] = average([(shared, (y_N - level_N - deviation_N)[:, None])], rows.effective)
+        common_SL, [common] = average([Task(shared, (y_N - level_N - deviation_N)[:, None])], rows.effective)
+        # the weights hardly change from sweep to sweep
+        echo = echo or {c: echoes(shared, common_SL, own[c], index) for c, index in rows.members.items()}
         left_N = y_N - level_N - common.unseen_NC[:, 0]
-        share_SL, deviations = average(
-            [(own[c], left_N[index, None]) for c, index in rows.members.items()], rows.effective
-        )
+        of_query_N = shared[0].of_query(rows.weight_N * left_N) / shared[0].whole_N.clamp(min=TINY)
+        tasks = [
+            Task(own[c], left_N[index, None], [of_query_N[index, None] * part_NL for part_NL in echo[c]])
+            for c, index in rows.members.items()
+        ]
+        share_SL, deviations = average(tasks, rows.effective)
         for index, deviation in zip(rows.members.values(), deviations, strict=True):
             deviation_N[index] = deviation.unseen_NC[:, 0]
     common_coefs = [w.expand(-1, rows.configs) for w in common.coefs]

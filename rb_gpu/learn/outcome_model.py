@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from rb_gpu.learn.estimators import effective_size
-from rb_gpu.learn.ridge import Ridge, average, repeated
+from rb_gpu.learn.ridge import Ridge, Task, average, repeated
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -59,7 +59,7 @@ def cross_fitted(
             query = torch.from_numpy(query_N[rows])
             ridge = Ridge(x_QF[query_N[rows]], torch.from_numpy(weight / weight.mean()), repeated(query))
             for t in range(len(out_TQC)):
-                _, [fitted] = average([([ridge], torch.from_numpy(y_NT[rows, t : t + 1]))], effective_size(weight))
+                _, [fitted] = average([Task([ridge], torch.from_numpy(y_NT[rows, t : t + 1]))], effective_size(weight))
                 said = x_QF[left_Q] @ fitted.coefs[0] + fitted.base_C
                 out_TQC[t, left_Q, c] = said[:, 0].numpy()
     return out_TQC

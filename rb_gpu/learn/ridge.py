@@ -56,9 +56,13 @@ class Ridge:
         ridges_L = torch.tensor(RIDGES, dtype=x_NF.dtype, device=x_NF.device)
         self.shrunk_FL = 1.0 / (value_F.clamp(min=0)[:, None] + ridges_L)
         # rows of one query lie in one place, and are to a regression one row of their mean and of all their weight
-        whole_N = weight_N if self.group_N is None else _sums(weight_N, self.group_N)[self.group_N]
-        leverage_NL = whole_N[:, None] * (self.scores_NF.square() @ self.shrunk_FL + 1.0 / total)
+        self.whole_N = self.of_query(weight_N)
+        leverage_NL = self.whole_N[:, None] * (self.scores_NF.square() @ self.shrunk_FL + 1.0 / total)
         self.kept_NL = (1.0 - leverage_NL).clamp(min=1e-3)
+
+    def of_query(self, v_N: Tensor) -> Tensor:
+        """(N,) sums over the rows of each row's query."""
+        return v_N if self.group_N is None else _sums(v_N, self.group_N)[self.group_N]
 
     def solve(self, y_NC: Tensor) -> tuple[Tensor, Tensor]:
         """Means (C,) and products (F, C) from which every ridge's coefficients follow."""
@@ -70,9 +74,8 @@ class Ridge:
         fitted_NC = mean_C + self.scores_NF @ (products_FC * self.shrunk_FL[:, ridge, None])
         own_NC = y_NC
         if self.group_N is not None:
-            whole_N = _sums(self.weight_N, self.group_N)
-            total_NC = _sums(self.weight_N[:, None] * y_NC, self.group_N)
-            own_NC = (total_NC / whole_N.clamp(min=TINY)[:, None])[self.group_N]
+            total_NC = self.of_query(self.weight_N[:, None] * y_NC)
+            own_NC = total_NC / self.whole_N.clamp(min=TINY)[:, None]
         error_NC: Tensor = y_NC - own_NC + (own_NC - fitted_NC) / self.kept_NL[:, ridge, None]
         return error_NC
 
@@ -102,24 +105,39 @@ class Average:
     unseen_NC: Tensor
 
 
-def average(groups: Sequence[tuple[Sequence[Ridge], Tensor]], rows: float) -> tuple[Tensor, list[Average]]:
-    """The weights (S, L) of slopes and ridges, one set for all groups, and each group's averaged regression.
-
-    groups: the ridges of every slope, and y (N, C). rows: how many independent ones there are, n in the weights
-    exp(−n/2·log(loss / least loss)).
+@dataclass(frozen=True)
+class Task:
+    """The ridges of every slope, and y (N, C). missed: (N, L) of every slope, what they foretell too little of a row
+    that y was not made without.
     """
-    loss_SL = torch.stack([_losses(ridges, y_NC).sum(2) for ridges, y_NC in groups]).sum(0)
+
+    ridges: Sequence[Ridge]
+    y_NC: Tensor
+    missed: Sequence[Tensor] | None = None
+
+    def errors(self, slope: int, solved: tuple[Tensor, Tensor], ridge: int) -> Tensor:
+        """(N, C) as `Ridge.errors`."""
+        error_NC = self.ridges[slope].errors(self.y_NC, *solved, ridge)
+        return error_NC if self.missed is None else error_NC - self.missed[slope][:, ridge, None]
+
+
+def average(tasks: Sequence[Task], rows: float) -> tuple[Tensor, list[Average]]:
+    """The weights (S, L) of slopes and ridges, one set for all tasks, and each task's averaged regression.
+
+    rows: how many independent ones there are, n in the weights exp(−n/2·log(loss / least loss)).
+    """
+    loss_SL = torch.stack([_losses(task).sum(2) for task in tasks]).sum(0)
     share_SLW = shares(loss_SL[:, :, None], rows)
-    return share_SLW[:, :, 0], [_averaged(ridges, y_NC, share_SLW) for ridges, y_NC in groups]
+    return share_SLW[:, :, 0], [_averaged(task, share_SLW) for task in tasks]
 
 
-def _losses(ridges: Sequence[Ridge], y_NC: Tensor) -> Tensor:
+def _losses(task: Task) -> Tensor:
     """(S, L, C) squared leave-one-out errors."""
-    loss_SLC = y_NC.new_zeros(len(ridges), len(RIDGES), y_NC.shape[1])
-    for s, ridge in enumerate(ridges):
-        solved = ridge.solve(y_NC)
+    loss_SLC = task.y_NC.new_zeros(len(task.ridges), len(RIDGES), task.y_NC.shape[1])
+    for s, ridge in enumerate(task.ridges):
+        solved = ridge.solve(task.y_NC)
         for i in range(len(RIDGES)):
-            loss_SLC[s, i] = ridge.weight_N @ ridge.errors(y_NC, *solved, i).square()
+            loss_SLC[s, i] = ridge.weight_N @ task.errors(s, solved, i).square()
     return loss_SLC
 
 
@@ -131,16 +149,16 @@ def shares(loss_SLW: Tensor, rows: float) -> Tensor:
     return share_SLW / share_SLW.sum((0, 1))
 
 
-def _averaged(ridges: Sequence[Ridge], y_NC: Tensor, share_SLW: Tensor) -> Average:
-    solved = [ridge.solve(y_NC) for ridge in ridges]
-    unseen_NC = torch.zeros_like(y_NC)
+def _averaged(task: Task, share_SLW: Tensor) -> Average:
+    solved = [ridge.solve(task.y_NC) for ridge in task.ridges]
+    unseen_NC = torch.zeros_like(task.y_NC)
     for s, i in torch.nonzero(share_SLW.sum(2)).tolist():
-        unseen_NC += share_SLW[s, i] * (y_NC - ridges[s].errors(y_NC, *solved[s], i))
+        unseen_NC += share_SLW[s, i] * (task.y_NC - task.errors(s, solved[s], i))
     coefs = [
         ridge.coef(products_FC, share_LW)
-        for ridge, (_, products_FC), share_LW in zip(ridges, solved, share_SLW, strict=True)
+        for ridge, (_, products_FC), share_LW in zip(task.ridges, solved, share_SLW, strict=True)
     ]
-    return Average(coefs, base(ridges, coefs, solved[0][0]), unseen_NC)
+    return Average(coefs, base(task.ridges, coefs, solved[0][0]), unseen_NC)
 
 
 def base(ridges: Sequence[Ridge], coefs: Sequence[Tensor], mean_C: Tensor) -> Tensor:
