@@ -51,9 +51,9 @@ class Field(NamedTuple):
     over all queries, 0 where unknown. low, high: (C, O) least and greatest prediction of a training query, less base;
     gain_low, gain_high: of its difference to the default's. Nothing beyond them is foretold. mean: (U, C, O) mean
     prediction over each leaf's queries, less base; over all queries in the last row. gain_variance: (U, C, O) of a
-    config's difference to the default there, quality_variance: (U, C) of its quality, both without what a leaf's own
-    evidence says. residual_*: as in Evidence, the leaves' moments of outcomes less what the field says of their queries
-    without having seen them.
+    config's difference to the default for one query there, quality_variance: (U, C) of its mean quality, both without
+    what a leaf's own evidence says. residual_*: as in Evidence, the leaves' moments of outcomes less what the field
+    says of their queries without having seen them.
     """
 
     axes: Matrix

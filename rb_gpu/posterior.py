@@ -15,7 +15,7 @@ import numpy.typing as npt
 from rb_gpu.bank_data import NO_CHANCE
 from rb_gpu.evidence import OUTCOMES, Evidence, Floats, linear_moments
 from rb_gpu.field import Field
-from rb_gpu.homogeneity import FAMILY_ERROR, differs, hidden, varies
+from rb_gpu.homogeneity import FAMILY_ERROR, differs, varies
 from rb_gpu.normal import normal_cdf
 from rb_gpu.objective import Objective, choose
 
@@ -240,8 +240,7 @@ def believe(
     gain, gain_variance, root_variance = pool(effect, variance, parents, tested=True, gated=field is not None)
     if field is not None:
         foretold, foretold_variance, root_variance = _foretold(field, objective.direction, default)
-        # a τ² that was drawn together has some of what is hidden; without, confidence of small logs errs twice as far
-        gain, gain_variance = gain + foretold, gain_variance + foretold_variance + hidden(effect, variance)
+        gain, gain_variance = gain + foretold, gain_variance + foretold_variance
     gain[:, default], gain_variance[:, default] = 0.0, 0.0
     configs = len(root_variance)
     if isinstance(margin, str):

@@ -14,7 +14,7 @@ from statsmodels.stats.meta_analysis import combine_effects
 from rb_gpu.bank_data import NO_CHANCE
 from rb_gpu.evidence import OUTCOMES, Evidence
 from rb_gpu.field import Field
-from rb_gpu.homogeneity import hidden, varies
+from rb_gpu.homogeneity import varies
 from rb_gpu.normal import normal_cdf
 from rb_gpu.objective import Objective, choose
 from rb_gpu.posterior import _drawn_together, _foretold, believe, effects, paule_mandel, pool, surely_better
@@ -174,27 +174,6 @@ def test_choice_falls_back_on_the_default_or_the_best_quality():
 
 def test_the_normal_distribution_function():
     assert normal_cdf(np.array([0.0, 1.96, -8.0])).tolist() == pytest.approx([0.5, 0.9750021, 6.2e-16], rel=1e-2)
-
-
-def test_what_a_test_did_not_find_may_be_there():
-    # the posterior of a query knew its leaf's effect to be the mean: of choices foretold at .99, .83 beat the default
-    rng = np.random.default_rng(8)
-    variance = rng.uniform(0.5, 2.0, (40, 400)) * 0.01
-    tau = np.sqrt(rng.uniform(0, 0.02, 400))
-    effect = tau * rng.normal(size=(40, 400)) + np.sqrt(variance) * rng.normal(size=(40, 400))
-    quiet = ~varies(effect, variance)
-    found = hidden(effect, variance)
-    assert 50 < quiet.sum() < 350 and not found[:, ~quiet].any()
-    # the mean over leaves, since a leaf of many rows knows more of itself
-    left = tau**2 * variance / (tau**2 + variance)
-    assert found[:, quiet].mean() == pytest.approx(left[:, quiet].mean(), rel=0.25)
-    unknown = np.vstack([variance, np.full((1, 400), np.inf)])
-    assert (hidden(np.vstack([effect, np.zeros((1, 400))]), unknown)[-1, quiet] > found[:, quiet].max(0)).all()
-
-
-def test_nothing_is_hidden_among_leaves_without_evidence():
-    assert not hidden(np.zeros((3, 2)), np.full((3, 2), np.inf)).any()
-    assert not hidden(np.array([[0.3, 0.1]]), np.array([[0.1, 0.1]])).any()
 
 
 @pytest.mark.parametrize("unit", [1e-3, 1e3])
@@ -371,7 +350,7 @@ def test_a_quality_is_its_leaves_posterior_though_no_test_finds_them_to_differ(b
     np.testing.assert_allclose(found.probability[:8], norm.cdf((expected - 0.55) / np.sqrt(variance)), rtol=1e-5)
 
 
-def test_with_a_field_leaves_are_drawn_together_and_what_may_be_hidden_is_counted():
+def test_with_a_field_leaves_are_drawn_together():
     rng = np.random.default_rng(16)
     evidence = world(rng, 8, 4, 12, 0.06 * rng.normal(size=(8, 4)), sd=0.2)
     field = field_of(np.array([0.5, 0.6, 0.5, 0.45]), np.array([0.0, 4e-4, 9e-4, 1e-4]))
@@ -382,9 +361,7 @@ def test_with_a_field_leaves_are_drawn_together_and_what_may_be_hidden_is_counte
     drawn = pool(effect, variance, [], tested=True, gated=True)
     foretold = _foretold(field, UTILITY.direction, 0)
     np.testing.assert_allclose(found.gain[:, 1:], (drawn[0] + foretold[0])[:, 1:])
-    unknown = hidden(effect, variance)
-    assert (unknown[:, 1:] > 0).any()
-    np.testing.assert_allclose(found.gain_variance[:, 1:], (drawn[1] + foretold[1] + unknown)[:, 1:])
+    np.testing.assert_allclose(found.gain_variance[:, 1:], (drawn[1] + foretold[1])[:, 1:])
 
 
 def test_each_configs_scatter_is_drawn_to_that_of_all_as_far_as_chance_explains_how_they_differ():

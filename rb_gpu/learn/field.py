@@ -103,6 +103,17 @@ class Fit:
             out_PC[:, c] = ridges[slope].variance(features[slope], ridge)
         return out_PC
 
+    def inside(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(C,) twice, of features that lie about a mean which is known: the variance of the deviations learned, in
+        units of a row's noise, and the share of their prior variance that was not learned; as the likeliest model has
+        it.
+        """
+        learned_C, left_C = torch.zeros_like(self.base_C), torch.ones_like(self.base_C)
+        slope, ridge = divmod(int(self.share_SL.argmax()), len(RIDGES))
+        for c, ridges in self.ridges.items() if self.deviates else ():
+            learned_C[c], left_C[c] = ridges[slope].learned(features[slope], ridge)
+        return learned_C, left_C
+
 
 @dataclass(frozen=True)
 class Regressions:

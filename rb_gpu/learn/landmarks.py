@@ -20,6 +20,7 @@ from rb_gpu.field import SLOPES, Field
 from rb_gpu.learn.devices import tiles
 from rb_gpu.learn.evidence import outcomes
 from rb_gpu.learn.field import Fit, Regressions, Rows, fit
+from rb_gpu.learn.field_variance import Inside, variances
 from rb_gpu.learn.floor import Unseen
 from rb_gpu.learn.kmeans import kmeans
 from rb_gpu.learn.progress import step
@@ -158,10 +159,11 @@ def foretell(
     differing = [OUTCOMES[o] for o, one in fits.items() if one.deviates]
     log.info("field: %d landmarks, %d queries; configs differ from place to place in %s",
              landmarks, len(unit_CD), ", ".join(differing) or "nothing")  # fmt: skip
-    del features, regressions
-
     label = torch.from_numpy(label_Q).to(device)
     leaves = int(label_Q.max()) + 1
+    inside = Inside.of(place_CR, label[chosen_Q.to(device)], leaves, features)
+    del features, regressions
+
     all_rows = torch.from_numpy(trajectories.query_row).to(device)
     config_N = torch.from_numpy(trajectories.config_id).to(device)
     unseen_NO = torch.zeros_like(y_NO)
@@ -206,8 +208,8 @@ def foretell(
     kernel_means = [total / mass_U.clamp(min=1)[:, None] for total in sums]
     mean_UCO = _said(kernel_means, coef_SMCO)
     means = _whitened(kernel_means, factors)
-    level_variance_CO, gain_variance_UCO, quality_variance_UC = _variances(
-        fits, rows, y_NO[in_fit_N], means, default, OUTCOMES.index(objective.quality)
+    level_variance_CO, gain_variance_UCO, quality_variance_UC = variances(
+        fits, rows, y_NO[in_fit_N], means, inside, default, OUTCOMES.index(objective.quality)
     )
     trial = {
         o: replace(one, coefs=[], ridges={}, unseen_N=unseen_NO[in_trial_N, o], unseen_QC=away[o])
@@ -308,42 +310,3 @@ def tempered(weight_N: Tensor, trajectories: Trajectories) -> Tensor:
     if trajectories.propensity is None:
         return weight_N
     return weight_N * torch.from_numpy(trajectories.propensity).double().sqrt()
-
-
-def _variances(
-    fits: dict[int, Fit], rows: Rows, y_NO: Tensor, means: Sequence[Tensor], default: int, quality: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Variance of each config's difference to the default over all queries (C, O), and of how that differs at each
-    leaf's mean features (U, C, O); and the latter of each config's quality (U, C). 0 of the default, and where nothing
-    is known.
-    """
-    like = y_NO.new_zeros(len(means[0]), rows.configs)
-    gain_UCO = like.new_zeros(*like.shape, y_NO.shape[1])
-    level_CO = y_NO.new_zeros(rows.configs, y_NO.shape[1])
-    quality_UC = like
-    count_C = torch.bincount(rows.config_N, minlength=rows.configs)
-    weight_C = y_NO.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.weight_N).clamp(min=1e-300)
-    for o, one in fits.items():
-        leverage_UC = one.leverage(means)
-        error_N = y_NO[:, o] - one.unseen_N
-        noise_C = y_NO.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.weight_N * error_N.square()) / weight_C
-        own_UC = leverage_UC * noise_C
-        sums = [
-            y_NO.new_zeros(rows.configs).index_add_(0, rows.config_N, v)
-            for v in (rows.importance_N, (rows.importance_N * error_N).square())
-        ]
-        # the residuals' mean was added to the level, which takes a degree of freedom
-        own_C = sums[1] / sums[0].clamp(min=1e-300).square() * count_C / (count_C - 1).clamp(min=1)
-        if rows.full:
-            error_QC = y_NO.new_zeros(rows.queries, rows.configs)
-            error_QC[rows.query_N, rows.config_N] = error_N
-            apart_C = (error_QC - error_QC[:, [default]]).square().mean(0)
-            gain_UCO[..., o] = leverage_UC * apart_C
-            level_CO[:, o] = apart_C / rows.queries
-        else:
-            level_CO[:, o] = torch.where((count_C > 1) & (count_C[default] > 1), own_C + own_C[default], 0.0)
-            gain_UCO[..., o] = own_UC + own_UC[:, [default]]
-        gain_UCO[:, default, o] = level_CO[default, o] = 0.0
-        if o == quality:
-            quality_UC = own_UC
-    return level_CO, gain_UCO, quality_UC

@@ -54,7 +54,8 @@ class Ridge:
         value_F, self.vectors_FF = torch.linalg.eigh((centred * weight_N[:, None]).T @ centred)
         self.scores_NF = centred @ self.vectors_FF
         ridges_L = torch.tensor(RIDGES, dtype=x_NF.dtype, device=x_NF.device)
-        self.shrunk_FL = 1.0 / (value_F.clamp(min=0)[:, None] + ridges_L)
+        self.value_F = value_F.clamp(min=0)
+        self.shrunk_FL = 1.0 / (self.value_F[:, None] + ridges_L)
         # rows of one query lie in one place, and are to a regression one row of their mean and of all their weight
         self.whole_N = self.of_query(weight_N)
         leverage_NL = self.whole_N[:, None] * (self.scores_NF.square() @ self.shrunk_FL + 1.0 / total)
@@ -92,6 +93,17 @@ class Ridge:
         design = self.weight_N.square().sum() / self.weight_N.sum()
         variance_P: Tensor = design * (((x_PF - self.mean_F) @ self.vectors_FF).square() @ self.shrunk_FL[:, ridge])
         return variance_P
+
+    def learned(self, x_PF: Tensor, ridge: int) -> tuple[Tensor, Tensor]:
+        """Mean over x of the variance of what was learned, in units of a row's noise, and the share of the prior's
+        variance, which may be another than the ridge says, that was not (a ridge's variance and squared bias, Hoerl &
+        Kennard 1970).
+        """
+        squares_F = (x_PF @ self.vectors_FF).square().mean(0)
+        found_F = self.value_F * self.shrunk_FL[:, ridge]
+        design = self.weight_N.square().sum() / self.weight_N.sum()
+        left = squares_F @ (1.0 - found_F).square() / squares_F.sum().clamp(min=TINY)
+        return design * (squares_F @ (found_F * self.shrunk_FL[:, ridge])), left
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,214 @@
+"""How far the field errs: in the mean of a leaf's queries, and of one query about that mean.
+
+Suffixes: Q queries, N rows, F features of one slope, R axes, P leaves, U = P + 1 leaves and all queries together, C
+configs, O outcomes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rb_gpu.learn.field import Fit, Rows
+from rb_gpu.learn.ridge import TINY
+from rb_gpu.normal import normal_cdf
+
+# of a moment estimate, in standard errors: one further below 0 says no more
+LEAST_Z = -3.0
+# queries from which it is read how much of what varies inside leaves the field has learned
+MOST_READ = 4096
+
+
+def variances(
+    fits: dict[int, Fit], rows: Rows, y_NO: Tensor, means: Sequence[Tensor], inside: Inside, default: int, quality: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Variance of each config's difference to the default over all queries (C, O), and of how that differs for one
+    query of each leaf (U, C, O); and the variance of each config's quality at each leaf's mean features (U, C). 0 of
+    the default, and where nothing is known.
+    """
+    like = y_NO.new_zeros(len(means[0]), rows.configs)
+    gain_UCO = like.new_zeros(*like.shape, y_NO.shape[1])
+    level_CO = y_NO.new_zeros(rows.configs, y_NO.shape[1])
+    quality_UC = like
+    count_C = torch.bincount(rows.config_N, minlength=rows.configs)
+    weight_C = y_NO.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.weight_N).clamp(min=1e-300)
+    for o, one in fits.items():
+        learned_UC, left_UC = inside.share(one)
+        leverage_UC = one.leverage(means)
+        error_N = y_NO[:, o] - one.unseen_N
+        noise_C = y_NO.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.weight_N * error_N.square()) / weight_C
+        own_UC = leverage_UC * noise_C
+        sums = [
+            y_NO.new_zeros(rows.configs).index_add_(0, rows.config_N, v)
+            for v in (rows.importance_N, (rows.importance_N * error_N).square())
+        ]
+        # the residuals' mean was added to the level, which takes a degree of freedom
+        own_C = sums[1] / sums[0].clamp(min=1e-300).square() * count_C / (count_C - 1).clamp(min=1)
+        if rows.full:
+            error_QC = y_NO.new_zeros(rows.queries, rows.configs)
+            error_QC[rows.query_N, rows.config_N] = error_N
+            apart_C = (error_QC - error_QC[:, [default]]).square().mean(0)
+            gain_UCO[..., o] = (leverage_UC + learned_UC) * apart_C
+            level_CO[:, o] = apart_C / rows.queries
+        else:
+            level_CO[:, o] = torch.where((count_C > 1) & (count_C[default] > 1), own_C + own_C[default], 0.0)
+            at_query_UC = own_UC + learned_UC * noise_C
+            gain_UCO[..., o] = at_query_UC + at_query_UC[:, [default]]
+        gain_UCO[..., o] += left_UC * inside.variance(rows, y_NO[:, o], default)
+        gain_UCO[:, default, o] = level_CO[default, o] = 0.0
+        if o == quality:
+            quality_UC = own_UC
+    return level_CO, gain_UCO, quality_UC
+
+
+@dataclass(frozen=True)
+class Inside:
+    """How the queries of a fit lie about the mean of their leaf.
+
+    place_QR: their place less their leaf's mean; 0 of a query without a leaf. leaf_Q: P where it has none. spread_U:
+    mean squared distance of one more query of each leaf. features: (Q, F) of every slope.
+    """
+
+    place_QR: Tensor
+    leaf_Q: Tensor
+    spread_U: Tensor
+    features: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, place_QR: Tensor, label_Q: Tensor, leaves: int, features: Sequence[Tensor]) -> Inside:
+        """From places (Q, R) and labels (Q,), negative ones of queries without a leaf."""
+        leaf_Q = torch.where(label_Q < 0, leaves, label_Q)
+        count_U = torch.bincount(leaf_Q, minlength=leaves + 1)
+        count_U[-1] = 0
+        away_QR = about_leaf(place_QR.double(), leaf_Q, count_U)
+        squares_U = away_QR.new_zeros(leaves + 1).index_add_(0, leaf_Q, away_QR.square().sum(1))
+        freedom_U = (count_U - 1).clamp(min=0)
+        overall = squares_U.sum() / freedom_U.sum().clamp(min=1)
+        spread_U = torch.where(freedom_U > 0, squares_U / freedom_U.clamp(min=1), overall)
+        step = max(1, -(-len(leaf_Q) // MOST_READ))
+        read = slice(None, None, step)
+        return cls(away_QR, leaf_Q, spread_U, [about_leaf(x, leaf_Q, count_U)[read] for x in features])
+
+    def share(self, fitted: Fit) -> tuple[Tensor, Tensor]:
+        """(U, C) twice, for one more query of each leaf: the variance of what was learned of how its leaf's queries
+        differ, in units of a row's noise; and its squared distance, times the share of that which was not learned.
+        """
+        learned_C, left_C = fitted.inside(self.features)
+        return self.spread_U[:, None] / self.spread_U[-1].clamp(min=TINY) * learned_C, self.spread_U[:, None] * left_C
+
+    def variance(self, rows: Rows, y_N: Tensor, default: int) -> float:
+        """By how much a config's difference to the default varies inside leaves, by squared distance.
+
+        To first order it changes with place, so that two queries of one config differ alike where they lie alike:
+        products of two queries' outcomes are regressed on the product of their places and on whether they share a leaf
+        (Haseman & Elston 1972). Of the pairs of a config's rows, of its and the default's, and of the default's, the
+        first less twice the second and the third is of the difference, whatever all configs share. One estimate for all
+        configs; what it is worth says its error: it is the mean of what is not negative, under a flat prior, and no
+        more than outcomes vary.
+        """
+        away_N = y_N - rows.levels(y_N)[rows.config_N]
+        leaf_N = self.leaf_Q[rows.query_N]
+        if rows.full:
+            # what makes a query hard for all configs says nothing of how they differ, and would seem noise
+            away_N = about_leaf(away_N[:, None], rows.query_N, torch.bincount(rows.query_N))[:, 0]
+        everywhere = torch.bincount(leaf_N, minlength=len(self.spread_U))
+        away_N = about_leaf(away_N[:, None], leaf_N, everywhere)[:, 0]
+        away_N = torch.where(leaf_N < len(self.spread_U) - 1, away_N, 0.0)
+        with_leaf_N = (leaf_N < len(self.spread_U) - 1).to(y_N)
+        if default not in rows.members:
+            return 0.0
+        standing = self._sums(rows, default, away_N, with_leaf_N)
+        pairs_3X = y_N.new_zeros(3, 5)
+        pairs_3X[2] = standing.with_(standing)
+        squares, count = 0.0, 0.0
+        for c in rows.members:
+            if c != default:
+                one = self._sums(rows, c, away_N, with_leaf_N)
+                pairs_3X[0] += one.with_(one)
+                pairs_3X[1] += one.with_(standing)
+                squares, count = squares + one.squares, count + one.rows
+        own, of_default = squares / max(count, 1.0), standing.squares / max(standing.rows, 1.0)
+        products = (2.0 * own**2, own * of_default, 2.0 * of_default**2)
+        estimate = error = 0.0
+        for times, product, sums in zip((1.0, -2.0, 1.0), products, pairs_3X.tolist(), strict=True):
+            by_place, by_leaf, places, both, leaves = sums
+            told = places - both**2 / leaves if leaves > 0 else 0.0
+            if told <= 0.0:
+                return 0.0
+            estimate += times * (by_place - by_leaf * both / leaves) / told
+            error += times**2 * product / told
+        most = (own + of_default) / max(float(self.spread_U[-1]), TINY)
+        return min(not_negative(estimate, math.sqrt(error)), most)
+
+    def _sums(self, rows: Rows, config: int, away_N: Tensor, with_leaf_N: Tensor) -> _Sums:
+        index, leaves = rows.members[config], len(self.spread_U)
+        query_N = rows.query_N[index]
+        away_Q, rows_Q = (v.new_zeros(rows.queries).index_add_(0, query_N, v[index]) for v in (away_N, with_leaf_N))
+        ran_Q = torch.nonzero(rows_Q).squeeze(1)
+        place_QR, leaf_Q = self.place_QR[ran_Q], self.leaf_Q[ran_Q]
+        weighted_QR = place_QR * rows_Q[ran_Q, None]
+        return _Sums(
+            away_Q,
+            rows_Q,
+            self.place_QR.square().sum(1),
+            place_QR.T @ away_Q[ran_Q],
+            away_Q.new_zeros(leaves).index_add_(0, leaf_Q, away_Q[ran_Q]),
+            place_QR.T @ weighted_QR,
+            weighted_QR.new_zeros(leaves, place_QR.shape[1]).index_add_(0, leaf_Q, weighted_QR),
+            rows_Q.new_zeros(leaves).index_add_(0, leaf_Q, rows_Q[ran_Q]),
+            float(away_N[index].square().sum()),
+            float(with_leaf_N[index].sum()),
+        )
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Of one config's rows: by query (Q,) what they have more, how many they are, and the squared distance; the sums
+    over which products of all pairs of rows follow: of what they have more, times place (R,) and by leaf (U,), and of
+    the rows, times both places (R, R), times place by leaf (U, R), and by leaf (U,); squares and number of rows.
+    """
+
+    away_Q: Tensor
+    rows_Q: Tensor
+    distance_Q: Tensor
+    away_R: Tensor
+    away_U: Tensor
+    place_RR: Tensor
+    place_UR: Tensor
+    rows_U: Tensor
+    squares: float
+    rows: float
+
+    def with_(self, other: _Sums) -> Tensor:
+        """(5,) over all pairs of rows of two queries: products of outcomes, times those of places, and where they share
+        a leaf; products of places, squared, and where they share a leaf; how many share one.
+        """
+        away_Q, rows_Q = self.away_Q * other.away_Q, self.rows_Q * other.rows_Q
+        return torch.stack([
+            self.away_R @ other.away_R - away_Q @ self.distance_Q,
+            self.away_U @ other.away_U - away_Q.sum(),
+            (self.place_RR * other.place_RR).sum() - rows_Q @ self.distance_Q.square(),
+            (self.place_UR * other.place_UR).sum() - rows_Q @ self.distance_Q,
+            self.rows_U @ other.rows_U - rows_Q.sum(),
+        ])  # fmt: skip
+
+
+def about_leaf(x_QX: Tensor, leaf_Q: Tensor, count_U: Tensor) -> Tensor:
+    """Values less the mean of their leaf; 0 where a leaf counts none."""
+    sum_UX = x_QX.new_zeros(len(count_U), x_QX.shape[1]).index_add_(0, leaf_Q, x_QX)
+    away_QX = x_QX - (sum_UX / count_U.clamp(min=1)[:, None])[leaf_Q]
+    return torch.where((count_U > 0)[leaf_Q, None], away_QX, 0.0)
+
+
+def not_negative(estimate: float, error: float) -> float:
+    """Mean of what is not negative, under a flat prior, given a normal estimate of it and its standard error."""
+    if error <= 0.0:
+        return max(estimate, 0.0)
+    z = max(estimate / error, LEAST_Z)
+    above = float(normal_cdf(np.array([z]))[0])
+    return error * (z + math.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi) / above)
