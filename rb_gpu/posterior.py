@@ -87,8 +87,8 @@ def effects(evidence: Evidence, direction_O: Floats, default: int) -> tuple[Floa
     return effect, error
 
 
-def _error(variance: Floats, size: Floats) -> Floats:
-    """Variance of each cell's mean, from moderated cell variances."""
+def _error(variance: Floats, size: Floats, alike: bool = False) -> Floats:
+    """Variance of each cell's mean, from moderated cell variances; from its config's alone where rows scatter alike."""
     freedom = np.where(np.isfinite(variance), np.maximum(size - 1.0, 0.0), 0.0)
     within = np.where(np.isfinite(variance), variance, 0.0)
     total = freedom.sum(0)
@@ -97,9 +97,10 @@ def _error(variance: Floats, size: Floats) -> Floats:
     pooled = (PRIOR_CONFIG_ROWS * overall + squares) / (PRIOR_CONFIG_ROWS + total)
     # a config that never varies says nothing of its error, nor does one that no cell tried twice
     pooled = np.where((total > 0) & (squares > 0), pooled, np.nan)
-    moderated = (PRIOR_ROWS * pooled + freedom * within) / (PRIOR_ROWS + freedom)
+    own = 0.0 * freedom if alike else freedom
+    moderated = (PRIOR_ROWS * pooled + own * within) / (PRIOR_ROWS + own)
     # a variance that is itself estimated makes its inverse too large on average: the first-order correction
-    moderated = moderated * (1.0 + 2.0 * freedom / (PRIOR_ROWS + freedom) ** 2)
+    moderated = moderated * (1.0 + 2.0 * own / (PRIOR_ROWS + own) ** 2)
     usable = (size > 0) & (pooled > 0)
     error: Floats = np.divide(moderated, size, out=np.full(size.shape, np.inf), where=usable)
     return error
@@ -259,7 +260,8 @@ def believe(
 
     direction = objective.quality_direction
     level, level_var, size = linear_moments(judged.w, judged.w2, judged.mean, judged.comoment, direction)
-    quality, quality_var, _ = pool(level, _error(level_var, size), parents, tested=False)
+    # of a rare outcome, a leaf that shows none has next to no variance of its own, and would decide the mean of all
+    quality, quality_var, _ = pool(level, _error(level_var, size, alike=True), parents, tested=False)
     quality = np.where(np.isfinite(quality_var), quality, _fallback_quality(level, evidence.w))
     if field is not None:
         quality, quality_var = quality + (field.base + field.mean) @ direction, quality_var + field.quality_variance
