@@ -222,6 +222,8 @@ def test_a_load_balancer_may_ask_by_head(client: TestClient, path: str) -> None:
     # it was a 405
     assert client.head(path).status_code == 200
     assert client.head(path).headers["content-type"] == client.get(path).headers["content-type"]
+    # and another method was told of GET alone
+    assert set(client.post(path).headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
 def test_a_body_over_the_limit_is_refused_with_and_without_its_length(client: TestClient) -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -64,14 +65,16 @@ def make_app(
     state = _Routes(bank, has_log, max_batch)
     guard: list[Guard] = []
 
-    # load balancers ask by HEAD, of which the server sends no body
-    @app.head("/healthz", include_in_schema=False)
+    # load balancers ask by HEAD, of which the server sends no body; what is above is for OpenAPI alone
+    read = partial(app.api_route, methods=["GET", "HEAD"], include_in_schema=False)
+
     @app.get("/healthz", summary="The process lives")
+    @read("/healthz")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", response_model=bodies.Ready, summary="An artifact is served")
+    @read("/readyz")
     async def readyz() -> Response:
         return _json(
             {
@@ -82,9 +85,9 @@ def make_app(
             }
         )
 
-    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", response_class=Response, summary="Counters in Prometheus's text format",
              responses={200: {"content": {"text/plain": {}}}})  # fmt: skip
+    @read("/metrics")
     async def prometheus() -> Response:
         return Response(metrics.render(bank, guard[0].in_flight if guard else 0), media_type=CONTENT_TYPE)
 
