@@ -20,7 +20,7 @@ import numpy as np
 
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.trajectory_file import empty_wal, gate, inode_of, open_writer
-from rb_gpu.types import QueryTrajectory, UserFeedback
+from rb_gpu.types import QueryTrajectory, UserFeedback, is_masked
 
 _logger = logging.getLogger(__name__)
 
@@ -110,13 +110,15 @@ class TrajectoryLog:
     def record(self, trajectory: QueryTrajectory) -> bool:
         """Queues a copy of a trajectory, with its feedback as a vote; False where it was dropped.
 
-        Raises DataError where the embedding is not one vector of `dim` float32 or an integer is outside its 64 bits,
-        TypeError or ValueError where another field is of a wrong type.
+        Raises DataError where the embedding is not one vector of `dim` float32, none of it masked, or an integer is
+        outside its 64 bits, TypeError or ValueError where another field is of a wrong type.
         """
         shape = np.shape(trajectory.query_embedding)
         if len(shape) != 1 or self._dim not in (None, shape[0]):
             shapes = f"{shape}, not ({self._dim or 'D'},)"
             raise DataError(f"query_embedding of {trajectory.id} has shape {shapes}; log the vector that was searched")
+        if is_masked(trajectory.query_embedding):
+            raise DataError(f"query_embedding of {trajectory.id} is partly masked; log the vector that was searched")
         params = trajectory.search_params
         ids = _signed(trajectory.id), None if trajectory.query_id is None else _signed(trajectory.query_id)
         counts = int(params.ef_search), int(params.n_probes), int(params.context_tokens)

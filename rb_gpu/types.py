@@ -6,6 +6,7 @@ in a third of the time, and so are their classes when a service starts.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +19,11 @@ Vector = npt.NDArray[np.float32]
 
 # of a trade-off: float32 holds what it weighs
 MAX_WEIGHT = 1e6
+
+
+def is_masked(values: npt.ArrayLike) -> bool:
+    """Whether a masked array hides some of its values, which NumPy's own functions then read all the same."""
+    return "numpy.ma" in sys.modules and bool(np.ma.is_masked(values))  # whoever made one has imported it
 
 
 @dataclass(frozen=True)

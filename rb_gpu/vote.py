@@ -7,7 +7,6 @@ E blocks of C columns.
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from rb_gpu.evidence import OUTCOMES
 from rb_gpu.field_cells import FieldCells
 from rb_gpu.params import ConfigTable, SearchParams, round_half_up, snap
 from rb_gpu.search import EXACT_BATCH_LEAVES, ExactSearch, Search, in_lines, open_search
-from rb_gpu.types import OptimizedParams, ParamSource, Tradeoff
+from rb_gpu.types import OptimizedParams, ParamSource, Tradeoff, is_masked
 from rb_gpu.usage import Ratings
 from rb_gpu.views import PatternView, VerdictView
 
@@ -139,7 +138,7 @@ def nearest(state: BankState, query: npt.ArrayLike, k: int) -> tuple[list[int], 
 def queries_of(query: npt.ArrayLike, dim: int, ndim: int) -> Matrix:
     """Queries (B, D) float32, from (D,) where ndim is 1. Raises ValueError saying what came."""
     try:
-        if "numpy.ma" in sys.modules and np.ma.is_masked(query):  # whoever made one has imported it
+        if is_masked(query):
             raise TypeError("some are masked")
         given = np.asarray(query)
         if given.dtype.kind not in "fiu":

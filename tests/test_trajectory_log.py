@@ -204,6 +204,8 @@ def test_damaged_blob_is_returned_for_the_loader_to_count(tmp_path: Path) -> Non
         ({"query_embedding": np.ones(3)}, DataError),
         ({"query_embedding": np.ones((1, 4))}, DataError),
         ({"query_embedding": np.float32(1)}, DataError),
+        # what lay under the mask was written
+        ({"query_embedding": np.ma.masked_greater(np.arange(4.0), 2.5)}, DataError),
         ({"query_id": -1}, DataError),
         ({"latency_us": 2**64}, DataError),
         ({"timestamp": 2**63}, DataError),
