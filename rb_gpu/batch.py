@@ -124,7 +124,8 @@ def decide(state: BankState, voters: Voters) -> Votes:
         sure_B = _probability(sure_B + np.float32(field.least_z) * sd_B, sd_B, acted_B)
     confidence = np.where(acted_B, np.minimum(sure_B, 1), np.float32(0)).astype(np.float32)
     gain = np.where(acted_B, _picked(state, 2, config_B, voters), np.float32(0))
-    quality = np.clip(_picked(state, 3, config_B, voters), 0.0, 1.0)  # as vote.answer bounds it
+    told = np.clip(_picked(state, 3, config_B, voters), 0.0, 1.0)  # as vote.answer bounds it
+    quality = np.where(state.untried_C[config_B], np.float32(np.nan), told)
     return voters.rows_BK[:, 0], config_B, confidence, quality, gain
 
 

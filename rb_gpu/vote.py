@@ -59,6 +59,8 @@ class BankState:
         self.patterns = PatternView(data)
         self.verdicts = VerdictView(data)
         arrays = data.arrays
+        self.untried_C = (arrays["evidence_rows"] == 0).all(0)
+        self.untried: list[bool] = self.untried_C.tolist()  # of which one is read faster
         self._tabulate(arrays["score"], arrays["probability"], arrays["gain"], arrays["expected_quality"])
         self.field: FieldCells | None = None
         if data.field is not None:
@@ -194,22 +196,25 @@ def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
     config = int(score_C.argmax())
     if score_C.item(config) == -math.inf:
         config = int(mixed_E[3 * configs : 4 * configs].argmax()) if settings.likeliest else default
+    quality = _quality(state, config, mixed_E.item(3 * configs + config))
     if config == default:
-        quality, reason = _share(mixed_E.item(3 * configs + config)), DEFAULT_BY_NEAR if row >= 0 else DEFAULT_BY_ALL
+        reason = DEFAULT_BY_NEAR if row >= 0 else DEFAULT_BY_ALL
         return OptimizedParams(state.params[config], 0.0, NO_SOURCE, quality, 0.0, config, reason)
     sure = sure_C.item(config)
     if field is not None:
         sd = mixed_E.item(4 * configs + config)
         sure = _probability(sure + field.least_z * sd, sd)
     source, reason = (ParamSource(state.pattern_id[row]), BY_NEAR) if row >= 0 else (NO_SOURCE, BY_ALL)
-    quality, gain = _share(mixed_E.item(3 * configs + config)), mixed_E.item(2 * configs + config)
+    gain = mixed_E.item(2 * configs + config)
     # weights in float32 may add up to just over 1
     return OptimizedParams(state.params[config], min(sure, 1.0), source, quality, gain, config, reason)
 
 
-def _share(quality: float) -> float:
-    """Quality within [0, 1], where f1 and product lie: a leaf's part and the field's may add up to more; NaN stays."""
-    return min(max(quality, 0.0), 1.0)
+def _quality(state: BankState, config: int, told: float) -> float:
+    """Quality within [0, 1], where f1 and product lie: a leaf's part and the field's may add up to more. NaN of a
+    config that never ran.
+    """
+    return math.nan if state.untried[config] else min(max(told, 0.0), 1.0)
 
 
 def _probability(test: float, sd: float) -> float:
@@ -219,7 +224,7 @@ def _probability(test: float, sd: float) -> float:
 
 def fallback(state: BankState, reason: str) -> OptimizedParams:
     """The default, for a query that could not be read."""
-    quality = _share(state.cells_UE.item(-1, 3 * len(state.params) + state.default))
+    quality = _quality(state, state.default, state.cells_UE.item(-1, 3 * len(state.params) + state.default))
     return OptimizedParams(state.params[state.default], 0.0, NO_SOURCE, quality, 0.0, state.default, reason)
 
 
@@ -249,11 +254,13 @@ def interpolate(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
     tried = config_id is not None
     column = np.arange(1, 4) * len(configs) + (config_id or 0)
     probability, gain, quality = (share @ state.cells_UE[np.ix_(rows, column)]).tolist()
+    # of what is no config, the mean of the nearest patterns stands in
+    quality = float(share @ arrays["quality"][rows]) if config_id is None else _quality(state, config_id, quality)
     return OptimizedParams(
         params=params,
         confidence=probability if tried and config_id != configs.default else 0.0,
         source=ParamSource(int(arrays["pattern_id"][rows[0]])),
-        expected_quality=_share(quality if tried else float(share @ arrays["quality"][rows])),
+        expected_quality=quality,
         expected_gain=gain if tried else float("nan"),
         config_id=config_id,
         reason="interpolated; this setting was tried" if tried else "interpolated; this setting was never tried",

@@ -78,16 +78,17 @@ def ask(bank: ReasoningBank, tradeoff: bool) -> None:
         require(answer.config_id is not None and 0 <= answer.config_id < len(configs), "config_id out of range")
         require(answer.params == configs[answer.config_id or 0], "params are not those of config_id")
         require(answer.source.pattern_id is None or answer.source.pattern_id in ids, "pattern_id is unknown")
-        check_numbers(answer.confidence, answer.expected_quality, answer.expected_gain)
+        check_numbers(bank, answer.config_id, answer.confidence, answer.expected_quality, answer.expected_gain)
     batch = bank.optimized_params_batch(queries)
     require({len(column) for column in batch.values()} == {4}, "a column of the batch has another length")
     for i in range(4):
         require(0 <= batch["config_id"][i] < len(configs), "config_id of the batch out of range")
         require(int(batch["pattern_id"][i]) in ids | {-1}, "pattern_id of the batch is unknown")
-        check_numbers(*(float(batch[name][i]) for name in ("confidence", "expected_quality", "expected_gain")))
+        numbers = (float(batch[name][i]) for name in ("confidence", "expected_quality", "expected_gain"))
+        check_numbers(bank, int(batch["config_id"][i]), *numbers)
     blended = bank.optimized_params(queries[0], mode="interpolate")
     check_params(blended.params, bank)
-    check_numbers(blended.confidence, blended.expected_quality, 0.0)
+    check_numbers(bank, blended.config_id, blended.confidence, blended.expected_quality, 0.0)
     require(blended.config_id is None or math.isfinite(blended.expected_gain), "gain of a tried config is not finite")
     if tradeoff:
         ask_tradeoff(bank, queries[0], len(configs))
@@ -104,7 +105,9 @@ def ask_tradeoff(bank: ReasoningBank, query: np.ndarray, configs: int) -> None:
             raise
         return
     require(answer.config_id is not None and 0 <= answer.config_id < configs, "config_id under a trade-off")
-    check_numbers(answer.confidence, answer.expected_quality, answer.expected_gain, "under a trade-off")
+    check_numbers(
+        bank, answer.config_id, answer.confidence, answer.expected_quality, answer.expected_gain, "under a trade-off"
+    )
 
 
 def check_params(params: SearchParams, bank: ReasoningBank) -> None:
@@ -113,9 +116,12 @@ def check_params(params: SearchParams, bank: ReasoningBank) -> None:
     require(params.model_tier in bank.configs.tiers, "unknown tier")
 
 
-def check_numbers(confidence: float, quality: float, gain: float, when: str = "") -> None:
+def check_numbers(
+    bank: ReasoningBank, config_id: int | None, confidence: float, quality: float, gain: float, when: str = ""
+) -> None:
     require(0.0 <= confidence <= 1.0, f"confidence outside [0, 1] {when}")
-    require(math.isfinite(quality), f"expected_quality is not finite {when}")
+    ran = config_id is None or bank.data.arrays["evidence_rows"][:, config_id].any()
+    require(0.0 <= quality <= 1.0 if ran else math.isnan(quality), f"expected_quality is no share {when}")
     require(math.isfinite(gain), f"expected_gain is not finite {when}")
 
 

@@ -656,6 +656,24 @@ def test_a_refused_query_is_not_counted(bank: ReasoningBank) -> None:
     assert bank.stats() == before
 
 
+def test_the_quality_of_a_default_that_never_ran_is_unknown(data: BankData) -> None:
+    # it was told to be 0, and with a field .04
+    arrays = {name: array.copy() for name, array in data.arrays.items()}
+    arrays["evidence_rows"][:, data.default] = 0
+    arrays["probability"][: data.leaves // 2] = 0
+    bank, queries = ReasoningBank(replace(data, arrays=arrays)), queries_near(data, 60)
+    stands = []
+    for params, answer in ((bank.default, bank.optimized_params(query)) for query in queries):
+        stands.append(answer.params == params)
+        assert math.isnan(answer.expected_quality) == stands[-1]
+    assert 0 < sum(stands) < 60
+    batch = bank.optimized_params_batch(queries)
+    assert np.array_equal(np.isnan(batch["expected_quality"]), stands)
+    assert math.isnan(bank.optimized_params(np.zeros(bank.dim), on_error="default").expected_quality)
+    gain = bank.optimized_params_batch(queries, tradeoff=0.5)["expected_gain"]
+    assert np.isfinite(gain).all()
+
+
 # Reload
 
 

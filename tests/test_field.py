@@ -373,6 +373,7 @@ def test_nothing_beats_a_default_that_never_ran(caplog):
     learned = trained(trajectories.select_queries(trajectories.config_id != 0))
     found = learned.bank().optimized_params_batch(trajectories.x_QD)
     assert (found["ef_search"] == 16).all() and (found["confidence"] == 0).all()
+    assert np.isnan(found["expected_quality"]).all()
     assert "stands everywhere" in caplog.text
 
 

@@ -144,6 +144,19 @@ def test_a_batch_is_answered_in_columns(client: TestClient, served: ReasoningBan
     assert empty.status_code == 200 and empty.json()["config_id"] == []
 
 
+def test_an_unknown_quality_is_null(registry: Registry) -> None:
+    # NaN is no JSON: a batch would have been a 500
+    data = make_bank()
+    data.arrays["evidence_rows"][:, data.default] = 0
+    data.arrays["probability"][:] = 0
+    bank, query = ReasoningBank(data), np.ones(data.dim, np.float32)
+    client = TestClient(make_app(bank, False))
+    assert bank.optimized_params(query).params == bank.default
+    one = client.post("/v1/optimized_params", json={"query": query.tolist()}).json()
+    many = client.post("/v1/optimized_params/batch", content=query.tobytes(), headers=RAW).json()
+    assert one["expected_quality"] is None and many["expected_quality"] == [None]
+
+
 def test_similar_patterns_come_best_first(client: TestClient, served: ReasoningBank) -> None:
     query = queries_near(served.data, 2)[1]
     matches = client.post("/v1/similar", json={"query": query.tolist(), "k": 3}).json()["matches"]

@@ -78,6 +78,7 @@ def bank_of(centroids_PD: Matrix, configs: int, kind: str, seed: int, landmarks_
         "parent": np.full(patterns, -1),
         "config_ef_search": np.arange(1, configs + 1, dtype=np.uint32) * 16,
         "verdict_stands": np.ones(patterns, np.uint8),
+        "evidence_rows": np.ones((patterns, configs), np.int64),
     }
     for name in ("score", "probability", "gain", "expected_quality"):
         arrays[name] = rng.random((patterns + 1, configs), dtype=np.float32)

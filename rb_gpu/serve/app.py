@@ -25,7 +25,7 @@ from rb_gpu.bank import ReasoningBank
 from rb_gpu.errors import RbGpuError
 from rb_gpu.prometheus import CONTENT_TYPE
 from rb_gpu.serve import bodies, openapi
-from rb_gpu.serve.bodies import answer_body, float32, match_body, parsed, rows_of, tradeoff_of
+from rb_gpu.serve.bodies import answer_body, answers_body, float32, match_body, parsed, rows_of, tradeoff_of
 from rb_gpu.serve.guard import Guard
 from rb_gpu.serve.metrics import Metrics
 from rb_gpu.serve.openapi import JSON, NO_LOG, PROBLEMS, RAW
@@ -177,7 +177,7 @@ class _Routes:
             lambda: self._of_one_version(lambda: self._bank.optimized_params_batch(queries, tradeoff)),
             tradeoff is not None or queries.nbytes > LONG_BYTES,
         )
-        return _json({name: column.tolist() for name, column in columns.items()} | {"version": version})
+        return _json(answers_body(columns, version))
 
     async def similar(self, request: Request) -> Response:
         if _is_raw(request):

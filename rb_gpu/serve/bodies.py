@@ -164,7 +164,7 @@ class Answers(BaseModel):
 
     config_id: list[int]
     confidence: list[float]
-    expected_quality: list[float]
+    expected_quality: list[float | None]
     expected_gain: list[float]
     pattern_id: list[int]
     ef_search: list[int]
@@ -281,6 +281,13 @@ def answer_body(answer: OptimizedParams, version: str) -> dict[str, Any]:
         "reason": answer.reason,
         "version": version,
     }
+
+
+def answers_body(columns: dict[str, npt.NDArray[Any]], version: str) -> dict[str, Any]:
+    """A batch as `Answers` documents it; an unknown quality is null."""
+    body: dict[str, Any] = {name: column.tolist() for name, column in columns.items()}
+    body["expected_quality"] = [_known(value) for value in body["expected_quality"]]
+    return body | {"version": version}
 
 
 def match_body(match: PatternMatch) -> dict[str, Any]:
