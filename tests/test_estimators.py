@@ -15,6 +15,7 @@ from rb_gpu.learn.estimators import (
     direct_method,
     doubly_robust,
     effective_size,
+    floored,
     ips,
     mean_of,
     odd_propensities,
@@ -22,6 +23,7 @@ from rb_gpu.learn.estimators import (
     rare_size,
     self_normalised_doubly_robust,
     snips,
+    too_seldom,
     unseen_error,
 )
 from rb_gpu.learn.outcome_model import FOLDS, cross_fitted, folds
@@ -339,3 +341,34 @@ def test_a_query_that_holds_most_rounds_is_as_unsure_as_its_rounds(most):
         low, high = mean_of(np.random.default_rng(seed).normal(size=400)).interval(query_N, 400.0, 0.0)
         held += low <= 0.0 <= high
     assert stats.binomtest(held, 400, 0.95).pvalue > 0.01
+
+
+def policy(rng, kind: str, rounds: int = 2000, configs: int = 6) -> np.ndarray:
+    """Propensities (rounds, configs) of some true logs."""
+    if kind == "mostly one":
+        return np.tile(np.r_[0.999, np.full(configs - 1, 0.001 / (configs - 1))], (rounds, 1))
+    if kind == "softmax":
+        exponent = np.exp(3.0 * rng.normal(size=(rounds, configs)))
+        return exponent / exponent.sum(1, keepdims=True)
+    return rng.dirichlet(np.full(configs, 0.05), size=rounds).clip(1e-12)  # Thompson's: most are next to nothing
+
+
+@pytest.mark.parametrize("kind", ["mostly one", "softmax", "dirichlet"])
+def test_low_propensities_that_are_true_are_not_called_floored(kind):
+    rng, called = np.random.default_rng(8), 0
+    for _ in range(200):
+        true_NC = policy(rng, kind)
+        true_NC /= true_NC.sum(1, keepdims=True)
+        chosen = np.minimum((true_NC.cumsum(1) < rng.random(2000)[:, None]).sum(1), 5)
+        called += floored(true_NC[np.arange(2000), chosen], 6) is not None
+    assert called <= 1
+    # a tenth of a percent that were chosen otherwise
+    few = np.where(np.arange(2000) < 2, 1e-6, true_NC[np.arange(2000), chosen])
+    assert floored(few, 6) == (2, 1e-6, pytest.approx(0.012))
+
+
+def test_a_config_may_be_missing_for_it_was_chosen_too_seldom():
+    # 1,900 of 2,000 rounds lack: 3 / 1,900 shows none of them in one log of twenty
+    assert too_seldom(0.05, np.array([0.0015, *[0.5] * 1999]))
+    assert not too_seldom(0.05, np.array([0.0017, *[0.5] * 1999]))
+    assert not too_seldom(5.0, np.array([1e-6, *[0.5] * 1999]))  # too many rows are no want of them

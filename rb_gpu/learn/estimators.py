@@ -21,6 +21,8 @@ Ints = npt.NDArray[np.int64]
 LEVEL = 0.95
 # of Σ 1/p over a config's rows: off by more standard errors it is no chance, by less of the rounds it does no harm
 ODD_SIGMAS, ODD_SHARE = 5.0, 0.1
+# in so many logs of true propensities rows of the lowest ones are called too many
+FLOOR_ERROR = 1e-4
 # failures that an interval counts besides those that came up (Agresti & Coull 1998): without them, what a sample does
 # not show is taken for impossible
 RARE_ROWS = 2.0
@@ -203,3 +205,33 @@ def odd_propensities(chosen_N: Ints, pscore_N: Floats, configs: int) -> dict[int
     away_C = np.abs(share_C - 1.0)
     odd_C = (share_C > 0) & (away_C > ODD_SHARE) & (away_C > ODD_SIGMAS * error_C)
     return {int(c): float(share_C[c]) for c in np.flatnonzero(odd_C)}
+
+
+def too_seldom(share: float, pscore_N: Floats) -> bool:
+    """Whether a config that `odd_propensities` names may have been chosen too seldom for its rows to tell.
+
+    Its Σ 1/p comes to `share` of the rounds; the others show none of it by chance where it had a propensity of
+    UNSEEN_ROUNDS over their number or less, which is likely where the log holds one so low.
+    """
+    return bool(share < 1.0 and float(pscore_N.min()) * len(pscore_N) * (1.0 - share) <= UNSEEN_ROUNDS)
+
+
+def floored(pscore_N: Floats, configs: int) -> tuple[int, float, float] | None:
+    """How many rows have a propensity that is not theirs, since it is low; up to which; and how many have one so low in
+    true logs at most, in expectation. None where these are no more than chance explains.
+
+    Each round holds at most `configs` propensities of q or less, of which each comes up with probability q or less:
+    fewer than rounds · configs · q rows. More are told by a Poisson test, where they are few of the rows (many are
+    odd_propensities'), and weigh as much as ODD_SHARE of the rounds.
+    """
+    rounds, sorted_N = len(pscore_N), np.sort(pscore_N)
+    count = np.flatnonzero(np.diff(sorted_N, append=np.inf)) + 1
+    low = sorted_N[count - 1]
+    most = rounds * configs * low
+    surplus = (count - most) / low
+    odd = (count <= ODD_SHARE * rounds) & (surplus > ODD_SHARE * rounds)
+    odd &= stats.poisson.sf(count - 1, most) < FLOOR_ERROR
+    if not odd.any():
+        return None
+    worst = int(np.where(odd, surplus, -np.inf).argmax())
+    return int(count[worst]), float(low[worst]), float(most[worst])

@@ -59,7 +59,7 @@ def _against_the_gain(evaluation: Evaluation, served: str, config: GateConfig, g
         yield f"the {value.name} has no held-out value: {value.unknown}, or promote by hand"
     for value in (bank, evaluation.value(served)):
         if value.name in evaluation.misled:
-            yield f"the propensities of what the {value.name} picks contradict the log; log the true ones, or none"
+            yield f"the propensities of what the {value.name} picks do not fit the log; a warning says what may help"
     if "bank" in evaluation.broken:
         yield f"the bank's {evaluation.broken['bank']}; log more queries, or ask for less"
     asked = not unknown and served not in evaluation.broken

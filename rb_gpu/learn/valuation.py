@@ -274,16 +274,38 @@ class Valuation:
 
     def warnings(self) -> list[str]:
         """What is wrong with the logged propensities, as far as they themselves tell."""
-        odd = self.odd
-        if not odd:
+        if self.grade != "dr":
             return []
+        seldom = {c: share for c, share in self.odd.items() if estimators.too_seldom(share, self._pscore)}
+        wrong = {c: share for c, share in self.odd.items() if c not in seldom}
+        said = []
+        if wrong:
+            said.append(
+                f"{self._added_up(wrong)}; it is not the probability with which they were chosen, or some queries "
+                "never get them: log the true one, or leave the column out; values that rest on it are wrong"
+            )
+        if seldom:
+            said.append(
+                f"{self._added_up(seldom)}; with propensities down to {self._pscore.min():.2g} they may have been "
+                "tried too seldom to be judged: log more queries, or raise the least propensity; where none should be "
+                "so low, log the true one; values that rest on it are wrong"
+            )
+        low = estimators.floored(self._pscore, len(self.rows.configs))
+        if low is not None:
+            rows, least, most = low
+            said.append(
+                f"propensity: {rows} held-out rows have {least:.2g} or less, and at most {most:.2g} are expected to; "
+                f"log with what probability these were chosen, or leave them out: each counts as {1 / least:,.0f} rows"
+            )
+        return said
+
+    def _added_up(self, odd: dict[int, float]) -> str:
         worst = sorted(odd, key=lambda c: -abs(math.log(odd[c])))[:NAMED]
         told = ", ".join(f"{self.rows.configs.describe(c)}: {odd[c]:.2f}" for c in worst)
-        return [
-            f"propensity: 1/propensity of {len(odd)} configs does not add up to the number of held-out rows (as a "
-            f"share of it, 1 is expected: {told}); it is not the probability with which they were chosen, or some "
-            "queries never get them: log the true one, or leave the column out; values that rest on it are wrong"
-        ]
+        return (
+            f"propensity: 1/propensity of {len(odd)} config{'s' * (len(odd) > 1)} does not add up to the number of "
+            f"held-out rows (as a share of it, 1 is expected: {told})"
+        )
 
     @property
     def _pscore(self) -> Floats:

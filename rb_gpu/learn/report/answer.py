@@ -103,7 +103,7 @@ def answer(bank: ReasoningBank, facts: dict[str, Any]) -> Answer:
     if facts["counts"]["configs"] == 1:
         state, word, headline = "none", "No choice", "Nothing to choose from: the log has one config"
     elif doubted:
-        state, word, headline = "none", "Unknown", "Nobody can say: the logged propensities contradict the log"
+        state, word, headline = "none", "Unknown", "Nobody can say: the logged propensities do not fit the log"
     elif "bank" in broken:
         state, word, headline = "bad", "No", f"The bank breaks the {kind} that was asked for"
     elif served in broken:
