@@ -15,6 +15,7 @@ from rb_gpu.learn.config import DataConfig, ParamsConfig, TrainConfig
 from rb_gpu.learn.job_config import EvaluateConfig, to_object
 from rb_gpu.learn.pipeline import choices_beside
 from rb_gpu.learn.policy import Evaluation, best_single, value_bank
+from rb_gpu.learn.timing import told_by_time
 from rb_gpu.learn.trajectories import Trajectories, load
 from rb_gpu.params import AUTO_TIER, PARAMETERS
 
@@ -57,7 +58,7 @@ def evaluate_artifact(config: EvaluateConfig, quarantine: Path | None = None) ->
     best = data.configs[best_single(data.evidence, data.objective)]
     single = table.configs.id_of(best)
     evaluation = value_bank(bank, table, -1 if single is None else single, config.eval, config.seed, None, others)
-    for warning in evaluation.warnings:
+    for warning in [*evaluation.warnings, *told_by_time(table, config.seed)]:
         log.warning("%s", warning)
     return evaluation
 

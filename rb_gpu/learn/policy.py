@@ -81,8 +81,8 @@ class Evaluation:
     """The policy table; grade is exact, dr or associational (valuation.py).
 
     bank_gains: how much more utility the policy "bank" has than each other one, with a paired 95 % interval: of a
-    bootstrap over queries, and of the jackknife where the grade is dr. warnings: what is wrong with the propensities;
-    misled: the policies whose values rest on those.
+    bootstrap over queries, and of the jackknife where the grade is dr. warnings: what is wrong with the propensities,
+    or with the want of them; misled: the policies whose values rest on those that are wrong.
     tradeoffs: quality over cost, None without cost and for a bank that cannot be asked for another trade-off.
     calibration: of the bank's confidence, None where too few patterns act. coverage: share of the queries at or over
     the bank's similarity floor, NaN where there is no bank. broken: by policy, what it does that the objective rules

@@ -36,6 +36,7 @@ from rb_gpu.learn.projection import project
 from rb_gpu.learn.report import render_report
 from rb_gpu.learn.room import Room
 from rb_gpu.learn.stages import Stages, files_read
+from rb_gpu.learn.timing import told_by_time
 from rb_gpu.learn.trajectories import Trajectories, load, split_by_time
 from rb_gpu.learn.valuation import held_out_outcomes
 from rb_gpu.publish import without_nan, write_artifact
@@ -162,6 +163,8 @@ def _candidate(
             lambda: held_out_outcomes(held_out, bank.data.objective),
         )
         evaluation = value_bank(bank, held_out, single, config.eval, config.seed, champion, others, brief, rows)
+        timed = stages.of("timing", [*read, config.seed], lambda: told_by_time(training, config.seed))
+        evaluation = replace(evaluation, warnings=[*evaluation.warnings, *timed])
         for warning in evaluation.warnings:
             log.warning("%s", warning)
         drift = stages.of(

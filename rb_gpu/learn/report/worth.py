@@ -81,7 +81,7 @@ def _ends(intervals: list[tuple[float | None, float | None]]) -> tuple[float, fl
 
 
 def doubts(evaluation: dict[str, Any]) -> list[str]:
-    """What is wrong with the propensities, and which policies have no value and why."""
+    """What is wrong with the propensities or the want of them, and which policies have no value and why."""
     unknown = [f"{value['name']} has no value: {value['unknown']}" for value in evaluation["values"]
                if value["unknown"]]  # fmt: skip
     return [*evaluation["warnings"], *unknown]
