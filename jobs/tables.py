@@ -42,8 +42,8 @@ def policy_table(evaluation: Evaluation) -> str:
         rows.append(
             (
                 value.name,
-                number(value.utility, ".4f"),
-                number(value.quality, ".4f"),
+                number(value.utility, "z.4f"),
+                number(value.quality, "z.4f"),
                 amount(value.cost, 4),
                 amount(value.latency_p95_us / 1000),
                 *(against_oracle if known else (number(value.ess, ",.0f"),)),
@@ -67,8 +67,8 @@ def _estimator_table(evaluation: Evaluation) -> str:
             value.name,
             f"{value.matched:,}",
             number(value.ess, ",.1f"),
-            _interval(value.utility, value.low, value.high, ".4f"),
-            *(number(value.estimates.get(name, float("nan")), ".4f") for name in names),
+            _interval(value.utility, value.low, value.high, "z.4f"),
+            *(number(value.estimates.get(name, float("nan")), "z.4f") for name in names),
         )
         for value in evaluation.values
     ]

@@ -17,7 +17,7 @@ from rb_gpu.learn.charts import linear_axis, log_axis
 from rb_gpu.learn.projection import project
 from rb_gpu.learn.report.answer import answer
 from rb_gpu.learn.report.curves import wilson
-from rb_gpu.learn.report.formats import change, latency, percent, sentence, short
+from rb_gpu.learn.report.formats import change, latency, number, percent, sentence, short
 from rb_gpu.learn.report.latency import mixtures, quantile_us
 from rb_gpu.learn.report.patterns import MAP_PATTERNS, pattern_counts, tree, verdict_table
 from rb_gpu.learn.report.run import found_table
@@ -286,5 +286,6 @@ def test_ticks_hold_the_values_and_numbers_read_well():
         assert 0.0 <= axis.share(values[0]) <= 1.0
     assert [text for _, text in log_axis("", 200.0, 5000.0, latency).ticks] == ["300 µs", "1 ms", "3 ms"]
     assert (short(0.00004321), short(1234567.0, 4), short(0.0), short(None)) == ("4.32e-05", "1,234,567", "0", "–")
+    assert (number(-1e-9), number(-0.5), number(1234.5, 1)) == ("0.0000", "-0.5000", "1,234.5")
     assert (change(2.0, 2.5), change(2.0, 8.0), change(0.0, 1.0)) == ("+25.0 %", "×4", "–")
     assert (percent(0.1234), percent(float("nan")), sentence("only 3 rows")) == ("12.3 %", "–", "Only 3 rows.")

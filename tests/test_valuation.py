@@ -203,6 +203,10 @@ def test_amounts_are_printed_as_the_report_writes_them():
     slow = replace(rows, latency_us=2.76e6 + 0 * rows.latency_us, cost=16_408.0 + 0 * rows.utility)
     default = evaluation_tables(evaluate(slow, choices(rows.x_QD), 100, 0)).splitlines()[1].split()
     assert default[3:5] == ["16,408", "2,760"]
+    # a mean of zeros is estimated to rounding: it was printed as -0.0000
+    nothing = 0 * rows.utility - 1e-9
+    table = evaluation_tables(evaluate(replace(rows, utility=nothing, quality=nothing), choices(rows.x_QD), 100, 0))
+    assert table.splitlines()[1].split()[1:3] == ["0.0000", "0.0000"]
 
 
 def test_harm_tells_sure_losses_from_noise():

@@ -9,8 +9,8 @@ UNKNOWN = "–"
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """With `digits` decimals, a thousands separator, and no sign but a minus."""
-    return UNKNOWN if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
+    """With `digits` decimals, a thousands separator, and no sign but the minus of what is not 0."""
+    return UNKNOWN if value is None or not math.isfinite(value) else f"{value:z,.{digits}f}"
 
 
 def signed(value: float | None, digits: int = 4) -> str:
