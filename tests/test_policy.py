@@ -142,6 +142,17 @@ def test_what_is_surely_worse_than_the_default_is_not_the_first_to_be_served():
         assert promoted or "surely worse; serve the default" in decision.reason
 
 
+def test_what_a_gain_over_the_default_says_little_of_is_told():
+    # "promoted: held-out gain over the default +0.0000", of a default that nobody runs
+    nothing = replace(judged({"acted": 0.0}), bank_gains={"default": Gain(0.0, 0.0, 0.0)})
+    reason = decide(nothing, GateConfig(), CALM, [], experiment=True).reason
+    said = "; the bank answers all held-out queries with the default; params.default=auto took that from an experiment"
+    assert f"{said}: set params.default to what runs today" in reason
+    assert decide(judged({}), GateConfig(), CALM, []).reason.endswith("above gate.min_gain=-0.005")
+    # beside a champion the default does not matter
+    assert decide(judged({"acted": 0.0}, {}), GateConfig(), CALM, [], experiment=True).reason.endswith("=-0.005")
+
+
 def test_a_default_that_breaks_the_objective_is_nothing_to_be_worse_than():
     # of a bound or a floor that the default breaks, it spends what nobody may, and every later candidate was refused
     gains = {"default": Gain(-0.3, -0.35, -0.25), "champion": Gain(0.0, -0.001, 0.001)}

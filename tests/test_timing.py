@@ -80,10 +80,12 @@ def test_where_every_query_ran_under_all_there_was_no_choice():
 def test_training_says_so_in_its_log_and_its_report(tmp_path, caplog, monkeypatch):
     hour = log_of(0, 13.0).timestamp % DAY // 3600
     table = log_of(0, 13.0, config_id=shifted(hour < 8))
-    table = replace(table, query_time=table.timestamp)
+    table = replace(table, query_time=table.timestamp, auto_default=True)
     monkeypatch.setattr("rb_gpu.learn.training.load", lambda *_: table)
     published = train(settings(tmp_path))
     [warning] = [one for one in published.evaluation.warnings if "time tells which config ran" in one]
     assert warning in caplog.text
     assert json.loads((published.folder / "manifest.json").read_text())["evaluation"]["warnings"] == [warning]
     assert warning[1:] in (published.folder / "report.html").read_text()
+    # whose default nobody runs
+    assert "params.default=auto took that from an experiment" in published.decision.reason

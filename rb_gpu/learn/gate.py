@@ -25,12 +25,15 @@ class Decision:
     refusals: list[str] = field(default_factory=list)
 
 
-def decide(evaluation: Evaluation, config: GateConfig, drift: EmbeddingDrift, refusals: list[str]) -> Decision:
+def decide(
+    evaluation: Evaluation, config: GateConfig, drift: EmbeddingDrift, refusals: list[str], experiment: bool = False
+) -> Decision:
     """Promotes where the 95 % lower bound of the candidate's gain over what is served exceeds gate.min_gain, and all of
     gate's other bounds are kept. What is not known (NaN) breaks no bound but that of the gain. A candidate must keep
     the objective's floor or bound; over something served that does not, no gain is asked.
 
     What is served is the champion, or the default where there is none. refusals: why the two cannot be compared.
+    experiment: whether the default was taken from a log that does not tell what runs (`is_experiment`).
     """
     said = [f"{refusal}; train into another registry.path, or promote by hand" for refusal in refusals]
     served = CHAMPION if CHAMPION in evaluation.bank_gains else "default"
@@ -44,6 +47,10 @@ def decide(evaluation: Evaluation, config: GateConfig, drift: EmbeddingDrift, re
     if served in evaluation.broken:
         return Decision(True, f"no gain is asked over the {served}, whose {evaluation.broken[served]}")
     passed = ", which lets a loss as small as this one pass" if over.high < 0 else ""
+    if served == "default" and evaluation.value("bank").acted == 0:
+        passed += "; the bank answers all held-out queries with the default"
+    if served == "default" and experiment:
+        passed += "; params.default=auto took that from an experiment: set params.default to what runs today"
     return Decision(True, f"{gain}above gate.min_gain={config.min_gain:g}{passed}")
 
 

@@ -21,6 +21,7 @@ from rb_gpu.errors import ArtifactError
 from rb_gpu.learn.checkpoint import Checkpoint
 from rb_gpu.learn.clustering import cluster_queries
 from rb_gpu.learn.config import TrainConfig
+from rb_gpu.learn.default import is_experiment
 from rb_gpu.learn.devices import reproducible, resolve_device
 from rb_gpu.learn.distances import normalise_
 from rb_gpu.learn.distributed import Ranks, launched
@@ -172,7 +173,8 @@ def _candidate(
             [rows_read(training, config), config.seed],
             lambda: measure_embeddings(training, held_out, config.seed),
         )
-        decision = decide(evaluation, config.gate, drift, refusals)
+        experiment = is_experiment(training, bank.data.objective)
+        decision = decide(evaluation, config.gate, drift, refusals, experiment)
     return Candidate(learned, bank, training, held_out, evaluation, decision, parent)
 
 
