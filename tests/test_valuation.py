@@ -172,7 +172,9 @@ def test_a_few_floored_propensities_and_configs_tried_too_seldom_have_advice_of_
     # propensity so low that the config hardly came up
     rows = rows_of(queries=2000)
     few = replace(rows, propensity=np.where(np.arange(2000) < 2, 1e-6, rows.propensity))
-    [warning] = evaluate(few, choices(rows.x_QD), 100, 0).warnings
+    found = evaluate(few, choices(rows.x_QD) | {"bank": np.full(2000, rows.config_id[0])}, 100, 0)
+    [warning] = found.warnings
+    assert found.value("bank").unknown.endswith("or mend the propensities that a warning names")
     assert warning.startswith("propensity: 2 held-out rows have 1e-06 or less, and at most 0.012 are expected to; log")
     assert warning.endswith("counts as 1,000,000 rows")
     # config 3 is hardly chosen in four fifths of the rounds, where config 4 has its share

@@ -159,11 +159,14 @@ class Valuation:
             return f"no held-out row tried {name}{others}, picked on {share:.3g} % of queries; log some"
         if self.grade == "exact":
             return None if self._everywhere(choice_Q) else "not every query tried what it picks; log the rest"
-        size = effective_size(self.weights(choice_Q))
+        weight_N = self.weights(choice_Q)
+        size = effective_size(weight_N)
         if size < LEAST_SIZE:
+            floored = self.floored is not None and bool((self._pscore[weight_N > 0] <= self.floored[1]).any())
+            remedy = "mend the propensities that a warning names" if floored else "explore more evenly"
             return (
                 f"the held-out rows that tried what it picks weigh as much as {size:.1f} equal ones, under "
-                f"{LEAST_SIZE:g}; log more queries, or explore more evenly"
+                f"{LEAST_SIZE:g}; log more queries, or {remedy}"
             )
         return None
 
@@ -268,6 +271,11 @@ class Valuation:
             return {}
         return estimators.odd_propensities(self.rows.config_id, self._pscore, len(self.rows.configs))
 
+    @cached_property
+    def floored(self) -> tuple[int, float, float] | None:
+        """Rows whose propensities are too low to be true (`estimators.floored`); none but where the grade is dr."""
+        return estimators.floored(self._pscore, len(self.rows.configs)) if self.grade == "dr" else None
+
     def misled(self, choice_Q: Choice) -> bool:
         """Whether the value of a choice rests on propensities that contradict the rows."""
         return bool(np.isin(choice_Q, list(self.odd)).any())
@@ -290,9 +298,8 @@ class Valuation:
                 "tried too seldom to be judged: log more queries, or raise the least propensity; where none should be "
                 "so low, log the true one; values that rest on it are wrong"
             )
-        low = estimators.floored(self._pscore, len(self.rows.configs))
-        if low is not None:
-            rows, least, most = low
+        if self.floored is not None:
+            rows, least, most = self.floored
             said.append(
                 f"propensity: {rows} held-out rows have {least:.2g} or less, and at most {most:.2g} are expected to; "
                 f"log with what probability these were chosen, or leave them out: each counts as {1 / least:,.0f} rows"
