@@ -528,6 +528,20 @@ def test_momentum_ends_lower_and_is_not_slower(metric, monkeypatch):
     assert np.mean([run.n_iter for run in carried]) <= np.mean([run.n_iter for run in plain])
 
 
+def test_small_repairs_are_left_to_momentum_which_ends_no_higher(monkeypatch):
+    x = np.random.default_rng(4).normal(size=(4000, 24)).astype(np.float32)
+    tried, exchange = [], lloyd.exchange
+    monkeypatch.setattr(lloyd, "exchange", lambda *given: tried.append(1) or exchange(*given))
+
+    def mean_inertia() -> float:
+        return float(np.mean([kmeans(x, 60, seed=seed, metric="cosine").inertia for seed in range(3)]))
+
+    few, rounds = mean_inertia(), len(tried)
+    monkeypatch.setattr(lloyd, "WORTH_A_ROUND", 0.0)
+    assert few < mean_inertia()
+    assert 3 <= rounds < 0.8 * (len(tried) - rounds)
+
+
 @pytest.mark.parametrize("max_iter", [25, 300])
 def test_the_last_update_goes_to_the_means_alone(max_iter, monkeypatch):
     # what is still carried on, where updates are cut off or nothing changes, would be no mean of anything

@@ -34,6 +34,8 @@ MAX_REPAIRS = 20
 # updates between repairs at first: Lloyd's iterations take many to divide one cluster between two centroids, and what
 # they have to divide shows after few
 EARLY = 2
+# and the share of the inertia that such a round saves where another follows: momentum is sooner at what smaller ones do
+WORTH_A_ROUND = 3e-3
 # the update after which the way to assign is chosen anew: centroids are means by then
 CHOOSE_AGAIN = 2
 # share of its last move that a centroid makes again beyond its mean, at first, lost with each update, and at the least:
@@ -199,14 +201,17 @@ class Solver:
 
     def _repaired(self, run: Run) -> Run:
         """The run after as many rounds of exchanges and Lloyd's iterations as lower its inertia within max_iter: rounds
-        of EARLY updates, until none pays, then such as converge.
+        of EARLY updates, while they are worth it, then such as converge.
         """
         progress = self._progress
         while True:
             spent = progress.repairs == MAX_REPAIRS or run.n_iter >= self.max_iter
-            if progress.before is not None and run.inertia >= progress.before.inertia:
-                run, spent = progress.before, True
-                self.points.assign(run.centroids_KD)
+            if progress.before is not None:
+                least = WORTH_A_ROUND if progress.until < self.max_iter else 0.0
+                spent = spent or run.inertia >= (1 - least) * progress.before.inertia
+                if run.inertia >= progress.before.inertia:
+                    run = progress.before
+                    self.points.assign(run.centroids_KD)
             centroids_KD = None if spent else self._exchanged(run.centroids_KD)
             if centroids_KD is not None:
                 progress.before, progress.repairs = run, progress.repairs + 1
