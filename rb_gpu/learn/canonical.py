@@ -50,10 +50,9 @@ def average_coordinates(ridges: Sequence[Ridge], y_QC: Tensor) -> tuple[Tensor, 
     solved = [ridge.solve(y_QC) for ridge in ridges]
     losses = [y_QC.new_zeros(len(ridges), len(RIDGES), y_QC.shape[1]) for _ in turns]
     for s, ridge in enumerate(ridges):
-        for i in range(len(RIDGES)):
-            error_QC = ridge.errors(y_QC, *solved[s], i)
+        for rows, error_QLC in ridge.every_error(y_QC, *solved[s]):
             for loss_SLC, (to_CC, _), seen_Q in zip(losses, turns, seen, strict=True):
-                loss_SLC[s, i] = seen_Q.to(error_QC) @ (error_QC @ to_CC).square()
+                loss_SLC[s] += torch.einsum("q,qlc->lc", seen_Q[rows].to(y_QC), (error_QLC @ to_CC).square())
     chosen = [shares(loss_SLC, float(seen_Q.sum())) for loss_SLC, seen_Q in zip(losses, seen, strict=True)]
     unseen_QC = torch.zeros_like(y_QC)
     for s, i in torch.nonzero(torch.stack(chosen).sum((0, 3))).tolist():

@@ -10,11 +10,13 @@ for all.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from rb_gpu.learn.devices import tiles
 
 # in units of a row's noise; the last one leaves the mean alone
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, math.inf)
@@ -73,12 +75,24 @@ class Ridge:
     def errors(self, y_NC: Tensor, mean_C: Tensor, products_FC: Tensor, ridge: int) -> Tensor:
         """How far y lies from its prediction without its query, (N, C)."""
         fitted_NC = mean_C + self.scores_NF @ (products_FC * self.shrunk_FL[:, ridge, None])
-        own_NC = y_NC
-        if self.group_N is not None:
-            total_NC = self.of_query(self.weight_N[:, None] * y_NC)
-            own_NC = total_NC / self.whole_N.clamp(min=TINY)[:, None]
+        own_NC = self._own(y_NC)
         error_NC: Tensor = y_NC - own_NC + (own_NC - fitted_NC) / self.kept_NL[:, ridge, None]
         return error_NC
+
+    def every_error(self, y_NC: Tensor, mean_C: Tensor, products_FC: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """`errors` at every ridge, (n, L, C), of one tile of rows after the other: scores are read once for all."""
+        own_NC = self._own(y_NC)
+        coef_FM = (products_FC[:, None] * self.shrunk_FL[:, :, None]).flatten(1)
+        for rows in tiles(len(y_NC), coef_FM.shape[1], y_NC.device):
+            fitted_NLC = mean_C + (self.scores_NF[rows] @ coef_FM).unflatten(1, (len(RIDGES), -1))
+            own_N1C = own_NC[rows, None]
+            yield rows, y_NC[rows, None] - own_N1C + (own_N1C - fitted_NLC) / self.kept_NL[rows, :, None]
+
+    def _own(self, y_NC: Tensor) -> Tensor:
+        """Mean of y over the rows of each row's query."""
+        if self.group_N is None:
+            return y_NC
+        return self.of_query(self.weight_N[:, None] * y_NC) / self.whole_N.clamp(min=TINY)[:, None]
 
     def coef(self, products_FC: Tensor, share_LW: Tensor) -> Tensor:
         """(F, C) coefficients summed over ridges with the given shares."""
@@ -132,6 +146,11 @@ class Task:
         error_NC = self.ridges[slope].errors(self.y_NC, *solved, ridge)
         return error_NC if self.missed is None else error_NC - self.missed[slope][:, ridge, None]
 
+    def every_error(self, slope: int, solved: tuple[Tensor, Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        """(n, L, C) of one tile of rows after the other, as `Ridge.every_error`."""
+        for rows, error_NLC in self.ridges[slope].every_error(self.y_NC, *solved):
+            yield rows, error_NLC if self.missed is None else error_NLC - self.missed[slope][rows, :, None]
+
 
 def average(tasks: Sequence[Task], rows: float) -> tuple[Tensor, list[Average]]:
     """The weights (S, L) of slopes and ridges, one set for all tasks, and each task's averaged regression.
@@ -147,9 +166,8 @@ def _losses(task: Task) -> Tensor:
     """(S, L, C) squared leave-one-out errors."""
     loss_SLC = task.y_NC.new_zeros(len(task.ridges), len(RIDGES), task.y_NC.shape[1])
     for s, ridge in enumerate(task.ridges):
-        solved = ridge.solve(task.y_NC)
-        for i in range(len(RIDGES)):
-            loss_SLC[s, i] = ridge.weight_N @ task.errors(s, solved, i).square()
+        for rows, error_NLC in task.every_error(s, ridge.solve(task.y_NC)):
+            loss_SLC[s] += torch.einsum("n,nlc->lc", ridge.weight_N[rows], error_NLC.square())
     return loss_SLC
 
 
