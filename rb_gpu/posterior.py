@@ -128,7 +128,7 @@ def pool(
     for parent in levels:
         groups = int(parent.max()) + 1
         tau2 = np.where(varied, paule_mandel(mean, var, parent, groups), 0.0)
-        if gated and not messages:
+        if gated:
             tau2 = _drawn_together(mean, var, parent, groups, tau2)
         precision = np.where(np.isfinite(var), 1.0 / (var + tau2), 0.0)
         messages.append((mean, var, precision, tau2))
@@ -195,7 +195,8 @@ def _drawn_together(mean: Floats, var: Floats, parent: Rows, groups: int, alone:
     """τ² (C,) of each config drawn to that of all as one, as far as chance explains how they differ (James & Stein
     1961): where configs are many, each has too few rows to show its own. Each `alone` where only one has any.
 
-    A config's own is the moment estimate (DerSimonian & Laird 1986), whose chance error is that of equal variances.
+    A config's own is the moment estimate (DerSimonian & Laird 1986). Its chance error is read from how the leaves'
+    parts of it scatter, on the mean over configs: a config that is much better in few leaves has no normal effects.
     """
     weight = np.where(np.isfinite(var), 1.0 / var, 0.0)
     total = _add(weight, parent, groups)
@@ -206,12 +207,14 @@ def _drawn_together(mean: Floats, var: Floats, parent: Rows, groups: int, alone:
     known = (freedom > 0) & (scale > 0)
     if np.count_nonzero(known) < 2:
         return alone
-    squares, freedom, scale = (weight * (mean - centre[parent]) ** 2).sum(0)[known], freedom[known], scale[known]
+    part = (weight * (mean - centre[parent]) ** 2)[:, known]
+    leaves, freedom, scale = np.count_nonzero(weight[:, known], axis=0), freedom[known], scale[known]
     configs = mean.shape[1]
     of_all = (parent + groups * np.arange(configs)[:, None]).ravel()
     together = paule_mandel(mean.T.reshape(-1, 1), var.T.reshape(-1, 1), of_all, groups * configs)[0]
-    own = (squares - freedom) / scale
-    chance = 2.0 * (freedom / scale + together) ** 2 / freedom
+    own = (part.sum(0) - freedom) / scale
+    away = np.where(weight[:, known] > 0, part - part.sum(0) / leaves, 0.0)
+    chance = leaves / freedom * (away**2).sum(0) / scale**2
     differ = float(((own - together) ** 2).mean())
     share = min(1.0, float(chance.mean()) / differ) if differ > 0 else 1.0
     out = np.full(configs, together)

@@ -404,11 +404,11 @@ def test_each_configs_scatter_is_drawn_to_that_of_all_as_far_as_chance_explains_
     together, own, chance = brentq(scatter, 0, 100), [], []
     for c in range(4):
         weight = [1 / variance[of, c] for of in cells[c]]
-        square = sum(w @ (effect[of, c] - np.average(effect[of, c], weights=w)) ** 2
-                     for w, of in zip(weight, cells[c], strict=True))  # fmt: skip
+        part = np.concatenate([w * (effect[of, c] - np.average(effect[of, c], weights=w)) ** 2
+                               for w, of in zip(weight, cells[c], strict=True)])  # fmt: skip
         freedom, scale = sum(len(w) - 1 for w in weight), sum(w.sum() - (w**2).sum() / w.sum() for w in weight)
-        own.append((square - freedom) / scale)
-        chance.append(2 * (freedom / scale + together) ** 2 / freedom)
+        own.append((part.sum() - freedom) / scale)
+        chance.append(len(part) * len(part) * part.var() / freedom / scale**2)
     share = np.mean(chance) / np.mean((np.array(own) - together) ** 2)
     assert 0 < share < 1 and min(own) < 0
     expected = [max(share * together + (1 - share) * one, 0.0) for one in own] + [together]
