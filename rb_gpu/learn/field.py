@@ -110,8 +110,12 @@ class Fit:
         """
         learned_C, left_C = torch.zeros_like(self.base_C), torch.ones_like(self.base_C)
         slope, ridge = divmod(int(self.share_SL.argmax()), len(RIDGES))
+        # of a full table all configs have the same
+        told: dict[int, tuple[Tensor, Tensor]] = {}
         for c, ridges in self.ridges.items() if self.deviates else ():
-            learned_C[c], left_C[c] = ridges[slope].learned(features[slope], ridge)
+            one = ridges[slope]
+            told[id(one)] = told.get(id(one)) or one.learned(features[slope], ridge)
+            learned_C[c], left_C[c] = told[id(one)]
         return learned_C, left_C
 
 

@@ -92,7 +92,7 @@ class Inside:
         spread_U = torch.where(freedom_U > 0, squares_U / freedom_U.clamp(min=1), overall)
         step = max(1, -(-len(leaf_Q) // MOST_READ))
         read = slice(None, None, step)
-        return cls(away_QR, leaf_Q, spread_U, [about_leaf(x, leaf_Q, count_U)[read] for x in features])
+        return cls(away_QR, leaf_Q, spread_U, [about_leaf(x, leaf_Q, count_U, read) for x in features])
 
     def share(self, fitted: Fit) -> tuple[Tensor, Tensor]:
         """(U, C) twice, for one more query of each leaf: the variance of what was learned of how its leaf's queries
@@ -198,11 +198,11 @@ class _Sums:
         ])  # fmt: skip
 
 
-def about_leaf(x_QX: Tensor, leaf_Q: Tensor, count_U: Tensor) -> Tensor:
-    """Values less the mean of their leaf; 0 where a leaf counts none."""
+def about_leaf(x_QX: Tensor, leaf_Q: Tensor, count_U: Tensor, read: slice = slice(None)) -> Tensor:
+    """Values of the rows `read`, less the mean of their leaf over all rows; 0 where a leaf counts none."""
     sum_UX = x_QX.new_zeros(len(count_U), x_QX.shape[1]).index_add_(0, leaf_Q, x_QX)
-    away_QX = x_QX - (sum_UX / count_U.clamp(min=1)[:, None])[leaf_Q]
-    return torch.where((count_U > 0)[leaf_Q, None], away_QX, 0.0)
+    away_QX = x_QX[read] - (sum_UX / count_U.clamp(min=1)[:, None])[leaf_Q[read]]
+    return torch.where((count_U > 0)[leaf_Q[read], None], away_QX, 0.0)
 
 
 def not_negative(estimate: float, error: float) -> float:
