@@ -580,10 +580,13 @@ def test_the_command_serves_follows_the_champion_and_stops_in_order(
 ) -> None:
     port, log = free_port(), tmp_path / "log.sqlite"
     (tmp_path / "key").write_bytes(KEY)
+    # tests that run under nohup would hand it down
+    here = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     process = start(
         str(registry.path / "champion"), "--port", str(port), "--log", str(log), "--reload-every", "0.05",
         "--api-key-file", str(tmp_path / "key"), under=under,
     )  # fmt: skip
+    signal.signal(signal.SIGHUP, here)
     try:
         end = time.monotonic() + 60
         while time.monotonic() < end:
