@@ -97,7 +97,7 @@ def _error(variance: Floats, size: Floats, alike: bool = False) -> Floats:
     pooled = (PRIOR_CONFIG_ROWS * overall + squares) / (PRIOR_CONFIG_ROWS + total)
     # a config that never varies says nothing of its error, nor does one that no cell tried twice
     pooled = np.where((total > 0) & (squares > 0), pooled, np.nan)
-    own = 0.0 * freedom if alike else freedom
+    own = np.zeros_like(freedom) if alike else freedom
     moderated = (PRIOR_ROWS * pooled + own * within) / (PRIOR_ROWS + own)
     # a variance that is itself estimated makes its inverse too large on average: the first-order correction
     moderated = moderated * (1.0 + 2.0 * own / (PRIOR_ROWS + own) ** 2)
@@ -119,7 +119,7 @@ def pool(
     tested: what chance alone could show is taken as nothing, so that equal configs stay equal: a config's effect on the
     whole is 0 unless a test rejects that, and its τ² are 0 unless Cochran's Q over the leaves rejects homogeneity, at
     FAMILY_ERROR for all configs and both tests together. gated: whether choices must be shown to pay as a whole before
-    any is made: the τ² of the leaves are then not tested, but drawn together.
+    any is made: the τ² of all levels are then not tested, but drawn together.
     """
     levels = [*parents, np.zeros(_width(parents, len(effect)), dtype=np.int64)]
     mean, var = effect, variance

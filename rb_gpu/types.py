@@ -90,7 +90,8 @@ class LearnedPattern(NamedTuple):
 class VerdictEvidence(NamedTuple):
     """Why a verdict says what it says.
 
-    effect: gain over the default in the objective's unit, with its 95 % interval [effect_low, effect_high].
+    effect: gain over the default in the objective's unit, with its 95 % interval [effect_low, effect_high]: for one
+    query of the pattern, where the bank has a field, else for the mean of its queries.
     avg_improvement: relative gain in quality over the default; None where the default was never tried or scored 0.
     p_value: of the chosen config against the default; p_adjusted: the same, corrected for the number of configs and
     patterns; p_sequential: corrected for the number of configs, and valid though one looks every night; NaN with decay.
