@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 # the type stubs that Faiss ships lack what SWIG makes, and contradict the rest
 faiss: Any = faiss_module
 
-# float32 sums in another order differ by less; vectors that are copies of each other stay tied
+# copies of a vector whose float32 components were rounded apart differ by less
 TIE_TOLERANCE = 1e-6
 # between two configs of one query lie this many other queries, so that the first does not warm the caches for the next
 BLOCK_QUERIES = 256
@@ -41,6 +41,27 @@ WARM_UP_QUERIES = 32
 TRAIN_ROWS_PER_CELL = (39, 256)
 # what the parameter of the other index is in a row of a table that has both
 NOT_USED = 1
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """vectors_MD: as they lie in the file. name: `key=path` for messages."""
+
+    vectors_MD: npt.NDArray[np.floating]
+    name: str
+
+    def similarity(self, unit_D: Matrix, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Of one query to the rows `ids` of any shape, summed in float64; -inf where an id is -1.
+
+        Every search sums in float32 in its own order, which differs by up to dim x 2^-23: of a vector's copies, those
+        that an index finds would seem farther away than those that the exact search found.
+        """
+        row_U, place = np.unique(ids, return_inverse=True)
+        found_U = np.full(len(row_U), -np.inf)
+        real_U = row_U >= 0
+        unit_UD = unit_rows(self.vectors_MD[row_U[real_U]], self.name, row_U[real_U])
+        found_U[real_U] = unit_UD.astype(np.float64) @ unit_D.astype(np.float64)
+        return found_U[place].reshape(ids.shape)
 
 
 @dataclass(frozen=True)
@@ -116,10 +137,11 @@ def collect(config: CollectConfig) -> CollectSummary:
     queries = read_queries(config.queries, dim, config.max_queries, rng)
     with new_folder(config.out) as folder:
         log.info("exact search of %d queries in %d vectors of %d dims", len(queries), m, dim)
-        kth_Q = _kth_similarity(queries.unit_QD, vectors_MD, name, config.top_k)
+        corpus = _Corpus(vectors_MD, name)
+        kth_Q = _kth_similarity(queries.unit_QD, corpus, config.top_k)
         arms = _build(config, vectors_MD, name, nlist, rng)
         pq.write_table(_query_table(queries), folder / "queries.parquet")
-        means = _run(config, arms, queries, kth_Q, rng, folder / "outcomes.parquet")
+        means = _run(config, arms, queries, corpus, kth_Q, rng, folder / "outcomes.parquet")
     return CollectSummary(Path(config.out), m, dim, len(queries), len(queries) * len(arms), means)
 
 
@@ -146,13 +168,17 @@ def _with_cells(config: CollectConfig, m: int) -> tuple[CollectConfig, int]:
     return replace(config, ivf_n_probes=fit), nlist
 
 
-def _kth_similarity(unit_QD: Matrix, vectors_MD: npt.NDArray[np.floating], name: str, k: int) -> Matrix:
+def _kth_similarity(unit_QD: Matrix, corpus: _Corpus, k: int) -> npt.NDArray[np.float64]:
     """The k-th best similarity of each query (Q,), by exact search."""
-    best_Qk = np.full((len(unit_QD), k), -np.inf, np.float32)
-    for chunk_TD in unit_chunks(vectors_MD, name):
-        similarity, _ = faiss.knn(unit_QD, chunk_TD, min(k, len(chunk_TD)), metric=faiss.METRIC_INNER_PRODUCT)
-        best_Qk = -np.sort(-np.concatenate([best_Qk, similarity], axis=1), axis=1)[:, :k]
-    return best_Qk[:, -1]
+    best_Qk, row_Qk = np.full((len(unit_QD), k), -np.inf, np.float32), np.full((len(unit_QD), k), -1)
+    start = 0
+    for chunk_TD in unit_chunks(corpus.vectors_MD, corpus.name):
+        found, row = faiss.knn(unit_QD, chunk_TD, min(k, len(chunk_TD)), metric=faiss.METRIC_INNER_PRODUCT)
+        found, row = np.concatenate([best_Qk, found], axis=1), np.concatenate([row_Qk, row + start], axis=1)
+        order_Qk = np.argsort(-found, axis=1, kind="stable")[:, :k]
+        best_Qk, row_Qk = np.take_along_axis(found, order_Qk, 1), np.take_along_axis(row, order_Qk, 1)
+        start += len(chunk_TD)
+    return np.array([corpus.similarity(*pair).min() for pair in zip(unit_QD, row_Qk, strict=True)])
 
 
 def _build(
@@ -195,7 +221,8 @@ def _run(
     config: CollectConfig,
     arms: list[_Arm],
     queries: Queries,
-    kth_Q: Matrix,
+    corpus: _Corpus,
+    kth_Q: npt.NDArray[np.float64],
     rng: np.random.Generator,
     path: Path,
 ) -> tuple[ConfigMeans, ...]:
@@ -204,10 +231,10 @@ def _run(
     schema = pa.schema([f for f in _OUTCOMES if f.name not in left_out])
     sums, latencies = np.zeros((3, len(arms))), []
     with _one_thread(), pq.ParquetWriter(path, schema) as writer:
-        _measure(arms, queries.unit_QD[:WARM_UP_QUERIES], kth_Q[:WARM_UP_QUERIES], config.top_k, rng)
+        _measure(arms, queries.unit_QD[:WARM_UP_QUERIES], corpus, kth_Q[:WARM_UP_QUERIES], config.top_k, rng)
         for start in range(0, len(queries), BLOCK_QUERIES):
             block = slice(start, start + BLOCK_QUERIES)
-            measured = _measure(arms, queries.unit_QD[block], kth_Q[block], config.top_k, rng)
+            measured = _measure(arms, queries.unit_QD[block], corpus, kth_Q[block], config.top_k, rng)
             table = _outcome_table(measured, arms, queries.query_id[block], first_id=start * len(arms))
             writer.write_table(table.select(schema.names))
             per_arm = (measured.precision, measured.recall, measured.cost)
@@ -230,13 +257,20 @@ def _one_thread() -> Iterator[None]:
         faiss.omp_set_num_threads(threads)
 
 
-def _measure(arms: list[_Arm], unit_BD: Matrix, kth_B: Matrix, k: int, rng: np.random.Generator) -> _Measured:
+def _measure(
+    arms: list[_Arm],
+    unit_BD: Matrix,
+    corpus: _Corpus,
+    kth_B: npt.NDArray[np.float64],
+    k: int,
+    rng: np.random.Generator,
+) -> _Measured:
     """Every query of a block under every config. The configs' order is drawn, so that a drift of the machine hits all.
 
     Latency is rounded to microseconds, at least 1.
     """
     shape = (len(unit_BD), len(arms))
-    ids, similarity = np.empty((*shape, k), np.int64), np.empty((*shape, k), np.float32)
+    ids = np.empty((*shape, k), np.int64)
     latency_ns, cost = np.empty(shape, np.int64), np.empty(shape, np.float32)
     for c in rng.permutation(len(arms)):
         arm = arms[c]
@@ -244,12 +278,13 @@ def _measure(arms: list[_Arm], unit_BD: Matrix, kth_B: Matrix, k: int, rng: np.r
             query = unit_BD[b : b + 1]
             arm.stats.reset()
             start = time.perf_counter_ns()
-            found_similarity, found = arm.index.search(query, k, params=arm.parameters)
+            _, found = arm.index.search(query, k, params=arm.parameters)
             latency_ns[b, c] = time.perf_counter_ns() - start
             cost[b, c] = arm.stats.ndis + arm.uncounted
-            ids[b, c], similarity[b, c] = found[0], found_similarity[0]
+            ids[b, c] = found[0]
     retrieved = ids >= 0
-    relevant = (retrieved & (similarity >= kth_B[:, None, None] - TIE_TOLERANCE)).sum(axis=2)
+    similarity = np.stack([corpus.similarity(*pair) for pair in zip(unit_BD, ids, strict=True)])
+    relevant = (similarity >= kth_B[:, None, None] - TIE_TOLERANCE).sum(axis=2)
     return _Measured(
         ids,
         (relevant / np.maximum(retrieved.sum(axis=2), 1)).astype(np.float32),
