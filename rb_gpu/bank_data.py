@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from rb_gpu.errors import ArtifactError
 from rb_gpu.evidence import LATENCY_BINS, OUTCOMES, Evidence
-from rb_gpu.field import FIELD_ARRAYS, SLOPES, Field
+from rb_gpu.field import FIELD_ARRAYS, SLOPE_BOUNDS, Field
 from rb_gpu.objective import Objective
 from rb_gpu.params import MAX_TEMPERATURE, ConfigTable
 
@@ -298,7 +298,12 @@ def _check_field(data: BankData) -> None:
         return
     _require(data.method == "eb" and data.objective.kind != "bound", "a field stands where nothing asks it")
     _require(len(field.landmarks) > 0, "the field has no landmarks")
-    _require(len(field.coef) == len(SLOPES) * len(field.landmarks), "field_coef does not fit the landmarks")
+    slopes = field.slopes.tolist()
+    _require(
+        len(slopes) == 2 and SLOPE_BOUNDS[0] <= slopes[0] and slopes[1] == 2 * slopes[0] <= SLOPE_BOUNDS[1],
+        f"field_slopes are not two of {SLOPE_BOUNDS}, the second twice the first",
+    )
+    _require(len(field.coef) == 2 * len(field.landmarks), "field_coef does not fit the landmarks")
     for name in ("axes", "landmarks"):
         norms = squared_norms(getattr(field, name))
         _require((np.abs(norms - 1.0) < 1e-3).all(), f"the norm of one of field_{name} is not 1")

@@ -3,8 +3,8 @@
 Outcomes are predicted by a kernel regression on M landmarks: y_c(q) = base_c + φ(q)·coef_c, where φ holds the kernels
 exp(a·(cos(q, landmark) − 1)) of every slope a (the Nyström method, Williams & Seeger 2001), and the cosine is that of
 their projections on the axes along which queries spread most. NumPy only.
-Axes: M landmarks, D dims, R of the projection, F = M times the slopes, C configs, O outcomes, U leaves and what stands
-for none.
+Axes: M landmarks, D dims, R of the projection, S = 2 slopes, F = M times S, C configs, O outcomes, U leaves and what
+stands for none.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from rb_gpu.evidence import Evidence, Floats
 
 Matrix = npt.NDArray[np.float32]
 
-# slopes of the kernels; the second is twice the first, so that a lookup makes both of one exponential
-SLOPES = (2.0, 4.0)
+# of the kernels' slopes, least and greatest: beyond it e^slope squared exceeds what float32 holds
+SLOPE_BOUNDS = (0.5, 64.0)
 # the arrays of bank.safetensors where there is a field: dtype, and axes (P leaves, besides those of the legend)
 FIELD_ARRAYS: dict[str, tuple[str, str]] = {
+    "field_slopes": ("float64", "S"),
     "field_axes": ("float32", "RD"),
     "field_landmarks": ("float32", "MR"),
     "field_coef": ("float32", "FCO"),
@@ -46,7 +47,8 @@ FIELD_ARRAYS: dict[str, tuple[str, str]] = {
 class Field(NamedTuple):
     """What BankData keeps of the field.
 
-    axes: (R, D) float32, orthonormal. landmarks: (M, R) float32 of norm 1. coef: (F, C, O) float32, zeros for the
+    slopes: (S,), the second twice the first, so that a lookup makes both kernels of one exponential. axes: (R, D)
+    float32, orthonormal. landmarks: (M, R) float32 of norm 1. coef: (F, C, O) float32, zeros for the
     outcomes that it does not foretell. base: (C, O). level_variance: (C, O) of each config's difference to the default
     over all queries, 0 where unknown. low, high: (C, O) least and greatest prediction of a training query, less base;
     gain_low, gain_high: of its difference to the default's. Nothing beyond them is foretold. mean: (U, C, O) mean
@@ -56,6 +58,7 @@ class Field(NamedTuple):
     says of their queries without having seen them.
     """
 
+    slopes: Floats
     axes: Matrix
     landmarks: Matrix
     coef: Matrix

@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from rb_gpu.bank_data import NO_CHANCE, BankData
 from rb_gpu.evidence import OUTCOMES, Floats
-from rb_gpu.field import SLOPES
 from rb_gpu.normal import normal_quantile
 from rb_gpu.objective import Objective
 from rb_gpu.search import in_lines
@@ -43,8 +42,9 @@ class FieldCells:
         said = [(gain_O, True), (quality_O, False), (expense, False)][: 3 if floor else 2]
         said_of_block = (2, 1, 0, 1) if floor else (0, 0, 0, 1)
         # times the first slope, and the kernels' constant put into what they are multiplied by
-        self.axes_RD, self.landmarks_MR = in_lines(field.axes), in_lines(field.landmarks * np.float32(SLOPES[0]))
-        constant_F = np.exp(-np.repeat(SLOPES, len(field.landmarks)))
+        self.axes_RD = in_lines(field.axes)
+        self.landmarks_MR = in_lines(field.landmarks * np.float32(field.slopes[0]))
+        constant_F = np.exp(-np.repeat(field.slopes, len(field.landmarks)))
         shift, means, low, high = [], [], [], []
         cells = cells_UE.astype(np.float64)
         self.least_z = normal_quantile(data.lookup.min_probability)

@@ -15,12 +15,12 @@ from pretend import pretended  # noqa: E402
 from rb_gpu.bank import ReasoningBank  # noqa: E402
 from rb_gpu.errors import ArtifactError  # noqa: E402
 from rb_gpu.evidence import OUTCOMES  # noqa: E402
-from rb_gpu.field import FIELD_ARRAYS, SLOPES  # noqa: E402
+from rb_gpu.field import FIELD_ARRAYS  # noqa: E402
 from rb_gpu.learn import landmarks, learn  # noqa: E402
 from rb_gpu.learn.canonical import average_coordinates, canonical  # noqa: E402
 from rb_gpu.learn.config import ClusterConfig, DeviceConfig, JudgeConfig, ParamsConfig, TrainConfig  # noqa: E402
 from rb_gpu.learn.echo import echoes  # noqa: E402
-from rb_gpu.learn.field import Regressions, Rows, fit  # noqa: E402
+from rb_gpu.learn.field import Kernel, Rows, fit  # noqa: E402
 from rb_gpu.learn.landmarks import AXES, _axes  # noqa: E402
 from rb_gpu.learn.ridge import FOLDS, RIDGES, Ridge, Task, average, repeated  # noqa: E402
 from rb_gpu.learn.trajectories import Source, assemble  # noqa: E402
@@ -34,8 +34,8 @@ def tensor(x):
     return torch.as_tensor(np.asarray(x, dtype=np.float64))
 
 
-def phi(cosine):
-    return np.concatenate([np.exp(slope * (cosine - 1)) for slope in SLOPES], axis=-1)
+def phi(field, cosine):
+    return np.concatenate([np.exp(slope * (cosine - 1)) for slope in field.slopes], axis=-1)
 
 
 def places(field, x_BD):
@@ -133,7 +133,7 @@ def test_deviations_of_a_log_are_found_beside_a_strong_signal_that_all_configs_s
         shared = x @ rng.normal(size=120) * 0.2
         rows = rows_of(np.arange(1000), config, 1000, 4)
         y = true[np.arange(1000), config] + shared + rng.normal(size=1000)
-        found = fit(Regressions([tensor(x)], rows), tensor(y))
+        found = fit([Kernel(tensor(x), rows)], tensor(y))
         said = x @ found.coefs[0].numpy()
         said, true = (v - v.mean(1, keepdims=True) for v in (said, true))
         missed.append(((said - true) ** 2).sum() / (true**2).sum())
@@ -143,13 +143,13 @@ def test_deviations_of_a_log_are_found_beside_a_strong_signal_that_all_configs_s
 def test_of_rows_of_one_query_and_config_the_last_is_kept_whatever_threads_do():
     rng = np.random.default_rng(3)
     query, config = np.concatenate([np.arange(60), np.arange(40)]), np.arange(100) % 2
-    y, features = rng.normal(size=100) + config, [tensor(rng.normal(size=(60, 4))) for _ in SLOPES]
-    here = fit(Regressions(features, rows_of(query, config, 60, 2)), tensor(y))
+    y, features = rng.normal(size=100) + config, [tensor(rng.normal(size=(60, 4))) for _ in range(2)]
+    here = fit([Kernel(x, rows_of(query, config, 60, 2)) for x in features], tensor(y))
     with pretended() as operations:
         there = rows_of(query, config, 60, 2)
         columns = ("query_N", "config_N", "weight_N", "importance_N")
         there = replace(there, **{name: getattr(there, name).to("cuda") for name in columns})
-        found = fit(Regressions([x.to("cuda") for x in features], there), tensor(y).to("cuda"))
+        found = fit([Kernel(x.to("cuda"), there) for x in features], tensor(y).to("cuda"))
         unseen_QC, raced = found.unseen_QC.cpu(), operations.raced
     assert raced == 0 and torch.equal(unseen_QC, here.unseen_QC)
 
@@ -225,7 +225,7 @@ def test_what_tells_configs_apart_has_a_ridge_of_its_own():
     ridges = [Ridge(tensor(x), tensor(np.ones(n)))]
     _, [together] = average([Task(ridges, tensor(y))], float(n))
     rows = rows_of(np.repeat(np.arange(n), configs), np.tile(np.arange(configs), n), n, configs)
-    found = fit(Regressions([tensor(x)], rows), tensor(y.ravel()))
+    found = fit([Kernel(tensor(x), rows)], tensor(y.ravel()))
 
     def spread(coef):
         return float((coef - coef.mean(1, keepdim=True)).square().mean())
@@ -260,10 +260,10 @@ def test_an_unseen_prediction_does_not_know_its_row():
     x = rng.normal(size=(200, 6))
     config, y = rng.integers(3, size=200), x[:, 0] + 0.1 * rng.normal(size=200)
     rows = rows_of(np.arange(200), config, 200, 3)
-    before = fit(Regressions([tensor(x)], rows), tensor(y))
+    before = fit([Kernel(tensor(x), rows)], tensor(y))
     moved = y.copy()
     moved[7] += 0.5
-    after = fit(Regressions([tensor(x)], rows), tensor(moved))
+    after = fit([Kernel(tensor(x), rows)], tensor(moved))
     assert float(abs(after.unseen_N[7] - before.unseen_N[7])) < 0.02
     others = torch.arange(200) != 7
     assert float((after.unseen_N - before.unseen_N)[others].abs().max()) > 1e-6
@@ -275,10 +275,8 @@ def test_configs_that_differ_by_place_are_told_from_those_that_do_not():
     config = rng.integers(2, size=n)
     level = np.array([0.2, 0.4])[config]
     rows = rows_of(np.arange(n), config, n, 2)
-    same = fit(Regressions([tensor(x)], rows), tensor(level + x[:, 1] + 0.3 * rng.normal(size=n)))
-    crossing = fit(
-        Regressions([tensor(x)], rows), tensor(level + x[:, 0] * (2 * config - 1) + 0.3 * rng.normal(size=n))
-    )
+    same = fit([Kernel(tensor(x), rows)], tensor(level + x[:, 1] + 0.3 * rng.normal(size=n)))
+    crossing = fit([Kernel(tensor(x), rows)], tensor(level + x[:, 0] * (2 * config - 1) + 0.3 * rng.normal(size=n)))
     assert crossing.deviates
     slope = (crossing.coefs[0][0, 1] - crossing.coefs[0][0, 0]).item()
     assert slope == pytest.approx(2.0, abs=0.1)
@@ -289,7 +287,7 @@ def test_configs_that_differ_by_place_are_told_from_those_that_do_not():
 
 def test_a_constant_outcome_is_its_level():
     rows = rows_of(np.repeat(np.arange(20), 2), np.tile([0, 1], 20), 20, 2)
-    constant = fit(Regressions([torch.randn(20, 3, dtype=torch.float64)], rows), tensor(np.tile([1.5, 4.0], 20)))
+    constant = fit([Kernel(torch.randn(20, 3, dtype=torch.float64), rows)], tensor(np.tile([1.5, 4.0], 20)))
     assert not constant.deviates
     assert constant.base_C.tolist() == [1.5, 4.0]
     assert not constant.coefs[0].any()
@@ -418,7 +416,7 @@ def test_a_query_gets_its_leaves_and_the_field(bank):
     share = np.exp(data.lookup.beta * (cosine[near] - cosine[near].max()))
     share /= share.sum()
     direction = data.objective.direction
-    said = np.einsum("f,fco->co", phi(places(field, x[None])[0] @ field.landmarks.T), field.coef) @ direction
+    said = np.einsum("f,fco->co", phi(field, places(field, x[None])[0] @ field.landmarks.T), field.coef) @ direction
     expected_C = share @ (field.mean[near] @ direction)
     gain_C = said - said[default] - (expected_C - expected_C[default]) + share @ data.arrays["gain"][near]
     answer = bank.optimized_params(x)
@@ -466,7 +464,7 @@ def test_a_place_unlike_all_queries_is_not_foretold_beyond_them(bank):
     far = bank.optimized_params_batch(np.concatenate([marks, -marks]))["expected_gain"]
     spread = (field.gain_high - field.gain_low).max()
     assert max(np.abs(centres).max(), np.abs(far).max()) <= widest + spread
-    said = phi(places(field, x) @ field.landmarks.T) @ field.coef[..., 0]
+    said = phi(field, places(field, x) @ field.landmarks.T) @ field.coef[..., 0]
     assert said.min(0) == pytest.approx(field.low[:, 0], abs=1e-3)
     assert said.max(0) == pytest.approx(field.high[:, 0], abs=1e-3)
 
@@ -545,7 +543,7 @@ def test_a_lookup_is_told_the_kernel_regression_within_what_training_queries_wer
     rng = np.random.default_rng(0)
     x_BD = np.concatenate([field.landmarks[:20] @ field.axes, rng.normal(size=(20, data.dim))])
     cosine_BM = places(field, x_BD) @ field.landmarks.T.astype(np.float64)
-    kernels_BF = np.concatenate([np.exp(slope * (cosine_BM - 1.0)) for slope in SLOPES], axis=1)
+    kernels_BF = np.concatenate([np.exp(slope * (cosine_BM - 1.0)) for slope in field.slopes], axis=1)
     foretold_BC = kernels_BF @ (field.coef.astype(np.float64) @ direction)
     ends = [end * direction for end in (field.gain_low, field.gain_high)]
     low_C, high_C = np.minimum(*ends).sum(1), np.maximum(*ends).sum(1)
@@ -567,7 +565,7 @@ def test_a_deviation_s_variance_is_a_gaussian_process_s_under_the_likeliest_mode
     rows = rows_of(query, config, 40, configs, weight)
     for differing in (0.0, 1.0):  # where configs do not seem to deviate they may all the same
         y = differing * x_QF[query, 0] * (config == 1) + 0.3 * rng.normal(size=len(query))
-        fitted = fit(Regressions([tensor(x_QF), tensor(x_QF[:, :2])], rows), tensor(y))
+        fitted = fit([Kernel(tensor(x_QF), rows), Kernel(tensor(x_QF[:, :2]), rows)], tensor(y))
         assert fitted.deviates == (differing > 0)
         place_PF = rng.normal(size=(6, 3))
         slope, likeliest = divmod(int(fitted.share_SL.argmax()), len(RIDGES))

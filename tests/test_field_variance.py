@@ -9,7 +9,7 @@ from scipy.stats import norm
 
 torch = pytest.importorskip("torch")
 
-from rb_gpu.learn.field import Regressions, Rows, fit  # noqa: E402
+from rb_gpu.learn.field import Kernel, Rows, fit  # noqa: E402
 from rb_gpu.learn.field_variance import Inside, not_negative  # noqa: E402
 from rb_gpu.learn.ridge import RIDGES, Ridge  # noqa: E402
 
@@ -98,7 +98,7 @@ def test_where_configs_do_not_deviate_nothing_is_learned_inside_leaves():
     inside = Inside.of(tensor(x), torch.arange(300) % 5, 5, [tensor(x)])
     for steep in (0.0, 2.0):
         y = steep * x[:, 0] * config + rng.normal(size=300)
-        fitted = fit(Regressions([tensor(x)], rows_of(np.arange(300), config, 300, 2)), tensor(y))
+        fitted = fit([Kernel(tensor(x), rows_of(np.arange(300), config, 300, 2))], tensor(y))
         learned_UC, left_UC = inside.share(fitted)
         assert fitted.deviates == (steep > 0) == bool((learned_UC > 0).all())
         whole_UC = inside.spread_U[:, None].expand_as(left_UC)

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 from rb_gpu.evidence import OUTCOMES  # noqa: E402
 from rb_gpu.learn import proof  # noqa: E402
 from rb_gpu.learn.estimators import RARE_ROWS  # noqa: E402
-from rb_gpu.learn.field import Fit, Regressions, Rows, fit  # noqa: E402
+from rb_gpu.learn.field import Fit, Kernel, Rows, fit  # noqa: E402
 from rb_gpu.learn.proof import Pseudo, _from_place_to_place, _leaves, _p_value, _shares, pays, shrinkage  # noqa: E402
 from rb_gpu.learn.ridge import FOLDS  # noqa: E402
 from rb_gpu.objective import Objective  # noqa: E402
@@ -44,7 +44,7 @@ def world(seed, effect_C, propensity_C, n=800, local=0.0, full=False, noise=0.2,
     rows = Rows(torch.as_tensor(query), torch.as_tensor(config), weight, weight, n, configs)
     y_NO = torch.zeros(len(y), len(OUTCOMES), dtype=torch.float64)
     y_NO[:, F1] = torch.as_tensor(y)
-    fits = {F1: fit(Regressions([torch.as_tensor(x)[:, None]], rows), y_NO[:, F1])}
+    fits = {F1: fit([Kernel(torch.as_tensor(x)[:, None], rows)], y_NO[:, F1])}
     return pays(fits, rows, y_NO, alike(rows), QUALITY, 0, seed, in_use)
 
 
@@ -99,7 +99,7 @@ def test_a_full_table_of_many_equal_configs_and_features_seldom_passes():
         y_NO = torch.zeros(n * configs, len(OUTCOMES), dtype=torch.float64)
         y_NO[:, F1] = torch.as_tensor(rng.normal(size=n * configs))
         x = torch.as_tensor(rng.normal(size=(n, features)))
-        return pays({F1: fit(Regressions([x], rows), y_NO[:, F1])}, rows, y_NO, alike(rows), QUALITY, 0, seed)
+        return pays({F1: fit([Kernel(x, rows)], y_NO[:, F1])}, rows, y_NO, alike(rows), QUALITY, 0, seed)
 
     assert np.mean([passes(seed) for seed in range(60)]) <= 0.1
 
@@ -113,7 +113,9 @@ def test_configs_that_answer_every_query_alike_do_not_pass():
         y_NO = torch.zeros(n * configs, len(OUTCOMES), dtype=torch.float64)
         y_NO[:, F1] = torch.as_tensor(np.repeat(rng.normal(size=n) > 1, configs).astype(float))
         features = [torch.as_tensor(x), torch.as_tensor(x / 2)]
-        return pays({F1: fit(Regressions(features, rows), y_NO[:, F1])}, rows, y_NO, alike(rows), QUALITY, 0, seed)
+        return pays(
+            {F1: fit([Kernel(x, rows) for x in features], y_NO[:, F1])}, rows, y_NO, alike(rows), QUALITY, 0, seed
+        )
 
     assert not any(passes(seed) for seed in range(40))
 
@@ -127,7 +129,7 @@ def test_configs_that_ran_once_are_not_chosen_by_the_fold_that_holds_their_row()
         y_NO = torch.zeros(n, len(OUTCOMES), dtype=torch.float64)
         y_NO[:, F1] = torch.as_tensor(rng.normal(size=n))
         x = torch.as_tensor(rng.normal(size=(n, 2)))
-        return pays({F1: fit(Regressions([x], rows), y_NO[:, F1])}, rows, y_NO, alike(rows), QUALITY, 0, seed)
+        return pays({F1: fit([Kernel(x, rows)], y_NO[:, F1])}, rows, y_NO, alike(rows), QUALITY, 0, seed)
 
     assert not any(passes(seed) for seed in range(30))
 
@@ -186,7 +188,7 @@ def test_differences_of_a_full_table_are_paired():
     rows = Rows(torch.arange(n).repeat_interleave(2), torch.arange(2).repeat(n), ones, ones, n, 2)
     y_NO = torch.zeros(2 * n, len(OUTCOMES), dtype=torch.float64)
     y_NO[:, F1] = torch.as_tensor(y.ravel())
-    fits = {F1: fit(Regressions([torch.as_tensor(rng.normal(size=(n, 1)))], rows), y_NO[:, F1])}
+    fits = {F1: fit([Kernel(torch.as_tensor(rng.normal(size=(n, 1))), rows)], y_NO[:, F1])}
     assert pays(fits, rows, y_NO, alike(rows), QUALITY, 0, 0)
     assert not pays(fits, rows, y_NO, alike(rows), QUALITY, 1, 0)
 

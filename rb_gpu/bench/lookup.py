@@ -21,7 +21,7 @@ from rb_gpu import ReasoningBank
 from rb_gpu.bank_data import ARRAYS, BankData, LookupSettings
 from rb_gpu.bench.runner import answer, each_call_us, fresh_median, in_process, interleaved, machine, optional, seconds
 from rb_gpu.evidence import LATENCY_BINS, OUTCOMES
-from rb_gpu.field import FIELD_ARRAYS, SLOPES
+from rb_gpu.field import FIELD_ARRAYS
 from rb_gpu.objective import Objective
 from rb_gpu.publish import write_artifact
 from rb_gpu.search import product_is_faster
@@ -87,10 +87,11 @@ def bank_of(centroids_PD: Matrix, configs: int, kind: str, seed: int, landmarks_
             arrays[f"{prefix}_{column}"] = np.maximum(arrays[f"{prefix}_{column}"], 1)
     if landmarks_MR is not None:
         landmarks, axes = landmarks_MR.shape
-        sizes |= {"M": landmarks, "F": len(SLOPES) * landmarks, "R": axes}
+        sizes |= {"M": landmarks, "S": 2, "F": 2 * landmarks, "R": axes}
         arrays |= {
             name: np.zeros([sizes[axis] for axis in axes], dtype) for name, (dtype, axes) in FIELD_ARRAYS.items()
         }
+        arrays["field_slopes"] = np.array([2.0, 4.0])
         arrays["field_axes"] = np.linalg.qr(rng.normal(size=(dim, axes)))[0].T.astype(np.float32)
         arrays["field_landmarks"] = landmarks_MR
         arrays["field_coef"] = rng.normal(0.0, 0.01, arrays["field_coef"].shape).astype(np.float32)

@@ -120,63 +120,68 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Regressions:
-    """What all outcomes of the same rows share: features (Q, F) of every slope, and what is solved with them."""
+class Kernel:
+    """What all outcomes of the same rows share at one slope: features (Q, F), and what is solved with them."""
 
-    features: Sequence[Tensor]
+    features: Tensor
     rows: Rows
 
     @cached_property
-    def shared(self) -> list[Ridge]:
-        """Of every slope, over all queries of a full table, else over all rows."""
+    def shared(self) -> Ridge:
+        """Over all queries of a full table, else over all rows."""
+        x, query_N = self.features, self.rows.query_N
         if self.rows.full:
-            return [Ridge(x, torch.ones_like(x[:, 0])) for x in self.features]
-        query_N = self.rows.query_N
-        return [Ridge(x[query_N], self.rows.weight_N, repeated(query_N)) for x in self.features]
+            return Ridge(x, torch.ones_like(x[:, 0]))
+        return Ridge(x[query_N], self.rows.weight_N, repeated(query_N))
 
     @cached_property
-    def own(self) -> dict[int, Sequence[Ridge]]:
-        """Of every slope, over the rows of each config; of a full table the same for all."""
+    def own(self) -> dict[int, Ridge]:
+        """Over the rows of each config; of a full table the same for all."""
         if self.rows.full:
             return dict.fromkeys(range(self.rows.configs), self.shared)
-        query_N, weight_N = self.rows.query_N, self.rows.weight_N
+        x, query_N, weight_N = self.features, self.rows.query_N, self.rows.weight_N
         return {
-            c: [Ridge(x[query_N[index]], weight_N[index], repeated(query_N[index])) for x in self.features]
+            c: Ridge(x[query_N[index]], weight_N[index], repeated(query_N[index]))
             for c, index in self.rows.members.items()
         }
 
 
-def fit(regressions: Regressions, y_N: Tensor) -> Fit:
-    """One outcome y (N,) of the rows.
+def fit(kernels: Sequence[Kernel], y_N: Tensor) -> Fit:
+    """One outcome y (N,) of the rows, which all kernels have in common.
 
     The fit in which no config deviates from the others stands where deviations foretell unseen rows no better.
     """
-    features, rows = regressions.features, regressions.rows
+    rows = kernels[0].rows
     level_C = rows.levels(y_N)
     level_N = level_C[rows.config_N]
     if float((y_N - level_N).square().mean()) <= ROUNDING**2 * float(y_N.square().mean()):
-        nothing = [x.new_zeros(x.shape[1], rows.configs) for x in features]
+        nothing = [y_N.new_zeros(kernel.features.shape[1], rows.configs) for kernel in kernels]
         return Fit(
             nothing,
             level_C,
             level_N,
             level_C.expand(rows.queries, -1),
             False,
-            y_N.new_ones(len(features), len(RIDGES)),
+            y_N.new_ones(len(kernels), len(RIDGES)),
             {},
         )
-    plain, deviating = (_fit_full if rows.full else _fit_rows)(regressions, y_N)
+    plain, deviating = (_fit_full if rows.full else _fit_rows)(kernels, y_N)
     better_N = rows.weight_N * ((y_N - plain.unseen_N).square() - (y_N - deviating.unseen_N).square())
     return deviating if float(better_N.sum()) > 0 else plain
 
 
-def _fit_full(regressions: Regressions, y_N: Tensor) -> tuple[Fit, Fit]:
+def _own(kernels: Sequence[Kernel]) -> dict[int, Sequence[Ridge]]:
+    """Of every slope, by config."""
+    return {c: [kernel.own[c] for kernel in kernels] for c in kernels[0].own}
+
+
+def _fit_full(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
     """Every query under every config: regressions of canonical coordinates."""
-    rows, by_config = regressions.rows, regressions.own
+    rows, by_config = kernels[0].rows, _own(kernels)
     y_QC = y_N.new_zeros(rows.queries, rows.configs)
     y_QC[rows.query_N, rows.config_N] = y_N
     level_C = y_QC.mean(0)
-    share_SL, found = average_coordinates(regressions.shared, y_QC)
+    share_SL, found = average_coordinates([kernel.shared for kernel in kernels], y_QC)
     plain_QC = level_C + (found.unseen_NC - level_C).mean(1, keepdim=True)
     plain = Fit(
         [w.mean(1, keepdim=True).expand_as(w) for w in found.coefs],
@@ -192,10 +197,9 @@ def _fit_full(regressions: Regressions, y_N: Tensor) -> tuple[Fit, Fit]:
     return plain, deviating
 
 
-def _fit_rows(regressions: Regressions, y_N: Tensor) -> tuple[Fit, Fit]:
+def _fit_rows(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
     """Configs share one regression and deviate from it, by turns (backfitting, Breiman & Friedman 1985)."""
-    features, rows = regressions.features, regressions.rows
-    shared, own = regressions.shared, regressions.own
+    rows, shared, own = kernels[0].rows, [kernel.shared for kernel in kernels], _own(kernels)
     level_C = rows.levels(y_N)
     level_N, deviation_N = level_C[rows.config_N], torch.zeros_like(y_N)
     echo: dict[int, list[Tensor]] = {}
@@ -220,7 +224,9 @@ def _fit_rows(regressions: Regressions, y_N: Tensor) -> tuple[Fit, Fit]:
         base_C[c] += deviation.base_C[0]
         for w, own_w in zip(coefs, deviation.coefs, strict=True):
             w[:, c] += own_w[:, 0]
-    unseen_QC = level_C + sum(x @ (w - v) for x, w, v in zip(features, coefs, common_coefs, strict=True))
+    unseen_QC = level_C + sum(
+        kernel.features @ (w - v) for kernel, w, v in zip(kernels, coefs, common_coefs, strict=True)
+    )
     unseen_QC = unseen_QC + base_C - plain.base_C
     # of several written to one place, threads would leave any
     unseen_QC[rows.query_N[rows.last], rows.config_N[rows.last]] = (level_N + deviation_N)[rows.last]

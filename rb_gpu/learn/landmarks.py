@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from rb_gpu.evidence import OUTCOMES, Evidence
-from rb_gpu.field import SLOPES, Field
+from rb_gpu.field import Field
 from rb_gpu.learn.devices import tiles
 from rb_gpu.learn.evidence import outcomes
-from rb_gpu.learn.field import Fit, Regressions, Rows, fit
+from rb_gpu.learn.field import Fit, Kernel, Rows, fit
 from rb_gpu.learn.field_variance import Inside, variances
 from rb_gpu.learn.floor import Unseen
 from rb_gpu.learn.kmeans import kmeans
 from rb_gpu.learn.progress import step
 from rb_gpu.learn.proof import pays as pays_unseen
+from rb_gpu.learn.slopes import two_slopes
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.objective import Objective
 
@@ -67,6 +68,7 @@ class Foretold:
     reads.
     """
 
+    slopes_S: npt.NDArray[np.float64]
     axes_RD: npt.NDArray[np.float32]
     landmarks_MR: npt.NDArray[np.float32]
     coef_FCO: npt.NDArray[np.float32]
@@ -91,8 +93,8 @@ class Foretold:
         """The field with the leaves' moments of what it left unexplained, as `with_residuals` takes them."""
         low, high, gain_low, gain_high = self.bounds
         bare = Field(
-            self.axes_RD, self.landmarks_MR, self.coef_FCO, self.base_CO, self.level_variance_CO, low, high, gain_low,
-            gain_high, self.mean_UCO, self.gain_variance_UCO, self.quality_variance_UC,
+            self.slopes_S, self.axes_RD, self.landmarks_MR, self.coef_FCO, self.base_CO, self.level_variance_CO, low,
+            high, gain_low, gain_high, self.mean_UCO, self.gain_variance_UCO, self.quality_variance_UC,
             left.mean, left.comoment, left.pair_mean, left.pair_comoment,
         )  # fmt: skip
         return with_residuals(bare, evidence, left)
@@ -143,32 +145,33 @@ def foretell(
     found = kmeans(place_CR, landmarks, seed=seed, metric="cosine", device=device.type, engine="torch").centroids
     landmarks_MR = torch.nn.functional.normalize(torch.as_tensor(found), dim=1).to(device)
     landmarks = len(landmarks_MR)  # fewer, where not so many queries are distinct
-    factors = [_factor(landmarks_MR, slope) for slope in SLOPES]
 
     rows, in_fit_N = _rows(chosen_Q, trajectories, weight_N, device)
     y_NO = outcomes(trajectories, device)
-    features = _whitened(_kernels(place_CR, landmarks_MR), factors)
-    names = (objective.quality, "log2_latency", "cost")
-    regressions = Regressions(features, rows)
-    fits = {OUTCOMES.index(name): fit(regressions, y_NO[in_fit_N, OUTCOMES.index(name)]) for name in names}
+    quality, *others = (OUTCOMES.index(name) for name in (objective.quality, "log2_latency", "cost"))
+    y_of = {o: y_NO[in_fit_N, o] for o in (quality, *others)}
+    by_slope = two_slopes(lambda slope: _kernel(place_CR, landmarks_MR, slope, rows), y_of[quality])
+    slopes, features = list(by_slope), [kernel.features for kernel in by_slope.values()]
+    factors = [_factor(landmarks_MR, slope) for slope in slopes]
+    fits = {o: fit(list(by_slope.values()), y_N) for o, y_N in y_of.items()}
     default = trajectories.configs.default
     unseen = None
     if objective.kind == "floor":
-        quality_QC = fits[OUTCOMES.index(objective.quality)].unseen_QC.cpu().numpy()
+        quality_QC = fits[quality].unseen_QC.cpu().numpy()
         unseen = Unseen(quality_QC, label_Q[chosen_Q.numpy()])
     differing = [OUTCOMES[o] for o, one in fits.items() if one.deviates]
-    log.info("field: %d landmarks, %d queries; configs differ from place to place in %s",
-             landmarks, len(unit_CD), ", ".join(differing) or "nothing")  # fmt: skip
+    log.info("field: %d landmarks, %d queries, slopes %g and %g; configs differ from place to place in %s",
+             landmarks, len(unit_CD), *slopes, ", ".join(differing) or "nothing")  # fmt: skip
     label = torch.from_numpy(label_Q).to(device)
     leaves = int(label_Q.max()) + 1
     inside = Inside.of(place_CR, label[chosen_Q.to(device)], leaves, features)
-    del features, regressions
+    del features, by_slope
 
     all_rows = torch.from_numpy(trajectories.query_row).to(device)
     config_N = torch.from_numpy(trajectories.config_id).to(device)
     unseen_NO = torch.zeros_like(y_NO)
     base_CO = torch.zeros(configs, len(OUTCOMES), dtype=torch.float64, device=device)
-    coef_SMCO = base_CO.new_zeros(len(SLOPES), landmarks, configs, len(OUTCOMES))
+    coef_SMCO = base_CO.new_zeros(len(slopes), landmarks, configs, len(OUTCOMES))
     for o, one in fits.items():
         unseen_NO[in_fit_N, o] = one.unseen_N
         base_CO[:, o] = one.base_C
@@ -181,13 +184,13 @@ def foretell(
     for o, one in fits.items():
         away[o][tried_at_Q[chosen_Q].to(device)] = one.unseen_QC
     mass_U = base_CO.new_zeros(leaves + 1)
-    sums = [base_CO.new_zeros(leaves + 1, landmarks) for _ in SLOPES]
+    sums = [base_CO.new_zeros(leaves + 1, landmarks) for _ in slopes]
     order = torch.argsort(all_rows, stable=True)
     bounds = torch.searchsorted(all_rows[order], torch.arange(queries + 1, device=device))
     reach = [torch.full_like(base_CO, bound) for bound in (torch.inf, -torch.inf, torch.inf, -torch.inf)]
-    for tile in tiles(queries, 4 * landmarks * len(SLOPES), device):
+    for tile in tiles(queries, 4 * landmarks * len(slopes), device):
         step("field", min(tile.stop, queries), queries, "queries")
-        kernels = _kernels(_places(unit_QD[tile], axes_RD, device), landmarks_MR)
+        kernels = _kernels(_places(unit_QD[tile], axes_RD, device), landmarks_MR, slopes)
         slot = torch.where(label[tile] < 0, leaves, label[tile])
         mass_U.index_add_(0, slot, torch.ones_like(slot, dtype=torch.float64))
         for total, x in zip(sums, kernels, strict=True):
@@ -209,13 +212,14 @@ def foretell(
     mean_UCO = _said(kernel_means, coef_SMCO)
     means = _whitened(kernel_means, factors)
     level_variance_CO, gain_variance_UCO, quality_variance_UC = variances(
-        fits, rows, y_NO[in_fit_N], means, inside, default, OUTCOMES.index(objective.quality)
+        fits, rows, y_NO[in_fit_N], means, inside, default, quality
     )
     trial = {
         o: replace(one, coefs=[], ridges={}, unseen_N=unseen_NO[in_trial_N, o], unseen_QC=away[o])
         for o, one in fits.items()
     }
     return Foretold(
+        np.array(slopes),
         axes_RD.cpu().numpy(),
         landmarks_MR.cpu().numpy(),
         coef_SMCO.flatten(0, 1).float().cpu().numpy(),
@@ -264,10 +268,15 @@ def _factor(landmarks_MR: Tensor, slope: float) -> Tensor:
     return factor
 
 
-def _kernels(place_TR: Tensor, landmarks_MR: Tensor) -> list[Tensor]:
+def _kernels(place_TR: Tensor, landmarks_MR: Tensor, slopes: Sequence[float]) -> list[Tensor]:
     """(T, M) float64 for every slope."""
     cosine = (place_TR @ landmarks_MR.T).double()
-    return [torch.exp(slope * (cosine - 1.0)) for slope in SLOPES]
+    return [torch.exp(slope * (cosine - 1.0)) for slope in slopes]
+
+
+def _kernel(place_QR: Tensor, landmarks_MR: Tensor, slope: float, rows: Rows) -> Kernel:
+    [features] = _whitened(_kernels(place_QR, landmarks_MR, [slope]), [_factor(landmarks_MR, slope)])
+    return Kernel(features, rows)
 
 
 def _whitened(kernels: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
