@@ -304,6 +304,7 @@ def _check_field(data: BankData) -> None:
         f"field_slopes are not two of {SLOPE_BOUNDS}, the second twice the first",
     )
     _require(len(field.coef) == 2 * len(field.landmarks), "field_coef does not fit the landmarks")
+    _require(float(field.centre @ field.centre) < 1.0 + 1e-3, "the norm of field_centre is over 1")
     for name in ("axes", "landmarks"):
         norms = squared_norms(getattr(field, name))
         _require((np.abs(norms - 1.0) < 1e-3).all(), f"the norm of one of field_{name} is not 1")

@@ -88,7 +88,7 @@ def look(state: BankState, values_BD: Matrix, k: int) -> tuple[Rows, Matrix, Mat
     said_BE = np.empty((len(values_BD), state.field.width), np.float32)
     for start in range(0, len(values_BD), FIELD_ROWS):
         few = slice(start, start + FIELD_ROWS)
-        said_BE[few] = state.field.shifts(unit_BD[few])
+        said_BE[few] = state.field.shifts(unit_BD[few], scale_B[few])
     return rows_BK, cosine_BK, said_BE
 
 

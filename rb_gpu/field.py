@@ -2,7 +2,8 @@
 
 Outcomes are predicted by a kernel regression on M landmarks: y_c(q) = base_c + φ(q)·coef_c, where φ holds the kernels
 exp(a·(cos(q, landmark) − 1)) of every slope a (the Nyström method, Williams & Seeger 2001), and the cosine is that of
-their projections on the axes along which queries spread most. NumPy only.
+their projections on the axes along which queries spread most, as seen from the queries' mean: of many embedders all
+queries lie in a narrow cone, whose cosines hardly differ. NumPy only.
 Axes: M landmarks, D dims, R of the projection, S = 2 slopes, F = M times S, C configs, O outcomes, U leaves and what
 stands for none.
 """
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from rb_gpu.evidence import Evidence, Floats
 
 Matrix = npt.NDArray[np.float32]
+Vector = npt.NDArray[np.float32]
 
 # of the kernels' slopes, least and greatest: beyond it e^slope squared exceeds what float32 holds
 SLOPE_BOUNDS = (0.5, 64.0)
@@ -24,6 +26,7 @@ SLOPE_BOUNDS = (0.5, 64.0)
 FIELD_ARRAYS: dict[str, tuple[str, str]] = {
     "field_slopes": ("float64", "S"),
     "field_axes": ("float32", "RD"),
+    "field_centre": ("float32", "R"),
     "field_landmarks": ("float32", "MR"),
     "field_coef": ("float32", "FCO"),
     "field_base": ("float64", "CO"),
@@ -48,18 +51,19 @@ class Field(NamedTuple):
     """What BankData keeps of the field.
 
     slopes: (S,), the second twice the first, so that a lookup makes both kernels of one exponential. axes: (R, D)
-    float32, orthonormal. landmarks: (M, R) float32 of norm 1. coef: (F, C, O) float32, zeros for the
-    outcomes that it does not foretell. base: (C, O). level_variance: (C, O) of each config's difference to the default
-    over all queries, 0 where unknown. low, high: (C, O) least and greatest prediction of a training query, less base;
-    gain_low, gain_high: of its difference to the default's. Nothing beyond them is foretold. mean: (U, C, O) mean
-    prediction over each leaf's queries, less base; over all queries in the last row. gain_variance: (U, C, O) of a
-    config's difference to the default for one query there, quality_variance: (U, C) of its mean quality, both without
-    what a leaf's own evidence says. residual_*: as in Evidence, the leaves' moments of outcomes less what the field
-    says of their queries without having seen them.
+    float32, orthonormal. centre: (R,) float32, the queries' mean on the axes. landmarks: (M, R) float32 of norm 1.
+    coef: (F, C, O) float32, zeros for the outcomes that it does not foretell. base: (C, O). level_variance: (C, O) of
+    each config's difference to the default over all queries, 0 where unknown. low, high: (C, O) least and greatest
+    prediction of a training query, less base; gain_low, gain_high: of its difference to the default's. Nothing beyond
+    them is foretold. mean: (U, C, O) mean prediction over each leaf's queries, less base; over all queries in the last
+    row. gain_variance: (U, C, O) of a config's difference to the default for one query there, quality_variance: (U, C)
+    of its mean quality, both without what a leaf's own evidence says. residual_*: as in Evidence, the leaves' moments
+    of outcomes less what the field says of their queries without having seen them.
     """
 
     slopes: Floats
     axes: Matrix
+    centre: Vector
     landmarks: Matrix
     coef: Matrix
     base: Floats

@@ -42,7 +42,7 @@ class FieldCells:
         said = [(gain_O, True), (quality_O, False), (expense, False)][: 3 if floor else 2]
         said_of_block = (2, 1, 0, 1) if floor else (0, 0, 0, 1)
         # times the first slope, and the kernels' constant put into what they are multiplied by
-        self.axes_RD = in_lines(field.axes)
+        self.axes_RD, self.centre_R = in_lines(field.axes), field.centre
         self.landmarks_MR = in_lines(field.landmarks * np.float32(field.slopes[0]))
         constant_F = np.exp(-np.repeat(field.slopes, len(field.landmarks)))
         shift, means, low, high = [], [], [], []
@@ -73,19 +73,21 @@ class FieldCells:
         self.column_E = np.concatenate([np.arange(columns.start, columns.stop) for columns in self.block])
         self.cells_UE = np.concatenate([cells, test_sd_UC], 1).astype(np.float32)
 
-    def shift(self, x_D: Matrix) -> Matrix:
-        """(width,) what the field says of one query of any norm, within what it said of training queries: a place
-        unlike theirs is not foretold.
+    def shift(self, x_D: Matrix, scale: float) -> Matrix:
+        """(width,) what the field says of one query, whose norm is 1 / scale, within what it said of training queries:
+        a place unlike theirs is not foretold.
         """
         place_R = self.axes_RD.dot(x_D)
+        place_R -= self.centre_R * (1.0 / scale)
         norm = math.sqrt(place_R.dot(place_R))
         steep_M: Matrix = self.landmarks_MR.dot(place_R)
         steep_M *= 1.0 / norm if norm > 0 else 0.0
         return self._said(steep_M)
 
-    def shifts(self, x_BD: Matrix) -> Matrix:
+    def shifts(self, x_BD: Matrix, scale_B: Matrix) -> Matrix:
         """The same of many, (B, width)."""
         place_BR: Matrix = x_BD @ self.axes_RD.T
+        place_BR -= self.centre_R / scale_B[:, None]
         norm_B: Matrix = np.sqrt(np.einsum("br,br->b", place_BR, place_BR))
         norm_B[norm_B == 0] = np.inf
         steep_BM: Matrix = place_BR @ self.landmarks_MR.T

@@ -188,7 +188,7 @@ def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
         row = rows[0]
         if field is not None:
             moved_E = mixed_E[: 4 * configs]
-            moved_E += field.shift(values_D).take(field.column_E)
+            moved_E += field.shift(values_D, scale).take(field.column_E)
     else:
         mixed_E, row = cells_UE[-1].copy(), -1
     score_C, sure_C = mixed_E[:configs], mixed_E[configs : 2 * configs]

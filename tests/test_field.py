@@ -39,7 +39,8 @@ def phi(field, cosine):
 
 
 def places(field, x_BD):
-    place_BR = x_BD.astype(np.float64) @ field.axes.T
+    unit_BD = x_BD.astype(np.float64) / np.linalg.norm(x_BD, axis=1, keepdims=True)
+    place_BR = unit_BD @ field.axes.T - field.centre
     return place_BR / np.linalg.norm(place_BR, axis=1, keepdims=True)
 
 
@@ -521,6 +522,11 @@ def test_export_keeps_the_field(bank, tmp_path):
         ("field_landmarks", lambda a: 2 * a),
         ("field_axes", lambda a: 2 * a),
         ("field_axes", lambda a: a[:-1]),
+        ("field_centre", lambda a: a + 1),
+        ("field_centre", lambda a: a[:-1]),
+        ("field_slopes", lambda a: 3 * a[::-1]),
+        ("field_slopes", lambda a: 100 * a),
+        ("field_slopes", lambda a: a[:1]),
         ("field_gain_variance", lambda a: -1 - a),
         ("field_test", lambda a: np.full_like(a, np.nan)),
         ("field_mean", None),
@@ -549,8 +555,9 @@ def test_a_lookup_is_told_the_kernel_regression_within_what_training_queries_wer
     low_C, high_C = np.minimum(*ends).sum(1), np.maximum(*ends).sum(1)
     expected_BC = np.clip(foretold_BC - foretold_BC[:, [default]], low_C, high_C)
     x_BD = x_BD.astype(np.float32)
-    assert lookup.shifts(x_BD)[:, :configs] == pytest.approx(expected_BC, abs=1e-5)
-    assert lookup.shift(7 * x_BD[3])[:configs] == pytest.approx(expected_BC[3], abs=1e-5)
+    scale_B = 1.0 / np.linalg.norm(x_BD, axis=1)
+    assert lookup.shifts(x_BD, scale_B)[:, :configs] == pytest.approx(expected_BC, abs=1e-5)
+    assert lookup.shift(7 * x_BD[3], scale_B[3] / 7)[:configs] == pytest.approx(expected_BC[3], abs=1e-5)
     assert (expected_BC == low_C).any() and (low_C < expected_BC).any()  # some are beyond it, some are not
 
 
@@ -591,8 +598,11 @@ def wide(seed, n=1500, dim=150):
 
 
 def test_landmarks_lie_on_the_axes_along_which_queries_spread_most():
-    x_QD = wide(0).x_QD
-    axes_RD = _axes(torch.from_numpy(x_QD), torch.Generator().manual_seed(0), torch.device("cpu")).numpy()
+    x_QD = wide(0).x_QD + 3.0  # where they lie on the whole does not matter
+    found = _axes(torch.from_numpy(x_QD), torch.Generator().manual_seed(0), torch.device("cpu"))
+    axes_RD, centre_R = (one.numpy() for one in found)
+    assert centre_R == pytest.approx(axes_RD @ x_QD.mean(0), abs=1e-4)
+    x_QD -= x_QD.mean(0)
     assert axes_RD.shape == (AXES, 150)
     assert axes_RD @ axes_RD.T == pytest.approx(np.eye(AXES), abs=1e-5)
     values, vectors = np.linalg.eigh(x_QD.T.astype(np.float64) @ x_QD)
@@ -627,8 +637,28 @@ def test_choices_are_tried_on_more_queries_than_regressions_see(monkeypatch):
 
 def test_few_dims_are_all_axes():
     x_QD = torch.from_numpy(table(0, n=50).x_QD)
-    axes_RD = _axes(x_QD, torch.Generator(), torch.device("cpu"))
-    assert torch.equal(axes_RD, torch.eye(12))
+    axes_RD, centre_R = _axes(x_QD, torch.Generator(), torch.device("cpu"))
+    assert torch.equal(axes_RD, torch.eye(12)) and torch.allclose(centre_R, x_QD.mean(0))
+
+
+def test_queries_in_a_narrow_cone_are_told_what_they_would_be_told_elsewhere():
+    # of many embedders all queries lie within cosines of .8 of each other, where kernels of the usual slopes are flat
+    plain, narrow = wide(0), wide(0)
+    lift_D = np.zeros(150, np.float32)
+    lift_D[:] = np.linalg.svd(plain.x_QD.astype(np.float64), full_matrices=True)[2][-1]
+    narrow = replace(plain, x_QD=(plain.x_QD + 2 * lift_D) / np.sqrt(np.float32(5)))
+    told = []
+    for one in (plain, narrow):
+        leaf_Q, objective = (
+            np.arange(len(one.query_id)) % 7,
+            Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None),
+        )
+        weight_N = torch.ones(len(one.query_row), dtype=torch.float64)
+        told.append(
+            landmarks.foretell(torch.from_numpy(one.x_QD), leaf_Q, one, weight_N, objective, 0, torch.device("cpu"))
+        )
+    assert (told[0].slopes_S == told[1].slopes_S).all()
+    assert told[1].unseen_NO.numpy() == pytest.approx(told[0].unseen_NO.numpy(), abs=0.02)
 
 
 def test_a_wide_world_is_learned_on_its_axes():
@@ -647,12 +677,16 @@ def test_a_wide_world_is_learned_on_its_axes():
 def test_a_query_off_all_axes_is_answered():
     bank = trained(wide(0)).bank()
     field = bank._state.field
+    middle_D = field.axes_RD.T @ field.centre_R
     off_D = np.linalg.svd(field.axes_RD)[2][-1].astype(np.float32)
-    off_D -= field.axes_RD.T @ (field.axes_RD @ off_D)
-    for x_D in (off_D, np.zeros_like(off_D)):
-        assert np.isfinite(field.shift(x_D)).all() and np.isfinite(field.shifts(x_D[None])).all()
-    # what is left of the first is rounding; of the second nothing is, which is no direction rather than NaN
-    assert field.shifts(np.zeros((1, 150), np.float32))[0] == pytest.approx(field.shift(np.zeros(150, np.float32)))
+    off_D += middle_D - field.axes_RD.T @ (field.axes_RD @ off_D)
+    ones = np.ones(1, np.float32)
+    for x_D in (off_D, middle_D):
+        assert np.isfinite(field.shift(x_D, 1.0)).all() and np.isfinite(field.shifts(x_D[None], ones)).all()
+    # what is left of the first is rounding; of nothing there is no direction, rather than NaN
+    field.centre_R = np.zeros_like(field.centre_R)
+    nothing_D = np.zeros(150, np.float32)
+    assert field.shifts(nothing_D[None], ones)[0] == pytest.approx(field.shift(nothing_D, 1.0))
     assert np.isfinite(bank.optimized_params(off_D).expected_quality)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rb_gpu.learn.canonical import average_coordinates
 from rb_gpu.learn.echo import echoes
-from rb_gpu.learn.ridge import RIDGES, TINY, Ridge, Task, average, repeated
+from rb_gpu.learn.ridge import RIDGES, TINY, Average, Ridge, Task, average, losses, repeated, shares
 
 SWEEPS = 3
 # rows that a config must have before it may deviate from the others
@@ -170,6 +170,25 @@ def fit(kernels: Sequence[Kernel], y_N: Tensor) -> Fit:
     return deviating if float(better_N.sum()) > 0 else plain
 
 
+def likelihoods(kernels: Sequence[Kernel], y_N: Tensor) -> Tensor:
+    """(S,) weights of the slopes, which add up to 1, by how well they foretell what tells configs apart in unseen rows:
+    what `fit` gives its slopes, in a fraction of its time.
+    """
+    rows = kernels[0].rows
+    if not rows.full:
+        return _backfitted(kernels, y_N, 1)[0].sum(1)
+    y_QC = _square(rows, y_N)
+    loss_SL = losses(Task([kernel.shared for kernel in kernels], y_QC - y_QC.mean(1, keepdim=True))).sum(2)
+    return shares(loss_SL[:, :, None], rows.effective).sum((1, 2))
+
+
+def _square(rows: Rows, y_N: Tensor) -> Tensor:
+    """(Q, C) of a full table."""
+    y_QC = y_N.new_zeros(rows.queries, rows.configs)
+    y_QC[rows.query_N, rows.config_N] = y_N
+    return y_QC
+
+
 def _own(kernels: Sequence[Kernel]) -> dict[int, Sequence[Ridge]]:
     """Of every slope, by config."""
     return {c: [kernel.own[c] for kernel in kernels] for c in kernels[0].own}
@@ -178,8 +197,7 @@ def _own(kernels: Sequence[Kernel]) -> dict[int, Sequence[Ridge]]:
 def _fit_full(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
     """Every query under every config: regressions of canonical coordinates."""
     rows, by_config = kernels[0].rows, _own(kernels)
-    y_QC = y_N.new_zeros(rows.queries, rows.configs)
-    y_QC[rows.query_N, rows.config_N] = y_N
+    y_QC = _square(rows, y_N)
     level_C = y_QC.mean(0)
     share_SL, found = average_coordinates([kernel.shared for kernel in kernels], y_QC)
     plain_QC = level_C + (found.unseen_NC - level_C).mean(1, keepdim=True)
@@ -197,13 +215,14 @@ def _fit_full(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
     return plain, deviating
 
 
-def _fit_rows(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
-    """Configs share one regression and deviate from it, by turns (backfitting, Breiman & Friedman 1985)."""
+def _backfitted(kernels: Sequence[Kernel], y_N: Tensor, sweeps: int) -> tuple[Tensor, Average, list[Average], Tensor]:
+    """Configs share one regression and deviate from it, by turns (backfitting, Breiman & Friedman 1985): the weights
+    (S, L) of the deviations, what is shared, each config's deviation, and that of every row without its query (N,).
+    """
     rows, shared, own = kernels[0].rows, [kernel.shared for kernel in kernels], _own(kernels)
-    level_C = rows.levels(y_N)
-    level_N, deviation_N = level_C[rows.config_N], torch.zeros_like(y_N)
+    level_N, deviation_N = rows.levels(y_N)[rows.config_N], torch.zeros_like(y_N)
     echo: dict[int, list[Tensor]] = {}
-    for _ in range(SWEEPS):
+    for _ in range(sweeps):
         common_SL, [common] = average([Task(shared, (y_N - level_N - deviation_N)[:, None])], rows.effective)
         # the weights hardly change from sweep to sweep
         echo = echo or {c: echoes(shared, common_SL, own[c], index) for c, index in rows.members.items()}
@@ -216,6 +235,15 @@ def _fit_rows(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
         share_SL, deviations = average(tasks, rows.effective)
         for index, deviation in zip(rows.members.values(), deviations, strict=True):
             deviation_N[index] = deviation.unseen_NC[:, 0]
+    return share_SL, common, deviations, deviation_N
+
+
+def _fit_rows(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
+    """Any rows: configs deviate from what they share."""
+    rows, own = kernels[0].rows, _own(kernels)
+    level_C = rows.levels(y_N)
+    level_N = level_C[rows.config_N]
+    share_SL, common, deviations, deviation_N = _backfitted(kernels, y_N, SWEEPS)
     common_coefs = [w.expand(-1, rows.configs) for w in common.coefs]
     plain_N = level_N + common.unseen_NC[:, 0]
     plain = Fit(common_coefs, level_C + common.base_C, plain_N, level_C.expand(rows.queries, -1), False, share_SL, own)

@@ -70,6 +70,7 @@ class Foretold:
 
     slopes_S: npt.NDArray[np.float64]
     axes_RD: npt.NDArray[np.float32]
+    centre_R: npt.NDArray[np.float32]
     landmarks_MR: npt.NDArray[np.float32]
     coef_FCO: npt.NDArray[np.float32]
     base_CO: npt.NDArray[np.float64]
@@ -93,9 +94,9 @@ class Foretold:
         """The field with the leaves' moments of what it left unexplained, as `with_residuals` takes them."""
         low, high, gain_low, gain_high = self.bounds
         bare = Field(
-            self.slopes_S, self.axes_RD, self.landmarks_MR, self.coef_FCO, self.base_CO, self.level_variance_CO, low,
-            high, gain_low, gain_high, self.mean_UCO, self.gain_variance_UCO, self.quality_variance_UC,
-            left.mean, left.comoment, left.pair_mean, left.pair_comoment,
+            self.slopes_S, self.axes_RD, self.centre_R, self.landmarks_MR, self.coef_FCO, self.base_CO,
+            self.level_variance_CO, low, high, gain_low, gain_high, self.mean_UCO, self.gain_variance_UCO,
+            self.quality_variance_UC, left.mean, left.comoment, left.pair_mean, left.pair_comoment,
         )  # fmt: skip
         return with_residuals(bare, evidence, left)
 
@@ -140,8 +141,8 @@ def foretell(
     landmarks = min(LANDMARKS, len(unit_CD) // QUERIES_PER_LANDMARK)
     if landmarks < LEAST_LANDMARKS or configs < 2:
         return None
-    axes_RD = _axes(unit_CD, generator, device)
-    place_CR = _places(unit_CD, axes_RD, device)
+    axes_RD, centre_R = _axes(unit_CD, generator, device)
+    place_CR = _places(unit_CD, axes_RD, centre_R, device)
     found = kmeans(place_CR, landmarks, seed=seed, metric="cosine", device=device.type, engine="torch").centroids
     landmarks_MR = torch.nn.functional.normalize(torch.as_tensor(found), dim=1).to(device)
     landmarks = len(landmarks_MR)  # fewer, where not so many queries are distinct
@@ -190,7 +191,7 @@ def foretell(
     reach = [torch.full_like(base_CO, bound) for bound in (torch.inf, -torch.inf, torch.inf, -torch.inf)]
     for tile in tiles(queries, 4 * landmarks * len(slopes), device):
         step("field", min(tile.stop, queries), queries, "queries")
-        kernels = _kernels(_places(unit_QD[tile], axes_RD, device), landmarks_MR, slopes)
+        kernels = _kernels(_places(unit_QD[tile], axes_RD, centre_R, device), landmarks_MR, slopes)
         slot = torch.where(label[tile] < 0, leaves, label[tile])
         mass_U.index_add_(0, slot, torch.ones_like(slot, dtype=torch.float64))
         for total, x in zip(sums, kernels, strict=True):
@@ -221,6 +222,7 @@ def foretell(
     return Foretold(
         np.array(slopes),
         axes_RD.cpu().numpy(),
+        centre_R.cpu().numpy(),
         landmarks_MR.cpu().numpy(),
         coef_SMCO.flatten(0, 1).float().cpu().numpy(),
         base_CO.cpu().numpy(),
@@ -235,27 +237,28 @@ def foretell(
     )
 
 
-def _axes(unit_QD: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
-    """(R, D) orthonormal float32: where queries have most of their squares, by subspace iteration (Halko, Martinsson &
-    Tropp 2011, algorithm 4.4); all D where they are no more than AXES.
+def _axes(unit_QD: Tensor, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(R, D) orthonormal float32, along which queries spread most, by subspace iteration (Halko, Martinsson & Tropp
+    2011, algorithm 4.4); all D where they are no more than AXES. And the queries' mean on them (R,).
     """
     dim = unit_QD.shape[1]
+    mean_D = unit_QD.mean(0, dtype=torch.float64).to(device)
     if dim <= AXES:
-        return torch.eye(dim, dtype=torch.float32, device=device)
+        return torch.eye(dim, dtype=torch.float32, device=device), mean_D.float()
     axes_DR: Tensor = torch.linalg.qr(torch.randn(dim, AXES, generator=generator, dtype=torch.float64)).Q.to(device)
     for _ in range(POWERS):
         moved_DR = torch.zeros_like(axes_DR)
         for tile in tiles(len(unit_QD), 2 * dim, device):
-            x_TD = unit_QD[tile].to(device)
+            x_TD = unit_QD[tile].to(device) - mean_D.float()
             moved_DR += (x_TD.T @ (x_TD @ axes_DR.float())).double()
         axes_DR = torch.linalg.qr(moved_DR).Q
     axes_RD: Tensor = axes_DR.T.float().contiguous()
-    return axes_RD
+    return axes_RD, (axes_DR.T @ mean_D).float()
 
 
-def _places(unit_TD: Tensor, axes_RD: Tensor, device: torch.device) -> Tensor:
-    """(T, R) projections on the axes, scaled to norm 1."""
-    place_TR: Tensor = torch.nn.functional.normalize(unit_TD.to(device) @ axes_RD.T, dim=1)
+def _places(unit_TD: Tensor, axes_RD: Tensor, centre_R: Tensor, device: torch.device) -> Tensor:
+    """(T, R) projections on the axes as seen from the centre, scaled to norm 1."""
+    place_TR: Tensor = torch.nn.functional.normalize(unit_TD.to(device) @ axes_RD.T - centre_R, dim=1)
     return place_TR
 
 

@@ -157,12 +157,12 @@ def average(tasks: Sequence[Task], rows: float) -> tuple[Tensor, list[Average]]:
 
     rows: how many independent ones there are, n in the weights exp(−n/2·log(loss / least loss)).
     """
-    loss_SL = torch.stack([_losses(task).sum(2) for task in tasks]).sum(0)
+    loss_SL = torch.stack([losses(task).sum(2) for task in tasks]).sum(0)
     share_SLW = shares(loss_SL[:, :, None], rows)
     return share_SLW[:, :, 0], [_averaged(task, share_SLW) for task in tasks]
 
 
-def _losses(task: Task) -> Tensor:
+def losses(task: Task) -> Tensor:
     """(S, L, C) squared leave-one-out errors."""
     loss_SLC = task.y_NC.new_zeros(len(task.ridges), len(RIDGES), task.y_NC.shape[1])
     for s, ridge in enumerate(task.ridges):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from rb_gpu.field import SLOPE_BOUNDS
-from rb_gpu.learn.field import Kernel, fit
+from rb_gpu.learn.field import Kernel, likelihoods
 
 # where the search begins
 USUAL = (2.0, 4.0)
@@ -23,7 +23,8 @@ def two_slopes(kernel_of: Callable[[float], Kernel], y_N: Tensor) -> dict[float,
     """Two kernels by slope, the second twice as steep: the likeliest one for y (N,), and the likelier one beside it.
 
     From the usual ones on towards the likelier, each twice or half the last, as long as the outermost is the likeliest:
-    by the leave-one-out errors of what tells configs apart (the weights of `fit`).
+    by the leave-one-out errors of what tells configs apart (`likelihoods`). A scale at which the usual slopes show
+    nothing is not found.
     """
     tried = {slope: kernel_of(slope) for slope in USUAL}
     share = _shares(tried, y_N)
@@ -40,5 +41,4 @@ def two_slopes(kernel_of: Callable[[float], Kernel], y_N: Tensor) -> dict[float,
 
 
 def _shares(tried: dict[float, Kernel], y_N: Tensor) -> dict[float, float]:
-    share_S = fit(list(tried.values()), y_N).share_SL.sum(1)
-    return dict(zip(tried, share_S.tolist(), strict=True))
+    return dict(zip(tried, likelihoods(list(tried.values()), y_N).tolist(), strict=True))
