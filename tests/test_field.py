@@ -116,7 +116,7 @@ def test_a_second_regression_foretells_a_row_whose_query_neither_has_seen():
                 rest = left_by(ridges(keep), share, y[keep])[config[keep] == 1, None]
                 again = ridges(keep & (config == 1))[slope]
                 mean, products = again.solve(rest)
-                coef = again.vectors_FF @ (products[:, 0] * again.shrunk_FL[:, ridge])
+                coef = again.vectors_FE @ (products[:, 0] * again.shrunk_EL[:, ridge])
                 refit = float(mean[0] + (tensor(features[slope][query[row]]) - again.mean_F) @ coef)
                 for name, said in foretold.items():
                     errors.setdefault(name, []).append(float(said[at]) - refit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -166,6 +167,20 @@ def test_a_long_lineage_is_listed_in_part(learned):
     first = learn(table, config).data
     fates = learn(table, config, parent=first).data.facts["lineage"]
     assert fates["counts"]["kept"] > len(fates["kept"]) == LISTED
+
+
+def test_merging_in_a_narrow_cone_is_told_with_the_similarity_that_is_as_near_there(learned, caplog):
+    # many embedders give any two queries a cosine of .8: at .95 patterns of different kinds merged without a word
+    table = planted(learned, list(range(8)))
+    config = replace(CONFIG, cluster=ClusterConfig(k=8))
+    assert learn(table, config).data.leaves == 8 and "merge_similarity" not in caplog.text
+    cone_QD = table.x_QD + 6 * np.linalg.svd(learned.centres)[2][-1].astype("f4")
+    cone_QD /= np.linalg.norm(cone_QD, axis=1, keepdims=True)
+    narrow = replace(table, x_QD=cone_QD)
+    assert learn(narrow, config).data.leaves < 8
+    told = float(re.search(r"set cluster.merge_similarity=([\d.]+)", caplog.text)[1])
+    assert 0.99 < told < 1.0
+    assert learn(narrow, replace(CONFIG, cluster=ClusterConfig(k=8, merge_similarity=told))).data.leaves == 8
 
 
 def test_more_leaves_than_clusters_are_joined_and_fewer_are_left_to_be_drawn(learned):

@@ -62,8 +62,8 @@ def average_coordinates(ridges: Sequence[Ridge], y_QC: Tensor) -> tuple[Tensor, 
             unseen_QC[mine_Q] += (said_QC[mine_Q] @ to_CC * share_SLC[s, i]) @ back_CC
     (to_CC, back_CC), share_SLC = turns[-1], chosen[-1]
     coefs = [
-        ridge.coef(products_FC @ to_CC, share_LC) @ back_CC
-        for ridge, (_, products_FC), share_LC in zip(ridges, solved, share_SLC, strict=True)
+        ridge.coef(products_EC @ to_CC, share_LC) @ back_CC
+        for ridge, (_, products_EC), share_LC in zip(ridges, solved, share_SLC, strict=True)
     ]
     apart_C = (back_CC - back_CC.mean(1, keepdim=True)).square().sum(1)
     return share_SLC @ (apart_C / apart_C.sum()), Average(coefs, base(ridges, coefs, solved[0][0]), unseen_QC)

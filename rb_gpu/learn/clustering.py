@@ -29,6 +29,10 @@ from rb_gpu.learn.trajectories import Trajectories
 
 log = logging.getLogger(__name__)
 
+# mean cosine of two queries from which a similarity that would be near elsewhere says little
+NARROW = 0.5
+# queries that are asked for it
+NARROW_QUERIES = 2**14
 # rows that a cell has on average, at least, where k is worked out from the data
 ROWS_PER_CELL = 10
 
@@ -109,6 +113,8 @@ def _cluster(
     merged_K = consolidate(result.centroids.cpu().numpy(), cluster.merge_similarity, device)
     log.info("k-means: k=%d, %d updates, inertia %.6g; %d leaves after merging cosine > %g",
              found, result.n_iter, result.inertia, int(merged_K.max()) + 1, cluster.merge_similarity)  # fmt: skip
+    if int(merged_K.max()) + 1 < found:
+        _warn_of_cone(x_QD, found, int(merged_K.max()) + 1, cluster.merge_similarity)
     label_Q = merged_K[ranks.joined(result.labels).cpu().numpy()]
     rows_P = np.bincount(label_Q, weights=np.bincount(trajectories.query_row), minlength=int(merged_K.max()) + 1)
     kept_P = rows_P >= config.prune.min_support
@@ -118,6 +124,17 @@ def _cluster(
             "rows); lower it, or lower cluster.k"
         )
     return drop_labels(label_Q, kept_P)
+
+
+def _warn_of_cone(x_QD: torch.Tensor, found: int, leaves: int, similarity: float) -> None:
+    """Where queries of all kinds lie near each other, which is how some embedders are."""
+    few = x_QD[:: max(1, len(x_QD) // NARROW_QUERIES)]
+    usual = float(torch.nn.functional.normalize(few, dim=1).double().mean(0).square().sum())
+    if usual > NARROW:
+        log.warning("cluster.merge_similarity=%g merged %d clusters into %d patterns, but two queries have a cosine of "
+                    "%.2f on the mean: what merged may be of different kinds; set cluster.merge_similarity=%.3f, "
+                    "which is as near for this embedder, or 1 to merge none",
+                    similarity, found, leaves, usual, usual + similarity * (1.0 - usual))  # fmt: skip
 
 
 def drop_labels(label_Q: npt.NDArray[np.int64], kept_P: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:

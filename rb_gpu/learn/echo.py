@@ -3,8 +3,8 @@
 A second regression, of what the first one left, hears it though the row itself is left out: those near a row of high
 outcome seem lower than they are. So it foretells too little of the row, the weaker its ridge the less, and ridges that
 are far too strong seem the best.
-Suffixes: N rows of a regression, F features of one slope, G those of all slopes and a constant, H those of one slope
-and a constant, L ridges, S slopes.
+Suffixes: N rows of a regression, G eigenvectors of all slopes and a constant, H those of one slope and a constant, L
+ridges, S slopes.
 """
 
 from __future__ import annotations
@@ -26,20 +26,24 @@ def echoes(shared: Sequence[Ridge], share_SL: Tensor, own: Sequence[Ridge], inde
     left of the other (h the hat matrix's element of the two rows, h' its diagonal's of the one; by the update of an
     inverse, Cook & Weisberg 1982, terms of h² apart).
     """
+    # a correction, whose products are most of what a regression costs: single precision is enough of it
     flat = (1.0 / shared[0].weight_N.sum()).view(1)
-    scores_NG = _with_constant([ridge.scores_NF[index_N] for ridge in shared])
-    mixed = [ridge.shrunk_FL @ share_L for ridge, share_L in zip(shared, share_SL, strict=True)]
+    scores_NG = _with_constant([ridge.scores_NE[index_N] for ridge in shared])
+    mixed = [ridge.shrunk_EL @ share_L for ridge, share_L in zip(shared, share_SL, strict=True)]
     hat_NG = scores_NG * torch.cat([*mixed, flat])
     itself_N = (hat_NG * scores_NG).sum(1)
     kept_NL = [ridge.kept_NL[index_N] for ridge in shared]
     kept_N = torch.stack([one_NL @ share_L for one_NL, share_L in zip(kept_NL, share_SL, strict=True)]).sum(0)
     found = []
+    left_NG, right_GN = hat_NG.float(), scores_NG.T.float()
+    hat_NN = left_NG @ right_GN if len(left_NG) < left_NG.shape[1] else None
     for ridge in own:
-        weight_N, own_NH = ridge.weight_N / kept_N, _with_constant([ridge.scores_NF])
-        heard_NH = hat_NG @ (scores_NG.T @ (weight_N[:, None] * own_NH))
+        weight_N, own_NH = ridge.weight_N / kept_N, _with_constant([ridge.scores_NE])
+        said_NH = (weight_N[:, None] * own_NH).float()
+        heard_NH = (left_NG @ (right_GN @ said_NH) if hat_NN is None else hat_NN @ said_NH).double()
         others_NH = heard_NH - (ridge.of_query(weight_N) * itself_N)[:, None] * own_NH
-        constant_L = (1.0 / ridge.weight_N.sum()).expand(1, ridge.shrunk_FL.shape[1])
-        share_NL = (others_NH * own_NH) @ torch.cat([ridge.shrunk_FL, constant_L])
+        constant_L = (1.0 / ridge.weight_N.sum()).expand(1, ridge.shrunk_EL.shape[1])
+        share_NL = (others_NH * own_NH) @ torch.cat([ridge.shrunk_EL, constant_L])
         found.append(shared[0].whole_N[index_N, None] * share_NL / ridge.kept_NL)
     return found
 

@@ -3,8 +3,8 @@
 Every prediction of a training row comes without its query (leave-one-out, in closed form). Slopes and ridges are not
 chosen but averaged, each with the weight that its leave-one-out error earns (pseudo Bayesian model averaging, Geisser &
 Eddy 1979). Float64 torch on the device.
-Suffixes: N rows, P places, F features of one slope, C configs, L ridges, S slopes, W sets of weights: C of them, or 1
-for all.
+Suffixes: N rows, P places, F features of one slope, E eigenvectors in their space, C configs, L ridges, S slopes, W
+sets of weights: C of them, or 1 for all.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, math.inf
 # models of less weight are left out of an average
 LEAST_SHARE = 1e-6
 TINY = 1e-300
+# eigenvalues below it, as a share of the greatest
+ROUNDING = 1e-10
 # of cross-fitting
 FOLDS = 5
 
@@ -42,6 +44,19 @@ def _sums(v_N: Tensor, group_N: Tensor) -> Tensor:
     return torch.zeros_like(v_N).index_add_(0, group_N, v_N)
 
 
+def _eigen(x_NF: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (E,) and vectors (F, E) of xᵀx: of fewer rows than features those of xxᵀ, of which there are as few,
+    and without what is rounding.
+    """
+    if len(x_NF) >= x_NF.shape[1]:
+        value_F, vectors_FF = torch.linalg.eigh(x_NF.T @ x_NF)
+        return value_F.clamp(min=0), vectors_FF
+    value_N, vectors_NN = torch.linalg.eigh(x_NF @ x_NF.T)
+    seen_N = value_N > ROUNDING * value_N[-1] + TINY
+    vectors_FN = x_NF.T @ vectors_NN / value_N.clamp(min=TINY).sqrt()
+    return torch.where(seen_N, value_N, 0.0), torch.where(seen_N, vectors_FN, 0.0)
+
+
 class Ridge:
     """Weighted ridge regression with an unpenalised mean, at every ridge at once, with leave-one-out errors.
 
@@ -53,14 +68,13 @@ class Ridge:
         self.group_N = None if query_N is None else torch.unique(query_N, return_inverse=True)[1]
         self.mean_F = weight_N @ x_NF / total
         centred = x_NF - self.mean_F
-        value_F, self.vectors_FF = torch.linalg.eigh((centred * weight_N[:, None]).T @ centred)
-        self.scores_NF = centred @ self.vectors_FF
-        ridges_L = torch.tensor(RIDGES, dtype=x_NF.dtype, device=x_NF.device)
-        self.value_F = value_F.clamp(min=0)
-        self.shrunk_FL = 1.0 / (self.value_F[:, None] + ridges_L)
+        self.value_E, self.vectors_FE = _eigen(centred * weight_N.sqrt()[:, None])
+        self.scores_NE = centred @ self.vectors_FE
+        self.ridges_L = torch.tensor(RIDGES, dtype=x_NF.dtype, device=x_NF.device)
+        self.shrunk_EL = 1.0 / (self.value_E[:, None] + self.ridges_L)
         # rows of one query lie in one place, and are to a regression one row of their mean and of all their weight
         self.whole_N = self.of_query(weight_N)
-        leverage_NL = self.whole_N[:, None] * (self.scores_NF.square() @ self.shrunk_FL + 1.0 / total)
+        leverage_NL = self.whole_N[:, None] * (self.scores_NE.square() @ self.shrunk_EL + 1.0 / total)
         self.kept_NL = (1.0 - leverage_NL).clamp(min=1e-3)
 
     def of_query(self, v_N: Tensor) -> Tensor:
@@ -68,23 +82,23 @@ class Ridge:
         return v_N if self.group_N is None else _sums(v_N, self.group_N)[self.group_N]
 
     def solve(self, y_NC: Tensor) -> tuple[Tensor, Tensor]:
-        """Means (C,) and products (F, C) from which every ridge's coefficients follow."""
+        """Means (C,) and products (E, C) from which every ridge's coefficients follow."""
         mean_C = self.weight_N @ y_NC / self.weight_N.sum()
-        return mean_C, self.scores_NF.T @ (self.weight_N[:, None] * (y_NC - mean_C))
+        return mean_C, self.scores_NE.T @ (self.weight_N[:, None] * (y_NC - mean_C))
 
-    def errors(self, y_NC: Tensor, mean_C: Tensor, products_FC: Tensor, ridge: int) -> Tensor:
+    def errors(self, y_NC: Tensor, mean_C: Tensor, products_EC: Tensor, ridge: int) -> Tensor:
         """How far y lies from its prediction without its query, (N, C)."""
-        fitted_NC = mean_C + self.scores_NF @ (products_FC * self.shrunk_FL[:, ridge, None])
+        fitted_NC = mean_C + self.scores_NE @ (products_EC * self.shrunk_EL[:, ridge, None])
         own_NC = self._own(y_NC)
         error_NC: Tensor = y_NC - own_NC + (own_NC - fitted_NC) / self.kept_NL[:, ridge, None]
         return error_NC
 
-    def every_error(self, y_NC: Tensor, mean_C: Tensor, products_FC: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def every_error(self, y_NC: Tensor, mean_C: Tensor, products_EC: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """`errors` at every ridge, (n, L, C), of one tile of rows after the other: scores are read once for all."""
         own_NC = self._own(y_NC)
-        coef_FM = (products_FC[:, None] * self.shrunk_FL[:, :, None]).flatten(1)
-        for rows in tiles(len(y_NC), coef_FM.shape[1], y_NC.device):
-            fitted_NLC = mean_C + (self.scores_NF[rows] @ coef_FM).unflatten(1, (len(RIDGES), -1))
+        coef_EM = (products_EC[:, None] * self.shrunk_EL[:, :, None]).flatten(1)
+        for rows in tiles(len(y_NC), coef_EM.shape[1], y_NC.device):
+            fitted_NLC = mean_C + (self.scores_NE[rows] @ coef_EM).reshape(-1, len(RIDGES), y_NC.shape[1])
             own_N1C = own_NC[rows, None]
             yield rows, y_NC[rows, None] - own_N1C + (own_N1C - fitted_NLC) / self.kept_NL[rows, :, None]
 
@@ -94,9 +108,9 @@ class Ridge:
             return y_NC
         return self.of_query(self.weight_N[:, None] * y_NC) / self.whole_N.clamp(min=TINY)[:, None]
 
-    def coef(self, products_FC: Tensor, share_LW: Tensor) -> Tensor:
+    def coef(self, products_EC: Tensor, share_LW: Tensor) -> Tensor:
         """(F, C) coefficients summed over ridges with the given shares."""
-        coef_FC: Tensor = self.vectors_FF @ (products_FC * (self.shrunk_FL @ share_LW))
+        coef_FC: Tensor = self.vectors_FE @ (products_EC * (self.shrunk_EL @ share_LW))
         return coef_FC
 
     def variance(self, x_PF: Tensor, ridge: int) -> Tensor:
@@ -105,7 +119,10 @@ class Ridge:
         The posterior's of a Gaussian process, times Σw²/Σw since weighted rows say less.
         """
         design = self.weight_N.square().sum() / self.weight_N.sum()
-        variance_P: Tensor = design * (((x_PF - self.mean_F) @ self.vectors_FF).square() @ self.shrunk_FL[:, ridge])
+        away_PF = x_PF - self.mean_F
+        squares_PE = (away_PF @ self.vectors_FE).square()
+        unseen_P = (away_PF.square().sum(1) - squares_PE.sum(1)).clamp(min=0) / self.ridges_L[ridge]
+        variance_P: Tensor = design * (squares_PE @ self.shrunk_EL[:, ridge] + unseen_P)
         return variance_P
 
     def learned(self, x_PF: Tensor, ridge: int) -> tuple[Tensor, Tensor]:
@@ -113,11 +130,11 @@ class Ridge:
         variance, which may be another than the ridge says, that was not (a ridge's variance and squared bias, Hoerl &
         Kennard 1970).
         """
-        squares_F = (x_PF @ self.vectors_FF).square().mean(0)
-        found_F = self.value_F * self.shrunk_FL[:, ridge]
+        squares_E, whole = (x_PF @ self.vectors_FE).square().mean(0), x_PF.square().sum(1).mean()
+        found_E = self.value_E * self.shrunk_EL[:, ridge]
         design = self.weight_N.square().sum() / self.weight_N.sum()
-        left = squares_F @ (1.0 - found_F).square() / squares_F.sum().clamp(min=TINY)
-        return design * (squares_F @ (found_F * self.shrunk_FL[:, ridge])), left
+        left = (whole - squares_E @ (1.0 - (1.0 - found_E).square())) / whole.clamp(min=TINY)
+        return design * (squares_E @ (found_E * self.shrunk_EL[:, ridge])), left
 
 
 @dataclass(frozen=True)
@@ -185,8 +202,8 @@ def _averaged(task: Task, share_SLW: Tensor) -> Average:
     for s, i in torch.nonzero(share_SLW.sum(2)).tolist():
         unseen_NC += share_SLW[s, i] * (task.y_NC - task.errors(s, solved[s], i))
     coefs = [
-        ridge.coef(products_FC, share_LW)
-        for ridge, (_, products_FC), share_LW in zip(task.ridges, solved, share_SLW, strict=True)
+        ridge.coef(products_EC, share_LW)
+        for ridge, (_, products_EC), share_LW in zip(task.ridges, solved, share_SLW, strict=True)
     ]
     return Average(coefs, base(task.ridges, coefs, solved[0][0]), unseen_NC)
 
