@@ -16,7 +16,7 @@ from rb_gpu.errors import ArtifactError
 from rb_gpu.objective import Objective
 from rb_gpu.tensor_file import map_tensors, no_constant
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 SIGNATURE_FILE = "manifest.sig"
 BANK_FILE = "bank.safetensors"

@@ -26,7 +26,7 @@ from rb_gpu.objective import Objective
 _Kind = TypeVar("_Kind")
 
 FORMAT = "rb_gpu.bank"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 AXIS_OF = {"patterns": "A", "verdicts": "P", "configs": "C"}
 PREFIX_OF = {"patterns": "", "verdicts": "verdict_", "configs": "config_"}
 KEYS = (

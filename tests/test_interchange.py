@@ -133,7 +133,7 @@ def test_a_retired_id_is_never_given_again_after_an_import(data: BankData, tmp_p
 
 def test_it_reads_as_what_it_says(data: BankData, exported: str) -> None:
     document = json.loads(exported)
-    assert (document["format"], document["format_version"]) == ("rb_gpu.bank", 4)
+    assert (document["format"], document["format_version"]) == ("rb_gpu.bank", 5)
     assert len(document["patterns"]) == 16 and len(document["verdicts"]) == 12 and len(document["configs"]) == 5
     pattern = ReasoningBank(data).patterns[document["patterns"][3]["id"]]
     assert document["patterns"][3]["support_count"] == pattern.support_count
@@ -159,7 +159,7 @@ def refused(path: Path, content: str | bytes, reason: str) -> None:
         ReasoningBank.from_export(path)
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, 3, 5, None, "4"])
+@pytest.mark.parametrize("version", [0, 1, 2, 3, 4, 6, None, "5"])
 def test_other_versions_are_refused(exported: str, tmp_path: Path, version: Any) -> None:
     document = json.loads(exported) | {"format_version": version}
     refused(tmp_path / "x.json", json.dumps(document), "format_version")
