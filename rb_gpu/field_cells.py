@@ -80,9 +80,8 @@ class FieldCells:
         place_R = self.axes_RD.dot(x_D)
         place_R -= self.centre_R * (1.0 / scale)
         norm = math.sqrt(place_R.dot(place_R))
-        steep_M: Matrix = self.landmarks_MR.dot(place_R)
-        steep_M *= 1.0 / norm if norm > 0 else 0.0
-        return self._said(steep_M)
+        place_R *= 1.0 / norm if norm > 0 else 0.0
+        return self._said(self.landmarks_MR.dot(place_R))
 
     def shifts(self, x_BD: Matrix, scale_B: Matrix) -> Matrix:
         """The same of many, (B, width)."""
