@@ -16,15 +16,12 @@ from rb_gpu.bank_data import NO_CHANCE
 from rb_gpu.evidence import OUTCOMES, Evidence, Floats, linear_moments
 from rb_gpu.field import Field
 from rb_gpu.homogeneity import FAMILY_ERROR, differs, varies
+from rb_gpu.moderation import alike, moderated
 from rb_gpu.normal import normal_cdf
 from rb_gpu.objective import Objective, choose
 
 Rows = npt.NDArray[np.int64]
 
-# rows that the variance pooled over patterns counts for beside a cell's own (a moderated variance, Smyth 2004)
-PRIOR_ROWS = 4.0
-# and the variance pooled over configs beside a config's own: one that few cells tried twice knows little of its own
-PRIOR_CONFIG_ROWS = 20.0
 # share of its variance that an effect keeps once it is taken as 0: not none, so that a precision stays finite
 SPIKE = 1e-6
 
@@ -69,41 +66,22 @@ class Beliefs:
 def effects(evidence: Evidence, direction_O: Floats, default: int) -> tuple[Floats, Floats]:
     """Raw effect over the default (P, C) and its variance, infinite where the cell or the default has no evidence.
 
-    Differences are paired where every query was tried under the default too. A cell's variance is moderated by its
-    config's variance over all patterns; where that is zero or unknown, nothing can be said and it is infinite.
+    Differences are paired where every query was tried under the default too. A cell's variance is its config's over all
+    patterns, moderated; where that is zero or unknown, nothing can be said and it is infinite.
     """
     if evidence.paired:
         moments = (evidence.pair_w, evidence.pair_w2, evidence.pair_mean, evidence.pair_comoment)
         effect, variance, size = linear_moments(*moments, direction_O)
-        error = _error(variance, size)
+        error = moderated(variance, size, paired=True)
     else:
         mean, variance, size = linear_moments(evidence.w, evidence.w2, evidence.mean, evidence.comoment, direction_O)
-        error = _error(variance, size)
+        error = moderated(variance, size, paired=False)
         effect = mean - mean[:, [default]]
         error = error + error[:, [default]]
     known = np.isfinite(error) & (error > 0)
     effect, error = np.where(known, effect, 0.0), np.where(known, error, np.inf)
     effect[:, default], error[:, default] = 0.0, np.inf
     return effect, error
-
-
-def _error(variance: Floats, size: Floats, alike: bool = False) -> Floats:
-    """Variance of each cell's mean, from moderated cell variances; from its config's alone where rows scatter alike."""
-    freedom = np.where(np.isfinite(variance), np.maximum(size - 1.0, 0.0), 0.0)
-    within = np.where(np.isfinite(variance), variance, 0.0)
-    total = freedom.sum(0)
-    squares, all_freedom = (freedom * within).sum(0), total.sum()
-    overall = squares.sum() / all_freedom if all_freedom > 0 else np.nan
-    pooled = (PRIOR_CONFIG_ROWS * overall + squares) / (PRIOR_CONFIG_ROWS + total)
-    # a config that never varies says nothing of its error, nor does one that no cell tried twice
-    pooled = np.where((total > 0) & (squares > 0), pooled, np.nan)
-    own = np.zeros_like(freedom) if alike else freedom
-    moderated = (PRIOR_ROWS * pooled + own * within) / (PRIOR_ROWS + own)
-    # a variance that is itself estimated makes its inverse too large on average: the first-order correction
-    moderated = moderated * (1.0 + 2.0 * own / (PRIOR_ROWS + own) ** 2)
-    usable = (size > 0) & (pooled > 0)
-    error: Floats = np.divide(moderated, size, out=np.full(size.shape, np.inf), where=usable)
-    return error
 
 
 def pool(
@@ -264,7 +242,7 @@ def believe(
     direction = objective.quality_direction
     level, level_var, size = linear_moments(judged.w, judged.w2, judged.mean, judged.comoment, direction)
     # of a rare outcome, a leaf that shows none has next to no variance of its own, and would decide the mean of all
-    quality, quality_var, _ = pool(level, _error(level_var, size, alike=True), parents, tested=False)
+    quality, quality_var, _ = pool(level, alike(level_var, size), parents, tested=False)
     quality = np.where(np.isfinite(quality_var), quality, _fallback_quality(level, evidence.w))
     if field is not None:
         quality, quality_var = quality + (field.base + field.mean) @ direction, quality_var + field.quality_variance

@@ -9,9 +9,12 @@ from scipy.stats import norm
 
 torch = pytest.importorskip("torch")
 
+from rb_gpu.learn import learn  # noqa: E402
+from rb_gpu.learn.config import JudgeConfig, ParamsConfig, TrainConfig  # noqa: E402
 from rb_gpu.learn.field import Kernel, Rows, fit  # noqa: E402
-from rb_gpu.learn.field_variance import Inside, not_negative  # noqa: E402
+from rb_gpu.learn.field_variance import Inside, not_negative, of_repeats  # noqa: E402
 from rb_gpu.learn.ridge import RIDGES, Ridge  # noqa: E402
+from rb_gpu.learn.trajectories import Source, assemble  # noqa: E402
 
 
 def tensor(x):
@@ -70,6 +73,48 @@ def test_nothing_varies_inside_leaves_of_one_query():
     rows = rows_of(np.arange(6), np.arange(6) % 2, 6, 2)
     inside = Inside.of(tensor(np.eye(6)), torch.arange(6), 6, [tensor(np.eye(6))])
     assert inside.variance(rows, tensor(np.arange(6.0)), 0) == 0.0
+
+
+def test_what_a_query_has_of_its_own_is_measured_by_its_own_rows():
+    # of queries that run 10 times each: what all configs share, and what each has of its own
+    found, said, none = [], [], []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        query, config = np.repeat(np.arange(200), 10), rng.integers(3, size=2000)
+        shared, noise = 0.5 * rng.normal(size=200)[query], 0.3 * rng.normal(size=2000)
+        rows = rows_of(query, config, 200, 3)
+        estimate, error = of_repeats(rows, tensor(shared + noise + 0.2 * rng.normal(size=(200, 3))[query, config]), 0)
+        found.append(estimate)
+        said.append(error)
+        none.append(of_repeats(rows, tensor(shared + noise), 0)[0])
+    assert np.mean(found) == pytest.approx(2 * 0.2**2, rel=0.1)
+    assert np.mean(said) == pytest.approx(np.std(found), rel=0.4)
+    assert abs(np.mean(none)) < 0.1 * np.mean(found)
+    assert of_repeats(rows_of(np.arange(6), np.arange(6) % 2, 6, 2), tensor(np.arange(6)), 0) == (0.0, 0.0)
+
+
+def test_confidence_counts_what_queries_have_of_their_own():
+    # 200 queries that run 30 times each and differ whatever their place: of the choices .70 were better, told as .94
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(200, 8)).astype(np.float32)
+    query, config = np.repeat(np.arange(200), 30), rng.integers(4, size=6000)
+    worth = 0.5 + 0.02 * np.arange(4) + 0.08 * rng.normal(size=(200, 4))
+    found = np.clip(worth[query, config] + 0.1 * rng.normal(size=6000), 0.0, 1.0).astype(np.float32)
+    columns = {
+        "id": np.arange(6000, dtype=np.uint64), "query_id": np.arange(200, dtype=np.uint64), "x_QD": x,
+        "query_row": query, "query_time": np.arange(200), "timestamp": query,
+        "ef_search": (config + 1).astype(np.uint32), "precision": found, "recall": found,
+        "latency_us": np.full(6000, 1000), "propensity": np.full(6000, 0.25, dtype=np.float32),
+    }  # fmt: skip
+    learning = TrainConfig(judge=JudgeConfig(latency_weight=0.0, cost_weight=0.0))
+    learning.index.kind = "off"
+    table = assemble(columns, [], ParamsConfig(default={"ef_search": 1}), Source())
+    answers = learn(table, learning).bank().optimized_params_batch(x)
+    chosen = answers["config_id"]
+    acts = chosen != table.configs.default
+    better = worth[np.arange(200), chosen] > worth[:, 0]
+    assert acts.mean() > 0.5
+    assert abs(answers["confidence"][acts].mean() - better[acts].mean()) < 0.08
 
 
 def test_the_mean_of_what_is_not_negative():

@@ -15,6 +15,7 @@ from rb_gpu.bank_data import NO_CHANCE
 from rb_gpu.evidence import OUTCOMES, Evidence
 from rb_gpu.field import Field
 from rb_gpu.homogeneity import varies
+from rb_gpu.moderation import moderated
 from rb_gpu.normal import normal_cdf
 from rb_gpu.objective import Objective, choose
 from rb_gpu.posterior import _drawn_together, _foretold, believe, effects, paule_mandel, pool, surely_better
@@ -190,28 +191,27 @@ def test_pooling_does_not_depend_on_the_unit(unit, tested):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-12 * unit)
 
 
-def moderated(evidence: Evidence, alike: bool = False) -> np.ndarray:
-    """Variance of each cell's mean quality, cell by cell: that of gains, and where rows scatter alike of levels."""
+def alike_error(evidence: Evidence) -> np.ndarray:
+    """Variance of each cell's mean quality where all rows of a config scatter alike, cell by cell."""
     rows, square = evidence.rows, evidence.comoment[..., 0, 0]
-    freedom = [[max(n - 1, 0) for n in one] for one in rows.tolist()]
-    overall = square[rows > 1].sum() / np.sum(freedom)
+    overall = square[rows > 1].sum() / (rows[rows > 1] - 1).sum()
     of_mean = np.full(rows.shape, np.inf)
     for c in range(rows.shape[1]):
-        own = sum(one[c] for one in freedom)
-        pooled = (20 * overall + square[rows[:, c] > 1, c].sum()) / (20 + own)
+        tried = rows[:, c] > 1
+        pooled = (20 * overall + square[tried, c].sum()) / (20 + (rows[tried, c] - 1).sum())
         for p in range(len(rows)):
             if rows[p, c] > 0:
-                f = 0 if alike else freedom[p][c]
-                variance = (4 * pooled + (square[p, c] if f else 0)) / (4 + f)
-                of_mean[p, c] = variance * (1 + 2 * f / (4 + f) ** 2) / rows[p, c]
+                of_mean[p, c] = pooled / rows[p, c]
     return of_mean
 
 
-def test_an_effects_error_is_of_variances_that_neighbours_moderate():
+def test_an_effects_error_is_its_configs_and_the_defaults():
     # from cells of 0 to 6 rows
     evidence = world(np.random.default_rng(10), 7, 4, 3)
     effect, error = effects(evidence, UTILITY.direction, 1)
-    of_mean = moderated(evidence)
+    size = evidence.rows.astype(float)
+    variance = np.where(size > 1, evidence.comoment[..., 0, 0] / np.maximum(size - 1, 1), np.nan)
+    of_mean = moderated(variance, size, paired=False)
     expected = of_mean + of_mean[:, [1]]
     expected[:, 1] = np.inf
     np.testing.assert_allclose(error, expected)
@@ -320,7 +320,7 @@ def test_a_quality_is_its_leaves_posterior_though_no_test_finds_them_to_differ(b
     # what a test for differences asks of gains is not asked of levels: nothing is claimed of them
     rng = np.random.default_rng(23)
     evidence = world(rng, 8, 3, 12, 0.06 * rng.normal(size=(8, 3)), sd=0.2)
-    level, error = evidence.mean[..., 0], moderated(evidence, alike=True)
+    level, error = evidence.mean[..., 0], alike_error(evidence)
     expected, variance = np.zeros((8, 3)), np.zeros((8, 3))
     for c in range(3):
         tau2 = oracles.paule_mandel(level[:, c].tolist(), error[:, c].tolist())

@@ -60,10 +60,43 @@ def variances(
             at_query_UC = own_UC + learned_UC * noise_C
             gain_UCO[..., o] = at_query_UC + at_query_UC[:, [default]]
         gain_UCO[..., o] += left_UC * inside.variance(rows, y_NO[:, o], default)
+        # what a query has of its own, unlike those around it, only its own rows tell
+        found, error = (0.0, 0.0) if rows.full else of_repeats(rows, error_N, default)
+        more_C = (found - inside.query_share @ gain_UCO[..., o]).clamp(min=0.0)
+        gain_UCO[..., o] += (more_C - error**2 / more_C.clamp(min=TINY)).clamp(min=0.0)
         gain_UCO[:, default, o] = level_CO[default, o] = 0.0
         if o == quality:
             quality_UC = own_UC
     return level_CO, gain_UCO, quality_UC
+
+
+def of_repeats(rows: Rows, error_N: Tensor, default: int) -> tuple[float, float]:
+    """How far a config's difference to the default on one query lies from what was foretold of it, squared, and the
+    standard error of that: from products of what two rows of one query have more (N,) than was foretold. 0 twice where
+    no query ran both twice.
+
+    Of the pairs of a config's rows, of its and the default's, and of the default's, as in `Inside.variance`, query by
+    query, so that what all configs share cancels there; one estimate for all configs.
+    """
+    cell_N = rows.query_N * rows.configs + rows.config_N
+
+    def by_cell(v_N: Tensor) -> Tensor:
+        return v_N.new_zeros(rows.queries * rows.configs).index_add_(0, cell_N, v_N).view(rows.queries, rows.configs)
+
+    count_QC, sum_QC = by_cell(torch.ones_like(error_N)), by_cell(error_N)
+    pairs_QC, own_QC = count_QC.square() - count_QC, sum_QC.square() - by_cell(error_N.square())
+    both_QC, across_QC = sum_QC * sum_QC[:, [default]], count_QC * count_QC[:, [default]]
+    known_QC = (pairs_QC > 0) & (pairs_QC[:, [default]] > 0)
+    known_QC[:, default] = False
+    pairs_QC, across_QC = pairs_QC.clamp(min=1), across_QC.clamp(min=1)
+    # of rows that differ by noise alone
+    weight_QC = known_QC / (1.0 / pairs_QC + 4.0 / across_QC + 1.0 / pairs_QC[:, [default]])
+    total = weight_QC.sum().clamp(min=TINY)
+    own_QC = own_QC / pairs_QC
+    squared_QC = own_QC - 2.0 * both_QC / across_QC + own_QC[:, [default]]
+    found = (weight_QC * squared_QC).sum() / total
+    away_Q = (weight_QC * (squared_QC - found)).sum(1) / total
+    return float(found), float(away_Q.square().sum().sqrt())
 
 
 @dataclass(frozen=True)
@@ -78,6 +111,13 @@ class Inside:
     leaf_Q: Tensor
     spread_U: Tensor
     features: Sequence[Tensor]
+
+    @property
+    def query_share(self) -> Tensor:
+        """(U,) share of the queries with a leaf that are in each; 0 of what stands for none."""
+        count_U = torch.bincount(self.leaf_Q, minlength=len(self.spread_U)).to(self.spread_U)
+        count_U[-1] = 0.0
+        return count_U / count_U.sum().clamp(min=1)
 
     @classmethod
     def of(cls, place_QR: Tensor, label_Q: Tensor, leaves: int, features: Sequence[Tensor]) -> Inside:

@@ -1,0 +1,125 @@
+"""Variances of cells beside loops over their rows, and what they make of rare outcomes and of uneven leaves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from test_posterior import UTILITY, levels, world
+
+from rb_gpu.evidence import Evidence
+from rb_gpu.homogeneity import varies
+from rb_gpu.moderation import moderated
+from rb_gpu.posterior import believe, effects
+
+
+def clicks(rng, share, n_PC: np.ndarray) -> list[list[np.ndarray]]:
+    """Rows of every leaf and config; share: of ones, (P, C) or what broadcasts to it."""
+    share_PC = np.broadcast_to(share, n_PC.shape)
+    return [
+        [(rng.random(n) < q).astype(float) for n, q in zip(*one, strict=True)]
+        for one in zip(n_PC, share_PC, strict=True)
+    ]
+
+
+def cells(rows_PC: list[list[np.ndarray]], paired: bool = False) -> Evidence:
+    """The evidence of rows; paired: those of a leaf are of the same queries."""
+    n_PC = np.array([[len(y) for y in one] for one in rows_PC])
+    evidence = world(np.random.default_rng(0), *n_PC.shape, 1)
+    means, squares = np.zeros((2, *evidence.mean.shape)), np.zeros((2, *evidence.comoment.shape))
+    for p, rows in enumerate(rows_PC):
+        for c, y in enumerate(rows):
+            for i, part in enumerate([y, y - rows[0]] if paired else [y]):
+                means[i, p, c, 0], squares[i, p, c, 0, 0] = part.mean(), ((part - part.mean()) ** 2).sum()
+    w, pair_n = n_PC.astype(float), n_PC * paired
+    return evidence._replace(
+        rows=n_PC, w=w, w2=w, mean=means[0], comoment=squares[0], pair_rows=pair_n, pair_w=w * paired,
+        pair_w2=w * paired, pair_mean=means[1], pair_comoment=squares[1],
+    )  # fmt: skip
+
+
+def z_of_all(evidence: Evidence) -> np.ndarray:
+    """Of each other config's difference to the first over all leaves, weighed by its errors."""
+    effect, variance = effects(evidence, UTILITY.direction, 0)
+    weight = 1.0 / variance[:, 1:]
+    return (weight * effect[:, 1:]).sum(0) / np.sqrt(weight.sum(0))
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_a_cells_variance_is_its_configs_times_its_leafs_scale(paired):
+    # from cells of 0 to 20 rows, in leaves of which some scatter three times as much
+    rng = np.random.default_rng(10)
+    size = rng.integers(0, 20, (12, 4)).astype(float)
+    sd = 0.1 * np.where(np.arange(12) % 3, 1.0, 3.0)
+    variance = np.where(
+        size > 1, sd[:, None] ** 2 * rng.chisquare(np.maximum(size - 1, 1)) / np.maximum(size - 1, 1), np.nan
+    )
+    variance[:, 3] = np.where(size[:, 3] > 1, 0.0, np.nan)
+    usable = [(p, c) for p in range(12) for c in range(3) if size[p, c] > 1]
+    every = [(p, c) for p in range(12) for c in range(4) if size[p, c] > 1]
+    overall = sum((size[i] - 1) * variance[i] for i in every) / sum(size[i] - 1 for i in every)
+    of_config, scale = np.zeros(3), {}
+    for c in range(3):
+        mine = [i for i in usable if i[1] == c]
+        squares, freedom = sum((size[i] - 1) * variance[i] for i in mine), sum(size[i] - 1 for i in mine)
+        of_config[c] = (20 * overall + squares) / (20 + freedom)
+        scale |= {i: variance[i] / of_config[c] for i in mine}
+    rows, leaf = np.zeros(12), np.ones(12)
+    for p in range(12):
+        mine = [i for i in usable if i[0] == p]
+        rows[p] = sum(size[i] - 1 for i in mine)
+        if mine:
+            leaf[p] = sum((size[i] - 1) * scale[i] for i in mine) / rows[p]
+    noise = sum((size[i] - 1) * (scale[i] - leaf[i[0]]) ** 2 for i in usable) / (len(usable) - (rows > 0).sum())
+    spread = (rows * (leaf - 1) ** 2).sum() - noise * ((rows > 0).sum() - 1)
+    spread /= rows.sum() - (rows**2).sum() / rows.sum()
+    if paired:
+        spread, noise = spread - noise / (rows.sum() / len(usable)), 2 * noise
+    assert spread > 0
+    expected = np.full(size.shape, np.inf)
+    for p in range(12):
+        for c in range(3):
+            known, freedom = (scale.get((p, c), 1.0), max(size[p, c] - 1, 0)) if paired else (leaf[p], rows[p])
+            kept = freedom / (freedom + noise / spread)
+            correction = 1 + (noise * kept**2 / freedom if freedom else 0)
+            if size[p, c] > 0:
+                expected[p, c] = of_config[c] * (1 + kept * (known - 1)) * correction / size[p, c]
+    np.testing.assert_allclose(moderated(variance, size, paired), expected)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_the_gains_of_rare_outcomes_are_told(paired):
+    # leaves in which by chance nothing was clicked claimed to know that: a gain of .02 was told as .0006
+    told, n_PC = [], np.full((24, 3), 40)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        evidence = cells(clicks(rng, [0.01, 0.02, 0.05], n_PC), paired)
+        told.append(believe(evidence, levels(24, [4]), UTILITY, 0, "auto").gain[:-1, 2].mean())
+    assert 0.033 < np.mean(told) < 0.043
+
+
+@pytest.mark.parametrize(("rows", "paired"), [(40, False), (2000, False), (40, True)])
+@pytest.mark.parametrize("share", [0.02, 0.95])
+def test_what_seldom_fails_is_no_better_for_being_seldom_tried(rows, share, paired):
+    # of 40 rows a cell none failed in one leaf of eight, which then told that the config never fails, and those of a
+    # default with 2,000 did not: it seemed to lose by five standard errors in every world
+    n_PC = np.column_stack([np.full(24, rows), np.full((24, 3), 40)])
+    z = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        z.append(z_of_all(cells(clicks(rng, share, n_PC), paired)))
+    assert abs(np.mean(z)) < 0.35
+    assert 0.7 < np.std(z) < 1.3
+
+
+def test_leaves_that_scatter_more_are_trusted_less():
+    # one variance for all leaves found differences between them that were none in one world of six
+    found, apart = [], []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        sd = np.where(np.arange(24) % 3, 0.15, 0.45)
+        evidence = cells(list(sd[:, None, None] * rng.normal(size=(24, 4, 40))))
+        effect, variance = effects(evidence, UTILITY.direction, 0)
+        found.append(varies(effect, variance)[1:].any())
+        apart.append(np.median(variance[::3, 1:]) / np.median(variance[1::3, 1:]))
+    assert np.mean(found) <= 0.08
+    assert 8.0 < np.mean(apart) < 10.0
