@@ -123,6 +123,33 @@ def test_a_second_regression_foretells_a_row_whose_query_neither_has_seen():
         assert np.abs(errors["unheard"]).mean() < (0.1 if times == 1 else 0.3) * np.abs(errors["heard"]).mean()
 
 
+def test_an_echo_is_what_rows_heard_of_one_another_summed_pair_by_pair():
+    # that of refits it is up to squares, which hide a wrong weight or leverage
+    rng = np.random.default_rng(3)
+    query, w = np.append(np.arange(20), [0, 3, 3, 7]), rng.uniform(0.5, 3.0, 24)
+    mine, features = np.array([0, 2, 3, 5, 8, 11, 15, 20, 21, 22]), [rng.normal(size=(20, d))[query] for d in (2, 3)]
+    share = rng.dirichlet(np.ones(2 * len(RIDGES))).reshape(2, -1)
+
+    def told(x, w, ridge):
+        """(N, N): how much of a row's outcome the prediction of another takes, by weight."""
+        x = x - w @ x / w.sum()
+        return x @ np.linalg.inv(x.T @ (w[:, None] * x) + min(ridge, 1e300) * np.eye(x.shape[1])) @ x.T + 1 / w.sum()
+
+    h = sum(share[s, i] * told(x, w, ridge) for s, x in enumerate(features) for i, ridge in enumerate(RIDGES))
+    ridges = [[Ridge(tensor(x[at]), tensor(w[at]), repeated(tensor(query[at]))) for x in features]
+              for at in (np.arange(24), mine)]  # fmt: skip
+    found = echoes(ridges[0], tensor(share), ridges[1], torch.as_tensor(mine))
+    whole = np.bincount(query, w)[query]
+    for slope, x in enumerate(features):
+        for i, ridge in enumerate(RIDGES):
+            own = told(x[mine], w[mine], ridge) * w[mine]
+            for a, row in enumerate(mine):
+                others = query[mine] != query[row]
+                heard = h[mine, row] * whole[row] / (1 - whole[mine] * np.diag(h)[mine])
+                expected = (own[a] * heard)[others].sum() / (1 - own[a][~others].sum())
+                assert float(found[slope][a, i]) == pytest.approx(expected, rel=1e-9)
+
+
 def test_deviations_of_a_log_are_found_beside_a_strong_signal_that_all_configs_share():
     # each row's own outcome echoed in what that left of its neighbours: in 5 of 8 worlds none was found, in the others
     # what came was twice what was foretold
