@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -502,6 +503,7 @@ def test_the_trained_tradeoff_gives_the_trained_answers(bank):
     assert (bank.optimized_params_batch(x)["config_id"] == bank.optimized_params_batch(x, 0.0)["config_id"]).all()
 
 
+@cache
 def unproven(dear: bool) -> ReasoningBank:
     trajectories = world("95 % of traffic on the default", 1500, np.random.default_rng([3, 2]))
     if dear:
@@ -688,8 +690,13 @@ def test_queries_in_a_narrow_cone_are_told_what_they_would_be_told_elsewhere():
     assert told[1].unseen_NO.numpy() == pytest.approx(told[0].unseen_NO.numpy(), abs=0.02)
 
 
-def test_a_wide_world_is_learned_on_its_axes():
-    bank = trained(wide(0)).bank()
+@pytest.fixture(scope="module")
+def wide_bank():
+    return trained(wide(0)).bank()
+
+
+def test_a_wide_world_is_learned_on_its_axes(wide_bank):
+    bank = wide_bank
     field, held_out = bank.data.field, wide(5, n=500)
     assert field.axes.shape == (AXES, 150) and field.landmarks.shape[1] == AXES
     batch = bank.optimized_params_batch(held_out.x_QD)
@@ -701,8 +708,8 @@ def test_a_wide_world_is_learned_on_its_axes():
         assert one.expected_gain == pytest.approx(batch["expected_gain"][i], abs=1e-5)
 
 
-def test_a_query_off_all_axes_is_answered():
-    bank = trained(wide(0)).bank()
+def test_a_query_off_all_axes_is_answered(wide_bank):
+    bank = wide_bank
     field = bank._state.field
     middle_D = field.axes_RD.T @ field.centre_R
     off_D = np.linalg.svd(field.axes_RD)[2][-1].astype(np.float32)
