@@ -337,6 +337,19 @@ def test_cosine_ignores_lengths_and_keeps_centroids_on_the_sphere():
     np.testing.assert_allclose(np.linalg.norm(scaled.centroids, axis=1), 1, rtol=1e-6)
 
 
+def test_points_are_compared_with_no_centroid_off_the_sphere(monkeypatch):
+    # neither with one carried beyond its mean nor with one that an exchange has made
+    asked, exchanged, assign, exchange = [], [], Assignment.assign, lloyd.exchange
+    monkeypatch.setattr(
+        Assignment, "assign", lambda self, c, *rest: (asked.append(c.norm(dim=1)), assign(self, c, *rest))[1]
+    )
+    monkeypatch.setattr(lloyd, "exchange", lambda *given: exchanged.append(exchange(*given)) or exchanged[-1])
+    for x, k in ((blobs(60, 20, 4, 0.3)[0], 60), (np.random.default_rng(0).normal(size=(3000, 8)), 30)):
+        kmeans(x, k, metric="cosine", seed=1)
+    assert any(one is not None for one in exchanged)
+    np.testing.assert_allclose(torch.cat(asked), 1.0, rtol=1e-5)
+
+
 def test_one_huge_outlier_does_not_swallow_the_rest():
     x, label = blobs(5, 50, 4, 0.1)
     x = np.vstack([x, np.full((1, 4), 1e6, np.float32)])
