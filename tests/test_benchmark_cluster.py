@@ -22,6 +22,12 @@ SETTINGS = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def small_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the products of 3072 rows are as many as all the rest of a tiny run
+    monkeypatch.setattr(cluster, "PEAK_SIZE", 256)
+
+
 @pytest.mark.parametrize(
     ("suite", "peer"), [("cluster", "plain torch"), ("seed", "sequential torch"), ("whole", "faiss")]
 )

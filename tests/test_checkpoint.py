@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rb_gpu.learn import lloyd
 from rb_gpu.learn.checkpoint import Checkpoint
 from rb_gpu.learn.kmeans import kmeans
 from rb_gpu.learn.lloyd import Solver
@@ -60,6 +61,34 @@ def test_it_goes_on_to_the_same_bits_from_every_save(x, tmp_path, monkeypatch):
         assert np.array_equal(resumed.labels, whole.labels)
         assert (resumed.inertia, resumed.n_iter) == (whole.inertia, whole.n_iter)
         assert not path.exists()
+
+
+def test_a_small_run_goes_on_from_every_update_to_no_more_repairs_than_it_has(tmp_path, monkeypatch):
+    # of a run that has ended, and of one whose repairs are spent, a save would have led to one more
+    monkeypatch.setattr(lloyd, "MAX_REPAIRS", 1)
+    rng = np.random.default_rng(1)
+    points = (6 * rng.normal(size=(20, 2))[rng.integers(20, size=400)] + rng.normal(size=(400, 2))).astype(np.float32)
+    asked, path, real = {"k": 20, "seed": 4, "epsilon": 0.0}, tmp_path / "kmeans.checkpoint", Solver._save
+    whole, saves, repaired = kmeans(points, **asked), 0, 0
+
+    def save(self, *arguments):
+        nonlocal saves, repaired
+        real(self, *arguments)
+        saves, repaired = saves + 1, repaired + self._progress.repairs
+        if saves == stop_at:
+            raise Killed
+
+    monkeypatch.setattr(Solver, "_save", save)
+    for stop_at in range(1, 200):
+        saves = 0
+        try:
+            kmeans(points, checkpoint=Checkpoint(path, 1), **asked)
+            break
+        except Killed:
+            resumed = kmeans(points, checkpoint=Checkpoint(path, 1), **asked)
+        assert resumed.centroids.tobytes() == whole.centroids.tobytes(), stop_at
+        assert (resumed.inertia, resumed.n_iter) == (whole.inertia, whole.n_iter), stop_at
+    assert stop_at > 8 and repaired > 0
 
 
 @pytest.mark.parametrize(

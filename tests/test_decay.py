@@ -151,7 +151,7 @@ def test_auto_reaches_evidence_and_facts(learned):
     np.testing.assert_array_equal(np.isnan(bank.data.arrays["verdict_p_sequential"]), True)
     assert bank.data.evidence.w.sum() < 0.8 * bank.data.evidence.rows.sum()
     # nothing changed here: the same bank as without decay
-    plain, still = learn(rows, learned.config), learn(rows, auto)
+    plain, still = learned.bank, learn(rows, auto)
     assert still.data.facts["half_life"]["half_life_days"] is None
     assert plain.data.facts["half_life"] is None
     for name, array in plain.data.arrays.items():

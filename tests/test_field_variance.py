@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from rb_gpu.learn import learn  # noqa: E402
 from rb_gpu.learn.config import JudgeConfig, ParamsConfig, TrainConfig  # noqa: E402
 from rb_gpu.learn.field import Kernel, Rows, fit  # noqa: E402
-from rb_gpu.learn.field_variance import Inside, not_negative, of_repeats  # noqa: E402
+from rb_gpu.learn.field_variance import Inside, not_negative, of_repeats, variances  # noqa: E402
 from rb_gpu.learn.ridge import RIDGES, Ridge  # noqa: E402
 from rb_gpu.learn.trajectories import Source, assemble  # noqa: E402
 
@@ -33,6 +33,7 @@ def test_sums_over_pairs_leave_out_those_of_one_query():
     inside = Inside.of(tensor(place), torch.as_tensor(leaf), 2, [tensor(place)])
     away = np.vstack([place[:5] - place[:5].mean(0), place[5:11] - place[5:11].mean(0), np.zeros((1, 3))])
     np.testing.assert_allclose(inside.place_QR, away, atol=1e-12)
+    np.testing.assert_allclose(inside.features[0], away, atol=1e-12)
     overall = (away**2).sum() / 9
     np.testing.assert_allclose(inside.spread_U, [(away[:5] ** 2).sum() / 4, (away[5:11] ** 2).sum() / 5, overall])
     rows, known = rows_of(query, config, 12, 2), leaf[query] >= 0
@@ -147,4 +148,97 @@ def test_where_configs_do_not_deviate_nothing_is_learned_inside_leaves():
         learned_UC, left_UC = inside.share(fitted)
         assert fitted.deviates == (steep > 0) == bool((learned_UC > 0).all())
         whole_UC = inside.spread_U[:, None].expand_as(left_UC)
+        for found_UC, of_C, unit in zip(
+            (learned_UC, left_UC), fitted.inside(inside.features), (whole_UC[-1], 1.0), strict=True
+        ):
+            np.testing.assert_allclose(found_UC, whole_UC / unit * of_C)
         assert torch.equal(left_UC, whole_UC) if steep == 0 else bool((left_UC < whole_UC).all())
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(("queries", "steep"), [(9, 1.0), (40, 1.0), (40, 0.0)])
+def test_what_varies_inside_leaves_is_what_least_squares_over_all_pairs_says(full, queries, steep):
+    # planted worlds, whose estimates scatter, pass with errors of another size, leaves unread or means left in
+    rng = np.random.default_rng(queries)
+    query, config = np.repeat(np.arange(queries), 3), np.tile(np.arange(3), queries)
+    if not full:
+        query = np.append(query[rng.random(len(query)) < 0.8], [0, 1, 1])
+        config = rng.integers(3, size=len(query))
+    place, leaf = rng.normal(size=(queries, 2)), np.where(np.arange(queries) < 2, -1, np.arange(queries) % 3)
+    weight, importance = np.ones((2, len(query))) if full else rng.uniform(0.5, 2.0, (2, len(query)))
+    rows = Rows(torch.as_tensor(query), torch.as_tensor(config), tensor(weight), tensor(importance), queries, 3)
+    slope_DC = steep * rng.normal(size=(2, 3))
+    y = 4.0 + config + (place[query] * slope_DC.T[config]).sum(1) + 1.5 * rng.normal(size=len(query))
+    inside = Inside.of(tensor(place), torch.as_tensor(leaf), 3, [tensor(place)])
+
+    def less_means(v, group, weights=None):
+        weights = np.ones(len(v)) if weights is None else weights
+        return v - (np.bincount(group, weights * v) / np.bincount(group, weights).clip(1e-9))[group]
+
+    away = less_means(y, config, importance)
+    away = less_means(less_means(away, query) if full else away, leaf[query] + 1)
+    about, of = inside.place_QR.numpy(), {c: np.flatnonzero((config == c) & (leaf[query] >= 0)) for c in range(3)}
+    estimate = error = 0.0
+    own, default = (np.mean(away[np.concatenate([of[c] for c in cs])] ** 2) for cs in ((0, 2), (1,)))
+    kinds = ((1, [(0, 0), (2, 2)], own**2), (-2, [(0, 1), (2, 1)], own * default), (1, [(1, 1)], default**2))
+    for times, configs, product in kinds:
+        pairs = np.array([
+            (i, j) for a, b in configs for i in of[a] for j in of[b]
+            if query[i] != query[j] and (a != b or i < j)
+        ])  # fmt: skip
+        one, other = query[pairs[:, 0]], query[pairs[:, 1]]
+        design = np.stack([(about[one] * about[other]).sum(1), leaf[one] == leaf[other]], axis=1)
+        estimate += times * np.linalg.lstsq(design, away[pairs[:, 0]] * away[pairs[:, 1]], rcond=None)[0][0]
+        error += times**2 * product * np.linalg.inv(design.T @ design)[0, 0]
+    most = (own + default) / float(inside.spread_U[-1])
+    expected = min(not_negative(estimate, error**0.5), most)
+    assert inside.variance(rows, tensor(y), 1) == pytest.approx(expected)
+    assert (expected == most) == (queries == 9)
+
+
+@pytest.mark.parametrize("lone", [None, 3, 2])  # a config of which there is one row; 2 is the default
+def test_variances_are_those_of_every_config_and_leaf_by_itself(lone):
+    # they only widen doubts: a wrong noise, weight or degree of freedom shows in no choice
+    rng = np.random.default_rng(4)
+    query, config = np.repeat(np.arange(60), 4), np.tile(np.arange(4), 60)
+    if lone is not None:
+        kept = (rng.random(240) < 0.6) & (config != lone) | (np.arange(240) == lone)
+        query, config = query[kept], config[kept]
+    weight, importance = rng.uniform(0.5, 2.0, (2, len(query))) if lone is not None else np.ones((2, 240))
+    x, means = rng.normal(size=(60, 5)), [tensor(rng.normal(size=(4, 5)))]
+    leaf, slope_OCD = np.arange(60) % 3 - (np.arange(60) > 50), rng.normal(size=(3, 4, 5))
+    y = (slope_OCD[:, config] * x[query]).sum(2).T + rng.normal(size=(len(query), 3))
+    columns = (torch.as_tensor(query), torch.as_tensor(config), tensor(weight), tensor(importance))
+    rows = Rows(*columns, 60, 4)
+    assert rows.full == (lone is None)
+    kernels, inside = [Kernel(tensor(x), rows)], Inside.of(tensor(x), torch.as_tensor(leaf), 3, [tensor(x)])
+    fits = {o: fit(kernels, tensor(y[:, o])) for o in (0, 2)}
+    level_CO, gain_UCO, quality_UC = variances(fits, rows, tensor(y), means, inside, 2, 0)
+    assert not level_CO[:, 1].any() and not gain_UCO[..., 1].any()
+    for o, one in fits.items():
+        (learned_UC, left_UC), leverage_UC = inside.share(one), one.leverage(means)
+        assert one.deviates and float(learned_UC.max()) > 0 and float(left_UC.min()) < 1
+        error, inner = y[:, o] - one.unseen_N.numpy(), inside.variance(rows, tensor(y[:, o]), 2)
+        assert (inner > 0) == (lone != 2)
+        of = {c: config == c for c in range(4)}
+        noise = [np.average(error[of[c]] ** 2, weights=weight[of[c]]) for c in range(4)]
+        level = {
+            c: ((importance * error)[of[c]] ** 2).sum() / importance[of[c]].sum() ** 2 * of[c].sum() / (of[c].sum() - 1)
+            for c in range(4)
+            if c != lone
+        }
+        for c in range(4):
+            known = leverage_UC[:, c] + learned_UC[:, c]
+            if c == 2:
+                expected, expected_U = 0.0, torch.zeros(4)
+            elif lone is None:
+                apart = np.mean((error[of[c]] - error[of[2]]) ** 2)
+                expected, expected_U = apart / 60, known * apart + left_UC[:, c] * inner
+            else:
+                expected = 0.0 if lone in (c, 2) else level[c] + level[2]
+                of_default = (leverage_UC[:, 2] + learned_UC[:, 2]) * noise[2]
+                expected_U = known * noise[c] + of_default + left_UC[:, c] * inner
+            assert float(level_CO[c, o]) == pytest.approx(expected)
+            np.testing.assert_allclose(gain_UCO[:, c, o], expected_U)
+            if o == 0:
+                np.testing.assert_allclose(quality_UC[:, c], leverage_UC[:, c] * noise[c])

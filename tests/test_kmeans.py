@@ -96,23 +96,26 @@ def test_inertia_is_no_worse_than_scikit_learns():
     assert ours <= 1.005 * theirs
 
 
-def seeds_of(x: torch.Tensor, k: int, generator: torch.Generator, crew) -> np.ndarray:
+def seeds_of(
+    x: torch.Tensor, k: int, generator: torch.Generator, crew, weight: torch.Tensor | None = None
+) -> np.ndarray:
     """The rows of x (distinct, D = 1) that one seeding draws."""
     points = Assignment(x, torch.zeros(1), crew, 0)
-    seeds = seed_plus_plus(points, Shard(x, torch.ones(len(x)), Ranks()), k, generator)
+    weight = torch.ones(len(x)) if weight is None else weight
+    seeds = seed_plus_plus(points, Shard(x, weight, Ranks()), k, generator)
     return np.array([int((x[:, 0] == s).nonzero()[0]) for s in seeds[:, 0]])
 
 
 def test_seeds_are_distributed_as_d_squared_sampling():
-    # five points on a line, two seeds: the joint law of (first, second) is known in closed form
-    x = torch.tensor([[0.0], [1.0], [3.0], [7.0], [7.5]])
-    d2 = (x - x.T).square().numpy().astype(float)
-    law = d2 / d2.sum(1, keepdims=True) / len(x)
+    # five weighted points on a line, two seeds: the joint law of (first, second) is known in closed form
+    x, weight = torch.tensor([[0.0], [1.0], [3.0], [7.0], [7.5]]), torch.tensor([1.0, 3.0, 0.5, 2.0, 1.0])
+    mass, share = (x - x.T).square().double().numpy() * weight.numpy(), weight.double().numpy() / float(weight.sum())
+    law = mass / mass.sum(1, keepdims=True) * share[:, None]
     generator = torch.Generator().manual_seed(0)
     counts = np.zeros((5, 5))
     with workers() as crew:
         for _ in range(6000):
-            first, second = seeds_of(x, 2, generator, crew)
+            first, second = seeds_of(x, 2, generator, crew, weight)
             counts[first, second] += 1
     possible = law > 0
     assert counts[~possible].sum() == 0
@@ -179,6 +182,14 @@ def test_an_empty_cluster_takes_the_group_that_has_none():
     assert result.inertia < 0.05
 
 
+def test_a_centroid_after_a_copy_keeps_its_points():
+    # the copy's place is drawn anew, from the group that none has
+    x = np.repeat([[-5.0], [5.0], [300.0]], 20, axis=0) + np.linspace(-0.1, 0.1, 60)[:, None]
+    for seed in range(3):
+        result = kmeans(x, 3, init=np.array([[-5.0], [-5.0], [300.0]]), max_iter=1, seed=seed)
+        assert result.centroids[[0, 2], 0] == pytest.approx([-5.0, 300.0], abs=0.2)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_outliers_do_not_take_all_empty_clusters(seed):
     # the farthest points did, and as centroids kept none but themselves: ten groups stayed with others' centroids
@@ -221,6 +232,44 @@ def test_same_seed_same_bits_and_another_seed_another_start():
 def test_restarts_keep_the_lowest_inertia():
     x = np.random.default_rng(0).normal(size=(600, 4)).astype(np.float32)
     assert kmeans(x, 30, n_init=6, seed=1).inertia <= kmeans(x, 30, n_init=1, seed=1).inertia
+
+
+def test_labels_are_those_of_the_best_restart_and_not_of_the_last(monkeypatch):
+    x, ends = np.random.default_rng(0).normal(size=(300, 3)).astype(np.float32), []
+    repaired = lloyd.Solver._repaired
+    monkeypatch.setattr(lloyd.Solver, "_repaired", lambda *given: ends.append(repaired(*given)) or ends[-1])
+    for seed in range(6):
+        result = kmeans(x, 12, n_init=3, seed=seed)
+        runs = ends[-3:]
+        assert result.inertia == min(run.inertia for run in runs)
+        assert np.array_equal(result.labels, brute_force_labels(x, result.centroids)[0])
+    assert any(ends[i + 2].inertia > min(ends[i].inertia, ends[i + 1].inertia) for i in range(0, len(ends), 3))
+
+
+def test_a_repair_that_ends_higher_is_undone(monkeypatch):
+    (x, _), runs, iterate = blobs(12, 40, 4, 1.0), [], lloyd.Solver._lloyd
+    monkeypatch.setattr(lloyd.Solver, "_lloyd", lambda *given: runs.append(iterate(*given)) or runs[-1])
+    heaped = torch.from_numpy(x[:12] + np.arange(12, dtype=np.float32)[:, None])
+    monkeypatch.setattr(lloyd, "exchange", lambda *_: heaped.clone())
+    higher = 0
+    for seed in range(4):
+        result = kmeans(x, 12, seed=seed)
+        assert result.inertia <= runs[-1].inertia
+        higher += result.inertia < runs[-1].inertia
+        labels, d2 = brute_force_labels(x, result.centroids)
+        assert np.array_equal(result.labels, labels) and result.inertia == pytest.approx(d2.min(1).sum(), rel=1e-5)
+    assert higher > 0
+
+
+def test_repairs_are_no_more_than_allowed(monkeypatch):
+    x, tried, exchange = blobs(80, 20, 3, 0.2)[0], [], lloyd.exchange
+    monkeypatch.setattr(lloyd, "exchange", lambda *given: tried.append(1) or exchange(*given))
+    kmeans(x, 80, seed=1)
+    assert len(tried) > 2
+    tried.clear()
+    monkeypatch.setattr(lloyd, "MAX_REPAIRS", 1)
+    kmeans(x, 80, seed=1)
+    assert len(tried) == 2  # of early rounds, and of those that converge
 
 
 def test_codes_threads_and_row_blocks_do_not_change_a_bit(monkeypatch):
@@ -286,6 +335,19 @@ def test_cosine_ignores_lengths_and_keeps_centroids_on_the_sphere():
     base, scaled = kmeans(x, 6, metric="cosine", seed=1), kmeans(x * lengths, 6, metric="cosine", seed=1)
     assert np.array_equal(base.labels, scaled.labels)
     np.testing.assert_allclose(np.linalg.norm(scaled.centroids, axis=1), 1, rtol=1e-6)
+
+
+def test_points_are_compared_with_no_centroid_off_the_sphere(monkeypatch):
+    # neither with one carried beyond its mean nor with one that an exchange has made
+    asked, exchanged, assign, exchange = [], [], Assignment.assign, lloyd.exchange
+    monkeypatch.setattr(
+        Assignment, "assign", lambda self, c, *rest: (asked.append(c.norm(dim=1)), assign(self, c, *rest))[1]
+    )
+    monkeypatch.setattr(lloyd, "exchange", lambda *given: exchanged.append(exchange(*given)) or exchanged[-1])
+    for x, k in ((blobs(60, 20, 4, 0.3)[0], 60), (np.random.default_rng(0).normal(size=(3000, 8)), 30)):
+        kmeans(x, k, metric="cosine", seed=1)
+    assert any(one is not None for one in exchanged)
+    np.testing.assert_allclose(torch.cat(asked), 1.0, rtol=1e-5)
 
 
 def test_one_huge_outlier_does_not_swallow_the_rest():
@@ -387,11 +449,15 @@ def test_a_stale_start_finds_all_clusters(seed):
     assert kmeans(now, 40, seed=seed, warm=start[30:33]).inertia == pytest.approx(result.inertia, rel=1e-4)
 
 
-def test_further_restarts_are_drawn_and_the_best_is_kept():
+def test_further_restarts_are_drawn_and_the_best_is_kept(monkeypatch):
     x, _ = blobs(30, 40, 8, 1.5)
     stale = np.repeat(x[:1], 30, axis=0)
     one, more = (kmeans(x, 30, seed=1, warm=stale, n_init=n).inertia for n in (1, 4))
     assert more <= one
+    given, seed = [], lloyd.seed_plus_plus
+    monkeypatch.setattr(lloyd, "seed_plus_plus", lambda *args: given.append(args[-1] is not None) or seed(*args))
+    kmeans(x, 30, seed=1, warm=stale, n_init=3)
+    assert given == [True, False, False]
 
 
 @pytest.mark.parametrize("warm", [np.ones((6, 5), np.float32), np.ones((3, 4), np.float32), np.full((3, 5), np.nan)])

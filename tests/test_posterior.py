@@ -266,7 +266,9 @@ def field_of(level: np.ndarray, level_variance: np.ndarray) -> Field:
     mean[..., 0], variance[:, 0] = level + APART_UC[:, :configs], level_variance
     unused = [of_one] * 4
     none = np.zeros((0, 0), np.float32)
-    return Field(none, none, none, none, none, of_one, variance, *unused, mean, 0 * mean, 0 * mean[..., 0], *[of_one] * 4)
+    return Field(
+        none, none, none, none, none, of_one, variance, *unused, mean, 0 * mean, 0 * mean[..., 0], *[of_one] * 4
+    )
 
 
 def test_a_fields_levels_are_shrunk_together():

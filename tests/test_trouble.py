@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from soak_kill import answers, settings, write_log
+from typed import run
 
 from rb_gpu.errors import ArtifactError, DataError
 from rb_gpu.learn.training import train
@@ -130,10 +131,14 @@ def test_a_damaged_parent_that_was_named_is_an_error(tmp_path: Path) -> None:
 
 def test_of_two_trainings_at_once_one_runs_and_one_says_so(tmp_path: Path) -> None:
     write_log(tmp_path / "log.parquet")
-    command = [sys.executable, "-m", "jobs.train", "data=files", "data.path=log.parquet", "gate.min_gain=-1",
-               "gate.max_drift=1", "gate.min_rows=1", "index=off", "params.default={ef_search: 64}"]  # fmt: skip
+    given = ["data=files", "data.path=log.parquet", "gate.min_gain=-1", "gate.max_drift=1", "gate.min_rows=1",
+             "index=off", "params.default={ef_search: 64}"]  # fmt: skip
     with subprocess.Popen(
-        command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-m", "jobs.train", *given],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as one:
         lock = tmp_path / "artifacts/.lock"
         until = time.monotonic() + 120
@@ -141,7 +146,7 @@ def test_of_two_trainings_at_once_one_runs_and_one_says_so(tmp_path: Path) -> No
             time.sleep(0.01)
         # held still, so that it cannot be done before the other has come up
         one.send_signal(signal.SIGSTOP)
-        other = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        other = run("train", *given, cwd=tmp_path)
         one.send_signal(signal.SIGCONT)
         assert other.returncode == 1 and f"is in use by another job (process {one.pid}); wait for it" in other.stdout
         assert "Traceback" not in other.stdout + other.stderr

@@ -60,7 +60,7 @@ def exchange(
             splits.pop()
         gain, split = next(((g, s) for g, s in reversed(splits) if s not in used and s != removed), (0.0, -1))
         alone = not used and gain > WORTH_TRYING * inertia and gain > LEAST_COVERED * cost
-        if gain <= 0 or not (gain > LEAST_RATIO * cost or alone):
+        if not (gain > LEAST_RATIO * cost or alone):
             break
         used |= {removed, partner, split}
         mass = masses[removed] + masses[partner]
@@ -70,8 +70,6 @@ def exchange(
             out_KD[partner] = (merged_D / mass).float()
         # where the partner itself is split, its halves take what the merge would have given it
         out_KD[split], out_KD[removed] = halves_2KD[2 * split], halves_2KD[2 * split + 1]
-        if gain <= LEAST_RATIO * cost:
-            break
     return out_KD if used else None
 
 
