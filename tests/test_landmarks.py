@@ -38,7 +38,7 @@ def world() -> SimpleNamespace:
     leaf_Q, weight_N = rng.integers(-1, LEAVES, QUERIES), rng.uniform(0.5, 3.0, QUERIES)
     unit_QD = log.x_QD / np.linalg.norm(log.x_QD, axis=1, keepdims=True)
     told = {}
-    real = landmarks.variances
+    real, slopes = landmarks.variances, landmarks.two_slopes
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(devices.TILE_SCORES, "cpu", 1)  # tiles of 256 queries
         for name, value in {"MAX_QUERIES": SEEN, "TRIAL_QUERIES": TRIED, "LANDMARKS": 16}.items():
@@ -46,6 +46,9 @@ def world() -> SimpleNamespace:
         names = ("fits", "rows", "y_NO", "means", "inside", "default", "quality")
         patch.setattr(
             landmarks, "variances", lambda *given: told.update(zip(names, given, strict=True)) or real(*given)
+        )
+        patch.setattr(
+            landmarks, "two_slopes", lambda kernel_of, y_N: told.update(slopes_y_N=y_N) or slopes(kernel_of, y_N)
         )
         given = torch.from_numpy(unit_QD), leaf_Q, log, torch.from_numpy(weight_N)
         floor = foretell(*given, objective("floor"), 1, torch.device("cpu"))
@@ -71,6 +74,10 @@ def test_rows_of_queries_that_no_regression_saw_are_foretold_by_it_and_others_wi
     for o in fitted:
         assert np.array_equal(found[world.seen_Q, o], world.told["fits"][o].unseen_N)
     assert np.abs(found - said_NO)[world.seen_Q][:, PRODUCT].max() > 1e-3
+
+
+def test_slopes_are_chosen_by_the_quality_that_the_objective_asks_for(world):
+    assert torch.equal(world.told["slopes_y_N"], world.told["y_NO"][:, PRODUCT])
 
 
 def test_a_trial_has_the_rows_and_leaves_of_its_queries(world):
