@@ -20,7 +20,7 @@ from rb_gpu.evidence import Evidence, Floats
 Matrix = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float32]
 
-# of the kernels' slopes, least and greatest: beyond it e^slope squared exceeds what float32 holds
+# of the kernels' slopes, least and greatest: a lookup's float32 holds e^64, and not e^128
 SLOPE_BOUNDS = (0.5, 64.0)
 # the arrays of bank.safetensors where there is a field: dtype, and axes (P leaves, besides those of the legend)
 FIELD_ARRAYS: dict[str, tuple[str, str]] = {

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 # mean cosine of two queries from which a similarity that would be near elsewhere says little
 NARROW = 0.5
-# queries that are asked for it
+# queries from which it is taken
 NARROW_QUERIES = 2**14
 # rows that a cell has on average, at least, where k is worked out from the data
 ROWS_PER_CELL = 10
@@ -111,12 +111,13 @@ def _cluster(
         )
     device = resolve_device(config.device.kind)
     merged_K = consolidate(result.centroids.cpu().numpy(), cluster.merge_similarity, device)
+    leaves = int(merged_K.max()) + 1
     log.info("k-means: k=%d, %d updates, inertia %.6g; %d leaves after merging cosine > %g",
-             found, result.n_iter, result.inertia, int(merged_K.max()) + 1, cluster.merge_similarity)  # fmt: skip
-    if int(merged_K.max()) + 1 < found:
-        _warn_of_cone(x_QD, found, int(merged_K.max()) + 1, cluster.merge_similarity)
+             found, result.n_iter, result.inertia, leaves, cluster.merge_similarity)  # fmt: skip
+    if leaves < found:
+        _warn_of_cone(x_QD, found, leaves, cluster.merge_similarity)
     label_Q = merged_K[ranks.joined(result.labels).cpu().numpy()]
-    rows_P = np.bincount(label_Q, weights=np.bincount(trajectories.query_row), minlength=int(merged_K.max()) + 1)
+    rows_P = np.bincount(label_Q, weights=np.bincount(trajectories.query_row), minlength=leaves)
     kept_P = rows_P >= config.prune.min_support
     if not kept_P.any():
         raise ConfigError(
