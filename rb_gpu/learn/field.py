@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from rb_gpu.learn import ladder
 from rb_gpu.learn.canonical import average_coordinates
 from rb_gpu.learn.echo import echoes
 from rb_gpu.learn.ridge import RIDGES, TINY, Average, Ridge, Task, average, losses, repeated, shares
@@ -28,7 +29,8 @@ ROUNDING = 1e-9
 class Rows:
     """What an outcome is learned from, (N,) each: row of its query, its config, and float64 weights of mean 1.
 
-    weight_N: of the regression. importance_N: w / propensity, by which a config's rows stand for all queries.
+    weight_N: of the regression. importance_N: w / propensity, by which a config's rows stand for all queries. apart_CC:
+    how far configs lie apart (`ladder.distances`), None where none is alike to another.
     """
 
     query_N: Tensor
@@ -37,6 +39,7 @@ class Rows:
     importance_N: Tensor
     queries: int
     configs: int
+    apart_CC: Tensor | None = None
 
     @cached_property
     def full(self) -> bool:
@@ -80,7 +83,8 @@ class Fit:
     coefs: (F, C) per slope. base_C: (C,). unseen_N: each row's prediction without its query; unseen_QC: every query's,
     but for what all configs share. deviates: whether configs differ from place to place, as far as unseen rows tell;
     else all have the same coefficients. share_SL, ridges: the models and their weights, from which a deviation's
-    variance follows.
+    variance follows. mix_CC: how configs share their own regressions (`ladder.mixtures`), None where they do
+    not. level_CC: covariance of the levels, infinite where nothing is known; None of a full table.
     """
 
     coefs: list[Tensor]
@@ -90,6 +94,8 @@ class Fit:
     deviates: bool
     share_SL: Tensor
     ridges: dict[int, Sequence[Ridge]]
+    mix_CC: Tensor | None = None
+    level_CC: Tensor | None = None
 
     def leverage(self, features: Sequence[Tensor]) -> Tensor:
         """(P, C) variance of each config's deviation at P places, in units of a row's noise, under the likeliest model;
@@ -167,7 +173,34 @@ def fit(kernels: Sequence[Kernel], y_N: Tensor) -> Fit:
         )
     plain, deviating = (_fit_full if rows.full else _fit_rows)(kernels, y_N)
     better_N = rows.weight_N * ((y_N - plain.unseen_N).square() - (y_N - deviating.unseen_N).square())
-    return deviating if float(better_N.sum()) > 0 else plain
+    found = deviating if float(better_N.sum()) > 0 else plain
+    if rows.full:
+        return found
+    error_C, count_C = level_errors(rows, y_N - found.unseen_N)
+    base_C, level_CC = ladder.settled(found.base_C, error_C, count_C, rows.apart_CC)
+    moved_C = base_C - found.base_C
+    return replace(
+        found,
+        base_C=base_C,
+        unseen_N=found.unseen_N + moved_C[rows.config_N],
+        unseen_QC=found.unseen_QC + moved_C,
+        level_CC=level_CC,
+    )
+
+
+def level_errors(rows: Rows, error_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance of each config's level (C,), of whose rows this was left unexplained, infinite of a single one; and how
+    many rows it has (C,).
+    """
+
+    def by_config(v_N: Tensor) -> Tensor:
+        return v_N.new_zeros(rows.configs).index_add_(0, rows.config_N, v_N)
+
+    count_C = torch.bincount(rows.config_N, minlength=rows.configs)
+    total_C, squares_C = by_config(rows.importance_N), by_config((rows.importance_N * error_N).square())
+    # the residuals' mean was added to the level, which takes a degree of freedom
+    variance_C = squares_C / total_C.square().clamp(min=TINY) * count_C / (count_C - 1).clamp(min=1)
+    return torch.where(count_C > 1, variance_C, torch.inf), count_C
 
 
 def likelihoods(kernels: Sequence[Kernel], y_N: Tensor) -> Tensor:
@@ -247,19 +280,39 @@ def _fit_rows(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
     common_coefs = [w.expand(-1, rows.configs) for w in common.coefs]
     plain_N = level_N + common.unseen_NC[:, 0]
     plain = Fit(common_coefs, level_C + common.base_C, plain_N, level_C.expand(rows.queries, -1), False, share_SL, own)
-    coefs, base_C = [w.clone() for w in common_coefs], plain.base_C.clone()
+    own_coefs, own_base_C = [torch.zeros_like(w) for w in common_coefs], torch.zeros_like(level_C)
     for c, deviation in zip(rows.members, deviations, strict=True):
-        base_C[c] += deviation.base_C[0]
-        for w, own_w in zip(coefs, deviation.coefs, strict=True):
-            w[:, c] += own_w[:, 0]
-    unseen_QC = level_C + sum(
-        kernel.features @ (w - v) for kernel, w, v in zip(kernels, coefs, common_coefs, strict=True)
-    )
-    unseen_QC = unseen_QC + base_C - plain.base_C
+        own_base_C[c] = deviation.base_C[0]
+        for w, own_w in zip(own_coefs, deviation.coefs, strict=True):
+            w[:, c] = own_w[:, 0]
+    own_QC = own_base_C + sum(kernel.features @ w for kernel, w in zip(kernels, own_coefs, strict=True))
     # of several written to one place, threads would leave any
-    unseen_QC[rows.query_N[rows.last], rows.config_N[rows.last]] = (level_N + deviation_N)[rows.last]
-    deviating = Fit(coefs, base_C, plain_N + deviation_N, unseen_QC, True, share_SL, own)
+    own_QC[rows.query_N[rows.last], rows.config_N[rows.last]] = deviation_N[rows.last]
+    mix_CC = _mix(own_QC, y_N - plain_N, rows)
+    away_QC = own_QC @ mix_CC.T
+    deviating = Fit(
+        [v + w @ mix_CC.T for v, w in zip(common_coefs, own_coefs, strict=True)],
+        plain.base_C + mix_CC @ own_base_C,
+        plain_N + away_QC[rows.query_N, rows.config_N],
+        level_C + away_QC,
+        True,
+        share_SL,
+        own,
+        mix_CC,
+    )
     return _recentred(plain, rows, y_N), _recentred(deviating, rows, y_N)
+
+
+def _mix(own_QC: Tensor, left_N: Tensor, rows: Rows) -> Tensor:
+    """(C, C) how configs that are alike share their deviations: averaged over `ladder.mixtures` by how well each
+    foretells what rows leave (N,). own_QC: each config's deviation at every query, without the query's rows of it.
+    """
+    mixtures = ladder.mixtures(rows.configs, rows.apart_CC).to(own_QC)
+    loss_M = torch.stack([
+        rows.weight_N @ (left_N - (own_QC @ mix_CC.T)[rows.query_N, rows.config_N]).square() for mix_CC in mixtures
+    ])  # fmt: skip
+    share_M = shares(loss_M[:, None, None], rows.effective)[:, 0, 0]
+    return torch.einsum("m,mcd->cd", share_M, mixtures)
 
 
 def _recentred(fitted: Fit, rows: Rows, y_N: Tensor) -> Fit:

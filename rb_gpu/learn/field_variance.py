@@ -35,7 +35,6 @@ def variances(
     gain_UCO = like.new_zeros(*like.shape, y_NO.shape[1])
     level_CO = y_NO.new_zeros(rows.configs, y_NO.shape[1])
     quality_UC = like
-    count_C = torch.bincount(rows.config_N, minlength=rows.configs)
     weight_C = y_NO.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.weight_N).clamp(min=1e-300)
     for o, one in fits.items():
         learned_UC, left_UC = inside.share(one)
@@ -43,12 +42,6 @@ def variances(
         error_N = y_NO[:, o] - one.unseen_N
         noise_C = y_NO.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.weight_N * error_N.square()) / weight_C
         own_UC = leverage_UC * noise_C
-        sums = [
-            y_NO.new_zeros(rows.configs).index_add_(0, rows.config_N, v)
-            for v in (rows.importance_N, (rows.importance_N * error_N).square())
-        ]
-        # the residuals' mean was added to the level, which takes a degree of freedom
-        own_C = sums[1] / sums[0].clamp(min=1e-300).square() * count_C / (count_C - 1).clamp(min=1)
         if rows.full:
             error_QC = y_NO.new_zeros(rows.queries, rows.configs)
             error_QC[rows.query_N, rows.config_N] = error_N
@@ -56,9 +49,10 @@ def variances(
             gain_UCO[..., o] = (leverage_UC + learned_UC) * apart_C
             level_CO[:, o] = apart_C / rows.queries
         else:
-            level_CO[:, o] = torch.where((count_C > 1) & (count_C[default] > 1), own_C + own_C[default], 0.0)
-            at_query_UC = own_UC + learned_UC * noise_C
-            gain_UCO[..., o] = at_query_UC + at_query_UC[:, [default]]
+            level_CO[:, o] = _level_errors(one, noise_C, default)
+            mix_CC = torch.eye(rows.configs).to(y_NO) if one.mix_CC is None else one.mix_CC
+            gain_UCO[..., o] = (own_UC + learned_UC * noise_C) @ (mix_CC - mix_CC[default]).square().T
+            own_UC = own_UC @ mix_CC.square().T
         gain_UCO[..., o] += left_UC * inside.variance(rows, y_NO[:, o], default)
         # what a query has of its own, unlike those around it, only its own rows tell
         found, error = (0.0, 0.0) if rows.full else of_repeats(rows, error_N, default)
@@ -68,6 +62,15 @@ def variances(
         if o == quality:
             quality_UC = own_UC
     return level_CO, gain_UCO, quality_UC
+
+
+def _level_errors(fitted: Fit, like_C: Tensor, default: int) -> Tensor:
+    """(C,) variance of each config's difference to the default over all queries; 0 where nothing is known of it."""
+    if fitted.level_CC is None:
+        return torch.zeros_like(like_C)
+    own_C = fitted.level_CC.diagonal()
+    apart_C = own_C + own_C[default] - 2.0 * fitted.level_CC[default]
+    return torch.where(torch.isfinite(apart_C), apart_C.clamp(min=0.0), 0.0)
 
 
 def of_repeats(rows: Rows, error_N: Tensor, default: int) -> tuple[float, float]:

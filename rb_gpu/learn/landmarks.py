@@ -23,6 +23,7 @@ from rb_gpu.learn.field import Fit, Kernel, Rows, fit
 from rb_gpu.learn.field_variance import Inside, variances
 from rb_gpu.learn.floor import Unseen
 from rb_gpu.learn.kmeans import kmeans
+from rb_gpu.learn.ladder import distances
 from rb_gpu.learn.progress import step
 from rb_gpu.learn.proof import pays as pays_unseen
 from rb_gpu.learn.slopes import two_slopes
@@ -310,6 +311,7 @@ def _rows(chosen_Q: Tensor, trajectories: Trajectories, weight_N: Tensor, device
         (importance / importance.mean()).to(device),
         int(chosen_Q.sum()),
         len(trajectories.configs),
+        distances(trajectories.configs, device),
     )
     return rows, in_fit_N.to(device)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rb_gpu.learn.estimators import RARE_ROWS, rare_size
 from rb_gpu.learn.field import ROUNDING, Fit, Rows
+from rb_gpu.learn.ladder import settled
 from rb_gpu.learn.ridge import FOLDS, TINY, folds_in_turn
 from rb_gpu.objective import Objective
 
@@ -82,8 +83,10 @@ def pays(
     own_N = torch.stack([direction_O[o] * one.unseen_N for o, one in fits.items()]).sum(0)
     total_C = by_config(rows, rows.importance_N).clamp(min=TINY)
     share_N = rows.importance_N / total_C[rows.config_N]
-    # every config was recentred by its own rows: what a row leaves unexplained without itself (MacKinnon & White 1985)
-    left_N = (y_NO @ weighed_O - own_N) / (1.0 - share_N).clamp(min=LEAST_KEPT)
+    left_N = y_NO @ weighed_O - own_N
+    left_C = by_config(rows, share_N * left_N)
+    # a level is of the config's own rows: what a row lies from it without itself (MacKinnon & White 1985)
+    left_N = (left_N - left_C[rows.config_N]) / (1.0 - share_N).clamp(min=LEAST_KEPT) + left_C[rows.config_N]
     away_QC = torch.stack([direction_O[o] * one.unseen_QC for o, one in fits.items()]).sum(0)
     if rows.full:
         # what makes a query hard for all configs says nothing of which is better: differences to the default
@@ -126,14 +129,24 @@ def _shares(pseudo: Pseudo, rows: Rows, default: int, generator: torch.Generator
         error_N = weight_N * (pseudo.left_N - left_C[rows.config_N])
         error_C = by_config(rows, error_N.square()) / total_C.square().clamp(min=TINY)
         known_C = (total_C > 0) & (error_C > 0)
-        gain_C = mean_C + left_C - (mean_C + left_C)[default]
+        seen_C = torch.bincount(rows.config_N[weight_N > 0], minlength=rows.configs)
+        unsure_C = torch.where(known_C, error_C, torch.inf)
+        # what all others are compared with, at what was foretold of it where its rows are in the other folds
+        unsure_C[default] = error_C[default]
+        all_C, all_CC = settled(mean_C + left_C, unsure_C, seen_C, None if rows.full else rows.apart_CC)
+        gain_C, own_C = all_C - all_C[default], all_CC.diagonal()
+        apart_C = own_C + own_C[default] - 2.0 * all_CC[default]
+        apart_C[default] = 2.0 * own_C[default]
         kept_C = torch.zeros_like(gain_C)
-        kept_C[known_C] = shrinkage(gain_C[known_C], (error_C + error_C[default])[known_C])
+        kept_C[known_C] = shrinkage(gain_C[known_C], apart_C[known_C])
         level_C = torch.where(known_C, kept_C * gain_C, -torch.inf)
         # what is no better than the default leaves it in place
         level_C[default] = ROUNDING * float(pseudo.left_N.std())
+        root_CC = _root(torch.where(torch.isfinite(unsure_C * unsure_C[:, None]), all_CC, 0.0))
         noise_GC = torch.randn(DRAWS, rows.configs + 1, generator=generator, dtype=torch.float64).to(gain_C)
-        noise_GC = noise_GC[:, :-1] * error_C.sqrt() - noise_GC[:, -1:] * error_C[default].sqrt()
+        noise_GC[:, default] = noise_GC[:, -1]
+        noise_GC = noise_GC[:, :-1] @ root_CC.T
+        noise_GC = noise_GC - noise_GC[:, [default]]
         noise_GC = noise_GC * kept_C.sqrt()
         noise_GC[:, default] = 0.0
         leaf_PC, spread_PC = _leaves(pseudo, rows, weight_N, left_C)
@@ -152,6 +165,13 @@ def _shares(pseudo: Pseudo, rows: Rows, default: int, generator: torch.Generator
         best_G = (level_C + noise_GC).argmax(1)
         alike_QC[mine_Q] = torch.bincount(best_G, minlength=rows.configs).to(alike_QC) / DRAWS
     return by_query_QC, alike_QC
+
+
+def _root(covariance_CC: Tensor) -> Tensor:
+    """A Cholesky factor (C, C), also where some are known exactly or follow from others."""
+    rounding = ROUNDING * covariance_CC.diagonal().mean() + TINY
+    root_CC: Tensor = torch.linalg.cholesky(covariance_CC + rounding * torch.eye(len(covariance_CC)).to(covariance_CC))
+    return root_CC
 
 
 def _leaves(pseudo: Pseudo, rows: Rows, weight_N: Tensor, left_C: Tensor) -> tuple[Tensor, Tensor]:
