@@ -3,7 +3,8 @@
 Outcomes are predicted by a kernel regression on M landmarks: y_c(q) = base_c + φ(q)·coef_c, where φ holds the kernels
 exp(a·(cos(q, landmark) − 1)) of every slope a (the Nyström method, Williams & Seeger 2001), and the cosine is that of
 their projections on the axes along which queries spread most, as seen from the queries' mean: of many embedders all
-queries lie in a narrow cone, whose cosines hardly differ. NumPy only.
+queries lie in a narrow cone, whose cosines hardly differ. A constant beside them keeps how far a query lies from the
+mean, which a cosine does not tell. NumPy only.
 Axes: M landmarks, D dims, R of the projection, S = 2 slopes, F = M times S, C configs, O outcomes, U leaves and what
 stands for none.
 """
@@ -51,7 +52,8 @@ class Field(NamedTuple):
     """What BankData keeps of the field.
 
     slopes: (S,), the second twice the first, so that a lookup makes both kernels of one exponential. axes: (R, D)
-    float32, orthonormal. centre: (R,) float32, the queries' mean on the axes. landmarks: (M, R) float32 of norm 1.
+    float32, orthonormal, and a last one of zeros. centre: (R,) float32, the queries' mean on the axes, and on the last
+    minus the standard deviation of their distances from it. landmarks: (M, R) float32 of norm 1.
     coef: (F, C, O) float32, zeros for the outcomes that it does not foretell. base: (C, O). level_variance: (C, O) of
     each config's difference to the default over all queries, 0 where unknown. low, high: (C, O) least and greatest
     prediction of a training query, less base; gain_low, gain_high: of its difference to the default's. Nothing beyond

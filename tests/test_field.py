@@ -705,6 +705,20 @@ def test_few_dims_are_all_axes():
     assert torch.equal(axes_RD, torch.eye(12)) and torch.allclose(centre_R, x_QD.mean(0))
 
 
+def test_how_far_a_query_lies_from_the_mean_is_seen():
+    # two features beside a large constant one: scaled to norm 1, places told in which direction, and not how far
+    rng = np.random.default_rng(0)
+    log = table(0, n=1000)
+    around_Q2 = 0.01 * rng.normal(size=(1000, 2))
+    outer_Q = np.linalg.norm(around_Q2, axis=1) > 0.012
+    found = np.where(outer_Q == (log.config_id == 1), 0.9, 0.1).astype(np.float32)
+    x_QD = np.concatenate([np.ones((1000, 1)), around_Q2], axis=1).astype(np.float32)
+    bank = trained(replace(log, x_QD=x_QD, precision=found, recall=found)).bank()
+    assert bank.data.field is not None
+    picked = bank.optimized_params_batch(x_QD)["config_id"]
+    assert ((picked == 1) == outer_Q).mean() > 0.95
+
+
 def test_queries_in_a_narrow_cone_are_told_what_they_would_be_told_elsewhere():
     # of many embedders all queries lie within cosines of .8 of each other, where kernels of the usual slopes are flat
     plain, narrow = wide(0), wide(0)
@@ -733,7 +747,7 @@ def wide_bank():
 def test_a_wide_world_is_learned_on_its_axes(wide_bank):
     bank = wide_bank
     field, held_out = bank.data.field, wide(5, n=500)
-    assert field.axes.shape == (AXES, 150) and field.landmarks.shape[1] == AXES
+    assert field.axes.shape == (AXES + 1, 150) and field.landmarks.shape[1] == AXES + 1
     batch = bank.optimized_params_batch(held_out.x_QD)
     better = table(5, n=500).x_QD[:, 0] > 0
     assert (batch["config_id"][better] == 1).mean() > 0.95 and (batch["config_id"][~better] != 1).mean() > 0.95

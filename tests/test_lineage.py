@@ -169,12 +169,14 @@ def test_a_long_lineage_is_listed_in_part(learned):
     assert fates["counts"]["kept"] > len(fates["kept"]) == LISTED
 
 
-def test_merging_in_a_narrow_cone_is_told_with_the_similarity_that_is_as_near_there(learned, caplog):
-    # many embedders give any two queries a cosine of .8: at .95 patterns of different kinds merged without a word
+@pytest.mark.parametrize("far", [6, 60])
+def test_merging_in_a_narrow_cone_is_told_with_the_similarity_that_is_as_near_there(learned, caplog, far):
+    # many embedders give any two queries a cosine of .8: at .95 patterns of different kinds merged without a word; of
+    # features that are no embeddings, one large beside the others, three digits were 1.000, which merges none
     table = planted(learned, list(range(8)))
     config = replace(CONFIG, cluster=ClusterConfig(k=8))
     assert learn(table, config).data.leaves == 8 and "merge_similarity" not in caplog.text
-    cone_QD = table.x_QD + 6 * np.linalg.svd(learned.centres)[2][-1].astype("f4")
+    cone_QD = table.x_QD + far * np.linalg.svd(learned.centres)[2][-1].astype("f4")
     cone_QD /= np.linalg.norm(cone_QD, axis=1, keepdims=True)
     narrow = replace(table, x_QD=cone_QD)
     assert learn(narrow, config).data.leaves < 8

@@ -159,7 +159,7 @@ def publish(folder: Path, centroids_PD: Matrix, queries_QD: Matrix, configs: int
     kind = "off" if product_is_faster(*centroids_PD.shape) or optional("faiss") is None else "hnsw"
     index = build_index(centroids_PD, IndexConfig(kind=kind), queries_QD, TOP_K)
     files = {} if index is None else {"index.faiss": index}
-    landmarks = embeddings(LANDMARKS, min(AXES, centroids_PD.shape[1]), 2 * seed + 10**8)
+    landmarks = embeddings(LANDMARKS, min(AXES + 1, centroids_PD.shape[1]), 2 * seed + 10**8)
     for name, beside in (("bank", None), ("field", landmarks)):
         write_artifact(folder / name, bank_of(centroids_PD, configs, kind, seed, beside), files)
     return folder / "bank", folder / "field"

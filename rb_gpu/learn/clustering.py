@@ -132,10 +132,13 @@ def _warn_of_cone(x_QD: torch.Tensor, found: int, leaves: int, similarity: float
     few = x_QD[:: max(1, len(x_QD) // NARROW_QUERIES)]
     usual = float(torch.nn.functional.normalize(few, dim=1).double().mean(0).square().sum())
     if usual > NARROW:
+        as_near = usual + similarity * (1.0 - usual)
+        # two digits of what it lacks to 1, and no more than float32 has
+        digits = min(max(3, 1 - math.floor(math.log10(max(1.0 - as_near, 1e-7)))), 7)
         log.warning("cluster.merge_similarity=%g merged %d clusters into %d patterns, but two queries have a cosine of "
-                    "%.2f on the mean: what merged may be of different kinds; set cluster.merge_similarity=%.3f, "
+                    "%.*f on the mean: what merged may be of different kinds; set cluster.merge_similarity=%.*f, "
                     "which is as near for this embedder, or 1 to merge none",
-                    similarity, found, leaves, usual, usual + similarity * (1.0 - usual))  # fmt: skip
+                    similarity, found, leaves, digits - 1, usual, digits, as_near)  # fmt: skip
 
 
 def drop_labels(label_Q: npt.NDArray[np.int64], kept_P: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:

@@ -224,8 +224,8 @@ class IndexConfig:
 
 @dataclass
 class LookupConfig:
-    """How a query's answer is put together from its nearest patterns. top_k, beta: auto by cross-validated value.
-    floor: least cosine, auto from the data.
+    """How a query's answer is put together from its nearest patterns. top_k, beta: auto by cross-validated value,
+    with a field the usual ones. floor: least cosine, auto from the data.
     """
 
     top_k: int | str = "auto"

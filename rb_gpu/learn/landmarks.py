@@ -33,8 +33,9 @@ from rb_gpu.objective import Objective
 log = logging.getLogger(__name__)
 
 LANDMARKS = 512
-# axes on which the landmarks lie: more foretell hardly better, and a lookup multiplies with all of them
-AXES = 64
+# axes on which the landmarks lie: more foretell hardly better, and a lookup multiplies with all of them; with the lift
+# they are whole cache lines
+AXES = 63
 # rounds of the iteration that finds them: it matters what they hold together, not which is which
 POWERS = 6
 QUERIES_PER_LANDMARK = 8
@@ -142,7 +143,7 @@ def foretell(
     landmarks = min(LANDMARKS, len(unit_CD) // QUERIES_PER_LANDMARK)
     if landmarks < LEAST_LANDMARKS or configs < 2:
         return None
-    axes_RD, centre_R = _axes(unit_CD, generator, device)
+    axes_RD, centre_R = _lifted(unit_CD, *_axes(unit_CD, generator, device), device)
     place_CR = _places(unit_CD, axes_RD, centre_R, device)
     found = kmeans(place_CR, landmarks, seed=seed, metric="cosine", device=device.type, engine="torch").centroids
     landmarks_MR = torch.nn.functional.normalize(torch.as_tensor(found), dim=1).to(device)
@@ -257,8 +258,22 @@ def _axes(unit_QD: Tensor, generator: torch.Generator, device: torch.device) -> 
     return axes_RD, (axes_DR.T @ mean_D).float()
 
 
+def _lifted(unit_QD: Tensor, axes_RD: Tensor, centre_R: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Axes and centre with one coordinate more, which no query moves: the standard deviation of their distances from
+    the mean. It makes a place, scaled to norm 1, keep how far from the mean it lies.
+
+    Of few dims that says as much as the direction, and near the mean a direction is noise. Of many dims all queries lie
+    about as far, and the lift changes little.
+    """
+    distance_Q = torch.empty(len(unit_QD), dtype=torch.float64, device=device)
+    for tile in tiles(len(unit_QD), len(axes_RD), device):
+        distance_Q[tile] = (unit_QD[tile].to(device) @ axes_RD.T - centre_R).double().norm(dim=1)
+    lift = distance_Q.std(correction=0).float()
+    return torch.cat([axes_RD, torch.zeros_like(axes_RD[:1])]), torch.cat([centre_R, -lift.view(1)])
+
+
 def _places(unit_TD: Tensor, axes_RD: Tensor, centre_R: Tensor, device: torch.device) -> Tensor:
-    """(T, R) projections on the axes as seen from the centre, scaled to norm 1."""
+    """(T, R) projections on the axes as seen from the centre, the lift among them, scaled to norm 1."""
     place_TR: Tensor = torch.nn.functional.normalize(unit_TD.to(device) @ axes_RD.T - centre_R, dim=1)
     return place_TR
 

@@ -15,13 +15,11 @@ import torch
 from rb_gpu.bank_data import BankData
 from rb_gpu.batch import decide, look, weigh
 from rb_gpu.evidence import Evidence
-from rb_gpu.field import Field
 from rb_gpu.learn.assemble import USUAL_BETA, USUAL_TOP_K, Leaves, assemble
 from rb_gpu.learn.checks import is_auto
 from rb_gpu.learn.config import JudgeConfig
 from rb_gpu.learn.estimators import Estimate, snips
 from rb_gpu.learn.evidence import gather_evidence
-from rb_gpu.learn.landmarks import tempered, with_residuals
 from rb_gpu.learn.leaves import LeafMaking, believed
 from rb_gpu.learn.outcome_model import FOLDS, folds
 from rb_gpu.learn.trajectories import Trajectories
@@ -59,8 +57,9 @@ def tune_lookup(
     """The setting that is worth most by cross-validation: the evidence of the other folds answers a fold's queries.
 
     The usual one stands unless another beats it by ERRORS standard errors of the paired difference, so that noise does
-    not choose; and wherever a setting cannot change an answer, or what is maximised is no utility. Clusters and field
-    are those of all queries: the field says the same under every setting.
+    not choose; and wherever a setting cannot change an answer, or what is maximised is no utility. Clusters are of all
+    queries. With a field the usual one stands too: the field has seen the rows that would value a setting, so that the
+    one which follows it most closely would seem the best.
     """
     config = making.config
     asked = config.lookup
@@ -70,10 +69,9 @@ def tune_lookup(
     # of one pattern every slope is the same
     tried = [usual] + [(k, b) for k in ks for b in (betas if k > 1 else betas[:1]) if (k, b) != usual]
     stands = Tuned(*usual, 0.0, 0.0, len(tried))
-    silent = leaves.field is not None and not leaves.pays
     if len(tried) == 1:
         return stands
-    if objective.kind != "utility" or len(leaves.mass_P) == 1 or silent:
+    if objective.kind != "utility" or len(leaves.mass_P) == 1 or leaves.field is not None:
         log.info("lookup: top_k=%d, beta=%g; there is nothing to tune them by", *usual)
         return stands
     fold_Q = folds(trajectories.query_id)
@@ -84,8 +82,8 @@ def tune_lookup(
     parts = making.stages.of(
         "folds", [read, list(valued)], lambda: _without_each(making, leaves, list(valued), trajectories)
     )
-    for mine, (evidence, field) in zip(valued.values(), parts, strict=True):
-        part = replace(leaves, evidence=evidence, field=field)
+    for mine, evidence in zip(valued.values(), parts, strict=True):
+        part = replace(leaves, evidence=evidence)
         beliefs = believed(part, objective, trajectories.configs.default, config)
         verdicts = judge(part.evidence, trajectories.configs, objective, beliefs, judging)
         data = assemble(trajectories, config, part, objective, beliefs, verdicts, -1.0)
@@ -106,8 +104,8 @@ def _valued(fold_Q: npt.NDArray[np.int64], known_Q: npt.NDArray[np.bool_]) -> di
 
 def _without_each(
     making: LeafMaking, leaves: Leaves, left_out: list[int], trajectories: Trajectories
-) -> list[tuple[Evidence, Field | None]]:
-    """Evidence and field of the leaves without one fold, for each of these: evidence adds, so that one pass does."""
+) -> list[Evidence]:
+    """Evidence of the leaves without one fold, for each of these: evidence adds, so that one pass does."""
     patterns, fold_Q = len(leaves.mass_P), folds(trajectories.query_id)
     part_Q = np.full(len(fold_Q), len(left_out))
     for i, fold in enumerate(left_out):
@@ -115,17 +113,11 @@ def _without_each(
     label_Q = torch.from_numpy(np.where(leaves.label_Q < 0, -1, part_Q * patterns + leaves.label_Q))
     cells = (len(left_out) + 1) * patterns
     whole = gather_evidence(trajectories, label_Q, cells, making.weight_N, making.device)
-    if leaves.field is not None:
-        even_N = tempered(making.weight_N, trajectories)
-        left = gather_evidence(trajectories, label_Q, cells, even_N, making.device, leaves.foretold_NO)
     found = []
     for i in range(len(left_out)):
         group = np.tile(np.arange(patterns), len(left_out) + 1)
         group[i * patterns : (i + 1) * patterns] = -1
-        evidence, field = whole.regroup(group, patterns), leaves.field
-        if field is not None:
-            field = with_residuals(field, evidence, left.regroup(group, patterns))
-        found.append((evidence, field))
+        found.append(whole.regroup(group, patterns))
     return found
 
 
