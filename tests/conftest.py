@@ -185,6 +185,12 @@ def registry(tmp_path: Path) -> Registry:
     return registry
 
 
+@pytest.fixture
+def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what the field says little of: its regressions, most of a training's time, see so many queries."""
+    monkeypatch.setattr("rb_gpu.learn.landmarks.MAX_QUERIES", 2**9)
+
+
 @pytest.fixture(scope="session")
 def learned() -> SimpleNamespace:
     """What `learn` makes of 4000 rows, 8 planted patterns and 5 configs: bank, trajectories, config, planted best."""
