@@ -37,6 +37,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # of two workers none is to begin with the longest test as the other ends
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def make_bank(
     leaves: int = 12, configs: int = 5, dim: int = 16, seed: int = 0, rows: int = 40, objective: Objective = OBJECTIVE
 ) -> BankData:
