@@ -28,6 +28,7 @@ from rb_gpu.types import QueryTrajectory
 TIERS = ("small", "large")
 A, B = "20260101T000000-00000a", "20260102T000000-00000b"
 OBJECTIVE = Objective("utility", "f1", 0.02, 0.2, 1000.0, 4.0, 0.95, None, None)
+FEW_QUERIES = 2**9
 LOOKUP = LookupSettings(top_k=3, beta=8.0, floor=0.5, min_probability=0.8, likeliest=False, auto_margin=True)
 
 
@@ -192,8 +193,8 @@ def registry(tmp_path: Path) -> Registry:
 
 @pytest.fixture
 def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For what the field says little of: its regressions, most of a training's time, see so many queries."""
-    monkeypatch.setattr("rb_gpu.learn.landmarks.MAX_QUERIES", 2**9)
+    """For what the field says little of: its regressions are most of a training's time."""
+    monkeypatch.setattr("rb_gpu.learn.landmarks.MAX_QUERIES", FEW_QUERIES)
 
 
 @pytest.fixture(scope="session")
@@ -233,4 +234,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pytest.importorskip("torch")
     from report_pages import make_pages
 
-    return make_pages(tmp_path_factory.mktemp("pages"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rb_gpu.learn.landmarks.MAX_QUERIES", FEW_QUERIES)
+        return make_pages(tmp_path_factory.mktemp("pages"))
