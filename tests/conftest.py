@@ -28,6 +28,7 @@ from rb_gpu.types import QueryTrajectory
 TIERS = ("small", "large")
 A, B = "20260101T000000-00000a", "20260102T000000-00000b"
 OBJECTIVE = Objective("utility", "f1", 0.02, 0.2, 1000.0, 4.0, 0.95, None, None)
+FEW_QUERIES = 2**9
 LOOKUP = LookupSettings(top_k=3, beta=8.0, floor=0.5, min_probability=0.8, likeliest=False, auto_margin=True)
 
 
@@ -35,6 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # the others are of the CPU, or pretend: device=auto would take a real GPU in them and in the jobs that they start
     if config.option.markexpr.strip() != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # of two workers none is to begin with the longest test as the other ends
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def make_bank(
@@ -185,6 +191,12 @@ def registry(tmp_path: Path) -> Registry:
     return registry
 
 
+@pytest.fixture
+def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what the field says little of: its regressions are most of a training's time."""
+    monkeypatch.setattr("rb_gpu.learn.landmarks.MAX_QUERIES", FEW_QUERIES)
+
+
 @pytest.fixture(scope="session")
 def learned() -> SimpleNamespace:
     """What `learn` makes of 4000 rows, 8 planted patterns and 5 configs: bank, trajectories, config, planted best."""
@@ -222,4 +234,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pytest.importorskip("torch")
     from report_pages import make_pages
 
-    return make_pages(tmp_path_factory.mktemp("pages"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rb_gpu.learn.landmarks.MAX_QUERIES", FEW_QUERIES)
+        return make_pages(tmp_path_factory.mktemp("pages"))

@@ -42,7 +42,7 @@ MAX_SECONDS = 2.0  # of one core; a mutant that waits instead is killed after WA
 WAIT_SECONDS = 10.0
 SLACK = 8 * 2**20  # allocator, error texts, modules that an error path imports
 GUARD = 2**30  # more address space than this is refused to a worker, and the refusal counts as a bug
-CHUNK = 250
+CHUNK = 750
 EVERY_TRADEOFF = 10  # a trade-off costs more than all other lookups together
 
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 from rb_gpu.learn import devices, streaming
 
@@ -82,9 +81,13 @@ class Operations(TorchDispatchMode):
         self.serial: list[tuple[int, ...]] = []
         self.raced = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and what torch would import to say so takes a second
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+        tensors = list(_tensors((*args, *kwargs.values())))
         there = {id(t.held): t for t in tensors if isinstance(t, OnDevice)}
         if not there:
             return func(*args, **kwargs)
@@ -112,10 +115,10 @@ class Operations(TorchDispatchMode):
                 torch.arange(args[2].numel())
             ])  # fmt: skip
             self.raced += places.shape[1] - torch.unique(places, dim=1).shape[1]
-        out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+        out = func(*_held(args), **{name: _held(value) for name, value in kwargs.items()})
         if func is aten.copy_.default:
             return args[0]
-        return tree_map(lambda t: _told(t, there), out)
+        return _told(out, there)
 
     @staticmethod
     def _waits(func: Any, args: Any) -> bool:
@@ -168,11 +171,24 @@ class Drawing(torch.Generator):
         return super().__new__(cls)
 
 
+# operations take and give tensors, and flat lists of them: torch's walks through any tree took most of the time
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
 def _held(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_held, value))
     return value.held if isinstance(value, OnDevice) else value
 
 
 def _told(value: Any, there: dict[int, OnDevice]) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_told(one, there) for one in value)
     if not isinstance(value, torch.Tensor):
         return value
     # what was changed in place is the tensor that was given

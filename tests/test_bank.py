@@ -293,13 +293,15 @@ def test_interpolation_that_meets_a_tried_config_knows_what_it_is_worth(data: Ba
 def test_tradeoff_equals_training_with_those_weights(learned: SimpleNamespace) -> None:
     from rb_gpu.learn import learn
     from rb_gpu.learn.config import JudgeConfig
+    from rb_gpu.learn.stages import Stages
 
     bank, queries = learned.bank.bank(), learned.trajectories.x_QD[:300]
+    stages = Stages(sharing=True)  # of its own: the bank's are not among them
     usual = bank.optimized_params_batch(queries)
     assert (usual["config_id"] == bank.optimized_params_batch(queries, Tradeoff(0.02, 0.2))["config_id"]).all()
     for tradeoff, weights in ((1.5, (0.0, 1.5)), (Tradeoff(0.3, 0.1), (0.3, 0.1)), (0, (0.0, 0.0))):
         judge = JudgeConfig(latency_weight=weights[0], cost_weight=weights[1])
-        other = learn(learned.trajectories, replace(learned.config, judge=judge)).bank()
+        other = learn(learned.trajectories, replace(learned.config, judge=judge), stages=stages).bank()
         answers = bank.optimized_params_batch(queries, tradeoff)
         assert_same(answers, other.optimized_params_batch(queries))
         assert bank.optimized_params(queries[0], tradeoff).config_id == answers["config_id"][0]
@@ -310,10 +312,13 @@ def test_tradeoff_equals_training_with_those_weights(learned: SimpleNamespace) -
 def test_a_margin_that_was_given_stays_under_another_tradeoff(learned: SimpleNamespace) -> None:
     from rb_gpu.learn import learn
     from rb_gpu.learn.config import JudgeConfig
+    from rb_gpu.learn.stages import Stages
+
+    stages = Stages(sharing=True)
 
     def judged(cost_weight: float) -> ReasoningBank:
         judge = JudgeConfig(latency_weight=0.0, cost_weight=cost_weight, margin=0.1)
-        return learn(learned.trajectories, replace(learned.config, judge=judge)).bank()
+        return learn(learned.trajectories, replace(learned.config, judge=judge), stages=stages).bank()
 
     queries = learned.trajectories.x_QD[:300]
     assert_same(judged(0.0).optimized_params_batch(queries, 0.2), judged(0.2).optimized_params_batch(queries))

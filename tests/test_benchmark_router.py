@@ -14,7 +14,7 @@ from rb_gpu.bench import routers  # noqa: E402
 
 
 def test_a_small_run_values_every_router():
-    settings = {"sets": ["sample"], "cost_weights": [0.2], "logs": ["uniform"], "sizes": [600], "rounds": 1}
+    settings = {"sets": ["sample"], "cost_weights": [0.2], "logs": ["uniform"], "sizes": [200], "rounds": 1}
     result = json.loads(json.dumps(routers.measure(settings)))
     (case,) = result["cases"]
     gains = {name: found["gain"] for name, found in case["methods"].items()}

@@ -193,14 +193,14 @@ def _at(clock, plain):
 
 def test_a_dry_run_tells_what_would_be_and_writes_nothing(tmp_path):
     synthesize(
-        SynthesizeConfig(out=str(tmp_path / "planted"), n=4000, dim=16, patterns=8, configs=3, bad_fraction=0.005)
+        SynthesizeConfig(out=str(tmp_path / "planted"), n=1200, dim=16, patterns=8, configs=3, bad_fraction=0.005)
     )
     before = sorted(tmp_path.rglob("*"))
     table = f"data.path={tmp_path}/planted/trajectories.parquet"
     done = run("train", "data=files", table, "dry_run=true", "--quiet", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(tmp_path.rglob("*")) == before
-    for said in ("4,000 rows, 20 of them bad", "3 configs", "stage    seconds", "would publish bank.safetensors",
+    for said in ("1,200 rows, 6 of them bad", "3 configs", "stage    seconds", "would publish bank.safetensors",
                  "nothing is served yet", "dry_run=true: nothing was written"):  # fmt: skip
         assert said in done.stdout
     assert "[INFO]" not in done.stdout, "--quiet shows warnings only"
@@ -213,7 +213,7 @@ def dry_sweep(folder: Path, table: str, swept: str) -> subprocess.CompletedProce
 
 def test_a_dry_sweep_rehearses_every_run_and_writes_nothing(tmp_path):
     # its members used to be trained all the same
-    synthesize(SynthesizeConfig(out=str(tmp_path / "planted"), n=4000, dim=16, patterns=8, configs=3))
+    synthesize(SynthesizeConfig(out=str(tmp_path / "planted"), n=1200, dim=16, patterns=8, configs=3))
     before = sorted(tmp_path.rglob("*"))
     done = dry_sweep(tmp_path, "planted/trajectories.parquet", "cluster.k=8,5000,16")
     assert done.returncode == 0, done.stdout + done.stderr

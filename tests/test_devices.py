@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ import torch
 from rb_gpu.errors import ConfigError
 from rb_gpu.learn import devices
 from rb_gpu.learn.workers import workers
+
+# a file of tests that imports no torch
+LIGHT = Path(__file__).parent / "test_params.py"
 
 
 @pytest.fixture
@@ -124,7 +128,7 @@ def test_a_gpu_is_hidden_from_tests_that_are_not_of_one(asked, hidden):
     # on a GPU node device=auto took it in all of them, and in the jobs that they start
     own = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     told = "import os, sys, pytest; pytest.main(sys.argv[1:]); print(repr(os.environ.get('CUDA_VISIBLE_DEVICES')))"
-    command = [sys.executable, "-c", told, "--collect-only", "-q", "-p", "no:cacheprovider", *asked, __file__]
+    command = [sys.executable, "-c", told, "--collect-only", "-q", "-p", "no:cacheprovider", *asked, str(LIGHT)]
     said = subprocess.run(command, env=own, capture_output=True, text=True, check=True).stdout
     assert said.splitlines()[-1] == ("''" if hidden else "None")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,13 +18,12 @@ import torch
 import torch.distributed as dist
 from pretend import pretended
 from safetensors.numpy import load_file
-from typed import run
+from typed import run, run_ranks
 
 from rb_gpu.learn.distributed import Ranks, launched
 from rb_gpu.learn.kmeans import kmeans
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = Path(__file__).parent / "ranks_kmeans.py"
 
 
 # metric, copies of a centroid in the start, offset of all points, device
@@ -50,17 +48,13 @@ def points(copies: int, offset: float) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("processes", CASES)
 def test_ranks_end_on_the_bits_of_one_process(tmp_path, processes):
-    # all cases in one launch: what its processes import takes longer
     folders = {case: tmp_path / str(i) for i, case in enumerate(CASES[processes])}
     for (_, copies, offset, _), folder in folders.items():
         folder.mkdir()
         np.savez(folder / "data.npz", **points(copies, offset))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", str(SCRIPT),
-        "37", "5", *(f"{metric}:{device}:{folder}" for (metric, _, _, device), folder in folders.items()),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    cases = [f"{metric}:{device}:{folder}" for (metric, _, _, device), folder in folders.items()]
+    for rank in run_ranks(processes, "ranks_kmeans", "37", "5", *cases, cwd=tmp_path):
+        assert rank.returncode == 0, rank.stderr[-3000:]
     for case, folder in folders.items():
         metric, copies, offset, device = case
         data, found = points(copies, offset), np.load(folder / "out.npz")
@@ -79,23 +73,9 @@ def test_the_error_says_which_rank_lost_another(tmp_path):
     # without torchrun, which ends the others itself
     (tmp_path / "die").mkdir()
     np.savez(tmp_path / "die" / "data.npz", x=np.ones((40, 3), np.float32), weight=np.ones(40, np.float32))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(SCRIPT), "3", "0", f"l2:cpu:{tmp_path / 'die'}"]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=os.environ
-            | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    ranks = run_ranks(2, "ranks_kmeans", "3", "0", f"l2:cpu:{tmp_path / 'die'}", cwd=tmp_path)
     assert [rank.returncode for rank in ranks] == [1, 7]
-    assert "RbGpuError: rank 0 of 2 lost another rank" in said[0]
+    assert "RbGpuError: rank 0 of 2 lost another rank" in ranks[0].stderr
 
 
 def test_on_gpus_each_rank_takes_its_own_and_objects_go_by_the_host(monkeypatch):
@@ -150,8 +130,9 @@ def test_two_ranks_publish_the_bank_of_one_process(published, tmp_path, budget):
 def test_two_ranks_go_on_from_a_champion_as_one_process_does(published, tmp_path):
     ours, theirs = (shutil.copytree(published, tmp_path / name, symlinks=True) for name in ("ranks", "alone"))
     more = ("cluster.k=35", "gate.min_gain=-1")  # a gain of .002 less than the champion's is not what is asked
-    on_ranks = subprocess.run(torchrun(ours, *more), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    for done in (on_ranks, run("train", *settings(theirs, *more), cwd=tmp_path)):
+    first, second = run_ranks(2, "jobs.train", *settings(ours, *more), cwd=tmp_path)
+    assert second.returncode == 0, second.stderr[-3000:]
+    for done in (first, run("train", *settings(theirs, *more), cwd=tmp_path)):
         assert done.returncode == 0, done.stderr[-3000:]
         assert "k-means starts from 35 leaves of 2" in done.stdout + done.stderr
     assert_same_bank(ours, theirs)

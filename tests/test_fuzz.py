@@ -6,6 +6,7 @@ import hashlib
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fuzz_mutations import MUTATIONS
 from rb_gpu import ReasoningBank
 
 MUTANTS = 1500
+NULL = int.from_bytes(b"null", "little")
 
 
 @pytest.fixture(scope="module")
@@ -53,36 +55,48 @@ def field(name: str, value: int) -> Any:
     return change
 
 
-@pytest.mark.parametrize(
-    ("kind", "change"),
-    [
-        ("hnsw", lambda rng, content: mislead(rng, content, 28)[0]),
-        ("hnsw", field("entry_point", -1)),
-        ("hnsw", field("max_level", 3)),
-        *[("hnsw", field("ef_search", value)) for value in (0, -1, 2**24, 2**28, 2**31 - 1)],
-        ("hnsw", field("storage code", int.from_bytes(b"null", "little"))),
-        ("flat", field("code", int.from_bytes(b"null", "little"))),
-        *[("ivf", field("nprobe", value)) for value in (0, -1, 2**62)],
-        *[(kind, field(name, 2**24)) for kind, name in [("flat", "vectors size"), ("hnsw", "neighbors size"),
-                                                         ("ivf", "lists nlist"), ("ivf", "list length")]],
-        ("flat", field("vectors", 0x7F800000)),
-        ("hnsw", field("storage vectors", 0x7FC00000)),
-        ("cagra", lambda rng, content: mislead(rng, content, 32)[0]),
-        *[("cagra", field(name, value)) for name, value in [("base only", 1), ("base only", 255), ("entries", 0),
-                                                            ("entries", 2**31 - 1), ("numeric type", 1)]],
-    ],
-)  # fmt: skip
-def test_no_field_of_an_index_ends_the_process(fuzzer: Fuzzer, monkeypatch: Any, kind: str, change: Any) -> None:
-    # Faiss checks most of an index as it reads it, but not these
+# of the index's kind, what is changed and how; Faiss checks most of an index as it reads it, but not these
+FIELDS = {
+    "hnsw misled": ("hnsw", lambda rng, content: mislead(rng, content, 28)[0]),
+    "cagra misled": ("cagra", lambda rng, content: mislead(rng, content, 32)[0]),
+} | {
+    f"{kind} {name} {value}": (kind, field(name, value))
+    for kind, name, values in [
+        ("hnsw", "entry_point", [-1]),
+        ("hnsw", "max_level", [3]),
+        ("hnsw", "ef_search", [0, -1, 2**24, 2**28, 2**31 - 1]),
+        ("hnsw", "storage code", [NULL]),
+        ("hnsw", "neighbors size", [2**24]),
+        ("hnsw", "storage vectors", [0x7FC00000]),
+        ("flat", "code", [NULL]),
+        ("flat", "vectors size", [2**24]),
+        ("flat", "vectors", [0x7F800000]),
+        ("ivf", "nprobe", [0, -1, 2**62]),
+        ("ivf", "lists nlist", [2**24]),
+        ("ivf", "list length", [2**24]),
+        ("cagra", "base only", [1, 255]),
+        ("cagra", "entries", [0, 2**31 - 1]),
+        ("cagra", "numeric type", [1]),
+    ]
+    for value in values
+}
+
+
+def test_no_field_of_an_index_ends_the_process(fuzzer: Fuzzer, monkeypatch: Any) -> None:
+    names = [name for name in FIELDS for _ in range(10)]
+
     def mutant(bases: list[Mutant], seed: int, index: int) -> Mutant:
+        kind, change = FIELDS[names[index]]
         base = next(each for each in bases if each.base == kind)
-        one = Mutant(kind, dict(base.files), "index")
+        one = Mutant(kind, dict(base.files), names[index])
         one.forge(INDEX, change(np.random.default_rng([seed, index]), one.content(INDEX)))
         return one
 
     monkeypatch.setattr("fuzz_artifacts.mutant", mutant)
-    monkeypatch.setattr("fuzz_artifacts.kind_of", lambda *_: ("index", None))
-    assert fuzzer.run(range(10)).bugs == {}
+    monkeypatch.setattr("fuzz_artifacts.kind_of", lambda _, index: (names[index], None))
+    found = fuzzer.run(range(len(names)))
+    assert found.bugs == {}
+    assert sum(found.verdicts.values()) == len(names)
 
 
 # The fuzzer itself: each of these plants a loader that is wrong in one way
@@ -134,6 +148,7 @@ def test_a_loader_that_checks_no_reference_is_caught(fuzzer: Fuzzer, monkeypatch
 )
 def test_a_loader_that_misbehaves_is_caught(fuzzer: Fuzzer, monkeypatch: Any, plant: Any, told: str) -> None:
     load = ReasoningBank.load
+    fuzzer = replace(fuzzer, bases=fuzzer.bases[:1])  # every worker warms up with all that it is given
 
     def planted(path: Path, **options: Any) -> ReasoningBank:
         if (path / "plant").exists():

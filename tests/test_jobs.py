@@ -31,12 +31,13 @@ from rb_gpu.learn.config import (
     TrainConfig,
 )
 from rb_gpu.learn.job_config import SynthesizeConfig
+from rb_gpu.learn.stages import Stages
 from rb_gpu.learn.synthesize import synthesize
 from rb_gpu.learn.training import train
 from rb_gpu.learn.trajectories import load
 
 ROOT = Path(__file__).resolve().parent.parent
-# queries that the field's regressions see in a second run at real size: they take most of its time
+# queries that the field's regressions see at real size in all runs but the first: they take most of its time
 FEWER = 2**13
 
 
@@ -74,9 +75,9 @@ def test_at_real_size_planted_patterns_and_their_best_configs_are_found(tmp_path
 
 @pytest.mark.slow
 def test_at_real_size_equal_configs_get_no_verdicts(tmp_path, monkeypatch):
+    monkeypatch.setattr(landmarks, "MAX_QUERIES", FEWER)
     shares = {"eb": [], "welch": []}
-    for seed, seen in ((0, landmarks.MAX_QUERIES), (3, FEWER)):
-        monkeypatch.setattr(landmarks, "MAX_QUERIES", seen)
+    for seed in (0, 3):
         folder = tmp_path / f"null{seed}"
         synthesize(SynthesizeConfig(out=str(folder), n=200_000, dim=128, patterns=64, effect=0.0, seed=seed))
         table = load(DataConfig(path=str(folder / "trajectories.parquet")), ParamsConfig())
@@ -93,18 +94,19 @@ def test_learning_twice_gives_the_same_bits(planted):
     assert {k: v.tobytes() for k, v in first.items()} == {k: v.tobytes() for k, v in second.items()}
 
 
-@pytest.mark.parametrize("kind", ["off", "flat", "ivf", "hnsw"])
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
-def test_every_index_and_metric_publishes_a_whole_artifact(planted, tmp_path, kind, metric):
-    data = DataConfig(path=str(planted / "trajectories.parquet"), capacity=4000)
-    config = TrainConfig(
-        data=data, index=IndexConfig(kind=kind), cluster=ClusterConfig(metric=metric),
-        registry=RegistryConfig(path=str(tmp_path / "artifacts")),
-    )  # fmt: skip
-    published = train(config)
-    assert ("index.faiss" in verify_artifact(published.folder)["files"]) == (kind != "off")
-    bank = ReasoningBank.load(tmp_path / "artifacts/champion", search="exact" if kind == "off" else "index")
-    assert isinstance(bank.optimized_params(np.ones(64)).params, SearchParams)
+def test_every_index_and_metric_publishes_a_whole_artifact(planted, tmp_path, metric):
+    stages = Stages(sharing=True)  # they differ in the index alone
+    for kind in ("off", "flat", "ivf", "hnsw"):
+        data = DataConfig(path=str(planted / "trajectories.parquet"), capacity=4000)
+        config = TrainConfig(
+            data=data, index=IndexConfig(kind=kind), cluster=ClusterConfig(metric=metric),
+            registry=RegistryConfig(path=str(tmp_path / kind)),
+        )  # fmt: skip
+        published = train(config, stages=stages)
+        assert ("index.faiss" in verify_artifact(published.folder)["files"]) == (kind != "off"), kind
+        bank = ReasoningBank.load(tmp_path / kind / "champion", search="exact" if kind == "off" else "index")
+        assert isinstance(bank.optimized_params(np.ones(64)).params, SearchParams), kind
 
 
 def test_the_whole_way_as_typed(planted, tmp_path):
@@ -173,10 +175,11 @@ def test_a_damaged_champion_is_not_replaced_unseen(planted, tmp_path):
     # it was compared with the default instead, and so could give way to something worse
     data = DataConfig(path=str(planted / "trajectories.parquet"), capacity=4000)
     config = TrainConfig(data=data, registry=RegistryConfig(path=str(tmp_path)))
-    first = train(config)
+    stages = Stages(sharing=True)
+    first = train(config, stages=stages)
     bank_file = first.folder / "bank.safetensors"
     bank_file.write_bytes(bank_file.read_bytes()[:-1])
-    second = train(config)
+    second = train(config, stages=stages)
     assert not second.decision.promote
     assert "champion cannot be compared with" in second.decision.reason
     assert (tmp_path / "champion").resolve() == first.folder.resolve()

@@ -87,6 +87,8 @@ def id_of(data: BankData, centre: np.ndarray) -> int:
     return int(data.arrays["pattern_id"][cosine.argmax()])
 
 
+pytestmark = pytest.mark.usefixtures("few_queries")
+
 CONFIG = TrainConfig(index=IndexConfig(kind="off"))
 
 

@@ -36,6 +36,8 @@ from rb_gpu.learn.synthesize import synthesize
 from rb_gpu.learn.training import Candidate, measure, train
 from rb_gpu.registry import Registry
 
+pytestmark = pytest.mark.usefixtures("few_queries")
+
 CHANGES = {
     "judge.method": {"judge": JudgeConfig(method="welch")},
     "judge.cost_weight": {"judge": JudgeConfig(cost_weight=1.0)},
@@ -193,7 +195,7 @@ def test_optuna_goes_on_after_a_run_that_failed_and_the_best_is_offered(plain, t
     none = run("train", *optuna, "cluster.k=choice(5000,6000)", cwd=tmp_path)
     assert none.returncode == 1 and none.stdout.count("every run failed") == 1
     assert "Traceback" not in none.stdout + none.stderr
-    dry = run("train", *optuna, "cluster.k=choice(4,16)", "dry_run=true", cwd=tmp_path)
+    dry = run("train", *optuna, "cluster.k=choice(4,16)", "hydra.sweeper.n_trials=2", "dry_run=true", cwd=tmp_path)
     assert dry.returncode == 0, dry.stdout + dry.stderr
 
 

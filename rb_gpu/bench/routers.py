@@ -23,6 +23,7 @@ from rb_gpu.learn.config import JudgeConfig, RouterConfig, TrainConfig
 from rb_gpu.learn.lessons import routed
 from rb_gpu.learn.pipeline import choices_beside, learn
 from rb_gpu.learn.policy import SINGLE
+from rb_gpu.learn.stages import Stages
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.valuation import held_out_outcomes
 from rb_gpu.learn.verdicts import resolve_objective
@@ -67,8 +68,9 @@ def _one(
     config.index.kind = "off"
     queries = len(held_out.query_id)
     picked, costs = {}, {}
+    stages = Stages(sharing=True)  # one bank, of which every router learns
     for name, asked in ROUTERS.items():
-        learned = learn(training, replace(config, router=asked))
+        learned = learn(training, replace(config, router=asked), stages=stages)
         bank, router = learned.bank(), learned.router
         if router is None:
             raise RuntimeError(f"no router was trained for {name}")

@@ -253,7 +253,7 @@ def _warnings(shares: ShareDrift, embeddings: EmbeddingDrift, outcomes: list[Con
     if changed:
         worst = max(changed, key=lambda config: abs(config.change))
         said.append(
-            f"utility inside patterns changed under {len(changed)} of {len(outcomes)} configs (most: {worst.config} by "
+            f"utility inside patterns changed (configs: {len(changed)} of {len(outcomes)}, most: {worst.config} by "
             f"{worst.change:+.4f}, q {worst.q_value:.3g}); set judge.half_life=auto so that old rows weigh less, and "
             "look for what changed in the service, or for another kind of query in the same patterns"
         )

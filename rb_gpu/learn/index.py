@@ -85,7 +85,7 @@ def build_index(
         breadth, recall = _tune(faiss, index, unit_PD, queries_BD, config, top_k)
         level = logging.INFO if recall >= config.recall else logging.WARNING
         log.log(
-            level, "index: %s of %d leaves, breadth %d, recall@%d %.4f (index.recall=%g)",
+            level, "index: %s, leaves: %d, breadth %d, recall@%d %.4f (index.recall=%g)",
             config.kind, len(unit_PD), breadth, top_k, recall, config.recall,
         )  # fmt: skip
     return bytes(faiss.serialize_index(index).tobytes())
