@@ -108,6 +108,8 @@ def mixtures(configs: int, apart_CC: Tensor | None) -> Tensor:
         near_CC = _matern(apart_CC / reach)
         for noise in NOISES:
             smoother_CC = torch.linalg.solve(near_CC + noise * own_CC, near_CC)
+            # what all have in common is foretold already, and tells none from another
+            smoother_CC = smoother_CC - smoother_CC.mean(0)
             found += [gain * smoother_CC for gain in GAINS]
     return torch.stack(found)
 
