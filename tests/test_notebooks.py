@@ -33,7 +33,7 @@ CLAIMS = {
         r"no held-out row tried ef_search=\d+ n_probes=\d+",
     ),
     "03_explore_artifact": (
-        r"^24 verdicts; on 56 of 80 leaves the default stands",
+        r"^26 verdicts; on 54 of 80 leaves the default stands",
         r"gain \+0\.\d+ \[\+0\.0\d+, \+0\.\d+\] over the default",
         r"that chance alone may give: True",
         r"bank over default: \+0\.\d+ \[\+0\.00",
