@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 from rb_gpu.learn import ladder  # noqa: E402
 from rb_gpu.learn.field import Kernel, Rows, fit  # noqa: E402
 from rb_gpu.learn.field_variance import Inside, variances  # noqa: E402
-from rb_gpu.learn.proof import pays  # noqa: E402
+from rb_gpu.learn.proof import _root, pays  # noqa: E402
 from rb_gpu.objective import Objective  # noqa: E402
 from rb_gpu.params import ConfigTable, SearchParams  # noqa: E402
 
@@ -92,6 +92,18 @@ def test_what_is_known_stays_and_what_is_not_is_not_made_up():
     mean, cov = ladder.smoothed(y, error, steps())
     assert mean[[0, 4]].tolist() == y[[0, 4]].tolist() and torch.isinf(cov.diagonal()[[0, 4]]).all()
     assert torch.isfinite(cov.diagonal()[[1, 2, 3, 5, 6, 7, 8]]).all()
+
+
+@pytest.mark.parametrize("sure", [1e-30, 1e-14, 1e-8])
+def test_levels_that_are_known_nearly_exactly_leave_a_covariance(sure):
+    # of a prior 1e10 times as wide as the posterior, their difference was no covariance, and its root no number
+    rng = np.random.default_rng(4)
+    error = tensor(np.where(rng.random(STEPS) < 0.5, sure, 1e-3))
+    y = tensor(np.linspace(0, 1, STEPS))
+    mean, cov = ladder.smoothed(y, error, steps())
+    assert mean.numpy() == pytest.approx(y.numpy(), abs=0.1)
+    assert float(torch.linalg.eigvalsh(cov)[0]) > -1e-8 * float(cov.diagonal().max())
+    _root(cov)
 
 
 def test_levels_on_a_ladder_err_less_and_say_by_how_much():

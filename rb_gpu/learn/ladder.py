@@ -124,12 +124,12 @@ def _fit(y_K: Tensor, noise_KK: Tensor, prior_KK: Tensor) -> tuple[Tensor, Tenso
     Williams 2006, section 2.7).
     """
     factor_KK = torch.linalg.cholesky(prior_KK + noise_KK)
-    solved = torch.cholesky_solve(torch.cat([y_K[:, None], torch.ones_like(y_K)[:, None], prior_KK], 1), factor_KK)
-    y_solved_K, one_solved_K, prior_solved_KK = solved[:, 0], solved[:, 1], solved[:, 2:]
+    solved = torch.cholesky_solve(torch.cat([y_K[:, None], torch.ones_like(y_K)[:, None], noise_KK], 1), factor_KK)
+    y_solved_K, one_solved_K, noise_solved_KK = solved[:, 0], solved[:, 1], solved[:, 2:]
     information = one_solved_K.sum()
-    mean = one_solved_K @ y_K / information
-    left_K = y_solved_K - mean * one_solved_K
+    left_K = y_solved_K - (one_solved_K @ y_K / information) * one_solved_K
     log_likelihood = -0.5 * (left_K @ y_K) - factor_KK.diagonal().log().sum() - 0.5 * information.log()
-    beyond_K = 1.0 - prior_KK @ one_solved_K
-    cov_KK = prior_KK - prior_KK @ prior_solved_KK + beyond_K[:, None] * beyond_K / information
-    return log_likelihood, mean + prior_KK @ left_K, cov_KK
+    # by what the noise leaves open: of a prior that is far wider, differences would leave rounding
+    beyond_K = noise_KK @ one_solved_K
+    cov_KK = noise_KK - noise_KK @ noise_solved_KK + beyond_K[:, None] * beyond_K / information
+    return log_likelihood, y_K - noise_KK @ left_K, cov_KK

@@ -36,6 +36,8 @@ LIKELIER = 0.5
 LEAST_DEFAULT = 2
 # a row that makes most of its config's mean says little of how far it lies from it
 LEAST_KEPT = 0.1
+# what a covariance gets on its diagonal, as a share of it, to stay one in spite of rounding
+JITTER = 1e-7
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def _shares(pseudo: Pseudo, rows: Rows, default: int, generator: torch.Generator
 
 def _root(covariance_CC: Tensor) -> Tensor:
     """A Cholesky factor (C, C), also where some are known exactly or follow from others."""
-    rounding = ROUNDING * covariance_CC.diagonal().mean() + TINY
+    rounding = JITTER * covariance_CC.diagonal().mean() + TINY
     root_CC: Tensor = torch.linalg.cholesky(covariance_CC + rounding * torch.eye(len(covariance_CC)).to(covariance_CC))
     return root_CC
 
