@@ -282,7 +282,7 @@ def _foretold(field: Field, direction_O: Floats, default: int) -> tuple[Floats, 
     """What the field says of every leaf's gain (P + 1, C), with its variance, and the variance (C,) over the table.
 
     The differences of all configs to the default, on the whole, are shrunk towards 0 together (James & Stein 1961, with
-    τ² by the method of moments).
+    τ² by the method of moments), but for those of worse ones: nearer to the default, they would seem as good in places.
     """
     error = field.level_variance @ direction_O**2
     error = np.where(error > 0, error, np.inf)
@@ -293,6 +293,7 @@ def _foretold(field: Field, direction_O: Floats, default: int) -> tuple[Floats, 
     excess = (weight * shift[-1] ** 2).sum() - np.count_nonzero(known)
     tau2 = max(excess, 0.0) / max(weight.sum(), 1e-300)
     kept = np.divide(tau2, tau2 + error, out=np.zeros(error.shape), where=known)
+    kept = np.where(known & (shift[-1] < 0), 1.0, kept)
     variance = field.gain_variance @ direction_O**2 + np.where(known, np.maximum(kept, SPIKE) * error, np.inf)
     return shift - shift[-1] + kept * shift[-1], variance, error
 

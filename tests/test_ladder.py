@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from rb_gpu.learn.field_variance import Inside, variances  # noqa: E402
 from rb_gpu.learn.proof import _root, pays  # noqa: E402
 from rb_gpu.objective import Objective  # noqa: E402
 from rb_gpu.params import ConfigTable, SearchParams  # noqa: E402
+from rb_gpu.posterior import _foretold  # noqa: E402
 
 CPU = torch.device("cpu")
 STEPS, QUERIES, DIM, NOISE = 9, 400, 6, 0.5
@@ -240,3 +242,17 @@ def test_small_logs_pass_the_gate_where_a_ladder_says_what_single_configs_do_not
             leaf = torch.zeros(queries, dtype=torch.int64)
             passed[name] += pays({0: one}, rows, y_NO, leaf, UTILITY, default, seed)
     assert passed["alike"] > passed["alone"] + 2
+
+
+def test_a_config_that_is_worse_is_not_drawn_to_the_default():
+    # in small confounded logs the worst ef_search was drawn from -.13 to -.04, and chosen in places
+    gain = np.array([-0.3, -0.1, 0.0, 0.1, 0.3])
+    base, nothing = np.zeros((5, 4)), np.zeros((2, 5, 4))
+    base[:, 0] = gain
+    variance = np.zeros((5, 4))
+    variance[:, 0] = np.where(np.arange(5) == 2, 0.0, 0.02)
+    field = SimpleNamespace(base=base, mean=nothing, level_variance=variance, gain_variance=nothing)
+    foretold, foretold_variance, _ = _foretold(field, UTILITY.direction, 2)
+    assert foretold[0, :3] == pytest.approx(gain[:3])
+    assert (foretold[0, 3:] < 0.9 * gain[3:]).all() and (foretold[0, 3:] > 0.3 * gain[3:]).all()
+    assert foretold_variance[0, :2] == pytest.approx(0.02)
