@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from rb_gpu.bank_data import ARRAYS, BankData, LookupSettings
 from rb_gpu.evidence import Evidence
@@ -39,9 +38,8 @@ USUAL_TOP_K, USUAL_BETA = 5, 16.0
 class Leaves:
     """The leaves: label_Q (Q,) of each training query, -1 where it was pruned; sums_PD and mass_P, the weighted sum of
     each leaf's embeddings and its weight, from which the centroids of every level come; evidence; parents per level;
-    what foretells a query beyond its leaf, where there is such a thing, what it says of each row without having seen
-    its query (N, O), whether its choices were shown to pay, and for a floor what it says of queries that it has not
-    seen.
+    what foretells a query beyond its leaf, where there is such a thing, whether its choices were shown to pay, and for a
+    floor what it says of queries that it has not seen.
     """
 
     label_Q: Rows
@@ -50,7 +48,6 @@ class Leaves:
     evidence: Evidence
     parents: list[Rows]
     field: Field | None = None
-    foretold_NO: Tensor | None = None
     pays: bool = False
     unseen: Unseen | None = None
 

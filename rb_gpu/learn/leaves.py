@@ -97,7 +97,7 @@ class LeafMaking:
             found, field = told
             if pays is None:
                 pays = found.pays(objective, default, seed, in_use)
-        return replace(leaves, field=field, foretold_NO=found.unseen_NO, pays=pays, unseen=found.unseen)
+        return replace(leaves, field=field, pays=pays, unseen=found.unseen)
 
 
 def believed(leaves: Leaves, objective: Objective, default: int, config: TrainConfig) -> Beliefs:
