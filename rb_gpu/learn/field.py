@@ -83,8 +83,8 @@ class Fit:
     coefs: (F, C) per slope. base_C: (C,). unseen_N: each row's prediction without its query; unseen_QC: every query's,
     but for what all configs share. deviates: whether configs differ from place to place, as far as unseen rows tell;
     else all have the same coefficients. share_SL, ridges: the models and their weights, from which a deviation's
-    variance follows. mix_CC: how configs share their own regressions (`ladder.mixtures`), None where they do
-    not. level_CC: covariance of the levels, infinite where nothing is known; None of a full table.
+    variance follows. mix_CC: how configs share their own regressions (`ladder.mixtures`), None where none
+    does. level_CC: covariance of the levels, infinite where nothing is known; None of a full table.
     """
 
     coefs: list[Tensor]
@@ -288,13 +288,15 @@ def _fit_rows(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
     own_QC = own_base_C + sum(kernel.features @ w for kernel, w in zip(kernels, own_coefs, strict=True))
     # of several written to one place, threads would leave any
     own_QC[rows.query_N[rows.last], rows.config_N[rows.last]] = deviation_N[rows.last]
-    mix_CC = _mix(own_QC, y_N - plain_N, rows)
-    away_QC = own_QC @ mix_CC.T
+    mix_CC = None if rows.apart_CC is None else _mix(own_QC, y_N - plain_N, rows, rows.apart_CC)
+    if mix_CC is not None:
+        own_QC, own_base_C = own_QC @ mix_CC.T, mix_CC @ own_base_C
+        own_coefs = [w @ mix_CC.T for w in own_coefs]
     deviating = Fit(
-        [v + w @ mix_CC.T for v, w in zip(common_coefs, own_coefs, strict=True)],
-        plain.base_C + mix_CC @ own_base_C,
-        plain_N + away_QC[rows.query_N, rows.config_N],
-        level_C + away_QC,
+        [v + w for v, w in zip(common_coefs, own_coefs, strict=True)],
+        plain.base_C + own_base_C,
+        plain_N + own_QC[rows.query_N, rows.config_N],
+        level_C + own_QC,
         True,
         share_SL,
         own,
@@ -303,11 +305,11 @@ def _fit_rows(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
     return _recentred(plain, rows, y_N), _recentred(deviating, rows, y_N)
 
 
-def _mix(own_QC: Tensor, left_N: Tensor, rows: Rows) -> Tensor:
+def _mix(own_QC: Tensor, left_N: Tensor, rows: Rows, apart_CC: Tensor) -> Tensor:
     """(C, C) how configs that are alike share their deviations: averaged over `ladder.mixtures` by how well each
     foretells what rows leave (N,). own_QC: each config's deviation at every query, without the query's rows of it.
     """
-    mixtures = ladder.mixtures(rows.configs, rows.apart_CC).to(own_QC)
+    mixtures = ladder.mixtures(apart_CC)
     loss_M = torch.stack([
         rows.weight_N @ (left_N - (own_QC @ mix_CC.T)[rows.query_N, rows.config_N]).square() for mix_CC in mixtures
     ])  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rb_gpu.learn.field import Fit, Rows
+from rb_gpu.learn.ladder import to_default
 from rb_gpu.learn.ridge import TINY
 from rb_gpu.normal import normal_cdf
 
@@ -68,8 +69,7 @@ def _level_errors(fitted: Fit, like_C: Tensor, default: int) -> Tensor:
     """(C,) variance of each config's difference to the default over all queries; 0 where nothing is known of it."""
     if fitted.level_CC is None:
         return torch.zeros_like(like_C)
-    own_C = fitted.level_CC.diagonal()
-    apart_C = own_C + own_C[default] - 2.0 * fitted.level_CC[default]
+    apart_C = to_default(fitted.level_CC, default)
     return torch.where(torch.isfinite(apart_C), apart_C.clamp(min=0.0), 0.0)
 
 

@@ -96,14 +96,19 @@ def smoothed(level_C: Tensor, error_C: Tensor, apart_CC: Tensor) -> tuple[Tensor
     return mean_C, cov_CC
 
 
-def mixtures(configs: int, apart_CC: Tensor | None) -> Tensor:
+def to_default(level_CC: Tensor, default: int) -> Tensor:
+    """(C,) variance of how each level differs from the default's, given the covariance of levels."""
+    own_C = level_CC.diagonal()
+    return own_C + own_C[default] - 2.0 * level_CC[default]
+
+
+def mixtures(apart_CC: Tensor) -> Tensor:
     """(M, C, C) ways of sharing the deviations of configs, each with itself first: every config's becomes a mean of
-    those near it, the smoother of a Gaussian process; times a GAIN, for each of them was drawn to 0 by itself.
+    those near it, the smoother of a Gaussian process, less what all have in common; times a GAIN, for each of them was
+    drawn to 0 by itself.
     """
-    own_CC = torch.eye(configs, dtype=torch.float64, device=None if apart_CC is None else apart_CC.device)
+    own_CC = torch.eye(len(apart_CC), dtype=apart_CC.dtype, device=apart_CC.device)
     found = [own_CC]
-    if apart_CC is None:
-        return own_CC[None]
     for reach in REACHES:
         near_CC = _matern(apart_CC / reach)
         for noise in NOISES:

@@ -23,7 +23,7 @@ from rb_gpu.learn.field import Fit, Kernel, Rows, fit
 from rb_gpu.learn.field_variance import Inside, variances
 from rb_gpu.learn.floor import Unseen
 from rb_gpu.learn.kmeans import kmeans
-from rb_gpu.learn.ladder import distances
+from rb_gpu.learn.ladder import MOST_CONFIGS, distances
 from rb_gpu.learn.progress import step
 from rb_gpu.learn.proof import pays as pays_unseen
 from rb_gpu.learn.slopes import two_slopes
@@ -150,6 +150,9 @@ def foretell(
     landmarks = len(landmarks_MR)  # fewer, where not so many queries are distinct
 
     rows, in_fit_N = _rows(chosen_Q, trajectories, weight_N, device)
+    if configs > MOST_CONFIGS:
+        log.info("field: %d configs, over the %d that tell of their neighbours; each is told of by its own rows",
+                 configs, MOST_CONFIGS)  # fmt: skip
     y_NO = outcomes(trajectories, device)
     quality, *others = (OUTCOMES.index(name) for name in (objective.quality, "log2_latency", "cost"))
     y_of = {o: y_NO[in_fit_N, o] for o in (quality, *others)}

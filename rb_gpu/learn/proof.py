@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rb_gpu.learn.estimators import RARE_ROWS, rare_size
 from rb_gpu.learn.field import ROUNDING, Fit, Rows
-from rb_gpu.learn.ladder import settled
+from rb_gpu.learn.ladder import settled, to_default
 from rb_gpu.learn.ridge import FOLDS, TINY, folds_in_turn
 from rb_gpu.objective import Objective
 
@@ -136,9 +136,9 @@ def _shares(pseudo: Pseudo, rows: Rows, default: int, generator: torch.Generator
         # what all others are compared with, at what was foretold of it where its rows are in the other folds
         unsure_C[default] = error_C[default]
         all_C, all_CC = settled(mean_C + left_C, unsure_C, seen_C, None if rows.full else rows.apart_CC)
-        gain_C, own_C = all_C - all_C[default], all_CC.diagonal()
-        apart_C = own_C + own_C[default] - 2.0 * all_CC[default]
-        apart_C[default] = 2.0 * own_C[default]
+        gain_C, apart_C = all_C - all_C[default], to_default(all_CC, default)
+        # its own 0 would weigh without end
+        apart_C[default] = 2.0 * all_CC[default, default]
         kept_C = torch.zeros_like(gain_C)
         kept_C[known_C] = shrinkage(gain_C[known_C], apart_C[known_C])
         level_C = torch.where(known_C, kept_C * gain_C, -torch.inf)
