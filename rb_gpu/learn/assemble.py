@@ -38,8 +38,8 @@ USUAL_TOP_K, USUAL_BETA = 5, 16.0
 class Leaves:
     """The leaves: label_Q (Q,) of each training query, -1 where it was pruned; sums_PD and mass_P, the weighted sum of
     each leaf's embeddings and its weight, from which the centroids of every level come; evidence; parents per level;
-    what foretells a query beyond its leaf, where there is such a thing, whether its choices were shown to pay, and for a
-    floor what it says of queries that it has not seen.
+    what foretells a query beyond its leaf, where there is such a thing, whether its choices were shown to pay, and for
+    a floor what it says of queries that it has not seen.
     """
 
     label_Q: Rows
