@@ -90,11 +90,12 @@ MAX_ID = 2**62
 
 @dataclass(frozen=True)
 class LookupSettings:
-    """How an answer is computed. top_k: number of nearest patterns. beta: slope of the softmax of their cosines. floor:
-    least cosine. min_probability: least probability of beating the default.
+    """How an answer is computed.
 
-    likeliest: if no config is probable enough, the one of highest quality runs in place of the default. auto_margin:
-    whether the margin is worked out anew under another trade-off.
+    top_k: number of nearest patterns. beta: slope of the softmax of their cosines. floor: least cosine.
+    min_probability: least probability of beating the default. likeliest: if no config is probable enough, the one of
+    highest quality runs in place of the default. auto_margin: whether the margin is worked out anew under another
+    trade-off.
     """
 
     top_k: int

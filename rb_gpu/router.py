@@ -152,8 +152,8 @@ class FastGRNNRouter:
         self._slices = {name: slice(start, end) for name, start, end in zip(HEADS, [0, *ends[:-1]], ends, strict=True)}
 
     def hidden_state(self, features: npt.ArrayLike) -> Vector:
-        """The state h (H,) after one step of features (D + F,), or T steps (T, D + F), oldest first, starting from h =
-        0.
+        """The state h (H,) after one step of features (D + F,) or T steps (T, D + F), oldest first, starting from
+        zeros.
 
         Raises ValueError on a wrong shape, and on values that are not finite or too large.
         """
@@ -197,9 +197,9 @@ class FastGRNNRouter:
         return RouterDecision(params, confidence, config_id, params)
 
     def shares(self, features: npt.ArrayLike) -> dict[str, dict[str | int, float]]:
-        """The probability of each tier, context_tokens, ef_search and n_probes that the best config has it, and under
-        the key "expected" the expected temperature of the best config, clipped to [0, 2]. Raises ValueError as
-        `hidden_state` does.
+        """For each value of model_tier, context_tokens, ef_search and n_probes, the probability that the best config
+        has it. Under temperature, the key "expected" holds the expected temperature of the best config, clipped to [0,
+        2]. Raises ValueError as `hidden_state` does.
         """
         out, configs = self.heads(features), self.configs
         values: dict[str, tuple[str, list[Any]]] = {

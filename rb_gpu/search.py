@@ -23,8 +23,8 @@ Rows = npt.NDArray[np.int64]
 
 # Up to this many floats, leaves x (dims + RANKING_DIMS), a product with all leaves beats a graph on one core; ranking a
 # leaf costs as much as RANKING_DIMS more dims. The graph catches up at 2,000 leaves of 128 dims and at 1,050 of 384;
-# with more dims, once the leaves exceed these 2 MiB, which not every core's own cache holds (`python -m jobs.benchmark
-# suite=lookup`)
+# with more dims, once the leaves exceed these 2 MiB, which not every core's own cache holds. Measured by `python -m
+# jobs.benchmark suite=lookup`
 EXACT_CELLS, RANKING_DIMS = 2**19, 128
 # up to this many leaves, a product with this many queries or more beats a graph that searches for them one by one
 EXACT_BATCH_LEAVES, EXACT_BATCH_QUERIES = 4096, 64
@@ -226,8 +226,8 @@ def open_search(unit_PD: Matrix, index: Any, kind: str, wanted: str) -> Search:
     """The search for `wanted`: exact, index, or auto, which is exact where that is faster, or if there is no index or
     no Faiss.
 
-    index: the content of index.faiss, or None. Raises ArtifactError if the index is wanted but is missing or
-    unreadable, or Faiss is not installed; ValueError for any other value of `wanted`.
+    index: the content of index.faiss, or None. Raises ArtifactError if the index cannot be read, or if wanted is
+    "index" and the artifact has no index or Faiss is not installed; ValueError for any other value of `wanted`.
     """
     if wanted not in ("auto", "exact", "index"):
         raise ValueError(f"search={wanted!r} is not one of auto, exact, index; choose one of them")
