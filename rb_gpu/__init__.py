@@ -1,6 +1,6 @@
-"""rb_gpu: which parameters should this query use, how sure is that, and how much better than the default.
+"""rb_gpu: which parameters a query should use, how sure that is, and how much better than the default they are.
 
-The root imports numpy and the standard library only; `rb_gpu.learn` is the batch side.
+This root package imports only numpy and the standard library; `rb_gpu.learn` is the batch side.
 """
 
 from importlib import import_module
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rb_gpu.router import FastGRNNRouter, RouterDecision
     from rb_gpu.trajectory_log import TrajectoryLog
 
-# what a lookup does not need is imported when it is first asked for
+# names that a lookup does not need are imported on first access
 _LATER = {
     "FastGRNNRouter": "router",
     "Registry": "registry",

@@ -1,4 +1,6 @@
-"""The artifact: an immutable directory that a job publishes and a service loads. Verify and load; no pickle."""
+"""The artifact: an immutable directory that a job publishes and a service loads. Verifies and loads it, without
+pickle.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,13 @@ ROUTER_FILE = "router.safetensors"
 REPORT_FILE = "report.html"
 MAX_MANIFEST_BYTES = 2**20
 LEAST_KEY_BYTES = 16
-# what a file of an artifact may be called: no folder, nothing hidden
+# allowed file names in an artifact: no folders, no hidden files
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def read_key(path: str | Path, setting: str = "registry.hmac_key_file") -> bytes:
-    """The key in a file, less the white space around it. setting: what names the file. Raises ArtifactError where the
-    key is missing or too short.
+    """The key in a file, stripped of surrounding white space. setting: the setting that names the file, for messages.
+    Raises ArtifactError if the key is missing or too short.
     """
     try:
         key = Path(path).read_bytes().strip()
@@ -45,15 +47,15 @@ def read_key(path: str | Path, setting: str = "registry.hmac_key_file") -> bytes
 
 
 def signature(key: bytes, manifest: bytes) -> bytes:
-    """The content of manifest.sig: HMAC-SHA256 (RFC 2104) of the manifest's bytes, in hexadecimal."""
-    import hmac  # like hashlib below: OpenSSL takes a tenth of this package's whole import
+    """The content of manifest.sig: hexadecimal HMAC-SHA256 (RFC 2104) of the manifest's bytes."""
+    import hmac  # imported late, like hashlib below: OpenSSL is a tenth of this package's import
 
     return hmac.new(key, manifest, "sha256").hexdigest().encode() + b"\n"
 
 
 def read_manifest(folder: Path, hmac_key: bytes | None = None) -> dict[str, Any]:
-    """The manifest of an artifact. Raises ArtifactError where it is missing, damaged, of another schema, or, given a
-    key, not signed with it.
+    """The manifest of an artifact. Raises ArtifactError if it is missing, damaged, of another schema or, when a key is
+    given, not signed with it.
     """
     path = folder / MANIFEST
     content = bytes(map_file(path, MAX_MANIFEST_BYTES))
@@ -82,12 +84,13 @@ def read_manifest(folder: Path, hmac_key: bytes | None = None) -> dict[str, Any]
 
 
 def map_file(path: Path, most: int | None = None, size: Any = None) -> Any:
-    """The bytes of a plain file, memory-mapped; of at most `most` bytes, or of `size` where that is given.
+    """The bytes of a regular file, memory-mapped. most: largest allowed size. size: exact size that it must have.
 
-    Raises ArtifactError. The file must not change while it is mapped: artifacts are replaced, never written to.
+    The file must not change while it is mapped: artifacts are replaced, never modified. Raises ArtifactError.
     """
     try:
-        # neither a link nor a pipe is followed: what is checked is what is mapped
+        # opened without following a link or waiting on a pipe, so that the file that is checked is the one that is
+        # mapped
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             status = os.fstat(descriptor)
@@ -109,8 +112,8 @@ def map_file(path: Path, most: int | None = None, size: Any = None) -> Any:
 
 
 def read_file(folder: Path, manifest: dict[str, Any], name: str) -> Any:
-    """The bytes of one of the artifact's files, memory-mapped, None where it has no such file. Raises ArtifactError
-    unless it is as the manifest says: a plain file inside the folder, of the right size and sha256.
+    """The bytes of one of the artifact's files, memory-mapped, or None if the manifest does not list it. Raises
+    ArtifactError unless it is a regular file inside the folder with the size and sha256 of the manifest.
     """
     entry = manifest["files"].get(name)
     if entry is None:
@@ -127,12 +130,13 @@ def read_file(folder: Path, manifest: dict[str, Any], name: str) -> Any:
 
 
 def load_artifact(folder: str | Path, hmac_key: bytes | None = None) -> tuple[BankData, dict[str, Any]]:
-    """The bank of an artifact and its manifest, checked: schema, sizes, hashes, shapes, ranges, cross-references, and,
-    given a key, the signature. The arrays are views of the memory-mapped file, so that processes share its pages.
+    """The bank of an artifact, and its manifest. Checks schema, sizes, hashes, shapes, ranges, cross-references and,
+    when a key is given, the signature. The arrays are views of the memory-mapped file, so that processes share its
+    pages.
 
     Raises ArtifactError with the reason.
     """
-    folder = Path(os.path.realpath(folder))  # once, since a link may be switched meanwhile
+    folder = Path(os.path.realpath(folder))  # resolved once, as a link may be switched meanwhile
     manifest = read_manifest(folder, hmac_key)
     content = read_file(folder, manifest, BANK_FILE)
     try:
@@ -156,7 +160,7 @@ def load_artifact(folder: str | Path, hmac_key: bytes | None = None) -> tuple[Ba
     except ArtifactError as error:
         raise ArtifactError(f"{folder}: {error}") from error
     if isinstance(content, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        # read once to be checked; from here on only what lookups touch stays resident
+        # the checks have read every page; from here on only the pages that lookups touch stay resident
         content.madvise(mmap.MADV_DONTNEED)
     if manifest.get("dim") != data.dim:
         raise ArtifactError(f"{folder}: manifest says dim={manifest.get('dim')}, the centroids have {data.dim}")
@@ -164,7 +168,7 @@ def load_artifact(folder: str | Path, hmac_key: bytes | None = None) -> tuple[Ba
 
 
 def verify_artifact(folder: str | Path, hmac_key: bytes | None = None) -> dict[str, Any]:
-    """Checks every file of an artifact and its bank; returns the manifest. Raises ArtifactError with the reason."""
+    """Checks every file of an artifact, and its bank. Returns the manifest. Raises ArtifactError with the reason."""
     folder = Path(os.path.realpath(folder))
     _, manifest = load_artifact(folder, hmac_key)
     for name in manifest["files"]:

@@ -1,4 +1,4 @@
-"""ReasoningBank: which parameters for this query, how sure, and how much better than the default.
+"""ReasoningBank: answers which parameters a query should use, how sure that is, and how much better than the default.
 
 Suffixes: B queries, D dims.
 """
@@ -31,7 +31,7 @@ _banks: weakref.WeakSet[ReasoningBank] = weakref.WeakSet()
 
 
 class ReasoningBank:
-    """A loaded artifact. Lookups take no lock, and may run in any number of threads while it is reloaded."""
+    """A loaded artifact. Lookups take no lock and may run in any number of threads, also during a reload."""
 
     def __init__(self, data: BankData, index: Any = None, search: str = "auto", log: str | Path | None = None):
         check_bank(data)
@@ -48,7 +48,7 @@ class ReasoningBank:
         _banks.add(self)
 
     def _renew_locks(self) -> None:
-        """For a forked child, whose parent's other threads may have held them."""
+        """Makes new locks: in a forked child, threads of the parent may have held the old ones."""
         self._lock, self._reloading = threading.Lock(), threading.Lock()
         self._state.ratings.lock, self._counts.lock = threading.Lock(), threading.Lock()
 
@@ -62,39 +62,39 @@ class ReasoningBank:
     def load(
         cls, path: str | Path, search: str = "auto", log: str | Path | None = None, hmac_key: bytes | None = None
     ) -> ReasoningBank:
-        """Opens an artifact directory or a link to one, e.g. artifacts/champion. Its files are memory-mapped: artifacts
-        are replaced, never written to.
+        """Opens an artifact directory, or a link to one such as artifacts/champion. Its files are memory-mapped, so an
+        artifact must be replaced, never modified in place.
 
-        search: auto, exact or index. log: SQLite file in which record_trajectory and record_feedback keep what they
-        are given. hmac_key: the artifact, and every one loaded after it, must be signed with it. Raises ArtifactError
-        where the artifact is damaged.
+        search: auto, exact or index. log: path of the SQLite file to which record_trajectory and record_feedback write.
+        hmac_key: if given, this artifact and all loaded later must be signed with it. Raises ArtifactError if it is
+        damaged.
         """
         source = ArtifactSource(path, hmac_key)
         bank = cls.__new__(cls)
-        bank._begin(BankState(*source.read(), search), search, log)  # which were checked where they were read
+        bank._begin(BankState(*source.read(), search), search, log)  # the source checked them as it read them
         source.accept()
         bank._source = source
         return bank
 
     @classmethod
     def from_export(cls, path: str | Path) -> ReasoningBank:
-        """Opens what `export` wrote. Raises ArtifactError where it is damaged or of another version."""
+        """Opens a file written by `export`. Raises ArtifactError if it is damaged or of another schema version."""
         from rb_gpu.interchange import read_export
 
         return cls(read_export(Path(path)))
 
     def export(self, path: str | Path) -> None:
-        """Writes patterns, verdicts and evidence as JSON that `from_export` reads back exactly."""
+        """Writes patterns, verdicts and evidence as JSON, which `from_export` restores exactly."""
         from rb_gpu.interchange import write_export
 
         write_export(self._state.data, Path(path))
 
     def reload_if_changed(self) -> bool:
-        """Opens the artifact again where its link or manifest changed; a bad new one is logged and the old one stays.
+        """Reloads the artifact if its link or manifest changed. A bad new artifact is logged and the old one stays.
 
-        Costs one stat where nothing changed, and never waits: where another thread is at it, that one will do. Returns
-        whether this call put another artifact in place. The votes of this process end with the artifact that they were
-        for: the next training reads them from the log, and its artifact brings them back.
+        Costs one stat if nothing changed, and never waits: while another thread reloads, it returns False at once.
+        Returns whether this call put another artifact in place. Votes counted in this process are dropped with the
+        artifact they were for; the next training reads them from the log and stores them in its artifact.
         """
         source = self._source
         if source is None:
@@ -121,40 +121,41 @@ class ReasoningBank:
 
     def _keep(self, source: ArtifactSource, reason: str) -> bool:
         if source.refuse(reason):
-            import logging  # here and in search: a tenth of what importing this package takes
+            import logging  # imported only here, as in search.py: it takes a tenth of this package's import time
 
             logging.getLogger(__name__).error("kept the artifact in use: %s", reason)
         return False
 
     @property
     def reload_error(self) -> str | None:
-        """Why the newest artifact is not the one served; None where it is."""
+        """Why the newest artifact is not the one served, or None if it is."""
         return None if self._source is None else self._source.error
 
     @property
     def reloads(self) -> int:
-        """How many artifacts this process put in place after the first."""
+        """How many times this process has replaced its first artifact with another."""
         return self._reloads
 
     @property
     def dropped(self) -> int:
-        """Records that the log refused, as record_trajectory says; 0 where there is no log."""
+        """Number of records that the log refused (see record_trajectory); 0 without a log."""
         return 0 if self._log is None else self._log.dropped
 
     @property
     def log_queued(self) -> int:
-        """Records that the log took and did not write yet; 0 where there is no log."""
+        """Number of records that the log has accepted but not yet written; 0 without a log."""
         return 0 if self._log is None else self._log.queued
 
     @property
     def log_failing(self) -> bool:
-        """Whether the log's file cannot be written, as on a full disk; False where there is no log."""
+        """Whether the log's file cannot be written, for example on a full disk; False without a log."""
         return self._log is not None and self._log.failing
 
     def watch(self, interval_s: float = 1.0) -> None:
-        """Looks for a new artifact every interval_s seconds, in a daemon thread, until `close`. Also in a forked child.
+        """Checks for a new artifact every interval_s seconds in a daemon thread, until `close`; a forked child checks
+        too.
 
-        Raises ValueError where interval_s is not positive.
+        Raises ValueError if interval_s is not positive.
         """
         from rb_gpu.watcher import Watcher
 
@@ -164,7 +165,7 @@ class ReasoningBank:
 
     @property
     def version(self) -> str:
-        """The version of the artifact that answers; empty where the bank was not loaded from one."""
+        """Version of the artifact that answers, or an empty string if the bank was not loaded from one."""
         return self._state.version
 
     @property
@@ -174,7 +175,7 @@ class ReasoningBank:
 
     @property
     def configs(self) -> ConfigTable:
-        """The configs that were tried; `config_id` of an answer is a row of it."""
+        """The configs that the bank knows; an answer's `config_id` is a row of this table."""
         return self._state.configs
 
     @property
@@ -189,32 +190,32 @@ class ReasoningBank:
 
     @property
     def search_name(self) -> str:
-        """Which search answers: exact, or the index's kind."""
+        """Which search finds the nearest patterns: "exact", or the kind of the index."""
         return self._state.search.name
 
     @property
     def patterns(self) -> PatternView:
-        """Every pattern by id."""
+        """All patterns by id."""
         return self._state.patterns
 
     @property
     def verdicts(self) -> VerdictView:
-        """The verdict of every leaf pattern by pattern id."""
+        """The verdict of every leaf pattern, by pattern id."""
         return self._state.verdicts
 
     @property
     def next_pattern_id(self) -> int:
-        """The least id that no pattern has had."""
+        """The smallest pattern id that has never been assigned."""
         return self._state.data.next_pattern_id
 
     def find_similar_patterns(self, query: npt.ArrayLike, k: int = 5) -> list[PatternMatch]:
-        """The k leaf patterns nearest to query (D,), best first, with cosine. Raises ValueError on a bad query."""
+        """The k leaf patterns nearest to query (D,), best first, with cosines. Raises ValueError on a bad query."""
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
             raise ValueError(f"k={k!r} is not an integer >= 1; ask for one pattern or more")
         state = self._state
         rows, cosines = nearest(state, query, int(k))
         return [
-            # a cosine of float32 vectors may round to just over 1
+            # a float32 cosine may round to just over 1
             PatternMatch(state.patterns.by_row(row), min(1.0, max(-1.0, cosine)))
             for row, cosine in zip(rows, cosines, strict=True)
         ]
@@ -226,12 +227,12 @@ class ReasoningBank:
         mode: str = "vote",
         on_error: str = "raise",
     ) -> OptimizedParams:
-        """The parameters that query (D,) should use.
+        """The parameters to use for query (D,).
 
-        tradeoff: other weights of latency and cost than those trained for; a number is the weight of cost (of latency
-        where no cost was logged). mode: vote among tried configs, or interpolate (the reference's weighted mean).
-        on_error: raise, or default: the default with the reason, in place of the ValueError of a bad query.
-        Raises ValueError on a bad query, trade-off, mode or on_error.
+        tradeoff: weights of latency and cost that replace the trained ones; a single number is the weight of cost (of
+        latency if no cost was logged). mode: vote (choose among tried configs) or interpolate (the reference's weighted
+        mean). on_error: raise, or default to answer a bad query with the default and the reason in place of a
+        ValueError. Raises ValueError on a bad query, trade-off, mode or on_error.
         """
         state = self._state if tradeoff is None else self._state.under(tradeoff)
         if mode not in ("vote", "interpolate"):
@@ -250,10 +251,10 @@ class ReasoningBank:
     def optimized_params_batch(
         self, queries: npt.ArrayLike, tradeoff: float | Tradeoff | None = None
     ) -> dict[str, npt.NDArray[Any]]:
-        """The same for queries (B, D), as columns of length B: config_id, confidence, expected_quality, expected_gain,
-        pattern_id (-1 where the default is returned, and where all patterns choose since none is near) and one column
-        per search parameter. Numbers are those of `optimized_params` to float32's rounding, not to the bit: sums are
-        taken in another order. Raises ValueError where a query or the trade-off is bad.
+        """`optimized_params` for queries (B, D), as columns of length B: config_id, confidence, expected_quality,
+        expected_gain, pattern_id (-1 where the default is returned, or where no pattern is near and all patterns vote)
+        and one column per search parameter. Numbers equal those of `optimized_params` up to float32 rounding, because
+        sums are taken in another order. Raises ValueError if a query or the trade-off is bad.
         """
         state = self._state if tradeoff is None else self._state.under(tradeoff)
         columns = as_columns(state, vote(state, queries))
@@ -262,18 +263,18 @@ class ReasoningBank:
         return columns
 
     def record_trajectory(self, trajectory: QueryTrajectory) -> bool:
-        """Remembers which pattern a query fell into, for its feedback, and keeps it in the log where there is one.
+        """Remembers the pattern nearest to the query, for later feedback, and appends the trajectory to the log if
+        there is one.
 
-        True means queued, to be written within .2 s, or once the file can be written again, or at `close`. Returns
-        False where the log refused it, since its last attempt to write failed, its queue is full or it is closed: then
-        it is counted nowhere. Raises ValueError on a bad embedding, DataError or TypeError where another field does not
-        fit the log.
+        With a log, True means queued: it is written within .2 s, or once the file can be written again, or at `close`.
+        Returns False, and counts nothing, if the log refused it because its last write failed, its queue is full or it
+        is closed. Raises ValueError on a bad embedding, DataError or TypeError if another field does not fit the log.
         """
         state = self._state
         rows, _ = nearest(state, trajectory.query_embedding, 1)
         if self._log is not None and not self._log.record(trajectory):
             return False
-        if rows:  # an inverted file may find nothing
+        if rows:  # an inverted-file index may find nothing
             state.ratings.remember(trajectory.id, state.pattern_id[rows[0]])
         with self._lock:
             self._trajectories += 1
@@ -282,11 +283,12 @@ class ReasoningBank:
         return True
 
     def record_feedback(self, trajectory_id: int, feedback: UserFeedback) -> bool | None:
-        """One vote per trajectory for the pattern that answered it; a second one changes nothing.
+        """Counts one vote per trajectory, for the pattern nearest to its query; a second vote changes nothing.
 
         Returns whether the vote was counted here: False for a repeat, and for a trajectory that this process did not
-        record (which a log, where there is one, keeps all the same). None where the log refused the vote, as it may a
-        trajectory: then it is counted nowhere, and can be given again. Raises TypeError for a bare rating.
+        record (a log, if there is one, keeps that vote all the same). Returns None if the log refused the vote, for the
+        reasons given in record_trajectory: it is then counted nowhere and may be given again. Raises TypeError for a
+        bare rating.
         """
         if not isinstance(feedback, UserFeedback):
             raise TypeError(f"feedback={feedback!r} is no UserFeedback; give UserFeedback(rating)")
@@ -301,8 +303,8 @@ class ReasoningBank:
         return counted
 
     def satisfaction(self, pattern_id: int) -> tuple[float, float]:
-        """(alpha, beta) of the Beta posterior of a pattern's share of positive votes, from a uniform prior; votes of
-        the training data and of this process. Raises KeyError where there is no such pattern.
+        """(alpha, beta) of the Beta posterior of the share of positive votes for a pattern, from a uniform prior.
+        Counts the votes in the training data and those of this process. Raises KeyError if there is no such pattern.
         """
         state = self._state
         arrays, row = state.data.arrays, state.patterns.row_of(pattern_id)
@@ -330,7 +332,7 @@ class ReasoningBank:
         )
 
     def close(self) -> None:
-        """Flushes and closes the trajectory log, where there is one; stops the watcher."""
+        """Flushes and closes the trajectory log, if there is one, and stops the watcher."""
         if self._log is not None:
             self._log.close()
         if self._watcher is not None:

@@ -1,7 +1,7 @@
-"""What an artifact holds: the arrays and settings of a bank, and the checks that all of them pass before use.
+"""The contents of an artifact: the arrays and settings of a bank, and the checks that all of them pass before use.
 
-Suffixes: A patterns of all levels (leaves first), P leaves, U = P + 1 leaves and what stands for no leaf, C configs,
-D dims, O outcomes, B latency bins.
+Suffixes: A patterns of all levels (leaves first), P leaves, U = P + 1 rows (the leaves, and last a row for queries near
+no leaf), C configs, D dims, O outcomes, B latency bins.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rb_gpu.field import FIELD_ARRAYS, SLOPE_BOUNDS, Field
 from rb_gpu.objective import Objective
 from rb_gpu.params import MAX_TEMPERATURE, ConfigTable
 
-# every array of bank.safetensors: dtype, and axes named as in this file's legend
+# all arrays of bank.safetensors, each with its dtype and its axes, named as in this file's legend
 ARRAYS: dict[str, tuple[str, str]] = {
     "centroids": ("float32", "AD"),
     "pattern_id": ("uint64", "A"),
@@ -79,21 +79,23 @@ ARRAYS: dict[str, tuple[str, str]] = {
     "evidence_pair_comoment": ("float64", "PCOO"),
 }
 
-# a sum of a vote's cells must stay finite in float32
+# largest absolute value of a cell: the sums of a vote must stay finite in float32
 MAX_CELL = 1e30
-# a test that no place of a query can lift over 0: of a config of which nothing is known
+# test value of a config about which nothing is known; no prediction of the field for a query can lift it over 0
 NO_CHANCE = -MAX_CELL
-# a softmax is steep enough, and times what scales the shortest query it must stay finite
+# steep enough for any softmax, and still finite after scaling by the norm of the shortest query
 MAX_BETA = 1e6
 MAX_ID = 2**62
 
 
 @dataclass(frozen=True)
 class LookupSettings:
-    """How an answer is put together: nearest patterns, softmax slope, least cosine, least probability.
+    """How an answer is computed.
 
-    likeliest: where no config is probable enough, the one of highest quality runs in place of the default.
-    auto_margin: whether another trade-off works out its own margin.
+    top_k: number of nearest patterns. beta: slope of the softmax of their cosines. floor: least cosine.
+    min_probability: least probability of beating the default. likeliest: if no config is probable enough, the one of
+    highest quality runs in place of the default. auto_margin: whether the margin is worked out anew under another
+    trade-off.
     """
 
     top_k: int
@@ -106,10 +108,9 @@ class LookupSettings:
 
 @dataclass(frozen=True)
 class BankData:
-    """Everything a bank answers from. arrays: as in ARRAYS. metric, embedder: what its embeddings are.
-
-    method, grade: how its verdicts were judged. facts: further JSON of the manifest (counts, held-out results, config,
-    data, timings), for people and for the gate.
+    """Everything a bank answers from. arrays: as in ARRAYS, and in FIELD_ARRAYS if there is a field. metric: cosine or
+    l2, used in clustering. embedder: id of the embedding model. method, grade: how the verdicts were judged. facts:
+    further JSON of the manifest (counts, held-out results, config, data, timings), for people and for the gate.
     """
 
     arrays: dict[str, npt.NDArray[Any]]
@@ -135,7 +136,7 @@ class BankData:
 
     @property
     def configs(self) -> ConfigTable:
-        """The C configs."""
+        """The table of the C configs."""
         columns = {
             f.name: self.arrays[f"config_{f.name}"] for f in fields(ConfigTable) if f"config_{f.name}" in self.arrays
         }
@@ -148,24 +149,24 @@ class BankData:
 
     @property
     def field(self) -> Field | None:
-        """What foretells a query beyond its patterns, where there is such a thing."""
+        """The field, which predicts a query's outcomes beyond what its patterns say, or None if there is none."""
         if "field_coef" not in self.arrays:
             return None
         return Field(**{name: self.arrays[f"field_{name}"] for name in Field._fields})
 
     def parents(self) -> list[npt.NDArray[np.int64]]:
-        """For each level from the leaves, the row of each node's parent within the level above."""
+        """For each level from the leaves up, the row of each node's parent within the level above."""
         level, parent = self.arrays["level"], self.arrays["parent"]
         starts = [int(np.searchsorted(level, one)) for one in range(int(level.max()) + 2)]
         return [parent[start:stop] - stop for start, stop in pairwise(starts[:-1])]
 
     @property
     def next_pattern_id(self) -> int:
-        """The least id that no pattern has had, in this bank or in those that it descends from."""
+        """The smallest id that no pattern has had, in this bank or in those that it descends from."""
         return max(int(self.facts.get("next_pattern_id", 0)), int(self.arrays["pattern_id"].max()) + 1)
 
     def head(self) -> dict[str, Any]:
-        """What the manifest says of the bank besides its arrays."""
+        """The part of the manifest that describes the bank, besides its arrays."""
         return {
             "metric": self.metric,
             "dim": self.dim,
@@ -180,14 +181,14 @@ class BankData:
 
 
 def squared_norms(x_PD: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """(P,) in float64, since squares of float32 may overflow or vanish; no copy of x_PD is made."""
+    """Squared norms (P,) in float64, as squares of float32 may overflow or vanish; does not copy x_PD."""
     squares: npt.NDArray[np.float64] = np.einsum("pd,pd->p", x_PD, x_PD, dtype=np.float64)
     return squares
 
 
 def check_bank(data: BankData) -> None:
-    """Raises ArtifactError where a setting or an array is missing, or its type, shape, range or cross-reference is
-    wrong, so that nothing that passes can fail in a lookup.
+    """Checks a bank so that nothing that passes can fail in a lookup. Raises ArtifactError if a setting or an array is
+    missing, or has a wrong type, shape, range or cross-reference.
     """
     _check_settings(data)
     sizes = _check_shapes(data.arrays)
@@ -241,7 +242,7 @@ def _is_number(value: Any, low: float, high: float = 1e300) -> bool:
 
 
 def _check_shapes(arrays: dict[str, npt.NDArray[Any]]) -> dict[str, int]:
-    """Size of every axis."""
+    """The size of every axis."""
     expected = ARRAYS | FIELD_ARRAYS if any(name in FIELD_ARRAYS for name in arrays) else ARRAYS
     odd = set(expected) ^ set(arrays)
     _require(not odd, f"array {min(odd, default='')} is missing or unknown")
@@ -261,10 +262,10 @@ def _check_values(data: BankData) -> None:
         if name not in arrays:
             continue
         array = arrays[name]
-        # a verdict's numbers are NaN where they are not known, and its interval may be endless
+        # a verdict's numbers are NaN if unknown, and its interval may be infinite
         if dtype.startswith("float") and not name.startswith("verdict_"):
             _require(np.isfinite(array).all(), f"{name} is not finite")
-        # a lookup keeps float32 of the cells, and of what it makes of the means under another trade-off
+        # a lookup converts the cells to float32, and also what it computes from these means under another trade-off
         learned = name.startswith(("evidence_", "field_")) and name.endswith(("mean", "base", "low", "high"))
         if axes == "UC" or learned:
             _require((np.abs(array) <= MAX_CELL).all(), f"{name} is over {MAX_CELL:g}")
@@ -307,7 +308,7 @@ def _check_field(data: BankData) -> None:
     _require(float(field.centre @ field.centre) < 1.0 + 1e-3, "the norm of field_centre is over 1")
     for name in ("axes", "landmarks"):
         norms = squared_norms(getattr(field, name))
-        # the axis of what no query moves has none
+        # the last axis is the constant coordinate, and all zeros
         norms = norms[:-1] if name == "axes" and norms[-1] == 0 else norms
         _require((np.abs(norms - 1.0) < 1e-3).all(), f"the norm of one of field_{name} is not 1")
     _require((np.abs(field.coef) <= MAX_CELL).all(), f"field_coef is over {MAX_CELL:g}")

@@ -1,6 +1,7 @@
-"""Many queries at once: what `vote.answer` computes for one, in columns.
+"""Answers many queries at once, as columns: the same results as `vote.answer` for each.
 
-Suffixes: B queries, K nearest leaves, D dims, U leaves and what stands for no leaf, C configs, E blocks of C columns.
+Suffixes: B queries, K nearest leaves, D dims, U leaves and a last row for queries that are near no leaf, C configs, E
+columns in blocks of C.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ Rows = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Votes = tuple[Rows, Rows, Vector, Vector, Vector]
 
-# queries whose votes are counted at once, and the cells of their neighbours that are: both bound the memory of a batch
+# both bound the memory of a batch: queries that vote at once, and cells of their neighbours that are read at once
 VOTE_ROWS, VOTE_CELLS = 4096, 2**23
-# of these, queries that the field is asked about at once: their kernels stay in a core's cache
+# queries that the field predicts at once: their kernels stay in a core's cache
 FIELD_ROWS = 512
 
 
 class Voters(NamedTuple):
-    """Who decides: leaves (B, K), -1 for what stands for no leaf, their shares (B, K), and what the field says of the
-    queries, as `FieldCells.shift` does, None where there is no field.
+    """The voters of each query: rows of leaves (B, K), where -1 is the row for queries near no leaf; their weights (B,
+    K); and the field's predictions, as `FieldCells.shifts` returns them, or None without a field.
     """
 
     rows_BK: Rows
@@ -38,8 +39,8 @@ class Voters(NamedTuple):
 
 
 def vote(state: BankState, queries: npt.ArrayLike) -> Votes:
-    """For queries (B, D): nearest leaf (B,) or -1 where none is near, config, confidence, expected quality and expected
-    gain, (B,) each. Raises ValueError.
+    """For queries (B, D), five columns (B,): row of the nearest leaf, or -1 if none is near; config; confidence;
+    expected quality; expected gain. Raises ValueError on bad queries.
     """
     parts = [decide(state, voters) for voters in _voters(state, queries)]
     none, nothing = np.zeros(0, np.int64), np.zeros(0, np.float32)
@@ -49,7 +50,7 @@ def vote(state: BankState, queries: npt.ArrayLike) -> Votes:
 
 
 def as_columns(state: BankState, votes: Votes) -> dict[str, npt.NDArray[Any]]:
-    """Votes as `ReasoningBank.optimized_params_batch` returns them."""
+    """Votes in the form that `ReasoningBank.optimized_params_batch` returns."""
     rows, config, confidence, quality, gain = votes
     acted, configs = (rows >= 0) & (config != state.configs.default), state.configs
     return {
@@ -67,17 +68,17 @@ def as_columns(state: BankState, votes: Votes) -> dict[str, npt.NDArray[Any]]:
 
 
 def expected_gains(state: BankState, queries: npt.ArrayLike) -> Matrix:
-    """What the bank expects each config to gain over the default on each query, (B, C), in the objective's unit.
+    """Expected gain of every config over the default for each query, (B, C), in the objective's unit.
 
-    queries: (B, D). What never ran anywhere near may be NaN. Raises ValueError.
+    queries: (B, D). May be NaN for a config that never ran anywhere near. Raises ValueError on bad queries.
     """
     none = np.zeros((0, len(state.params)), np.float32)
     return np.concatenate([none, *(_blocks(state, 2, 3, voters) for voters in _voters(state, queries))])
 
 
 def look(state: BankState, values_BD: Matrix, k: int) -> tuple[Rows, Matrix, Matrix | None]:
-    """The k nearest leaves of queries as `queries_of` gives them, best first, -1 where there is none, their cosines,
-    (B, K) each, and what the field says of the queries, None where there is no field. Raises ValueError.
+    """For queries as `queries_of` returns them: rows of the k nearest leaves, best first, -1 if there are fewer; their
+    cosines, both (B, K); and the field's predictions, or None without a field. Raises ValueError on bad queries.
     """
     unit_BD, scale_B = scaled(values_BD)
     search = state.search_many if len(unit_BD) >= EXACT_BATCH_QUERIES else state.search
@@ -93,12 +94,12 @@ def look(state: BankState, values_BD: Matrix, k: int) -> tuple[Rows, Matrix, Mat
 
 
 def weigh(rows_BK: Rows, cosine_BK: Matrix, said_BE: Matrix | None, settings: LookupSettings) -> Voters:
-    """Who decides for queries of which `look` says this; nobody but the row of no leaf for one that is near none.
+    """The voters of each query, from the results of `look`; for a query that is near no leaf, row -1 alone.
 
-    Changes rows_BK and said_BE.
+    Modifies rows_BK and said_BE.
     """
     near_BK = (cosine_BK >= settings.floor) & (rows_BK >= 0)
-    # in float64, since a steep β times 0 must stay 0
+    # in float64, so that a large β times 0 is still 0
     below_BK = np.where(near_BK, cosine_BK - cosine_BK[:, :1], -1.0).astype(np.float64)
     weight_BK = np.exp(settings.beta * below_BK) * near_BK
     far_B = ~near_BK[:, 0]
@@ -109,12 +110,12 @@ def weigh(rows_BK: Rows, cosine_BK: Matrix, said_BE: Matrix | None, settings: Lo
 
 
 def decide(state: BankState, voters: Voters) -> Votes:
-    """As `vote` returns it."""
+    """The votes, in the form that `vote` returns them."""
     settings, default, configs, field = state.settings, state.default, len(state.params), state.field
     score_sure_BE = _blocks(state, 0, 2, voters)
     score_BC, sure_BC = score_sure_BE[:, :configs], score_sure_BE[:, configs:]
     least = settings.min_probability if field is None else 0.0
-    # quality is asked for where the likeliest config is, and nowhere else
+    # only the likeliest config is chosen by quality; otherwise it need not be computed
     quality_BC = _blocks(state, 3, 4, voters) if settings.likeliest else score_BC
     config_B = choose(score_BC, sure_BC, quality_BC, least, default, settings.likeliest)
     acted_B = config_B != default
@@ -124,13 +125,13 @@ def decide(state: BankState, voters: Voters) -> Votes:
         sure_B = _probability(sure_B + np.float32(field.least_z) * sd_B, sd_B, acted_B)
     confidence = np.where(acted_B, np.minimum(sure_B, 1), np.float32(0)).astype(np.float32)
     gain = np.where(acted_B, _picked(state, 2, config_B, voters), np.float32(0))
-    told = np.clip(_picked(state, 3, config_B, voters), 0.0, 1.0)  # as vote.answer bounds it
+    told = np.clip(_picked(state, 3, config_B, voters), 0.0, 1.0)  # the same bounds as in vote.answer
     quality = np.where(state.untried_C[config_B], np.float32(np.nan), told)
     return voters.rows_BK[:, 0], config_B, confidence, quality, gain
 
 
 def _voters(state: BankState, queries: npt.ArrayLike) -> Iterator[Voters]:
-    """Who decides, for some queries after the other."""
+    """The voters of one chunk of queries after another."""
     values_BD, top_k = queries_of(queries, state.dim, 2), state.settings.top_k
     few = max(EXACT_BATCH_QUERIES, min(VOTE_ROWS, VOTE_CELLS // (top_k * 2 * len(state.params))))
     for start in range(0, len(values_BD), few):
@@ -138,16 +139,16 @@ def _voters(state: BankState, queries: npt.ArrayLike) -> Iterator[Voters]:
 
 
 def _probability(test_B: Vector, sd_B: Vector, asked_B: Bools) -> Vector:
-    """That normal variables of these means and standard deviations exceed 0; 0 where it is not asked for."""
+    """Probability that normal variables with these means and standard deviations exceed 0; 0 where not asked for."""
     test, sd = test_B[asked_B], sd_B[asked_B]
     z = np.divide(test, sd, out=np.where(test > 0, np.float32(40), np.float32(-40)), where=sd > 0)
     probability_B: Vector = np.zeros(len(test_B), np.float32)
-    probability_B[asked_B] = normal_cdf(z)  # element by element, in Python
+    probability_B[asked_B] = normal_cdf(z)  # computed element by element in Python, hence only where asked for
     return probability_B
 
 
 def _blocks(state: BankState, start: int, stop: int, voters: Voters) -> Matrix:
-    """Means of these blocks of cells, (B, E), with what the field adds."""
+    """Weighted means of the blocks start to stop of the cells, plus the field's predictions, (B, E)."""
     field, configs = state.field, len(state.params)
     cells_UE = state.cells_UE if field is None else field.cells_UE
     mean_BE = _mixed(cells_UE[:, start * configs : stop * configs], voters)
@@ -158,7 +159,7 @@ def _blocks(state: BankState, start: int, stop: int, voters: Voters) -> Matrix:
 
 
 def _picked(state: BankState, block: int, config_B: Rows, voters: Voters) -> Vector:
-    """One config's mean in a block of cells, (B,): a fraction of what `_blocks` reads."""
+    """The mean of one config per query in a block of cells, (B,); reads a fraction of what `_blocks` reads."""
     field, configs, (rows_BK, weight_BK, said_BE) = state.field, len(state.params), voters
     cells_UE = state.cells_UE if field is None else field.cells_UE
     cell_KB = cells_UE.take(rows_BK.T * cells_UE.shape[1] + (block * configs + config_B), mode="wrap")
@@ -169,7 +170,7 @@ def _picked(state: BankState, block: int, config_B: Rows, voters: Voters) -> Vec
 
 
 def _mixed(cells_UE: Matrix, voters: Voters) -> Matrix:
-    """Weighted means of rows of cells (B, E); row -1 is the last."""
-    cells_UE = np.ascontiguousarray(cells_UE)  # once, not for every neighbour
+    """Weighted means of rows of cells (B, E); row -1 is the last one."""
+    cells_UE = np.ascontiguousarray(cells_UE)  # copied once here, and not again for every neighbour
     mixed_BE: Matrix = np.einsum("kb,kbe->be", voters.weight_BK.T, cells_UE.take(voters.rows_BK.T, 0, mode="wrap"))
     return mixed_BE

@@ -1,4 +1,4 @@
-"""The errors that a user can cause; every message names the key or file, the value, the bound and the remedy."""
+"""The errors that a user can cause. Every message names the key or file, the value, the bound and the remedy."""
 
 
 class RbGpuError(Exception):
@@ -14,8 +14,8 @@ class DataError(RbGpuError, ValueError):
 
 
 class ArtifactError(RbGpuError):
-    """An artifact is damaged, incomplete, from another schema, or does not fit what is asked of it."""
+    """An artifact is damaged, incomplete, of another schema, or does not fit what is asked of it."""
 
 
 class RegistryError(RbGpuError):
-    """The registry refuses: unknown version, another job holds the lock, nothing to roll back to."""
+    """The registry refuses a request: unknown version, lock held by another job, or nothing to roll back to."""

@@ -1,4 +1,4 @@
-"""Evidence: the sufficient statistics of each (pattern, config) cell, all of which add.
+"""Evidence: the sufficient statistics of each (pattern, config) cell, all of which are additive.
 
 Suffixes: P patterns, C configs, O outcomes, B latency bins, M merged patterns.
 """
@@ -18,12 +18,15 @@ BINS_PER_OCTAVE = 2
 
 
 class Evidence(NamedTuple):
-    """Cell sums; float64 unless said otherwise. w is a row's weight: decay over time, divided by propensity if logged.
+    """Sufficient statistics of every cell; float64 unless stated. A row's weight w is its time decay, divided by its
+    propensity if one was logged.
 
-    rows: (P, C) int64 trajectories. w, w2: (P, C) Σw and Σw². mean: (P, C, O) weighted means of OUTCOMES. comoment:
-    (P, C, O, O) Σw·(y − mean)(y − mean)ᵀ. precision, recall, latency_us: (P, C) weighted means. latency_hist:
-    (P, C, B) weights by half octaves of latency from 1 µs. pair_*: the same moments of the differences between a row's
-    outcomes and those of the default on the same query, 0 rows where the default was not tried on it.
+    rows: (P, C) int64, number of trajectories. w, w2: (P, C) Σw and Σw².
+    mean: (P, C, O) weighted means of OUTCOMES. comoment: (P, C, O, O) Σw·(y − mean)(y − mean)ᵀ.
+    precision, recall, latency_us: (P, C) weighted means.
+    latency_hist: (P, C, B) Σw by latency bin, BINS_PER_OCTAVE bins for each doubling from 1 µs.
+    pair_*: the same moments of the differences between a row's outcomes and the default's on the same query; 0 rows if
+        the default was not tried on it.
     """
 
     rows: npt.NDArray[np.int64]
@@ -42,9 +45,9 @@ class Evidence(NamedTuple):
     pair_comoment: Floats
 
     def regroup(self, group_P: npt.NDArray[np.int64], groups: int) -> Evidence:
-        """The evidence of `groups` merged patterns: equal to that of their pooled rows (Chan, Golub & LeVeque 1979).
+        """The evidence of `groups` merged patterns, equal to that of their pooled rows (Chan, Golub & LeVeque 1979).
 
-        group_P: (P,) the merged pattern of each pattern; a negative one is left out.
+        group_P: (P,) the merged pattern of each pattern; patterns with a negative group are left out.
         """
         kept = group_P >= 0
 
@@ -80,21 +83,23 @@ class Evidence(NamedTuple):
         )
 
     def select(self, rows_P: npt.NDArray[np.int64]) -> Evidence:
-        """The evidence of the given patterns, in the given order."""
+        """The evidence of the given patterns (rows), in the given order."""
         return Evidence._make(x[rows_P] for x in self)
 
     def with_unknown(self) -> Evidence:
-        """The same evidence and one more pattern, the last, of which nothing is known."""
+        """The same evidence with one more pattern at the end, about which nothing is known."""
         return Evidence._make(_one_more_row(x) for x in self)
 
     @property
     def paired(self) -> bool:
-        """Whether every row of another config has the default's outcome on the same query beside it."""
+        """Whether every row of a config other than the default has an outcome of the default on the same query."""
         other = self.rows.sum(0) > 0
         return bool(self.pair_rows.sum() > 0 and (self.pair_rows.sum(0) == self.rows.sum(0))[other].all())
 
     def latency_quantile(self, q: float) -> Floats:
-        """(P, C) latency in µs below which the share q of the weight lies (log-linear inside a bin); NaN if empty."""
+        """(P, C) latency in µs below which a share q of the weight lies, log-linear inside a bin; NaN for an empty
+        cell.
+        """
         total = self.latency_hist.sum(-1)
         running = self.latency_hist.cumsum(-1)
         target = q * total
@@ -119,12 +124,12 @@ def linear_moments(
 ) -> tuple[Floats, Floats, Floats]:
     """Weighted mean, unbiased variance and effective sample size (Kish: w²/Σw²) of direction·outcomes, each (P, C).
 
-    Variance is NaN where fewer than two effective rows are left.
+    The variance is NaN in cells with fewer than two effective rows.
     """
     size = _ratio(w * w, w2)
     freedom = w - _ratio(w2, w)
     second = np.einsum("pcij,i,j->pc", comoment, direction_O, direction_O)
-    # equal values leave a square of rounding errors behind, which is no variance
+    # equal values leave a sum of squares of rounding errors, which is no variance
     rounding = 1e-12 * (np.abs(mean) @ np.abs(direction_O))
     second = np.where(second <= w * rounding**2, 0.0, second)
     enough = freedom > 1e-9 * np.maximum(w, 1e-300)

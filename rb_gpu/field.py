@@ -1,12 +1,13 @@
-"""The field: what a query's place among the landmarks foretells of every config, beyond what its patterns say.
+"""The field: predicts the outcomes of every config from a query's own position, beyond what its patterns say.
 
-Outcomes are predicted by a kernel regression on M landmarks: y_c(q) = base_c + φ(q)·coef_c, where φ holds the kernels
-exp(a·(cos(q, landmark) − 1)) of every slope a (the Nyström method, Williams & Seeger 2001), and the cosine is that of
-their projections on the axes along which queries spread most, as seen from the queries' mean: of many embedders all
-queries lie in a narrow cone, whose cosines hardly differ. A constant beside them keeps how far a query lies from the
-mean, which a cosine does not tell. NumPy only.
-Axes: M landmarks, D dims, R of the projection, S = 2 slopes, F = M times S, C configs, O outcomes, U leaves and what
-stands for none.
+It is a kernel regression on M landmarks: y_c(q) = base_c + φ(q)·coef_c, where φ holds the kernels exp(a·(cos(q,
+landmark) − 1)) for every slope a (the Nyström method, Williams & Seeger 2001). The cosine is taken between projections
+onto the axes of largest variance of the training queries, measured from their mean: with many embedders all queries lie
+in a narrow cone, where plain cosines hardly differ. A constant last coordinate keeps information on a query's distance
+from the mean, which a cosine alone would lose. NumPy only.
+
+Axes: M landmarks, D dims, R projected dims, S = 2 slopes, F = M·S features, C configs, O outcomes, P leaves, U = P + 1
+rows (the leaves, and last a row for queries that are near no leaf).
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from rb_gpu.evidence import Evidence, Floats
 Matrix = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float32]
 
-# of the kernels' slopes, least and greatest: a lookup's float32 holds e^64, and not e^128
+# bounds of the kernel slopes: a lookup computes e^slope in float32, which holds e^64 but not e^128
 SLOPE_BOUNDS = (0.5, 64.0)
-# the arrays of bank.safetensors where there is a field: dtype, and axes (P leaves, besides those of the legend)
+# arrays that bank.safetensors holds if there is a field: dtype, and axes named as in the legend
 FIELD_ARRAYS: dict[str, tuple[str, str]] = {
     "field_slopes": ("float64", "S"),
     "field_axes": ("float32", "RD"),
@@ -49,18 +50,23 @@ FIELD_ARRAYS: dict[str, tuple[str, str]] = {
 
 
 class Field(NamedTuple):
-    """What BankData keeps of the field.
+    """The arrays of a fitted field, as BankData stores them. "Gain" is a config's difference to the default.
 
-    slopes: (S,), the second twice the first, so that a lookup makes both kernels of one exponential. axes: (R, D)
-    float32, orthonormal, and a last one of zeros. centre: (R,) float32, the queries' mean on the axes, and on the last
-    minus the standard deviation of their distances from it. landmarks: (M, R) float32 of norm 1.
-    coef: (F, C, O) float32, zeros for the outcomes that it does not foretell. base: (C, O). level_variance: (C, O) of
-    each config's difference to the default over all queries, 0 where unknown. low, high: (C, O) least and greatest
-    prediction of a training query, less base; gain_low, gain_high: of its difference to the default's. Nothing beyond
-    them is foretold. mean: (U, C, O) mean prediction over each leaf's queries, less base; over all queries in the last
-    row. gain_variance: (U, C, O) of a config's difference to the default for one query there, quality_variance: (U, C)
-    of its mean quality, both without what a leaf's own evidence says. residual_*: as in Evidence, the leaves' moments
-    of outcomes less what the field says of their queries without having seen them.
+    slopes: (S,), the second twice the first, so that a lookup derives both kernels from one exponential.
+    axes: (R, D) float32, orthonormal, except for a last axis of zeros (the constant coordinate).
+    centre: (R,) float32, mean of the queries on the axes; its last entry is minus the standard deviation of their
+        distances from that mean.
+    landmarks: (M, R) float32 of norm 1.
+    coef: (F, C, O) float32, 0 for outcomes that the field does not predict. base: (C, O).
+    level_variance: (C, O) variance of each config's estimated mean gain over all queries; 0 if unknown.
+    low, high: (C, O) smallest and largest prediction for a training query, less base. gain_low, gain_high: the same for
+        the predicted gain. Lookups clip to these bounds.
+    mean: (U, C, O) mean prediction over the queries of each leaf, less base; the last row is the mean over all queries.
+    gain_variance: (U, C, O) variance of a config's gain on a single query of the leaf around its prediction, beyond
+        level_variance. quality_variance: (U, C) variance of its predicted mean quality in the leaf. Neither includes
+        the variance of the leaf's own residual effect, which `posterior.believe` adds.
+    residual_*: moments as in Evidence, of the outcomes less the field's predictions, each made without the row's own
+        query.
     """
 
     slopes: Floats
@@ -83,7 +89,7 @@ class Field(NamedTuple):
     residual_pair_comoment: Floats
 
     def residual(self, evidence: Evidence) -> Evidence:
-        """Evidence of the same rows whose outcomes are what the field left unexplained."""
+        """Evidence of the same rows with the field's residuals in place of the outcomes."""
         return evidence._replace(
             mean=self.residual_mean,
             comoment=self.residual_comoment,

@@ -1,7 +1,8 @@
-"""The field in the form that a lookup reads: axes, landmarks, and what they foretell, beside the cells of leaves.
+"""The field in the form that a lookup needs: projection, landmarks and predictions, aligned with the cells of the
+leaves.
 
-Suffixes: M landmarks, D dims, R of their projection, B queries, F = M times the slopes, U leaves and what stands for no
-leaf, C configs, E columns.
+Suffixes: M landmarks, D dims, R projected dims, B queries, F = M times the number of slopes, U leaves and a last row
+for queries that are near no leaf, C configs, E columns.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ Matrix = npt.NDArray[np.float32]
 
 
 class FieldCells:
-    """What a lookup mixes and adds where there is a field, for one objective.
+    """What a lookup averages over leaves, and what it adds for the query, if there is a field; for one objective.
 
-    cells_UE: as in BankState, each less what the field says of the leaf on the whole, and then the standard deviation
-    of the test. In place of the probability stands by how much the test exceeds `least_z` of these, so that what is not
-    below 0 is probable enough. block: which columns of `shift` each of the first four blocks is
-    moved by, since blocks of which the field says the same share theirs. column_E: the same for each of their columns.
+    cells_UE: the four blocks of BankState (score, probability, gain, quality), less the field's mean prediction for
+        each leaf since `shift` adds the prediction for the query itself, and a fifth block, the standard deviation of
+        the test variable (see Beliefs). The block of probabilities instead holds test − least_z·sd, which is at least 0
+        exactly if the probability reaches min_probability.
+    block: for each of the first four blocks, which columns of `shift` are added to it; blocks with the same prediction
+        share their columns.
+    column_E: the same as `block`, one entry for each column of the four blocks.
     """
 
     def __init__(
@@ -41,7 +45,8 @@ class FieldCells:
         quality_O, gain_O = objective.quality_direction, objective.direction
         said = [(gain_O, True), (quality_O, False), (expense, False)][: 3 if floor else 2]
         said_of_block = (2, 1, 0, 1) if floor else (0, 0, 0, 1)
-        # times the first slope, and the kernels' constant put into what they are multiplied by
+        # landmarks are scaled by the first slope, and the kernels' constant factor e^-slope is folded into the
+        # coefficients
         self.axes_RD, self.centre_R = in_lines(field.axes), field.centre
         self.landmarks_MR = in_lines(field.landmarks * np.float32(field.slopes[0]))
         constant_F = np.exp(-np.repeat(field.slopes, len(field.landmarks)))
@@ -59,13 +64,13 @@ class FieldCells:
             shift.append(part)
             means.append(mean)
         for block, one in enumerate(said_of_block):
-            # the last row stands for a query that is near no leaf, of which the field says nothing
+            # the last row stands for a query that is near no leaf; the field makes no prediction for it
             cells[:-1, block * configs : (block + 1) * configs] -= means[one][:-1]
         if not floor:
-            # a default that beats itself would be an answer with a pattern behind it
+            # if the default could beat itself, the answer would name a pattern as its source
             cells[:, configs + default] = NO_CHANCE
         self._low_E, self._high_E = (np.concatenate(end).astype(np.float32) for end in (low, high))
-        # columns in a row: the product of one query is then twice as fast
+        # each column contiguous: the product for one query is then twice as fast
         self._first_ME, self._second_ME = (
             in_lines(part_ME.T).T for part_ME in np.split(np.concatenate(shift, 1) * constant_F[:, None], 2)
         )
@@ -74,8 +79,8 @@ class FieldCells:
         self.cells_UE = np.concatenate([cells, test_sd_UC], 1).astype(np.float32)
 
     def shift(self, x_D: Matrix, scale: float) -> Matrix:
-        """(width,) what the field says of one query, whose norm is 1 / scale, within what it said of training queries:
-        a place unlike theirs is not foretold.
+        """(width,) the field's prediction for one query of norm 1 / scale, clipped to the range of its predictions for
+        training queries, so that it does not extrapolate to a query unlike all of them.
         """
         place_R = self.axes_RD.dot(x_D)
         place_R -= self.centre_R * (1.0 / scale)
@@ -84,7 +89,7 @@ class FieldCells:
         return self._said(self.landmarks_MR.dot(place_R))
 
     def shifts(self, x_BD: Matrix, scale_B: Matrix) -> Matrix:
-        """The same of many, (B, width)."""
+        """The same for many queries, (B, width)."""
         place_BR: Matrix = x_BD @ self.axes_RD.T
         place_BR -= self.centre_R / scale_B[:, None]
         norm_B: Matrix = np.sqrt(np.einsum("br,br->b", place_BR, place_BR))
@@ -94,10 +99,10 @@ class FieldCells:
         return self._said(steep_BM)
 
     def _said(self, steep_M: Matrix) -> Matrix:
-        """(..., width) of the first slope times the cosines (..., M)."""
+        """(..., width) predictions, clipped, from the first slope times the cosines to the landmarks (..., M)."""
         kernel = np.exp(steep_M)
         found: Matrix = kernel.dot(self._first_ME)
-        kernel *= kernel  # of the second slope
+        kernel *= kernel  # the kernel of the second slope, which is twice the first
         found += kernel.dot(self._second_ME)
         np.maximum(found, self._low_E, out=found)
         return np.minimum(found, self._high_E, out=found)

@@ -1,4 +1,4 @@
-"""Whether effects differ by more than chance explains. NumPy only.
+"""Tests whether effects differ by more than chance explains. NumPy only.
 
 Suffixes: P leaves, C configs.
 """
@@ -15,7 +15,9 @@ FAMILY_ERROR = 0.05
 
 
 def _rejects(p_C: Floats) -> npt.NDArray[np.bool_]:
-    """Which hypotheses fall at a false discovery rate of FAMILY_ERROR / 2 (Benjamini & Hochberg); NaN is no test."""
+    """Which hypotheses are rejected at a false discovery rate of FAMILY_ERROR / 2 (Benjamini & Hochberg); NaN is no
+    test.
+    """
     order = np.argsort(np.where(np.isnan(p_C), np.inf, p_C))
     tests = int(np.count_nonzero(~np.isnan(p_C)))
     passed = np.flatnonzero(p_C[order[:tests]] <= FAMILY_ERROR / 2 * np.arange(1, tests + 1) / max(tests, 1))
@@ -25,15 +27,15 @@ def _rejects(p_C: Floats) -> npt.NDArray[np.bool_]:
 
 
 def differs(mean_C: Floats, var_C: Floats) -> npt.NDArray[np.bool_]:
-    """Which configs differ from the default on the whole, by a two-sided normal test."""
+    """Which configs differ from the default overall, by a two-sided normal test."""
     known = np.isfinite(var_C) & (var_C > 0)
     z = np.divide(np.abs(mean_C), np.sqrt(var_C), out=np.zeros(len(mean_C)), where=known)
     return _rejects(np.where(known, 2.0 * normal_cdf(-z), np.nan))
 
 
 def varies(effect: Floats, variance: Floats) -> npt.NDArray[np.bool_]:
-    """For which configs the leaves scatter more than their errors explain: Cochran's Q (1954), its chi-squared tail by
-    Wilson & Hilferty's cube root (1931).
+    """Which configs' effects scatter over the leaves by more than their errors explain: Cochran's Q (1954), with its
+    chi-squared tail by Wilson & Hilferty's cube root (1931).
     """
     weight = np.where(np.isfinite(variance), 1.0 / variance, 0.0)
     total = weight.sum(0)

@@ -1,7 +1,7 @@
-"""The bytes of an index.faiss, checked before Faiss reads them: it believes what it reads, up to files elsewhere.
+"""Checks the bytes of an index.faiss before Faiss reads them, since Faiss trusts its input, even to open other files.
 
-The layouts are those of faiss/impl/index_write.cpp for the four kinds that a job writes: IndexFlatIP, IndexIVFFlat
-over one, IndexHNSWSQ, IndexHNSWCagra. Anything else is refused.
+The layouts are those of faiss/impl/index_write.cpp for the four kinds that a job writes: IndexFlatIP, IndexIVFFlat over
+an IndexFlatIP, IndexHNSWSQ and IndexHNSWCagra. Anything else is refused.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# breadths over which a search takes memory out of proportion
+# largest breadth of a search (nprobe, efSearch); larger ones take memory out of proportion
 MAX_BREADTH = 2**16
 MAX_LEVELS = 64
 BITS_8 = 0
@@ -20,8 +20,8 @@ FLOAT32 = 0
 
 
 def check_index(content: Any, leaves: int, dim: int) -> None:
-    """Raises ValueError unless `content` is an index of that many leaves and dims, for inner products, which points at
-    nothing outside itself.
+    """Raises ValueError unless `content` is an inner-product index of that many leaves and dims which refers to nothing
+    outside its own content.
     """
     reader = _Reader(content)
     kind = reader.code()
@@ -42,13 +42,13 @@ def check_index(content: Any, leaves: int, dim: int) -> None:
 
 
 class _Reader:
-    """Takes one field after another; every length is compared with what is left before anything is made of it."""
+    """Reads one field after another; every length is compared with what is left before anything is allocated for it."""
 
     def __init__(self, content: Any) -> None:
         self._content, self.at = content, 0
 
     def take(self, layout: str) -> Any:
-        """One number: i int32, q int64, f float32, B byte."""
+        """One number, by its struct code: i int32, q int64, f float32, B byte."""
         width = struct.calcsize("<" + layout)
         self._need(width)
         value = struct.unpack_from("<" + layout, self._content, self.at)[0]
@@ -56,13 +56,13 @@ class _Reader:
         return value
 
     def code(self) -> str:
-        """Four characters that name a type."""
+        """The four characters that name a type."""
         self._need(4)
         self.at += 4
         return bytes(self._content[self.at - 4 : self.at]).decode("latin-1")
 
     def array(self, dtype: str, count: int) -> npt.NDArray[Any]:
-        """So many numbers, not copied."""
+        """The next `count` numbers, as a view."""
         width = np.dtype(dtype).itemsize
         require(0 <= count <= len(self._content) // width, "a length is over the file's")
         self._need(count * width)
@@ -71,7 +71,7 @@ class _Reader:
         return values
 
     def vector(self, dtype: str) -> npt.NDArray[Any]:
-        """A length and so many numbers."""
+        """A length, and that many numbers."""
         return self.array(dtype, self.take("q"))
 
     def _need(self, width: int) -> None:
@@ -79,7 +79,7 @@ class _Reader:
 
 
 def require(ok: bool | np.bool_, what: str) -> None:
-    """Raises ValueError unless ok."""
+    """Raises ValueError with the message `what` unless ok."""
     if not ok:
         raise ValueError(what)
 
@@ -124,7 +124,7 @@ def _inverted_file(reader: _Reader, leaves: int, dim: int) -> None:
 
 
 def _cagra(reader: _Reader, leaves: int, dim: int) -> None:
-    """A graph from a GPU, over whole vectors. One without upper levels would begin every search at random."""
+    """A graph built on a GPU over float32 vectors. Without upper levels, every search would start at random."""
     _header(reader, leaves, dim)
     fixed_degree, base_only = reader.take("B"), reader.take("B")
     entries, numbers = reader.take("i"), reader.take("i")
@@ -140,7 +140,7 @@ def _graph(reader: _Reader, leaves: int) -> None:
     levels, offsets = reader.vector("<i4").astype(np.int64), reader.vector("<u8")
     neighbours = reader.vector("<i4")
     entry, top, breadth_built, breadth, beam = (reader.take("i") for _ in range(5))
-    # links[l]: neighbours that a node has on the levels below l
+    # links[l]: number of neighbours that a node has on all levels below l
     sized = 1 <= len(links) - 1 <= MAX_LEVELS and len(probability) == len(links) - 1
     require(sized and links[0] == 0 and (np.diff(links) > 0).all(), "its levels are out of order")
     require(
@@ -170,7 +170,7 @@ def _bytes(reader: _Reader, leaves: int, dim: int) -> None:
 def _check_upper_levels(
     neighbours: npt.NDArray[Any], levels: npt.NDArray[Any], links: npt.NDArray[Any], ends: npt.NDArray[Any]
 ) -> None:
-    """A neighbour on a level must reach up to it: Faiss goes on from there to its own neighbours on that level."""
+    """A neighbour on a level must itself be on that level, because Faiss continues from it to its neighbours there."""
     starts = ends - links[levels]
     for level in range(1, int(levels.max())):
         nodes = np.flatnonzero(levels > level)

@@ -1,9 +1,9 @@
-"""Export and import of a bank as JSON: versioned, exact, validated like an artifact.
+"""Export and import of a bank as JSON: versioned, exact, and validated like an artifact.
 
-Layout: `patterns`, `verdicts` and `configs` are lists of objects with the fields of `rb_gpu.types`; `cells` holds the
-(pattern, config) arrays by name as nested lists; a NaN is null, and an endless number the string "inf" or "-inf".
-Python writes the shortest decimal that reads back as the same float, so that nothing is lost. The whole layout is
-published as a JSON schema, `export.schema.json` beside this module.
+Layout: `patterns`, `verdicts` and `configs` are lists of objects with the fields of `rb_gpu.types`. `cells` holds the
+(pattern, config) arrays by name, as nested lists. NaN is written as null, an infinite number as the string "inf" or
+"-inf". Python writes the shortest decimal that reads back as the same float, so nothing is lost. The JSON schema of the
+layout is `export.schema.json`, beside this module.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ KEYS = (
     "format", "format_version", "metric", "dim", "embedder", "tiers", "default_config", "method", "grade", "objective",
     "lookup", "next_pattern_id", "evaluation", "counts", *AXIS_OF, "cells",
 )  # fmt: skip
-# names that read better alone, and what the arrays call them
+# fields of the JSON that are named differently from their arrays
 RENAMED = {"pattern_id": "id", "centroids": "centroid", "support": "support_count", "level": "abstraction_level"}
 
 
 def _columns(section: str) -> dict[str, str]:
-    """Field name in the JSON to array name, for the arrays whose first axis is the section's."""
+    """Maps field names of the JSON to array names, for the arrays whose first axis is the section's."""
     axis, prefix = AXIS_OF[section], PREFIX_OF[section]
     names = [name for name, (_, axes) in ARRAYS.items() if axes in (axis, axis + "D")]
     return {RENAMED.get(name, name.removeprefix(prefix)): name for name in names}
@@ -54,12 +54,12 @@ def _plain(array: npt.NDArray[Any]) -> Any:
 
 
 def write_export(data: BankData, path: Path) -> None:
-    """Writes the bank to `path`, replacing what stands there only once all is written."""
+    """Writes the bank to `path`; an existing file is replaced only once everything is written."""
     document: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         **data.head(),
-        # ids that ended are never given again, by whoever goes on from the import
+        # kept so that a bank continued from the import never reuses the id of a retired pattern
         "next_pattern_id": data.next_pattern_id,
         "evaluation": data.facts.get("evaluation"),
         "counts": data.facts.get("counts"),
@@ -82,7 +82,7 @@ def write_export(data: BankData, path: Path) -> None:
 
 
 def read_export(path: Path) -> BankData:
-    """The bank that `write_export` wrote. Raises ArtifactError where it is damaged or of another version."""
+    """The bank that `write_export` wrote. Raises ArtifactError if the file is damaged or of another version."""
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -126,30 +126,32 @@ def read_export(path: Path) -> BankData:
 
 
 def _only(found: Any, known: Collection[str], where: str) -> None:
-    """Raises ValueError where something stands that nobody reads: what is meant by it would be lost."""
+    """Raises ValueError if `found` has a key that is not read, since its meaning would be lost silently."""
     odd = set(_exact(where, found, dict)) - set(known)
     if odd:
         raise ValueError(f"{where} holds {min(odd)!r}, which no export has")
 
 
 def _exact(name: str, value: Any, kind: type[_Kind]) -> _Kind:
-    """The value. Raises TypeError unless it is of this very type: true is no count, and 3 no name."""
+    """The value. Raises TypeError unless its type is exactly `kind`: true is not accepted as a count, nor 3 as a
+    name.
+    """
     if type(value) is not kind:
         raise TypeError(f"{name}={value!r} is no {kind.__name__}")
     return value
 
 
 def _array(name: str, values: Any) -> npt.NDArray[Any]:
-    """The array of one name; a null is NaN in a float array. Raises ValueError where it holds anything but numbers,
-    or whole ones where the array is of integers, and TypeError.
+    """The array of one name, from nested lists; null is NaN in a float array. Raises ValueError if the lists hold
+    anything but numbers, or but integers for an integer array, and TypeError if `values` is no list.
     """
     dtype = np.dtype((ARRAYS | FIELD_ARRAYS)[name][0])
-    # NumPy would cut fractions off, and read numbers out of strings and truths
+    # NumPy would truncate fractions, and read numbers from strings and booleans
     odd = _kinds(_exact(name, values, list)) - ({int, float, type(None), "inf", "-inf"} if dtype.kind == "f" else {int})
     if odd:
         raise ValueError(f"{name} holds what is no {dtype}: {min(map(str, odd))}")
     if dtype.kind == "f":
-        with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which check_bank refuses
+        with np.errstate(over="ignore"):  # float32 overflow gives infinity, which check_bank refuses
             return np.array(values, dtype=np.float64).astype(dtype)
     read = np.array(values)
     if read.dtype.kind not in "iu" or not (read.astype(dtype) == read).all():
@@ -158,7 +160,7 @@ def _array(name: str, values: Any) -> npt.NDArray[Any]:
 
 
 def _kinds(values: list[Any]) -> set[Any]:
-    """The types of all values in nested lists; of strings themselves."""
+    """The types of all values in nested lists; for strings, the values themselves."""
     kinds: set[Any] = set(map(type, values))
     if str in kinds:
         kinds = kinds - {str} | {value for value in values if type(value) is str}

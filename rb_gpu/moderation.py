@@ -1,4 +1,4 @@
-"""How sure the mean of a cell is, whose own few rows know their variance badly. NumPy only.
+"""The standard error of a cell's mean when the cell has too few rows to estimate its own variance. NumPy only.
 
 Suffixes: P leaves, C configs.
 """
@@ -9,33 +9,36 @@ import numpy as np
 
 from rb_gpu.evidence import Floats
 
-# rows that the variance pooled over configs counts for beside a config's own: one that few cells tried twice knows
-# little of its own
+# prior weight, in rows, of the variance pooled over all configs when a config's own is estimated: a config that was
+# tried twice in only a few cells says little about its own variance
 PRIOR_CONFIG_ROWS = 20.0
-# of a variance estimated from normal rows: its relative variance times its degrees of freedom
+# relative variance of a variance estimate from normal rows, times its degrees of freedom
 NORMAL_NOISE = 2.0
 
 
 def alike(variance: Floats, size: Floats) -> Floats:
-    """Variance (P, C) of each cell's mean, from its config's variance over all leaves alone.
+    """Variance (P, C) of each cell's mean, assuming that a config has the same variance in all leaves.
 
-    variance, size: (P, C) of a cell's rows, and how many they count for. Infinite where nothing is known of it.
+    variance, size: (P, C) sample variance of a cell's rows, and their effective number. Infinite where nothing is
+    known.
     """
     freedom, within = _known(variance, size)
     return _of_mean(np.broadcast_to(_of_config(freedom, within), size.shape), size)
 
 
 def moderated(variance: Floats, size: Floats, paired: bool) -> Floats:
-    """The same of a config's variance times the scale of the leaf, as far as leaves are seen to differ in scale.
+    """Like `alike`, but each config's variance is scaled by the leaf, in proportion to how much leaves are found to
+    differ.
 
-    A leaf's scale is drawn to 1 by empirical Bayes, as Smyth (2004) draws variances. How much it errs is not taken from
-    the chi-squared law, by which 40 rows without a click would know that nothing is ever clicked, but from how the
-    configs of one leaf disagree about it, by the method of moments.
+    A leaf's scale is shrunk towards 1 by empirical Bayes, as Smyth (2004) shrinks variances. Its error does not follow
+    the chi-squared law, by which 40 rows without a click would prove that nothing is ever clicked; it is estimated by
+    the method of moments, from how the configs of one leaf disagree about the scale.
 
-    A scale and the means that it weighs come from the same rows, and of skewed outcomes both err together. Where the
-    scale is that of all rows of the leaf, the means of all configs do so by as much, however few rows one has, and no
-    difference moves. paired: variance and size are of differences to the default. What the default's rows err by is
-    then in all of them, and would move them: each has its own scale, and half of its error is that of the others too.
+    With skewed outcomes, the errors of a mean and of a scale estimated from the same rows are correlated. Unpaired
+    evidence therefore uses one scale for all rows of a leaf: its error then moves the means of all configs alike,
+    however few rows one has, and no difference between them. paired: variance and size are those of differences to the
+    default. The errors of the default's rows are then in every difference, and a common scale would move them all; so
+    each cell has its own scale, and half of that scale's error is shared with the other configs.
     """
     freedom, within = _known(variance, size)
     of_config = _of_config(freedom, within)
@@ -55,22 +58,22 @@ def moderated(variance: Floats, size: Floats, paired: bool) -> Floats:
         leaf, rows = scale, freedom
     known = max(spread, 0.0) * rows
     kept = np.divide(known, known + noise, out=np.zeros(rows.shape), where=known > 0)
-    # a scale that is itself estimated makes its inverse too large on average: the first-order correction
+    # the inverse of an estimated scale is too large on average; this is the first-order correction
     correction = 1.0 + np.divide(noise * kept**2, rows, out=np.zeros(rows.shape), where=rows > 0)
     return _of_mean(of_config * (1.0 + kept * (leaf - 1.0)) * correction, size)
 
 
 def _known(variance: Floats, size: Floats) -> tuple[Floats, Floats]:
-    """Degrees of freedom and variance of each cell, 0 where it has none."""
+    """Degrees of freedom and variance of each cell, 0 where unknown."""
     known = np.isfinite(variance)
     return np.where(known, np.maximum(size - 1.0, 0.0), 0.0), np.where(known, variance, 0.0)
 
 
 def _of_config(freedom: Floats, within: Floats) -> Floats:
-    """(C,) each config's variance over all leaves, drawn to that of all configs; NaN where nothing is known of it."""
+    """(C,) each config's variance over all leaves, shrunk towards that of all configs; NaN where nothing is known."""
     total_C, squares_C = freedom.sum(0), (freedom * within).sum(0)
     overall = squares_C.sum() / total_C.sum() if total_C.sum() > 0 else np.nan
-    # a config that never varies says nothing of its error, nor does one that no cell tried twice
+    # skipped: a config that never varies, or that no cell tried twice, says nothing about its error
     tried = (total_C > 0) & (squares_C > 0)
     return np.where(tried, (PRIOR_CONFIG_ROWS * overall + squares_C) / (PRIOR_CONFIG_ROWS + total_C), np.nan)
 

@@ -17,7 +17,7 @@ def normal_cdf(z: Floats) -> Floats:
 
 
 def normal_quantile(share: float) -> float:
-    """Where a standard normal variable falls below with this probability, by bisection; ±40 at 0 and 1."""
+    """The value below which a standard normal variable falls with probability `share`, by bisection; ±40 at 0 and 1."""
     low, high = -40.0, 40.0
     for _ in range(100):
         middle = 0.5 * (low + high)

@@ -1,5 +1,5 @@
-"""What is maximised, as a combination of outcomes, and which config that makes. NumPy only, for the batch job and the
-lookup alike.
+"""What is maximised, as a linear combination of outcomes, and the choice of a config by it. NumPy only, as the batch
+job and the lookup share it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from rb_gpu.evidence import OUTCOMES, Floats
 
 @dataclass(frozen=True)
 class Objective:
-    """What is maximised. quality: f1 or product; weights and references as in design section 7.
+    """What is maximised; weights and references are those of design section 7. quality: f1 or product.
 
     kind utility: quality − latency_weight·log2(latency / latency_ref) − cost_weight·cost / cost_ref.
+    kind bound: quality, with p95 latency under max_latency_us and mean cost under max_cost where these are given.
+    kind floor: the least cost (or latency) with which quality reaches `target`.
     """
 
     kind: str
@@ -31,12 +33,12 @@ class Objective:
 
     @property
     def quality_direction(self) -> Floats:
-        """(O,) quality as a combination of OUTCOMES."""
+        """(O,) coefficients of quality in terms of OUTCOMES."""
         return np.array([float(name == self.quality) for name in OUTCOMES])
 
     @property
     def direction(self) -> Floats:
-        """(O,) what is maximised as a combination of OUTCOMES; its constant does not matter to a comparison."""
+        """(O,) coefficients of the maximised quantity in terms of OUTCOMES; its constant cancels in comparisons."""
         direction = self.quality_direction
         if self.kind == "utility":
             direction[OUTCOMES.index("log2_latency")] = -self.latency_weight
@@ -44,8 +46,8 @@ class Objective:
         return direction
 
     def utility(self, quality: Floats, latency_us: Floats, cost: Floats) -> Floats:
-        """Utility of single outcomes, with its constant, elementwise. Where kind is bound, quality alone; where it is
-        floor, what is not spent: minus cost as a share of cost_ref, or latency of latency_ref where there is no cost.
+        """Utility of single outcomes, including its constant, elementwise. For kind bound it is quality alone; for kind
+        floor, minus cost as a share of cost_ref, or minus latency as a share of latency_ref if there is no cost.
         """
         if self.kind == "bound":
             return quality
@@ -63,9 +65,11 @@ def choose(
     default: int,
     likeliest: bool,
 ) -> npt.NDArray[np.int64]:
-    """For each row of (P, C): argmax score where probability >= least, else the default, or argmax quality."""
+    """For each row of (P, C): argmax of score where probability >= least; else the default or, if likeliest, argmax
+    quality.
+    """
     eligible = np.where(probability >= least, score, -np.inf)
     best = eligible.argmax(1)
     none = eligible[np.arange(len(best)), best] == -np.inf
-    # probabilities of a floor far out of reach are all 0; the highest quality is then the likeliest to reach it
+    # if a floor is far out of reach, all probabilities are 0; the highest quality is then the likeliest to reach it
     return np.where(none, quality.argmax(1) if likeliest else default, best)

@@ -19,7 +19,7 @@ PARAMETERS = ("ef_search", "n_probes", "model_tier", "context_tokens", "temperat
 COUNT_PARAMETERS = ("ef_search", "n_probes", "context_tokens")
 MAX_COUNT = 2**32 - 1
 MAX_TEMPERATURE = 2.0
-# nearer temperatures are one
+# temperatures that differ by less are the same
 SAME_TEMPERATURE = 1e-6
 MAX_CONFIGS = 4096
 AUTO_TIER = "auto"
@@ -29,10 +29,10 @@ ModelTier = str
 
 @dataclass(frozen=True)
 class SearchParams:
-    """One joint setting of what a service may tune for a query.
+    """One joint setting of everything that a service may tune for a query.
 
-    The defaults stand for a column that a table lacks (reference section 2; its `ModelTier::Auto` and 2048 tokens).
-    Raises ConfigError where a value is outside its bounds.
+    The default values stand in for a column that a table lacks (reference section 2; its `ModelTier::Auto` and 2048
+    tokens). Raises ConfigError if a value is outside its bounds.
     """
 
     ef_search: int = 100
@@ -60,13 +60,13 @@ class SearchParams:
         return values | {k: v.item() for k, v in values.items() if isinstance(v, np.generic)}
 
     def describe(self, names: Sequence[str]) -> str:
-        """Some of the parameters, as `ef_search=64 temperature=0.7`."""
+        """The parameters `names` as text, such as `ef_search=64 temperature=0.7`."""
         values = self.as_dict()
         return " ".join(f"{n}={values[n]:.3g}" if n == "temperature" else f"{n}={values[n]}" for n in names)
 
 
 def decimal(value: np.float32) -> float:
-    """The shortest decimal that float32 holds as `value`: .7, which is what was asked for, not .699999988."""
+    """The shortest decimal that rounds to `value` in float32: 0.7, as it was given, not 0.699999988."""
     return float(str(value))
 
 
@@ -76,7 +76,7 @@ def temperature_bucket(temperature: npt.ArrayLike, step: float) -> npt.NDArray[n
 
 
 def bucket_temperature(bucket: npt.ArrayLike, step: float) -> npt.NDArray[np.float32]:
-    """The temperature that a bucket stands for (float32): the inverse of `temperature_bucket`."""
+    """The temperature that a bucket stands for (float32); the inverse of `temperature_bucket`."""
     return np.minimum(np.asarray(bucket, dtype=np.float64) * step, MAX_TEMPERATURE).astype(np.float32)
 
 
@@ -112,7 +112,7 @@ class ConfigTable:
         return (self[i] for i in range(len(self)))
 
     def id_of(self, params: SearchParams) -> int | None:
-        """Row of the config equal to `params` (temperature to float32), or None where it was never tried."""
+        """Row of the config equal to `params` (temperatures within SAME_TEMPERATURE), or None if it was never tried."""
         if params.model_tier not in self.tiers:
             return None
         same = (
@@ -126,14 +126,14 @@ class ConfigTable:
         return int(rows[0]) if len(rows) else None
 
     def describe(self, config_id: int) -> str:
-        """The parameters in which the table's configs differ, as `ef_search=64 n_probes=8`."""
+        """The parameters in which the table's configs differ, such as `ef_search=64 n_probes=8`."""
         columns = {name: getattr(self, "tier" if name == "model_tier" else name) for name in PARAMETERS}
         varying = [name for name in PARAMETERS if len(np.unique(columns[name])) > 1] or ["ef_search"]
         return self[config_id].describe(varying)
 
     @classmethod
     def from_params(cls, params: Sequence[SearchParams], tiers: Sequence[str], default: int) -> ConfigTable:
-        """A table of the given rows in the given order."""
+        """A table of the given rows, in the given order."""
         return cls(
             ef_search=np.array([p.ef_search for p in params], dtype=np.uint32),
             n_probes=np.array([p.n_probes for p in params], dtype=np.uint32),
@@ -151,13 +151,13 @@ def quantise(
     """The distinct configs of N rows, and each row's config.
 
     columns: ef_search, n_probes, context_tokens (N,) integers; model_tier (N,) index into `tiers`; temperature (N,).
-    Temperature goes to the nearest multiple of `temperature_step`, context to the nearest multiple of `context_step`
-    above 0.
-    Returns a table (default row 0; the caller sets it) and config_id (N,) int64. Raises ConfigError over MAX_CONFIGS.
+    Temperatures are rounded to the nearest multiple of `temperature_step`, contexts to the nearest positive multiple of
+    `context_step`. Returns a table (default row 0, which the caller sets) and config_id (N,) int64. Raises ConfigError
+    if there are more than MAX_CONFIGS.
     """
     context = np.asarray(columns["context_tokens"], dtype=np.int64)
     if context_step > 1:
-        steps = np.maximum(np.rint(context / context_step).astype(np.int64), 1)  # a context of 0 tokens is none
+        steps = np.maximum(np.rint(context / context_step).astype(np.int64), 1)  # 0 tokens would be no valid context
         context = np.minimum(steps * context_step, MAX_COUNT)
     keys = [
         np.asarray(columns["ef_search"], dtype=np.int64),
@@ -187,21 +187,21 @@ def quantise(
 
 
 def _unique_rows(columns: Sequence[npt.NDArray[np.int64]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Distinct rows in lexicographic order (C, M) of M columns (N,), and each row's index (N,)."""
+    """The distinct rows of M columns (N,), in lexicographic order (C, M), and each row's index among them (N,)."""
     code, count = np.zeros(len(columns[0]), dtype=np.int64), min(len(columns[0]), 1)
     for column in columns:
         if (column == column[:1]).all():
             continue
-        # codes per column keep it fast for millions of rows; recoding to those in use keeps them far from int64's end
+        # coding column by column is fast for millions of rows; recoding to the codes in use keeps them within int64
         inverse, values = _codes(column)
         code, count = (inverse, values) if count == 1 else _codes(code * values + inverse)
     of_code = np.empty(count, dtype=np.int64)
-    of_code[code] = np.arange(len(code))  # whichever row of a code: they are equal
+    of_code[code] = np.arange(len(code))  # rows of the same code are equal, so any of them will do
     return np.stack([column[of_code] for column in columns], axis=1), code
 
 
 def _codes(values_N: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], int]:
-    """Each value's place among the distinct ones in order (N,), and how many there are."""
+    """Each value's rank among the distinct values (N,), and the number of distinct values."""
     if len(values_N) == 0:
         return values_N, 0
     offset_N = values_N - values_N.min()
@@ -209,14 +209,14 @@ def _codes(values_N: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], int]
     if span > max(len(values_N), 1 << 16):
         distinct, inverse_N = np.unique(values_N, return_inverse=True)
         return inverse_N.astype(np.int64), len(distinct)
-    used = np.zeros(span, dtype=np.int64)  # marks take a few passes, where to sort takes many
+    used = np.zeros(span, dtype=np.int64)  # marking takes a few passes over the data, sorting many
     used[offset_N] = 1
     rank = np.cumsum(used)
     return rank[offset_N] - 1, int(rank[-1])
 
 
 def snap(value: float, tried: npt.NDArray[Any]) -> int:
-    """The tried value nearest to `value`; the smaller of two equally near ones."""
+    """The tried value nearest to `value`; the smaller one of a tie."""
     values = np.unique(np.asarray(tried, dtype=np.float64))
     return int(values[np.argmin(np.abs(values - value))])
 

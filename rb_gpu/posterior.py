@@ -1,6 +1,8 @@
-"""What the evidence says about each config of each pattern: effects over the default, pooled through the hierarchy.
+"""The posterior of each config in each pattern: its gain over the default, pooled through the hierarchy, and its
+quality.
 
-NumPy only, so that the batch job and a lookup with another trade-off compute the same numbers.
+NumPy only, so that the batch job and a lookup under another trade-off compute the same numbers.
+
 Suffixes: P leaves, C configs, O outcomes, G nodes of the level above.
 """
 
@@ -22,7 +24,7 @@ from rb_gpu.objective import Objective, choose
 
 Rows = npt.NDArray[np.int64]
 
-# share of its variance that an effect keeps once it is taken as 0: not none, so that a precision stays finite
+# share of its variance that an effect keeps once a test has set it to 0; not 0, so that its precision stays finite
 SPIKE = 1e-6
 
 
@@ -30,14 +32,16 @@ SPIKE = 1e-6
 class Beliefs:
     """Posterior of each cell's gain over the default and of its quality; (P + 1, C) each, float64.
 
-    The last row is for a pattern that is not known: what the table foretells of one more pattern. A query that is near
-    no pattern is answered by it.
+    The last row is the prediction for one more, unknown pattern; it answers queries that are near no pattern.
 
-    gain, gain_variance: of the objective's difference to the default. probability: that it beats the default by the
-    margin (bound: and keeps the bound; floor: that quality reaches the target). score: what is maximised among the
-    configs that are probable enough. quality: expected quality. margin: (C,). test, test_sd: what the probability is
-    that of, a normal variable's exceeding 0; NO_CHANCE and 0 where nothing is known (a bound is not
-    judged by them).
+    gain, gain_variance: posterior of the objective's difference to the default.
+    probability: that the gain exceeds the margin. Under a bound it is 0 for a config that breaks the bound, and 1 for
+        one that keeps it where the default does not; under a floor it is the probability that quality reaches the
+        target.
+    score: what is maximised among the configs whose probability is high enough.
+    quality: expected quality. margin: (C,).
+    test, test_sd: mean and standard deviation of the normal variable whose probability of exceeding 0 is `probability`;
+        NO_CHANCE and 0 where nothing is known. A bound is not part of this variable.
     """
 
     gain: Floats
@@ -52,13 +56,13 @@ class Beliefs:
     def choose(self, min_probability: float, default: int, likeliest: bool) -> Rows:
         """(P + 1,) the config of highest score among those with probability >= min_probability, else the default.
 
-        likeliest: where none is probable enough, the one of highest quality in place of the default (a floor asks for
-        that).
+        likeliest: if no config is probable enough, choose the one of highest quality in place of the default (used by
+        the floor objective).
         """
         return choose(self.score, self.probability, self.quality, min_probability, default, likeliest)
 
     def held_back(self) -> Beliefs:
-        """The same of a bank in which no config is probable enough anywhere."""
+        """A copy in which no config is probable enough anywhere, so that the default stands."""
         nothing = np.zeros_like(self.gain)
         return replace(self, probability=nothing, test=nothing + NO_CHANCE, test_sd=nothing)
 
@@ -66,8 +70,9 @@ class Beliefs:
 def effects(evidence: Evidence, direction_O: Floats, default: int) -> tuple[Floats, Floats]:
     """Raw effect over the default (P, C) and its variance, infinite where the cell or the default has no evidence.
 
-    Differences are paired where every query was tried under the default too. A cell's variance is its config's over all
-    patterns, moderated; where that is zero or unknown, nothing can be said and it is infinite.
+    Differences are paired if every query was also tried under the default. The variance of a cell's mean is based on
+    its config's variance over all patterns, moderated by the leaf's scale (rb_gpu/moderation.py); where that is zero or
+    unknown, the effect counts as unknown and its variance is infinite.
     """
     if evidence.paired:
         moments = (evidence.pair_w, evidence.pair_w2, evidence.pair_mean, evidence.pair_comoment)
@@ -89,15 +94,17 @@ def pool(
 ) -> tuple[Floats, Floats, Floats]:
     """Posterior mean and variance of every cell (P, C), and the variance of the root (C,).
 
-    A normal model on the tree: a child scatters around its parent by τ² (per level and config, Paule & Mandel 1982).
-    Beliefs go up and then down exactly (Pearl 1988): a child's prior is its parent's posterior from everything but that
-    child, so no row counts twice. parents: for each level from the leaves, the row of each node's parent; the last
-    level's nodes hang below one root. An infinite variance says that a cell has no evidence.
+    A normal model on the tree: a child scatters around its parent with variance τ² (one per level and config, Paule &
+    Mandel 1982). Exact belief propagation, upwards and then downwards (Pearl 1988): a child's prior is its parent's
+    posterior from everything but that child, so no row counts twice. parents: for each level from the leaves up, the
+    row of each node's parent; the nodes of the last level hang below one root. An infinite variance marks a cell
+    without evidence.
 
-    tested: what chance alone could show is taken as nothing, so that equal configs stay equal: a config's effect on the
-    whole is 0 unless a test rejects that, and its τ² are 0 unless Cochran's Q over the leaves rejects homogeneity, at
-    FAMILY_ERROR for all configs and both tests together. gated: whether choices must be shown to pay as a whole before
-    any is made: the τ² of all levels are then not tested, but drawn together.
+    tested: effects that chance alone could produce are set to 0, so that equal configs stay equal. A config's overall
+    effect is 0, and its root variance is multiplied by SPIKE, unless a test rejects that; its τ² are 0 unless Cochran's
+    Q over the leaves rejects homogeneity. Both tests together keep FAMILY_ERROR over all configs. gated: set if choices
+    are only made once they were shown to pay as a whole; the τ² of a level are then shrunk towards a common one in
+    place of the test.
     """
     levels = [*parents, np.zeros(_width(parents, len(effect)), dtype=np.int64)]
     mean, var = effect, variance
@@ -147,7 +154,7 @@ def _add(x: Floats, group: Rows, groups: int) -> Floats:
 def paule_mandel(mean: Floats, var: Floats, parent: Rows, groups: int) -> Floats:
     """τ² (C,) at which the children's weighted squares around their parents' means equal their degrees of freedom.
 
-    Paule & Mandel (1982) with one mean per parent. 0 where the children scatter no more than their errors.
+    Paule & Mandel (1982) with one mean per parent. 0 if the children scatter no more than their errors explain.
     """
     informative = np.isfinite(var)
     freedom = np.maximum(_add(informative.astype(np.float64), parent, groups) - 1.0, 0.0).sum(0)
@@ -170,11 +177,13 @@ def paule_mandel(mean: Floats, var: Floats, parent: Rows, groups: int) -> Floats
 
 
 def _drawn_together(mean: Floats, var: Floats, parent: Rows, groups: int, alone: Floats) -> Floats:
-    """τ² (C,) of each config drawn to that of all as one, as far as chance explains how they differ (James & Stein
-    1961): where configs are many, each has too few rows to show its own. Each `alone` where only one has any.
+    """τ² (C,) of each config, shrunk towards the common τ² of all configs to the extent that chance explains how they
+    differ (James & Stein 1961): with many configs, each has too few rows for a good estimate of its own. Returns
+    `alone` if fewer than two configs have an estimate.
 
-    A config's own is the moment estimate (DerSimonian & Laird 1986). Its chance error is read from how the leaves'
-    parts of it scatter, on the mean over configs: a config that is much better in few leaves has no normal effects.
+    A config's own estimate is that of moments (DerSimonian & Laird 1986). Its error variance is not taken from normal
+    theory, since a config that is much better in a few leaves has effects that are not normal; it is estimated from how
+    the leaves' contributions scatter, and averaged over configs.
     """
     weight = np.where(np.isfinite(var), 1.0 / var, 0.0)
     total = _add(weight, parent, groups)
@@ -208,12 +217,12 @@ def believe(
     margin: float | str | Floats,
     field: Field | None = None,
 ) -> Beliefs:
-    """The posterior beliefs of every leaf, and of a leaf that is not known, under an objective.
+    """The posterior beliefs for every leaf, and for one more, unknown leaf, under an objective.
 
-    margin: a number, (C,) numbers, or "auto": the standard error of the config's difference to the default over the
-    whole table, since no smaller gain can be told from none; 0 for leaves with a field, whose choices are shown to pay
-    as a whole before any is made. field: what foretells the leaves; their evidence then corrects it, by what it left
-    unexplained.
+    margin: a number, (C,) numbers, or "auto": the standard error of the config's overall difference to the default,
+    since no smaller gain can be told from none (next to 0 for a config whose difference `pool` set to 0). With a field,
+    "auto" is 0 for leaves, because choices were shown to pay as a whole before any is made. field: predicts the gains
+    of the leaves; their evidence of its residuals then corrects the prediction.
     """
     judged = (evidence if field is None else field.residual(evidence)).with_unknown()
     evidence = evidence.with_unknown()
@@ -233,7 +242,8 @@ def believe(
         unknown_C = margin_C.copy()
     margin_C[default] = unknown_C[default] = 0.0
     lead = gain - margin_C
-    # the test of choices was of queries like those learned from, which one that is near no leaf is not
+    # the test that choices pay covers queries like those of the training; a query near no leaf is unlike them and keeps
+    # the margin
     lead[-1] = gain[-1] - unknown_C
     known = np.isfinite(gain_variance) & (gain_variance > 0)
     z_PC = np.divide(lead, np.sqrt(gain_variance), out=np.full(gain.shape, -np.inf), where=known)
@@ -241,12 +251,13 @@ def believe(
 
     direction = objective.quality_direction
     level, level_var, size = linear_moments(judged.w, judged.w2, judged.mean, judged.comoment, direction)
-    # of a rare outcome, a leaf that shows none has next to no variance of its own, and would decide the mean of all
+    # with a rare outcome, a leaf in which it never occurred has next to no variance of its own, and would dominate the
+    # mean over leaves; so the variance is the config's
     quality, quality_var, _ = pool(level, alike(level_var, size), parents, tested=False)
     quality = np.where(np.isfinite(quality_var), quality, _fallback_quality(level, evidence.w))
     if field is not None:
         quality, quality_var = quality + (field.base + field.mean) @ direction, quality_var + field.quality_variance
-    # what a field says of a config that never ran is what it says of all others together
+    # for a config that never ran, the field predicts only what all configs share
     never_C = (evidence.rows == 0).all(0)
     quality[:, never_C] = 0.0
     score = gain
@@ -269,7 +280,8 @@ def believe(
 def surely_better(field: Field, objective: Objective, default: int) -> bool:
     """Whether some config beats the default over all queries together, at FAMILY_ERROR for all configs (Bonferroni).
 
-    What is left to ask once the rows are gone: whether choices by place pay needs them (rb_gpu.learn.proof).
+    The one test that needs no rows, and so is possible in a lookup; whether choices by place pay is tested on rows
+    (rb_gpu.learn.proof).
     """
     direction_O = objective.direction
     level_C = (field.base + field.mean[-1]) @ direction_O
@@ -279,10 +291,11 @@ def surely_better(field: Field, objective: Objective, default: int) -> bool:
 
 
 def _foretold(field: Field, direction_O: Floats, default: int) -> tuple[Floats, Floats, Floats]:
-    """What the field says of every leaf's gain (P + 1, C), with its variance, and the variance (C,) over the table.
+    """The field's predicted gain of every leaf (P + 1, C), its variance, and the variance of the overall gain (C,).
 
-    The differences of all configs to the default, on the whole, are shrunk towards 0 together (James & Stein 1961, with
-    τ² by the method of moments), but for those of worse ones: nearer to the default, they would seem as good in places.
+    The overall gains of all configs are shrunk towards 0 together (James & Stein 1961, with τ² by the method of
+    moments), except for negative ones: closer to the default, a worse config would seem as good as the default in
+    places.
     """
     error = field.level_variance @ direction_O**2
     error = np.where(error > 0, error, np.inf)
@@ -299,21 +312,27 @@ def _foretold(field: Field, direction_O: Floats, default: int) -> tuple[Floats, 
 
 
 def _fallback_quality(level: Floats, w: Floats) -> Floats:
-    """A constant outcome has no variance to pool by: its plain mean over all patterns stands in."""
+    """A constant outcome has no variance to pool by: each cell keeps its own mean, or without rows gets that of all
+    patterns.
+    """
     total = w.sum(0)
     mean = np.divide((w * level).sum(0), total, out=np.zeros(total.shape), where=total > 0)
     return np.where(w > 0, level, mean)
 
 
 def _expense(evidence: Evidence) -> Floats:
-    """(P, C) mean cost, or mean latency where no cost was logged; a config never tried here at its mean over all."""
+    """(P, C) mean cost, or mean latency if no cost was logged; for a config never tried here, its mean over all
+    patterns.
+    """
     cost = evidence.mean[..., OUTCOMES.index("cost")]
     price = cost if (cost > 0).any() else evidence.latency_us
     return _fallback_quality(price, evidence.w)
 
 
 def _keeps_bound(evidence: Evidence, objective: Objective) -> npt.NDArray[np.bool_]:
-    """(P, C) whether p95 latency and mean cost stay under their bounds; a cell without rows answers by the root's."""
+    """(P, C) whether p95 latency and mean cost stay within their bounds; for a cell without rows, over the whole
+    table.
+    """
     everything = evidence.regroup(np.zeros(len(evidence.rows), dtype=np.int64), 1)
     keeps = np.ones(evidence.rows.shape, dtype=bool)
     for bound, leaf, root in (

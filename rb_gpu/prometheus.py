@@ -1,5 +1,5 @@
-"""A bank's statistics in Prometheus's text format (prometheus.io, Exposition formats, version 0.0.4), by NumPy's side
-alone: a service that has a page of its own for them appends `bank_metrics(bank)`.
+"""A bank's statistics in Prometheus's text format (prometheus.io, Exposition formats, version 0.0.4), needing only
+NumPy: a service that has a metrics page of its own appends `bank_metrics(bank)` to it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def metric(name: str, kind: str, help_text: str, *samples: tuple[str, float]) -> str:
-    """The lines of one metric of the family rb_gpu. samples: labels or suffix, and value; NaN stands for not known."""
+    """The lines of the metric rb_gpu_`name`. samples: pairs of labels or suffix, and value; NaN means unknown."""
     lines = [f"rb_gpu_{name}{labels} {'NaN' if value != value else f'{value:.12g}'}" for labels, value in samples]
     return "\n".join([f"# HELP rb_gpu_{name} {help_text}", f"# TYPE rb_gpu_{name} {kind}", *lines, ""])
 
 
 def bank_metrics(bank: ReasoningBank) -> str:
-    """What this process answered since it started, and what is held out of training tells of the artifact it serves."""
+    """Counters of what this process has answered since it started, and held-out results of the artifact it serves."""
     stats = bank.stats()
     hits = round(stats.pattern_hit_rate * stats.total_lookups)
     version = bank.version.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,4 +1,4 @@
-"""Writing an artifact: whole or not at all, and durable."""
+"""Writes an artifact durably, and either completely or not at all."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from rb_gpu.tensor_file import tensors_content
 
 
 def file_digest(content: bytes) -> dict[str, Any]:
-    """sha256 and size of a file's content, as the manifest keeps them."""
+    """sha256 and size of a file's content, in the manifest's form."""
     return {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
 
 
 def write_artifact(
     folder: Path, data: BankData, extra_files: dict[str, bytes], hmac_key: bytes | None = None
 ) -> dict[str, Any]:
-    """Writes a complete artifact at `folder`, which must not exist: to a temporary sibling, fsynced, then renamed.
+    """Writes a complete artifact at `folder`, which must not exist: into a temporary sibling, fsynced, then renamed.
 
-    extra_files: name to content (index.faiss, router.safetensors, report.html). hmac_key: signs the manifest. Returns
-    the manifest. Raises ArtifactError where the bank is inconsistent or the folder exists, OSError where the disk
-    refuses; nothing stays in either case.
+    extra_files: content by name (index.faiss, router.safetensors, report.html). hmac_key: signs the manifest. Returns
+    the manifest. Raises ArtifactError if the bank is inconsistent or the folder exists, OSError if the disk refuses;
+    nothing is left behind in either case.
     """
     check_bank(data)
     for name in extra_files:
@@ -48,7 +48,7 @@ def write_artifact(
         raise ArtifactError(f"{folder} exists; artifacts are immutable, publish under another version")
     files = {BANK_FILE: tensors_content(data.arrays), **extra_files}
     head = {"schema_version": SCHEMA_VERSION, "version": folder.name, **data.head()}
-    # the facts of a bank that was loaded are a whole manifest, which may be another one's
+    # the facts of a loaded bank are a whole manifest, whose head may differ from this one
     facts = {name: value for name, value in data.facts.items() if name not in head}
     digests = {name: file_digest(content) for name, content in files.items()}
     manifest = head | facts | {"files": digests}
@@ -66,7 +66,7 @@ def write_artifact(
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-                # services map the file: what writes into it would reach into their memory
+                # read-only, because services map the file: a write to it would change their memory
                 os.fchmod(file.fileno(), 0o444)
         sync_path(temporary)
         place = temporary.rename(folder)
@@ -78,7 +78,7 @@ def write_artifact(
 
 
 def sync_path(path: Path) -> None:
-    """Makes a file's content, or a folder's entries, durable."""
+    """Makes a file's content, or a folder's entries, durable (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -87,7 +87,7 @@ def sync_path(path: Path) -> None:
 
 
 def without_nan(value: Any) -> Any:
-    """JSON has no NaN: null stands for a number that is not known."""
+    """The value with every NaN or infinite number replaced by None, since JSON has neither."""
     if isinstance(value, dict):
         return {key: without_nan(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

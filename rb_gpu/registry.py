@@ -33,9 +33,10 @@ STAMP = "%Y%m%dT%H%M%S"
 
 @dataclass(frozen=True)
 class Registry:
-    """Versions below `path`; the last `keep` stay, and always the champion and the one before it.
+    """The artifact versions below `path`. `retain` keeps the last `keep`, and always the champion and the one before
+    it.
 
-    hmac_key: only versions signed with it are served.
+    hmac_key: if given, only versions signed with it are served.
     """
 
     path: Path
@@ -43,16 +44,18 @@ class Registry:
     hmac_key: bytes | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))  # a string too, as everywhere else
+        object.__setattr__(self, "path", Path(self.path))  # a string is accepted too, as everywhere else
 
     @classmethod
     def open(cls, path: str, keep: int, hmac_key_file: str | None) -> Registry:
-        """The registry that a job's `registry` settings name. Raises ArtifactError where the key cannot be read."""
+        """The registry of a job's `registry` settings. Raises ArtifactError if the key cannot be read."""
         return cls(Path(path), keep, None if hmac_key_file is None else read_key(hmac_key_file))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the registry for one job and clears what a killed one left. Raises RegistryError where it is taken."""
+        """Locks the registry for one job, and removes what a killed job left. Raises RegistryError if another job holds
+        the lock.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / LOCK).open("a+")
@@ -82,25 +85,29 @@ class Registry:
         )
 
     def versions(self) -> list[str]:
-        """Every version, oldest first."""
+        """All versions, oldest first."""
         if not self.path.is_dir():
             return []
         return sorted(entry.name for entry in self.path.iterdir() if VERSION.fullmatch(entry.name))
 
     def new_version(self) -> str:
-        """A name that sorts after those before it: UTC seconds, at least one after the newest's, then random digits."""
+        """A name that sorts after all earlier ones: UTC seconds, at least one more than the newest's, then random
+        digits.
+        """
         seconds = int(time.time())
         if versions := self.versions():
             seconds = max(seconds, calendar.timegm(time.strptime(versions[-1][:15], STAMP)) + 1)
         return f"{time.strftime(STAMP, time.gmtime(seconds))}-{os.urandom(3).hex()}"
 
     def champion(self) -> str | None:
-        """The version that is served, None where there is none."""
+        """The version that is served, or None."""
         link = self.path / CHAMPION
         return link.readlink().name if link.is_symlink() else None
 
     def folder(self, version: str) -> Path:
-        """The folder of a version; "champion" stands for the one served. Raises RegistryError where it is unknown."""
+        """The folder of a version; "champion" means the version that is served. Raises RegistryError if it is
+        unknown.
+        """
         name = self.champion() if version == CHAMPION else version
         if name is None:
             raise RegistryError(f"version={version}: nothing is served yet in {self.path}; promote a version first")
@@ -110,7 +117,7 @@ class Registry:
         return self.path / name
 
     def promote(self, version: str, reason: str) -> None:
-        """Serves a version from now on, once all its files are verified. Raises ArtifactError, RegistryError."""
+        """Serves a version from now on, after verifying all its files. Raises ArtifactError or RegistryError."""
         folder = self.folder(version)
         verify_artifact(folder, self.hmac_key)
         self._switch(folder.name, {"version": folder.name, "before": self.champion(), "reason": reason})
@@ -118,9 +125,10 @@ class Registry:
     def _switch(self, version: str, entry: dict[str, Any]) -> None:
         temporary = self.path / f".tmp-{CHAMPION}-{os.getpid()}"
         try:
-            # written first: a crash between the two leaves a line that nothing follows from, not an unknown champion
+            # written before the switch: a crash between the two then leaves a line without effect, not a champion
+            # without a line
             with (self.path / HISTORY).open("a+b") as file:
-                # a line that a crash tore must not swallow this one
+                # a line that a crash cut short must not swallow this one
                 if file.tell() > 0:
                     file.seek(-1, os.SEEK_END)
                     if file.read(1) != b"\n":
@@ -138,7 +146,7 @@ class Registry:
             ) from error
 
     def history(self) -> list[dict[str, Any]]:
-        """Every promotion, oldest first; a line torn by a crash is left out."""
+        """All promotions and rollbacks, oldest first; a line torn by a crash is skipped."""
         out = []
         path = self.path / HISTORY
         for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
@@ -151,8 +159,8 @@ class Registry:
         return out
 
     def rollback(self) -> str:
-        """Serves what was served before the champion was promoted, and returns its version; once more goes on back,
-        never forth. Raises RegistryError.
+        """Serves the version that was served before the champion, and returns it. Repeated calls go further back, never
+        forth. Raises RegistryError.
         """
         champion, before = self.champion(), self._predecessor()
         if before is None:
@@ -169,13 +177,13 @@ class Registry:
         return before
 
     def _predecessor(self) -> str | None:
-        """What was served before the champion, less all that was rolled back."""
+        """The version served before the champion, ignoring those that were rolled back."""
         served: list[str] = []
         for entry in [*self.history(), {"before": self.champion()}]:
             before, version = entry.get("before"), entry.get("version")
-            if before and before not in served:  # its line is lost
+            if before and before not in served:  # the line of its own promotion is lost
                 served.append(before)
-            while before and served[-1] != before:  # a crash left the line without its switch
+            while before and served[-1] != before:  # after a crash between the line and its switch
                 served.pop()
             if entry.get("rollback"):
                 served = served[:-1]
@@ -184,18 +192,18 @@ class Registry:
         return served[-2] if len(served) > 1 else None
 
     def retain(self) -> list[str]:
-        """Removes the oldest versions over `keep`; returns those removed."""
+        """Removes the oldest versions beyond `keep`. Returns those removed."""
         kept = (self.champion(), self._predecessor())
         old = [version for version in self.versions()[: -self.keep] if version not in kept]
         for version in old:
-            # renamed first, so that a removal cut short leaves no version with missing files
+            # renamed first, so that an interrupted removal leaves no version with missing files
             doomed = self.path / f".tmp-removed-{version}"
             (self.path / version).rename(doomed)
             shutil.rmtree(doomed)
         return old
 
     def manifests(self) -> list[tuple[str, dict[str, Any] | None]]:
-        """Each version with its manifest, None where it cannot be read."""
+        """Each version with its manifest, or None if that cannot be read."""
         out: list[tuple[str, dict[str, Any] | None]] = []
         for version in self.versions():
             try:

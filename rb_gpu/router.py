@@ -1,6 +1,6 @@
 """FastGRNN on the CPU: the forward pass, and the blend of its decision with the bank's (reference section 6).
 
-Suffixes: D embedding dims, F numeric features, H hidden units, T steps of a session, C configs.
+Suffixes: D embedding dims, F numeric features, I = D + F inputs, H hidden units, T steps of a session, C configs.
 """
 
 from __future__ import annotations
@@ -23,25 +23,28 @@ Vector = npt.NDArray[np.float32]
 
 MAX_INFLUENCE = 0.3
 LEAST_CONFIDENCE = 0.5
-# the bank's tier replaces the router's only where its verdict is this sure
+# least confidence of the bank at which its tier replaces the router's
 TIER_CONFIDENCE = 0.95
 NORM_EPSILON = 1e-5
-# a standardised feature over this might overflow the sums of a router's products, see router_file.MAX_WEIGHT
+# a standardised feature over this could overflow the sums of a router's products (see router_file.MAX_WEIGHT)
 MAX_NUMBER = 1e20
 
 
 @dataclass(frozen=True, slots=True)
 class RouterDecision:
-    """What a router wants for a query, and what came of blending it with the bank.
+    """A router's decision for a query, and how it was blended with the bank's.
 
-    params: the decision. router_confidence: the router's probability, in [0, 1], that its config does better on this
-    query than the default would, calibrated on the newest queries of its training; near 0 where its config is the
-    default. config_id: the row of `params` in the table of configs, None where no such setting was tried, as a blend of
-    two may be. router_params: what the router alone wanted. reasoning_confidence: the bank's confidence, 0.0 where
-    nothing was blended. reasoning_pattern_id: the pattern that it came from, None where nothing was blended or the bank
-    answered with its default. blend_factor: the bank's share in temperature and context, 0 to 0.3. bank_params: what
-    the bank wanted, None where it was not asked. tier_from_bank: whether model_tier is the bank's and differs from what
-    the router wanted.
+    params: the decision.
+    router_confidence: the router's probability, in [0, 1], that its config does better on this query than the default,
+        calibrated on the newest queries of its training; near 0 if its config is the default.
+    config_id: row of `params` in the table of configs; None if they were never tried, as a blend may be.
+    router_params: what the router alone decided.
+    reasoning_confidence: the bank's confidence; 0.0 if nothing was blended.
+    reasoning_pattern_id: the pattern behind the bank's answer; None if nothing was blended (as when the bank answers
+        with its default) or if no pattern is near.
+    blend_factor: the bank's share in temperature and context, 0 to 0.3.
+    bank_params: the bank's answer; None if it was not asked.
+    tier_from_bank: whether model_tier was taken from the bank and differs from the router's.
     """
 
     params: SearchParams
@@ -56,7 +59,7 @@ class RouterDecision:
 
 
 class Router(Protocol):
-    """Anything that decides on features can be blended with a bank."""
+    """Anything that decides on features; its decision can be blended with a bank's."""
 
     def forward(self, features: npt.ArrayLike) -> RouterDecision:
         """The decision for one query."""
@@ -64,7 +67,7 @@ class Router(Protocol):
 
 
 class Bank(Protocol):
-    """What a blend asks of a bank."""
+    """What a blend needs from a bank."""
 
     @property
     def configs(self) -> ConfigTable:
@@ -72,20 +75,21 @@ class Bank(Protocol):
         ...
 
     def optimized_params(self, query: npt.ArrayLike) -> OptimizedParams:
-        """The bank's answer for a query embedding. Raises ValueError where its dimension is wrong."""
+        """The bank's answer for a query embedding. Raises ValueError if its dimension is wrong."""
         ...
 
 
 def blend_share(confidence: float) -> float:
-    """The bank's share: 0.3·confidence, ramped from 0 at confidence 0.5 to the whole at 1 (design section 7)."""
-    if not confidence > LEAST_CONFIDENCE:  # true for NaN too: an unknown confidence moves nothing
+    """The bank's share: 0.3·confidence, ramped from nothing at confidence 0.5 to the whole at 1 (design section 7)."""
+    if not confidence > LEAST_CONFIDENCE:  # true for NaN too, so an unknown confidence changes nothing
         return 0.0
     return MAX_INFLUENCE * confidence * (confidence - LEAST_CONFIDENCE) / (1.0 - LEAST_CONFIDENCE)
 
 
 def blend(decision: RouterDecision, answer: OptimizedParams, configs: ConfigTable) -> RouterDecision:
-    """The decision moved towards the bank's answer: temperature linearly, context linearly and snapped to a tried
-    value, the tier only where a pattern is at least 95 % sure, and then said so. ef_search and n_probes stay.
+    """The decision moved towards the bank's answer. Temperature moves linearly; context moves linearly and is snapped
+    to a tried value; the tier is taken from the bank only if a pattern is at least 95 % sure, and then tier_from_bank
+    says so. ef_search and n_probes stay.
     """
     share = blend_share(answer.confidence)
     if share == 0.0:
@@ -118,17 +122,19 @@ def blend(decision: RouterDecision, answer: OptimizedParams, configs: ConfigTabl
 def forward_with_reasoning(
     router: Router, features: npt.ArrayLike, bank: Bank, query_embedding: npt.ArrayLike
 ) -> RouterDecision:
-    """A router's decision on its features, blended with the bank's on the query's embedding. Raises ValueError."""
+    """A router's decision on its features, blended with the bank's on the query's embedding. Raises ValueError on bad
+    input.
+    """
     return blend(router.forward(features), bank.optimized_params(query_embedding), bank.configs)
 
 
 class FastGRNNRouter:
     """A trained FastGRNN cell (Kusupati et al. 2018) with its heads; all arrays float32.
 
-    z = σ(Wx + Uh + b_z), c = tanh(Wx + Uh + b_c), h' = z⊙h + (σ(ζ)(1 − z) + σ(ν))⊙c with W = W1·W2, U = U1·U2.
-    Inputs are an embedding, normalised to mean 0 and variance 1, and after it the numeric features that the router was
-    trained with, if any, standardised. configs: the configs that the utility head tells apart. Raises ArtifactError
-    where the arrays do not fit together.
+    z = σ(Wx + Uh + b_z), c = tanh(Wx + Uh + b_c), h' = z⊙h + (σ(ζ)(1 − z) + σ(ν))⊙c with W = W1·W2, U = U1·U2. An input
+    is an embedding, normalised to mean 0 and variance 1, followed by the standardised numeric features that the router
+    was trained with, if any. configs: the configs that the utility head predicts. Raises ArtifactError if the arrays do
+    not fit together.
     """
 
     def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], configs: ConfigTable) -> None:
@@ -139,16 +145,17 @@ class FastGRNNRouter:
         self.dim = self.inputs - self.sizes["features"]
         self._params = list(configs)
         self._zeta, self._nu = float(_sigmoid(self.arrays["zeta"])), float(_sigmoid(self.arrays["nu"]))
-        # one product for all heads: seven small ones would cost more than the cell
+        # one product for all heads, because seven small ones would cost more than the cell
         self._heads_weight = np.concatenate([self.arrays[f"{name}_weight"] for name in HEADS])
         self._heads_bias = np.concatenate([self.arrays[f"{name}_bias"] for name in HEADS])
         ends = np.cumsum([len(self.arrays[f"{name}_bias"]) for name in HEADS]).tolist()
         self._slices = {name: slice(start, end) for name, start, end in zip(HEADS, [0, *ends[:-1]], ends, strict=True)}
 
     def hidden_state(self, features: npt.ArrayLike) -> Vector:
-        """The state h (H,) after the steps of features, (D + F,) or (T, D + F) oldest first, from h = 0.
+        """The state h (H,) after one step of features (D + F,) or T steps (T, D + F), oldest first, starting from
+        zeros.
 
-        Raises ValueError.
+        Raises ValueError on a wrong shape, and on values that are not finite or too large.
         """
         steps = np.asarray(features, dtype=np.float32)
         steps = steps[None] if steps.ndim == 1 else steps
@@ -156,7 +163,7 @@ class FastGRNNRouter:
             expected = f"({self.inputs},) or (T, {self.inputs})"
             raise ValueError(f"features have shape {np.shape(features)}, expected {expected}")
         a, embedding_TD, fits = self.arrays, steps[:, : self.dim], True
-        with np.errstate(over="ignore", invalid="ignore"):  # refused below
+        with np.errstate(over="ignore", invalid="ignore"):  # bad values are refused below
             centred = embedding_TD - (np.add.reduce(embedding_TD, 1) / np.float32(self.dim))[:, None]
             variance = np.einsum("td,td->t", centred, centred) / np.float32(self.dim)
             normal_TI = centred / np.sqrt(variance + np.float32(NORM_EPSILON))[:, None]
@@ -181,7 +188,7 @@ class FastGRNNRouter:
 
     def forward(self, features: npt.ArrayLike) -> RouterDecision:
         """The config of highest predicted utility, for one query (D + F,) or the last queries of a session (T, D + F),
-        oldest first. Raises ValueError where the features' shape is wrong.
+        oldest first. Raises ValueError as `hidden_state` does.
         """
         out = self.heads(features)
         config_id = int(out["utility"].argmax())
@@ -190,8 +197,9 @@ class FastGRNNRouter:
         return RouterDecision(params, confidence, config_id, params)
 
     def shares(self, features: npt.ArrayLike) -> dict[str, dict[str | int, float]]:
-        """How likely each tier, context_tokens, ef_search and n_probes is that of the best config, and the temperature
-        expected of it, clipped to [0, 2], under the key "expected". Raises ValueError.
+        """For each value of model_tier, context_tokens, ef_search and n_probes, the probability that the best config
+        has it. Under temperature, the key "expected" holds the expected temperature of the best config, clipped to [0,
+        2]. Raises ValueError as `hidden_state` does.
         """
         out, configs = self.heads(features), self.configs
         values: dict[str, tuple[str, list[Any]]] = {
@@ -210,21 +218,23 @@ class FastGRNNRouter:
     def forward_with_reasoning(
         self, features: npt.ArrayLike, bank: Bank, *, query_embedding: npt.ArrayLike
     ) -> RouterDecision:
-        """The decision on the features blended with the bank's on the query's embedding. Raises ValueError."""
+        """The decision on the features, blended with the bank's on the query's embedding. Raises ValueError on bad
+        input.
+        """
         return forward_with_reasoning(self, features, bank, query_embedding)
 
     def to_bytes(self, int8: bool = False) -> bytes:
-        """The content of router.safetensors, its matrices as bytes where int8 is set (router_file.py)."""
+        """The content of router.safetensors; int8 stores its matrices in 8 bits (router_file.py)."""
         return write_router(self.arrays, self.configs, int8)
 
     @classmethod
     def from_bytes(cls, content: bytes) -> FastGRNNRouter:
-        """The router in the content of a router.safetensors. Raises ArtifactError."""
+        """The router in the content of a router.safetensors. Raises ArtifactError if it is damaged."""
         return cls(*read_router(content))
 
     @classmethod
     def load(cls, path: str | Path) -> FastGRNNRouter:
-        """Opens a router.safetensors. Raises ArtifactError."""
+        """Opens a router.safetensors. Raises ArtifactError if it is missing or damaged."""
         return cls.from_bytes(bytes(map_file(Path(path), MAX_ROUTER_BYTES)))
 
 

@@ -1,7 +1,7 @@
-"""The file of a router: its arrays, checked and packed as float32 or int8, whole or as their non-zero entries.
+"""The file of a router: checks its arrays and stores them as float32 or int8, dense or sparse.
 
-A matrix may lie as int8 with one float32 scale for each of its outputs (`NAME.scale`), and, where at most a third of it
-is not zero, as those values and their places in row-major order (`NAME.at`).
+A matrix may be stored as int8 with one float32 scale for each of its outputs (`NAME.scale`). If at most a third of it
+is non-zero, only those values are stored, with their positions in row-major order (`NAME.at`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ Arrays = dict[str, npt.NDArray[Any]]
 FORMAT_VERSION = 3
 MAX_ROUTER_BYTES = 2**26
 SPARSE_SHARE = 1 / 3
-# No training comes near these, and within them no sum of a router's products overflows float32: how many of its scales
-# the 0 of a feature may lie from its mean, how small a scale may be (1 over this), and how large a weight
+# No training comes near these bounds, and within them no sum of a router's products overflows float32: MAX_STANDARD
+# bounds how many scales a feature's mean may lie from 0, and 1 / MAX_STANDARD is the least scale; MAX_WEIGHT bounds the
+# weights
 MAX_STANDARD, MAX_WEIGHT = 1e15, 1e5
 
 HEADS = ("tier", "context", "ef", "probes", "temperature", "utility", "confidence")
-# every array, with its axes: I = D + F inputs, V tiers, X contexts, E ef_search values, N n_probes values
+# all arrays with their axes: I = D + F inputs, F features, H hidden units, R and S ranks, V tiers, X contexts, E
+# ef_search values, N n_probes values, C configs
 ARRAYS = {
     "feature_mean": "F", "feature_scale": "F", "w1": "IR", "w2": "RH", "u1": "HS", "u2": "SH", "bias_gate": "H",
     "bias_candidate": "H", "zeta": "", "nu": "", "tier_weight": "VH", "tier_bias": "V", "context_weight": "XH",
@@ -36,13 +38,13 @@ ARRAYS = {
     "confidence_weight": "1H", "confidence_bias": "1",
 }  # fmt: skip
 MATRICES = tuple(name for name, axes in ARRAYS.items() if len(axes) == 2)
-# the axes whose sizes the metadata repeats
+# axes whose sizes the metadata repeats
 SIZES = {"I": "inputs", "F": "features", "H": "hidden", "R": "rank", "S": "recurrent_rank", "C": "configs"}
 
 
 def write_router(arrays: Mapping[str, npt.NDArray[np.float32]], configs: ConfigTable, int8: bool) -> bytes:
-    """The content of router.safetensors; int8: matrices as bytes, each within half a step (a 254th of the largest
-    entry of its output) of what it was.
+    """The content of router.safetensors. int8: store matrices in 8 bits, each entry rounded by at most half a step,
+    which is 1/254 of the largest entry of its output.
     """
     stored: Arrays = {}
     for name, array in arrays.items():
@@ -68,7 +70,9 @@ def write_router(arrays: Mapping[str, npt.NDArray[np.float32]], configs: ConfigT
 
 
 def read_router(content: bytes) -> tuple[Arrays, ConfigTable]:
-    """The float32 arrays and the configs in the content of a router.safetensors. Raises ArtifactError."""
+    """The float32 arrays and the configs in the content of a router.safetensors. Raises ArtifactError if it is
+    damaged.
+    """
     try:
         stored = map_tensors(content)
         size = int.from_bytes(content[:8], "little")
@@ -94,7 +98,7 @@ def read_router(content: bytes) -> tuple[Arrays, ConfigTable]:
 
 
 def check_router(arrays: Mapping[str, npt.NDArray[Any]], configs: ConfigTable) -> dict[str, int]:
-    """The sizes by name. Raises ArtifactError where arrays and configs are damaged or do not fit together."""
+    """The sizes by name. Raises ArtifactError if arrays and configs are damaged or do not fit together."""
     wrong = set(ARRAYS) ^ set(arrays)
     if wrong:
         raise ArtifactError(f"router.safetensors: array {min(wrong)} is missing or unknown; train again")
@@ -132,7 +136,7 @@ def _choices(configs: ConfigTable) -> dict[str, int]:
 
 
 def _configs(rows: Any, tiers: Any, default: Any) -> ConfigTable:
-    """Raises what `read_router` catches."""
+    """The table of configs. Raises errors that `read_router` catches."""
     if not isinstance(tiers, list) or not all(isinstance(tier, str) and tier for tier in tiers):
         raise TypeError(f"tiers={tiers!r} is no list of names")
     if len(set(tiers)) != len(tiers) or not 1 <= len(rows) <= MAX_CONFIGS:
@@ -168,5 +172,5 @@ def _unpacked(name: str, stored: Arrays, axes: Mapping[str, int]) -> npt.NDArray
 
 
 def _inputs_axis(name: str) -> int:
-    """Heads are (outputs, inputs), factors are (inputs, outputs)."""
+    """The axis of a matrix's inputs: heads are (outputs, inputs), factors are (inputs, outputs)."""
     return 1 if name.endswith("_weight") else 0

@@ -1,4 +1,4 @@
-"""Nearest leaf patterns by cosine: exact in NumPy, or the artifact's Faiss index, behind one protocol.
+"""Nearest leaf patterns by cosine: exact in NumPy, or by the artifact's Faiss index, behind one protocol.
 
 Suffixes: P leaves, D dims, B queries, K neighbours.
 """
@@ -21,43 +21,44 @@ Matrix = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 
-# up to so many floats a product with all leaves beats a graph on one core, where ranking a leaf counts as so many more
-# dims: a graph catches up at 2,000 leaves of 128 dims and at 1,050 of 384; of more dims beyond these 2 MiB, which not
-# every core's own cache holds (`python -m jobs.benchmark suite=lookup`)
+# Up to this many floats, leaves x (dims + RANKING_DIMS), a product with all leaves beats a graph on one core; ranking a
+# leaf costs as much as RANKING_DIMS more dims. The graph catches up at 2,000 leaves of 128 dims and at 1,050 of 384;
+# with more dims, once the leaves exceed these 2 MiB, which not every core's own cache holds. Measured by `python -m
+# jobs.benchmark suite=lookup`
 EXACT_CELLS, RANKING_DIMS = 2**19, 128
-# and up to here its product with so many queries beats a graph that is asked for each of them
+# up to this many leaves, a product with this many queries or more beats a graph that searches for them one by one
 EXACT_BATCH_LEAVES, EXACT_BATCH_QUERIES = 4096, 64
-# up to so many neighbours, one pass for each beats a partition
+# up to this many neighbours, one pass for each is faster than a partition
 FEW = 16
-# candidates of an index that are compared exactly, at least: its own distances are of compressed vectors
+# least number of the index's candidates that are compared exactly, as its own distances are between compressed vectors
 CANDIDATES = 16
-# cosines of a batch that are held at once: enough for the product's full speed, little beside a service's memory
+# cosines of a batch held at once: enough for the product's full speed, and little of a service's memory
 TILE_CELLS = 2**22
-# and of these, that are ranked at once: few enough to stay in a core's cache from one neighbour to the next
+# cosines ranked at once: few enough to stay in a core's cache from one neighbour to the next
 RANKED_CELLS = 2**18
-# queries of a batch whose candidates' vectors are held at once
+# queries of a batch for which the vectors of the candidates are held at once
 GATHERED_ROWS = 256
 
 
 class Search(Protocol):
-    """Finds the leaves nearest to queries of any norm: those of the largest products with leaves of norm 1."""
+    """Finds the leaves nearest to queries of any norm: those with the largest inner products, as leaves have norm 1."""
 
     name: str
 
     def nearest_one(self, x_D: Vector, k: int) -> tuple[list[int], list[float]]:
-        """Rows and products of the min(k, P) nearest leaves of one query, best first; fewer where an index finds fewer.
+        """Rows and products of the min(k, P) nearest leaves of one query, best first; fewer if an index finds fewer.
 
-        Equal products come in the order of rows.
+        Ties are in the order of rows.
         """
         ...
 
     def nearest(self, x_BD: Matrix, k: int) -> tuple[Rows, Matrix]:
-        """Rows and products (B, K) alike; K = min(k, P), row -1 where nothing was found."""
+        """The same for a batch: rows and products (B, K) with K = min(k, P); row -1 where nothing was found."""
         ...
 
 
 def in_lines(values: npt.NDArray[np.floating]) -> Matrix:
-    """The same as float32 in memory that begins at a cache line: a product with one query is a fifth faster there."""
+    """A float32 copy that begins at a cache line, with which a product with one query is a fifth faster."""
     room = np.empty(values.size + CACHE_LINE // 4, np.float32)
     start = -room.__array_interface__["data"][0] % CACHE_LINE // 4
     placed: Matrix = room[start : start + values.size].reshape(values.shape)
@@ -66,7 +67,7 @@ def in_lines(values: npt.NDArray[np.floating]) -> Matrix:
 
 
 def largest(values: Vector, k: int) -> tuple[list[int], list[float]]:
-    """Positions and values of the k largest, in descending order; of equals the first come first. Spoils `values`."""
+    """Positions and values of the k largest, in descending order; ties in order of position. May overwrite `values`."""
     if k > FEW:
         rows = _stable_top(values[None], k)[0]
         return rows.tolist(), values[rows].tolist()
@@ -80,7 +81,7 @@ def largest(values: Vector, k: int) -> tuple[list[int], list[float]]:
 
 
 def largest_in_rows(values_BP: Matrix, k: int) -> tuple[Rows, Matrix]:
-    """The same for every row of a contiguous array: positions and values (B, k)."""
+    """The same for every row of a contiguous array: positions and values (B, k). May overwrite the array."""
     if k > FEW:
         rows = _stable_top(values_BP, k)
         return rows, np.take_along_axis(values_BP, rows, 1)
@@ -89,7 +90,7 @@ def largest_in_rows(values_BP: Matrix, k: int) -> tuple[Rows, Matrix]:
     step = max(64, RANKED_CELLS // values_BP.shape[1])
     for start in range(0, len(values_BP), step):
         few_BP = values_BP[start : start + step]
-        # flat positions are read and written in half the time of pairs
+        # flat indexing takes half the time of (row, column) indexing
         flat, row_start_B = few_BP.reshape(-1), np.arange(0, few_BP.size, few_BP.shape[1])
         for j in range(k):
             row_B = few_BP.argmax(1)
@@ -105,7 +106,7 @@ def _stable_top(values_BP: Matrix, k: int) -> Rows:
         return np.argsort(-values_BP, axis=1, kind="stable")
     rows = np.argpartition(-values_BP, k - 1, axis=1)[:, :k]
     least = np.take_along_axis(values_BP, rows, axis=1).min(axis=1, keepdims=True)
-    # a partition takes any of the leaves that are equally near as the last one
+    # among leaves tied for last place, a partition keeps arbitrary ones; those rows are sorted in full
     tied = np.flatnonzero((values_BP >= least).sum(axis=1) > k)
     rows[tied] = np.argsort(-values_BP[tied], axis=1, kind="stable")[:, :k]
     rows.sort(axis=1)
@@ -114,7 +115,7 @@ def _stable_top(values_BP: Matrix, k: int) -> Rows:
 
 
 class ExactSearch:
-    """Every leaf, by one product."""
+    """Compares a query with every leaf, by one matrix product."""
 
     name = "exact"
 
@@ -128,7 +129,7 @@ class ExactSearch:
     def nearest(self, x_BD: Matrix, k: int) -> tuple[Rows, Matrix]:
         """See Search.nearest."""
         k = min(k, len(self._unit_PD))
-        # columns in a row, for they are read one by one
+        # each column contiguous, because columns are read one by one
         rows_BK, cosine_BK = np.empty((k, len(x_BD)), np.int64).T, np.empty((k, len(x_BD)), np.float32).T
         step = max(64, TILE_CELLS // len(self._unit_PD))
         held_BP = np.empty((min(step, len(x_BD)), len(self._unit_PD)), np.float32)
@@ -140,7 +141,7 @@ class ExactSearch:
 
 
 class _Buffers(threading.local):
-    """Where a thread's index calls read and write, with the addresses that Faiss takes."""
+    """Per thread: the arrays that Faiss reads and writes, and their addresses in the form that its C call takes."""
 
     def __init__(self) -> None:
         self.query = self.distances = np.empty(0, np.float32)
@@ -149,7 +150,7 @@ class _Buffers(threading.local):
 
 
 class _Batches(threading.local):
-    # whether Faiss has searched a batch in this thread, for which OpenMP keeps helping threads
+    # per thread: whether Faiss has searched a batch, since when OpenMP keeps worker threads for it
     searched = False
 
 
@@ -158,7 +159,7 @@ _batches = _Batches()
 
 def _after_fork_in_child() -> None:
     if _batches.searched:
-        # those threads are the parent's alone: GNU's OpenMP would wait for them in the next batch, for ever
+        # the worker threads exist only in the parent; GNU's OpenMP would wait for them for ever at the next batch
         sys.modules["faiss"].omp_set_num_threads(1)
 
 
@@ -167,7 +168,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class FaissSearch:
-    """The artifact's Faiss index gives candidates, their exact products decide."""
+    """Takes candidates from the artifact's Faiss index and ranks them by their exact products."""
 
     def __init__(self, index: Any, kind: str, unit_PD: Matrix, pointer: Any) -> None:
         self._index, self.name, self._unit_PD, self._pointer = index, kind, unit_PD, pointer
@@ -179,11 +180,12 @@ class FaissSearch:
         if len(buffers.rows) != wanted:
             self._allocate(buffers, wanted)
         buffers.query[:] = x_D
-        # Faiss's own Python call checks and allocates for longer than a small graph takes to search
+        # calls the C function, as the checks and allocations of Faiss's Python call take longer than searching a small
+        # graph
         self._index.search_c(1, *buffers.addresses)
         rows = buffers.rows
-        rows.sort()  # for equal cosines
-        if rows.item(0) < 0:  # an inverted file may find less; no id is over the leaves, check_index saw them all
+        rows.sort()  # so that ties are in the order of rows
+        if rows.item(0) < 0:  # an inverted file may find fewer; check_index has checked that no id exceeds the leaves
             rows = rows[rows >= 0]
         product = self._unit_PD.take(rows, 0).dot(x_D)
         order = (-product).argsort(kind="stable")[:k]
@@ -216,15 +218,16 @@ class FaissSearch:
 
 
 def product_is_faster(leaves: int, dim: int) -> bool:
-    """Whether a query is answered sooner by a product with all leaves than by an index of them."""
+    """Whether a product with all leaves answers a query sooner than an index does."""
     return leaves * (dim + RANKING_DIMS) <= EXACT_CELLS
 
 
 def open_search(unit_PD: Matrix, index: Any, kind: str, wanted: str) -> Search:
-    """exact, index, or auto: exact where that is faster, else the index where there is one and Faiss is.
+    """The search for `wanted`: exact, index, or auto, which is exact where that is faster, or if there is no index or
+    no Faiss.
 
-    index: the content of index.faiss. Raises ArtifactError where `index` is wanted and cannot be had, ValueError on
-    another word.
+    index: the content of index.faiss, or None. Raises ArtifactError if the index cannot be read, or if wanted is
+    "index" and the artifact has no index or Faiss is not installed; ValueError for any other value of `wanted`.
     """
     if wanted not in ("auto", "exact", "index"):
         raise ValueError(f"search={wanted!r} is not one of auto, exact, index; choose one of them")
@@ -246,8 +249,8 @@ def open_search(unit_PD: Matrix, index: Any, kind: str, wanted: str) -> Search:
 
 
 def read_index(faiss: Any, content: Any, leaves: int, dim: int) -> Any:
-    """The index in the content of an index.faiss. Raises ArtifactError unless it is one that a job builds for a bank of
-    that size, and points at nothing outside itself.
+    """The Faiss index in the content of an index.faiss. Raises ArtifactError unless it is an index as a job builds it
+    for a bank of this size, and refers to nothing outside its own content.
     """
     try:
         check_index(content, leaves, dim)

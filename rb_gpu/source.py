@@ -1,4 +1,6 @@
-"""Where a bank comes from: an artifact directory or a link to one, read whole, and read again once it changed."""
+"""Where a bank comes from: an artifact directory, or a link to one, which is read whole and read again when it
+changes.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,18 @@ from rb_gpu.artifact import INDEX_FILE, MANIFEST, load_artifact, read_file
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ArtifactError
 
-# a bad artifact is tried again after so long: the copy of one may be under way, and its manifest may be there first
+# a bad artifact is retried after this long: it may still be being copied, with its manifest copied first
 RETRY_S = 5.0
 
 
 class ArtifactSource:
-    """An artifact directory, or a link to one that a registry switches. hmac_key: it must be signed with that."""
+    """An artifact directory, or a link to one that a registry switches. hmac_key: if given, artifacts must be signed
+    with it.
+    """
 
     def __init__(self, path: str | Path, hmac_key: bytes | None = None) -> None:
-        # the process may change its folder; a link stays one, since it is followed anew at each read
+        # absolute, as the process may change its working directory; not resolved, as a link is followed anew at each
+        # read
         self.path, self._hmac_key = Path(path).absolute(), hmac_key
         self._manifest = os.fspath(self.path / MANIFEST)
         self._seen: tuple[int, ...] | None = None
@@ -29,17 +34,17 @@ class ArtifactSource:
         self.error: str | None = None
 
     def changed(self) -> bool:
-        """Whether there is something to read that was not read before: one stat. Raises OSError where it is gone."""
+        """Whether there is an artifact that was not read before; costs one stat. Raises OSError if it is gone."""
         found = _fingerprint(self._manifest)
         if found == self._seen:
-            self.error = None  # whatever was bad is gone again
+            self.error = None  # the bad artifact was taken back
             return False
         return found != self._failed or time.monotonic() - self._failed_at >= RETRY_S
 
     def read(self) -> tuple[BankData, Any]:
-        """The bank and the content of its index, both of the one folder that the link leads to now.
+        """The bank and the content of its index, both from the one folder that the link points to now.
 
-        Raises ArtifactError; call `accept` once it is served, or `refuse`.
+        The caller then calls `accept` if they are served, or `refuse` if not. Raises ArtifactError.
         """
         folder, self._reading = Path(os.path.realpath(self.path)), None
         try:
@@ -52,19 +57,19 @@ class ArtifactSource:
         return data, read_file(folder, manifest, INDEX_FILE)
 
     def accept(self) -> None:
-        """What was read last is served."""
+        """Notes that the artifact read last is now served."""
         self._seen, self._failed, self.error = self._reading, None, None
 
     def refuse(self, reason: str) -> bool:
-        """What was read last is not served; whether this is news."""
+        """Notes that the artifact read last is not served, and why. Returns whether the reason is new."""
         news = self.error != reason
-        # not what the link leads to by now, which nobody has looked at
+        # marks what was read, not what the link points to by now, which nobody has checked
         self.error, self._failed, self._failed_at = reason, self._reading, time.monotonic()
         return news
 
 
 def _fingerprint(manifest: str) -> tuple[int, ...]:
-    """What changes when the link is switched or the artifact is replaced."""
+    """Numbers of the manifest that change when the link is switched or the artifact is replaced."""
     status = os.stat(manifest)  # noqa: PTH116 - a third of a Path's time, and this runs before lookups
-    # of two mounted images the file's number, time and size may be the same
+    # the device is included because two mounted images may share inode, time and size
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size

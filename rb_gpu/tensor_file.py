@@ -1,7 +1,7 @@
-"""A safetensors file as NumPy arrays over its own bytes: nothing is copied, and nothing in its header is believed.
+"""Reads a safetensors file as NumPy views of its bytes, without copies and without trusting its header, and writes one.
 
-The format: github.com/huggingface/safetensors, section Format. Its own loader copies every array, which a memory map
-exists to avoid, and its own writer puts them where a product over the map is a fifth slower.
+The format: github.com/huggingface/safetensors, section Format. Its own loader copies every array, which would defeat a
+memory map, and its own writer aligns arrays so that a product over the map is a fifth slower.
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ CACHE_LINE = 64
 
 
 def no_constant(name: str) -> Any:
-    """For json.loads: NaN and Infinity are no JSON. Raises ValueError."""
+    """Refuses NaN and Infinity in json.loads, because they are no JSON. Raises ValueError."""
     raise ValueError(f"{name} is no JSON")
 
 
 def tensors_content(arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str] | None = None) -> bytes:
-    """A file of these arrays that `map_tensors` and safetensors read, and that depends on nothing but what is given.
+    """The content of a file of these arrays, readable by `map_tensors` and by safetensors; it depends on the arguments
+    alone.
 
-    Arrays of float32 and other 4 bytes begin at a cache line of the mapped file where they fill whole ones, as matrices
-    of embeddings do. Raises ValueError for a dtype that has no name there.
+    Arrays of 4-byte numbers whose size is a multiple of CACHE_LINE, such as most matrices of embeddings, begin at a
+    cache line of the mapped file. Raises ValueError for a dtype that safetensors has no name for.
     """
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     parts, wide, end = [], 0, 0
-    # widest first, for none may begin off its own width; and what fills lines before what would move it off them
+    # widest dtype first, so that all are aligned to their own width; then those that fill whole cache lines, before any
+    # that would shift them off one
     for name in sorted(arrays, key=lambda n: (-arrays[n].itemsize, arrays[n].nbytes % CACHE_LINE > 0, n)):
         array = arrays[name]
         code = CODES.get(array.dtype.newbyteorder("<"))
@@ -53,9 +55,9 @@ def tensors_content(arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[st
 
 
 def map_tensors(content: Any) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of a file by name, read-only views of `content` (bytes or a memory map).
+    """The arrays of a file by name, as read-only views of `content` (bytes or a memory map).
 
-    Raises ValueError where the header is damaged, or its arrays do not tile the rest of the file exactly.
+    Raises ValueError if the header is damaged, or if its arrays do not tile the rest of the file exactly.
     """
     size = len(content)
     length = int.from_bytes(content[:8], "little")
@@ -90,7 +92,7 @@ def map_tensors(content: Any) -> dict[str, npt.NDArray[Any]]:
 
 
 def _entry(name: str, entry: Any) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
-    """Dtype, shape, start and stop of an array, whose numbers are counts."""
+    """Dtype, shape, start and stop of an array. Raises ValueError unless they are valid."""
     try:
         dtype, shape, (start, stop) = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):

@@ -21,12 +21,12 @@ _logger = logging.getLogger(__name__)
 
 _APPLICATION_ID = 0x72624C47  # "rbLG"
 _VERSION = 1
-_LOCK_TIMEOUT_S = 1.0  # a fork may have to wait for it; a writer tries again
+_LOCK_TIMEOUT_S = 1.0  # short, because a fork may have to wait for it; a writer tries again
 _OPEN_TIMEOUT_S = 30.0
 _EMPTY_TIMEOUT_S = 2.0
 
-# A vote is a row of its own, since it may come before its trajectory, or from a process that never saw it.
-# seq has no gaps: SQLite gives max + 1, and only the oldest rows are ever deleted.
+# A vote is a row of its own, because it may come before its trajectory, or from a process that never saw that. seq has
+# no gaps: SQLite assigns max + 1, and only the oldest rows are ever deleted.
 _CREATE = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS trajectory (
@@ -53,59 +53,61 @@ _DTYPES = {
     "i1": ("rating",),
 }
 
-# A child of fork() that inherits an open connection would share SQLite's book-keeping of its parent's file locks, and
-# so corrupt the file. Whoever uses SQLite here holds the gate; a fork takes it and first closes what is open.
+# A child of fork() that inherits an open connection would share SQLite's bookkeeping of its parent's file locks, and so
+# corrupt the file. All code here that uses SQLite holds the gate; a fork takes it and first closes open connections.
 gate = threading.Lock()
 
 
 def read_batches(
     path: str | os.PathLike[str], rows: int = 65_536, after: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The log's rows in the order of insertion, `rows` at a time, up to the newest when the first batch is read.
+    """The log's rows in the order of insertion, `rows` at a time, up to the newest one at the time of the first batch.
 
     Each batch maps the columns of the trajectory table to arrays of its n rows: seq, timestamp (UTC seconds) int64; id,
-    query_id (the row's own id where none was logged), latency_us uint64; ef_search, n_probes, context_tokens uint32;
-    temperature, precision, recall, cost, propensity float32, NaN where unknown; rating int8, 0 where there is none.
-    Lists: model_tier str, policy str or None, query_embedding read-only float32 vectors, each as long as it was logged.
+    query_id (the row's own id if none was logged), latency_us uint64; ef_search, n_probes, context_tokens uint32;
+    temperature, precision, recall, cost, propensity float32, NaN if unknown; rating int8, 0 if there is none. Lists:
+    model_tier str, policy str or None, query_embedding read-only float32 vectors, each as long as it was logged.
 
-    after: a row's seq; only later rows come. Writers may go on; what they evict before it is read is missing.
-    The first batch raises ConfigError for rows < 1, DataError where the file is missing or no log of this version.
+    after: the seq of a row; only later rows are read. Writers may continue meanwhile; rows that they evict before they
+    are read are missing. The first batch raises ConfigError for rows < 1, DataError if the file is missing or no log of
+    this version.
     """
     if rows < 1:
         raise ConfigError(f"rows={rows!r} is below 1; give the number of rows to read at a time")
     absolute, seq = Path(path).absolute(), after or 0
     newest = _select(absolute, "SELECT max(seq) AS newest FROM trajectory", ())["newest"][0]
-    # a connection per batch: one kept open would stop the writers from emptying the write-ahead log
+    # one connection per batch: an open one would stop the writers from emptying the write-ahead log
     while batch := _select(absolute, _SELECT, (seq, newest, rows)):
         for dtype, names in _DTYPES.items():
-            for name in names:  # SQLite has int64 for uint64; NumPy reads None as NaN
+            for name in names:  # SQLite stores uint64 as int64; NumPy reads None as NaN
                 batch[name] = np.array(batch[name], dtype=dtype.replace("u8", "i8")).view(dtype)
-        # count: a blob with a torn last number gives a shorter vector, not an error
+        # with a count, a blob with a torn last number gives a shorter vector in place of an error
         batch["query_embedding"] = [np.frombuffer(blob, "<f4", len(blob) // 4) for blob in batch["query_embedding"]]
         seq = int(batch["seq"][-1])
         yield batch
 
 
 def open_writer(given: Path) -> tuple[sqlite3.Connection, int]:
-    """A connection that may write, to a file made where there is none, and the file's inode. Only with the gate held.
+    """A writing connection and the file's inode; the file is created if there is none. The caller must hold the gate.
     Raises DataError.
     """
     deadline = time.monotonic() + _OPEN_TIMEOUT_S
     while True:
-        inode, path = None, Path(os.path.realpath(given))  # the -wal lies beside what a link leads to now
+        inode, path = None, Path(os.path.realpath(given))  # SQLite puts the -wal beside the target of a link
         try:
             with ExitStack() as on_error, _folder_held(path, deadline):
                 _make(path)
                 inode = inode_of(path)
-                # it must not be made here: what a renamed log left beside it would be taken for its own
+                # SQLite must not create the file: it would take a -wal that a renamed log left behind for the new
+                # file's own
                 mode = "rw" if os.name == "posix" else "rwc"
-                # the gate keeps threads apart, and a fork closes from its own thread
+                # the gate keeps threads apart, and a fork closes the connection from its own thread
                 connection = sqlite3.connect(
                     f"{path.as_uri()}?mode={mode}", _LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False,
                     uri=True,
                 )  # fmt: skip
                 on_error.callback(connection.close)
-                if _is_empty(connection, path):  # which opens the -wal, by name: no other file may be there by now
+                if _is_empty(connection, path):  # opens the -wal by its name, so no other file may have it by now
                     connection.execute("PRAGMA journal_mode = WAL")
                     connection.executescript(_CREATE)
                 connection.execute("PRAGMA synchronous = NORMAL")
@@ -114,7 +116,7 @@ def open_writer(given: Path) -> tuple[sqlite3.Connection, int]:
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}; give a path in a folder that you may read and write") from error
         except sqlite3.Error as error:
-            # SQLite does not wait by itself where several processes make the file at the same time
+            # SQLite itself does not wait when several processes create the file at the same time
             again = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY or (
                 inode is not None and inode_of(path) != inode
             )
@@ -124,9 +126,10 @@ def open_writer(given: Path) -> tuple[sqlite3.Connection, int]:
 
 
 def empty_wal(connection: sqlite3.Connection) -> bool:
-    """Brings what is in the -wal into the file; whether that could be done. Only with the gate held."""
+    """Moves the content of the -wal into the file. Returns whether that succeeded. The caller must hold the gate."""
     deadline = time.monotonic() + _EMPTY_TIMEOUT_S
-    # each of two processes that do so at once finds the other busy at once, and neither would do it
+    # two processes that do this at once both find the other busy at once, so neither would succeed without a random
+    # wait
     while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
         if time.monotonic() > deadline:
             return False
@@ -135,8 +138,8 @@ def empty_wal(connection: sqlite3.Connection) -> bool:
 
 
 def inode_of(path: Path) -> int | None:
-    """Of the file that has this name now; None where none has."""
-    try:  # another process may rename it between two looks
+    """Inode of the file that has this name now, or None if there is none."""
+    try:  # a single stat, since another process may rename the file between two
         return path.stat().st_ino
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -144,10 +147,10 @@ def inode_of(path: Path) -> int | None:
 
 @contextmanager
 def _folder_held(path: Path, deadline: float) -> Iterator[None]:
-    """One process at a time opens or makes a file in this folder: what had opened one that is then renamed would else
-    go on in the -wal of the file made in its place.
+    """Lets one process at a time open or create a file in this folder. Otherwise a process that has just opened a file
+    which is then renamed would go on writing to the -wal of the file created in its place.
     """
-    if os.name != "posix" or not path.parent.is_dir():  # elsewhere a file that is open cannot be renamed
+    if os.name != "posix" or not path.parent.is_dir():  # only POSIX can rename an open file
         yield
         return
     import fcntl
@@ -168,8 +171,8 @@ def _folder_held(path: Path, deadline: float) -> Iterator[None]:
 
 
 def _make(path: Path) -> None:
-    """Makes an empty file where there is none, and puts aside what a log that was renamed left beside it: SQLite would
-    take that for the new file's, and drop the rows in it. Only with the folder held.
+    """Creates an empty file if there is none, and puts aside the -wal that a renamed log left behind: SQLite would take
+    that for the new file's own, and drop its rows. The caller must hold the folder.
     """
     if os.name != "posix" or path.exists() or not path.parent.is_dir():
         return
@@ -180,16 +183,16 @@ def _make(path: Path) -> None:
         wal.rename(aside)
         message = "%s may hold rows of the log that was renamed; put it beside that as NAME-wal and open it once"
         _logger.warning(message, aside)
-    # nor an empty one: who has the renamed log open still writes to it
+    # an empty one is removed too, because a process that has the renamed log open still writes to it
     wal.unlink(missing_ok=True)
     path.touch()
 
 
 def _select(path: Path, query: str, values: tuple[int, ...]) -> dict[str, Any]:
-    """Columns of a query on a read-only connection; empty where it gives no row."""
-    path = Path(os.path.realpath(path))  # beside which the -wal lies
-    # without -wal nobody writes; immutable then keeps the reader from making one, which it may not be allowed to do, or
-    # which the next writer could not use
+    """Columns of a query on a read-only connection; an empty dict if it returns no row."""
+    path = Path(os.path.realpath(path))  # the -wal lies beside this
+    # Without a -wal nobody is writing. immutable=1 then keeps the reader from creating a -wal, which it may not be
+    # allowed to do, or which the next writer could not use
     wal = path.with_name(path.name + "-wal")
     alone = not wal.exists()
     uri = path.as_uri() + ("?mode=ro&immutable=1" if alone else "?mode=ro")
@@ -202,14 +205,14 @@ def _select(path: Path, query: str, values: tuple[int, ...]) -> dict[str, Any]:
     except sqlite3.Error as error:
         remedy = "give the path of a trajectory log that is whole and that you may read, or leave it out"
         raise DataError(f"{path}: {error}; {remedy}") from error
-    if alone and wal.exists():  # a writer came meanwhile
+    if alone and wal.exists():  # a writer has come meanwhile
         return _select(path, query, values)
     return dict(zip(names, map(list, zip(*rows, strict=True)), strict=False))
 
 
 def _is_empty(connection: sqlite3.Connection, path: Path) -> bool:
-    """Whether the file holds nothing yet; DataError where it holds anything but a log of this version."""
-    # tables first: another process may be making the file between these queries
+    """Whether the file is still empty. Raises DataError if it holds anything but a log of this version."""
+    # tables first, because another process may be creating the file between these queries
     queries = "SELECT count(*) FROM sqlite_master", "PRAGMA application_id", "PRAGMA user_version"
     tables, application_id, version = (connection.execute(query).fetchone()[0] for query in queries)
     if application_id == _APPLICATION_ID and version != _VERSION:

@@ -1,4 +1,4 @@
-"""The log of answered queries: a bounded ring in one SQLite file, on a local disk, that many processes may write."""
+"""The log of answered queries: a bounded ring in one SQLite file on a local disk, which many processes may write."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rb_gpu.types import QueryTrajectory, UserFeedback, is_masked
 _logger = logging.getLogger(__name__)
 
 _ROWS_PER_TRANSACTION = 1000  # short enough for other processes to get their turn
-_ROWS_PER_STATEMENT = 50  # one hold of the interpreter lock; 50 * 16 values are below the 999 of SQLite's oldest builds
+_ROWS_PER_STATEMENT = 50  # inserted in one hold of the GIL; 50 * 16 values are below the 999 of SQLite's oldest builds
 _WARNING_INTERVAL_S = 60.0
 
 _INSERT = "INSERT INTO {} VALUES {} ON CONFLICT (id) DO NOTHING"
@@ -38,17 +38,17 @@ _Record = dict[str, tuple[int | float | str | bytes | None, ...]]  # rows by tab
 class TrajectoryLog:
     """Appends trajectories and votes to the ring at `path`, from any number of threads and processes.
 
-    The caller only puts onto a queue of `queue_size` records in memory; one daemon thread writes it every
-    `flush_interval` seconds. A killed process loses what was not written yet, never the file; a normal exit writes all,
-    except from a worker of `multiprocessing`, which has to call `close`. A forked child starts with an empty queue.
-    While the file cannot be written, what was queued waits, and nothing more is taken.
+    The caller only appends to an in-memory queue of `queue_size` records, which one daemon thread writes every
+    `flush_interval` seconds. A killed process loses what was not yet written, but never damages the file. A normal exit
+    writes everything, except in a worker of `multiprocessing`, which has to call `close`. A forked child starts with an
+    empty queue. While the file cannot be written, queued records wait and new ones are refused.
 
-    The file may be renamed while it is written: what was flushed goes with it, later rows go to a new one. Rows that a
-    killed process wrote just before its file was renamed, or that a reader held back meanwhile, may stay beside the old
-    name in a -wal, which is then put aside and named in a warning.
+    The file may be renamed while it is written: flushed rows go with it, later rows go to a new file. Rows that a
+    killed process wrote just before the rename, or that a reader kept in the -wal meanwhile, may remain in a -wal
+    beside the old name; that -wal is then put aside, and a warning names it.
 
-    capacity: newest trajectories kept, and newest votes. dim: length that every embedding must have, None for any.
-    Raises ConfigError for a setting out of bounds, DataError where the file is no log of this version or fails to open.
+    capacity: number of newest trajectories kept, and of newest votes. dim: required length of embeddings, None for any.
+    Raises ConfigError for a setting out of bounds, DataError if the file is no log of this version or cannot be opened.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class TrajectoryLog:
                 raise ConfigError(f"{name}={value!r} is below 1; give a positive integer")
         if not 0 < flush_interval <= threading.TIMEOUT_MAX:  # false for NaN too
             raise ConfigError(f"flush_interval={flush_interval!r} is not a positive number of seconds; try 0.2")
-        self.path = Path(path).absolute()  # the process may change its folder before the file is opened again
+        self.path = Path(path).absolute()  # the process may change its working directory before the file is reopened
         self._capacity, self._dim, self._queue_size, self._flush_interval = capacity, dim, queue_size, flush_interval
         self._connection: sqlite3.Connection | None = None
         self._inode = 0
@@ -76,7 +76,7 @@ class TrajectoryLog:
         atexit.register(self.close)
 
     def _start_empty(self) -> None:
-        """State of a new log, and of a forked child: its parent writes what was queued."""
+        """Sets the state of a new log, and of a forked child, whose parent writes what was queued."""
         self._queue: deque[_Record] = deque()
         self._changed = threading.Condition()  # guards the queue, the counts and the thread
         self._wake = threading.Event()
@@ -87,31 +87,35 @@ class TrajectoryLog:
 
     @property
     def dropped(self) -> int:
-        """Records (trajectories and votes) that this process lost: the queue was full, the file could not be written,
-        or the log was closed.
+        """Records (trajectories and votes) that this process lost because the queue was full, the file could not be
+        written or the log was closed.
         """
         return self._dropped
 
     @property
     def queued(self) -> int:
-        """Records that are in memory alone."""
+        """Records that are not in the file yet, only in memory."""
         return len(self._queue)
 
     @property
     def failing(self) -> bool:
-        """Whether the last attempt to write failed, as on a full disk; the next one is `flush_interval` later."""
+        """Whether the last attempt to write failed, for example on a full disk; the next one follows after
+        `flush_interval`.
+        """
         return self._failing
 
     @property
     def duplicates(self) -> int:
-        """Trajectories that this process wrote in vain: the id was in the file already, and the first one stands."""
+        """Trajectories that this process did not store because their id was already in the file; the first one is
+        kept.
+        """
         return self._duplicates
 
     def record(self, trajectory: QueryTrajectory) -> bool:
-        """Queues a copy of a trajectory, with its feedback as a vote; False where it was dropped.
+        """Queues a copy of a trajectory, with its feedback as a vote. Returns False if it was dropped.
 
-        Raises DataError where the embedding is not one vector of `dim` float32, none of it masked, or an integer is
-        outside its 64 bits, TypeError or ValueError where another field is of a wrong type.
+        Raises DataError if the embedding is not one vector of length `dim` or has masked entries, or if an integer does
+        not fit its 64 bits; TypeError or ValueError if another field has a wrong type.
         """
         shape = np.shape(trajectory.query_embedding)
         if len(shape) != 1 or self._dim not in (None, shape[0]):
@@ -135,15 +139,16 @@ class TrajectoryLog:
         return self._put(record if trajectory.feedback is None else record | _vote(trajectory.id, trajectory.feedback))
 
     def record_feedback(self, trajectory_id: int, feedback: UserFeedback) -> bool:
-        """Queues a vote; False where it was dropped. The first vote for an id to reach the file stands, a later one
-        changes nothing. It may come before its trajectory. Raises DataError where the id is no uint64.
+        """Queues a vote. Returns False if it was dropped. The first vote for an id to reach the file counts, later ones
+        change nothing. A vote may come before its trajectory. Raises DataError if the id is not a uint64.
         """
         return self._put(_vote(trajectory_id, feedback))
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Waits until all that was queued before is in the file; False after `timeout` seconds, or where close lost it.
+        """Waits until everything queued so far is in the file. Returns False after `timeout` seconds, or if close lost
+        some of it.
 
-        What is in the file survives the death of the process; a power cut may take the last of it.
+        What is in the file survives the death of the process; a power cut may lose the last of it.
         """
         with self._changed:
             target = self._accepted
@@ -152,7 +157,7 @@ class TrajectoryLog:
             return self._saved >= target
 
     def close(self, timeout: float = 5.0) -> None:
-        """Writes what is queued; where the file cannot be written for `timeout` seconds, the rest counts as dropped."""
+        """Writes what is queued. If the file cannot be written for `timeout` seconds, the rest counts as dropped."""
         with self._changed:
             self._deadline = self._deadline or time.monotonic() + timeout
             self._wake.set()
@@ -190,7 +195,7 @@ class TrajectoryLog:
         return False
 
     def _warn(self, problem: str) -> None:
-        """Logs each problem once a minute at most: a full disk must not flood the service's own log."""
+        """Logs each problem at most once a minute, because a full disk must not flood the service's own log."""
         now = time.monotonic()
         if now - self._warned_at.get(problem, -_WARNING_INTERVAL_S) >= _WARNING_INTERVAL_S:
             self._warned_at[problem] = now
@@ -201,11 +206,11 @@ class TrajectoryLog:
         while deadline is None or (self._queue and time.monotonic() < deadline):
             self._wake.wait(self._flush_interval if deadline is None else 0.05)
             self._wake.clear()
-            deadline = self._deadline  # read before the queue, so that nothing put before close stays behind
+            deadline = self._deadline  # read before the queue, so that nothing queued before close is left behind
             try:
                 self._write()
                 self._failing = False
-            except Exception as error:  # whatever it is, a dead writer would lose all that follows
+            except Exception as error:  # whatever the error: if the writer died, all later records would be lost
                 self._failing = True
                 self._warn(f"cannot write, will try again: {error}")
         with self._changed:
@@ -217,7 +222,9 @@ class TrajectoryLog:
             self._warn("closed before the queue could be written")
 
     def _write(self) -> None:
-        """Writes what is queued, to the write-ahead log and from there to the file, with which it may be renamed."""
+        """Writes what is queued to the write-ahead log, and from there into the file, so that a rename takes it
+        along.
+        """
         target = self._accepted
         while self._written < target:
             self._write_batch()
@@ -235,7 +242,7 @@ class TrajectoryLog:
             try:
                 duplicates = self._transact(batch)
             except BaseException:
-                self._disconnect()  # takes back what the transaction did; its rows are still queued
+                self._disconnect()  # rolls back the transaction; its rows are still queued
                 raise
         with self._changed:
             for _ in batch:
@@ -244,7 +251,7 @@ class TrajectoryLog:
             self._duplicates += duplicates
 
     def _transact(self, batch: list[_Record]) -> int:
-        """Writes the batch and returns how many of its trajectories were duplicates."""
+        """Writes the batch. Returns how many of its trajectories were duplicates."""
         connection = self._connect()
         connection.execute("BEGIN IMMEDIATE")
         repeated = {"trajectory": 0, "vote": 0}
@@ -260,7 +267,7 @@ class TrajectoryLog:
         return repeated["trajectory"]
 
     def _connect(self) -> sqlite3.Connection:
-        """The open connection, or a new one where the file was deleted or rotated away. Only with the gate held."""
+        """The open connection, or a new one if the file was deleted or rotated away. The caller must hold the gate."""
         if self._connection and self._inode != inode_of(self.path):
             self._disconnect()
         if not self._connection:
@@ -270,7 +277,7 @@ class TrajectoryLog:
     def _disconnect(self) -> None:
         if self._connection:
             if self._inode != inode_of(self.path):
-                # SQLite itself does not do this as it closes a file that is no longer where it was
+                # SQLite itself does not empty the -wal when it closes a file that was renamed
                 emptied = False
                 with suppress(sqlite3.Error):
                     self._connection.rollback()
@@ -282,7 +289,7 @@ class TrajectoryLog:
 
 
 def _signed(value: int, low: int = 0) -> int:
-    """A 64-bit integer, unsigned where `low` is 0, as the int64 with the same bits: all that SQLite has."""
+    """A 64-bit integer (unsigned if `low` is 0) as the int64 with the same bits, because SQLite has only int64."""
     number = operator.index(value)
     if not low <= number < low + 2**64:
         raise DataError(f"{number} is outside [{low}, {low + 2**64 - 1}]; log ids, times and latencies in 64 bits")
@@ -291,7 +298,7 @@ def _signed(value: int, low: int = 0) -> int:
 
 def _text(value: str | None) -> str | None:
     if value is not None:
-        value.encode()  # a lone surrogate has to fail here, in the caller, and not for ever in the writer
+        value.encode()  # a lone surrogate must fail here in the caller, not again and again in the writer
     return value
 
 

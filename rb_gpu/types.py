@@ -1,7 +1,7 @@
-"""The values that pass between a service and the bank; the names are the reference document's (section 2).
+"""The values that pass between a service and the bank, named as in the reference document (section 2).
 
-What is checked as it is made is a frozen dataclass. The others are named tuples: one of those is made for every answer,
-in a third of the time, and so are their classes when a service starts.
+A type that validates its values is a frozen dataclass. The others are named tuples: one of them is created for every
+answer, and both the instances and the classes are created in a third of a dataclass's time.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from rb_gpu.params import SearchParams
 
 Vector = npt.NDArray[np.float32]
 
-# of a trade-off: float32 holds what it weighs
+# largest weight of a trade-off: the weighted outcomes must still fit into float32
 MAX_WEIGHT = 1e6
 
 
 def is_masked(values: npt.ArrayLike) -> bool:
-    """Whether a masked array hides some of its values, which NumPy's own functions then read all the same."""
-    return "numpy.ma" in sys.modules and bool(np.ma.is_masked(values))  # whoever made one has imported it
+    """Whether `values` is a masked array with hidden entries, which most NumPy functions would read as if they were
+    valid.
+    """
+    return "numpy.ma" in sys.modules and bool(np.ma.is_masked(values))  # none can exist before that import
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,16 @@ class UserFeedback:
 
     @property
     def score(self) -> float:
-        """The rating as a share of a positive vote, 0 for 1 and 1 for 5."""
+        """The rating as a share of a positive vote: 0 for a rating of 1, 1 for a rating of 5."""
         return (self.rating - 1) / 4
 
 
 class QueryTrajectory(NamedTuple):
-    """One answered query. precision, recall in [0, 1]; latency_us in microseconds; timestamp in UTC seconds.
+    """One answered query: its embedding, the parameters that ran and what came of them.
 
-    propensity is the probability in (0, 1] with which the serving policy chose these parameters, None where unknown.
+    precision and recall are in [0, 1], latency_us is in microseconds, timestamp in UTC seconds. propensity is the
+    probability in (0, 1] with which the serving policy chose these parameters, or None if unknown. policy is the
+    version of the artifact that chose them. Rows that share query_id are the same query tried under several configs.
     """
 
     id: int
@@ -68,8 +72,9 @@ class QueryTrajectory(NamedTuple):
 class LearnedPattern(NamedTuple):
     """A cluster of query embeddings with its statistics.
 
-    `quality` is the reference's mean precision * recall; `confidence` is the probability that the pattern's best
-    config beats the default by the margin. Children of level L are patterns of level L - 1; a leaf has none.
+    quality is the reference's mean of precision * recall. confidence is the probability that the pattern's best config
+    beats the default by the margin. The children of a pattern at level L are patterns of level L - 1; a leaf (level 0)
+    has none.
     """
 
     id: int
@@ -88,15 +93,19 @@ class LearnedPattern(NamedTuple):
 
 
 class VerdictEvidence(NamedTuple):
-    """Why a verdict says what it says.
+    """The statistics behind a verdict; unknown numbers are NaN.
 
-    effect: gain over the default in the objective's unit, with its 95 % interval [effect_low, effect_high]: for one
-    query of the pattern, where the bank has a field, else for the mean of its queries.
-    avg_improvement: relative gain in quality over the default; None where the default was never tried or scored 0.
-    p_value: of the chosen config against the default; p_adjusted: the same, corrected for the number of configs and
-    patterns; p_sequential: corrected for the number of configs, and valid though one looks every night; NaN with decay.
-    probability: posterior P(beats the default by the margin). consistency: 1 / (1 + std / mean) of quality.
-    grade: randomized, adjusted or associational. Unknown numbers are NaN.
+    effect: gain over the default in the objective's unit, with its 95 % interval [effect_low, effect_high]. If the bank
+        has a field (rb_gpu/field.py), it is the gain for a single query of the pattern, else the mean gain over its
+        queries.
+    avg_improvement: relative gain in quality over the default; None if the default was never tried or scored 0.
+    p_value: of the test of the chosen config against the default.
+    p_adjusted: p_value corrected for the number of configs and patterns.
+    p_sequential: p_value corrected for the number of configs, and valid even if it is checked again after every nightly
+        training; NaN if old rows are down-weighted (time decay).
+    probability: posterior probability that the config beats the default by the margin.
+    consistency: 1 / (1 + std / mean) of quality.
+    grade: randomized, adjusted or associational.
     """
 
     support_count: int
@@ -114,7 +123,9 @@ class VerdictEvidence(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Which config a pattern should use; where `default_stands`, that is the default, for want of a better one."""
+    """Which config a pattern should use. `default_stands` says that this is the default, because nothing better is
+    known.
+    """
 
     pattern_id: int
     recommended_params: SearchParams
@@ -133,9 +144,9 @@ class PatternMatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """What an octave of latency, and cost as a share of its reference, weigh against quality; both in [0, 1e6].
+    """Weights against quality: of each doubling of latency, and of cost as a share of its reference; both in [0, 1e6].
 
-    Raises ValueError outside that.
+    Raises ValueError if a weight is outside these bounds.
     """
 
     latency_weight: float
@@ -149,7 +160,7 @@ class Tradeoff:
 
 
 class ParamSource(NamedTuple):
-    """Which pattern an answer came from; None where the default stands, or where no pattern is near the query."""
+    """The pattern that an answer came from; None if the default was returned or if no pattern is near the query."""
 
     pattern_id: int | None
 
@@ -162,10 +173,10 @@ class ParamSource(NamedTuple):
 class OptimizedParams(NamedTuple):
     """The answer for one query.
 
-    confidence: probability that `params` beat the default by the margin; 0 where the default is returned.
-    expected_quality: quality expected of `params` here, in [0, 1], NaN where unknown. expected_gain: expected gain
-    over the default in the objective's unit. config_id: row of `bank.configs`, None for an interpolated setting that
-    was never tried. reason: in a few words, why this answer.
+    confidence: probability that `params` beat the default by the margin; 0 if the default is returned.
+    expected_quality: expected quality of `params` on this query, in [0, 1]; NaN if unknown. expected_gain: expected
+    gain over the default in the objective's unit. config_id: row of `bank.configs`, or None for an interpolated setting
+    that was never tried. reason: a few words on why this is the answer.
     """
 
     params: SearchParams
@@ -180,9 +191,9 @@ class OptimizedParams(NamedTuple):
 class ReasoningBankStats(NamedTuple):
     """Counters of this process and figures of the artifact (reference section 8).
 
-    avg_improvement_percent comes from held-out data: the bank's gain in quality over the default; NaN if not measured.
-    avg_expected_gain is of this process's answers: what they are expected to gain over the default, in the objective's
-    unit; a setting that was never tried counts 0.
+    avg_improvement_percent is the bank's gain in quality over the default, measured on held-out data; NaN if it was not
+    measured. avg_expected_gain is the mean expected gain over the default, in the objective's unit, of the answers that
+    this process gave; a setting that was never tried counts as 0.
     """
 
     total_trajectories: int = 0

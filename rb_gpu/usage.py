@@ -16,16 +16,18 @@ REMEMBERED_TRAJECTORIES = 100_000
 
 
 def open_log(path: str | Path | None) -> TrajectoryLog | None:
-    """The trajectory log of a path, None where there is none. Raises DataError where it cannot be written."""
+    """The trajectory log at `path`, or None if path is None. Raises DataError if the file cannot be written."""
     if path is None:
         return None
-    from rb_gpu.trajectory_log import TrajectoryLog  # SQLite, which a bank without a log does not need
+    from rb_gpu.trajectory_log import TrajectoryLog  # imports SQLite, which a bank without a log does not need
 
     return TrajectoryLog(path)
 
 
 class Counts:
-    """Counters that each thread adds to on its own, so that no lookup waits for another; `totals` reads them all."""
+    """Counters to which each thread adds on its own, so that no lookup waits for another; `totals` sums over the
+    threads.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -34,23 +36,27 @@ class Counts:
         self._own = _Own(self._join)
 
     def add(self, lookups: int, hits: int, confidence: float, gain: float) -> None:
-        """Counts answers: how many, how many of them by a pattern, the sums of their confidence and expected gain."""
+        """Counts `lookups` answers, `hits` of them by a pattern, with the sums of their confidence and expected
+        gain.
+        """
         mine = self._own.counts
         mine[0] += lookups
         mine[1] += hits
         mine[2] += confidence
-        if gain == gain:  # a setting that was never tried has none
+        if gain == gain:  # NaN for a setting that was never tried
             mine[3] += gain
 
     def totals(self) -> tuple[int, int, float, float]:
-        """What all threads added so far, ended ones too."""
+        """The sums over all threads, including those that have ended."""
         with self.lock:
             every = [self._ended, *(counts for _, counts in self._threads)]
             lookups, hits, confidence, gain = (sum(column) for column in zip(*every, strict=True))
         return int(lookups), int(hits), float(confidence), float(gain)
 
     def _join(self, thread: _Alive, counts: list[float]) -> None:
-        """A thread counts from now on; the counts of those that ended are put together, else they would pile up."""
+        """Registers a thread that starts to count, and merges the counts of ended threads, which would otherwise pile
+        up.
+        """
         with self.lock:
             going = []
             for alive, theirs in self._threads:
@@ -62,21 +68,22 @@ class Counts:
 
 
 class _Alive:
-    """Ends with the thread that holds it."""
+    """Freed when the thread that holds it ends."""
 
 
 class _Own(threading.local):
-    # runs once in every thread that counts
+    # threading.local runs this once in every thread that counts
     def __init__(self, join: Callable[[_Alive, list[float]], None]) -> None:
         self.alive, self.counts = _Alive(), [0, 0, 0.0, 0.0]
         join(self.alive, self.counts)
 
 
 class Ratings:
-    """Users' votes on the patterns of one artifact: one per trajectory, while it is among the last recorded.
+    """Users' votes on the patterns of one artifact: one vote per trajectory, if it is among the last
+    REMEMBERED_TRAJECTORIES.
 
-    It ends with its artifact, whose pattern ids mean nothing to the next: the next training reads the votes from the
-    log.
+    It is dropped with its artifact, because the next one may use other pattern ids: the next training reads the votes
+    from the log.
     """
 
     def __init__(self) -> None:
@@ -86,7 +93,7 @@ class Ratings:
         self._votes: dict[int, tuple[int, float]] = {}
 
     def remember(self, trajectory_id: int, pattern_id: int) -> None:
-        """A trajectory fell into a pattern."""
+        """Notes the pattern that a trajectory fell into."""
         with self.lock:
             self._pattern_of[trajectory_id] = pattern_id
             if len(self._pattern_of) > REMEMBERED_TRAJECTORIES:
@@ -94,7 +101,7 @@ class Ratings:
                 self._rated.discard(forgotten)
 
     def rate(self, trajectory_id: int, score: float) -> bool:
-        """Counts a vote in [0, 1]; False for a repeat, and for a trajectory that is not remembered."""
+        """Counts a vote in [0, 1]. Returns False for a repeat, or if the trajectory is not remembered."""
         with self.lock:
             pattern_id = self._pattern_of.get(trajectory_id)
             if pattern_id is None or trajectory_id in self._rated:

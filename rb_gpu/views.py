@@ -1,4 +1,6 @@
-"""Patterns and verdicts of a bank as mappings by pattern id, made from the arrays when they are asked for."""
+"""Patterns and verdicts of a bank as mappings by pattern id; each object is built from the arrays when it is asked
+for.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from rb_gpu.types import LearnedPattern, Verdict, VerdictEvidence
 
 
 class PatternView(Mapping[int, LearnedPattern]):
-    """Every pattern of every level, by id."""
+    """All patterns of all levels, by id."""
 
     def __init__(self, data: BankData) -> None:
         self._data = data
@@ -34,11 +36,11 @@ class PatternView(Mapping[int, LearnedPattern]):
         return self.by_row(self._row[pattern_id])
 
     def row_of(self, pattern_id: int) -> int:
-        """Row of a pattern in the arrays. Raises KeyError where there is no such pattern."""
+        """Row of a pattern in the arrays. Raises KeyError if there is no such pattern."""
         return self._row[pattern_id]
 
     def by_row(self, row: int) -> LearnedPattern:
-        """The pattern in a row of the arrays."""
+        """The pattern at a row of the arrays."""
         made = self._made.get(row)
         if made is None:
             made = self._made[row] = self._make(row)
@@ -73,7 +75,7 @@ class PatternView(Mapping[int, LearnedPattern]):
 
 
 class VerdictView(Mapping[int, Verdict]):
-    """The verdict of every leaf pattern, by pattern id; where the default stands it says so."""
+    """The verdict of every leaf pattern, by pattern id, including those by which the default stands."""
 
     def __init__(self, data: BankData) -> None:
         self._data = data

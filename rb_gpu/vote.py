@@ -1,7 +1,7 @@
-"""How one query is answered: the vote of the nearest patterns over tried configs, or the reference's interpolation.
+"""Answers one query: the nearest patterns vote on the tried configs, or the reference's interpolation is applied.
 
-Suffixes: B queries, K nearest leaves, D dims, P leaves, U = P + 1 leaves and what stands for no leaf, C configs,
-E blocks of C columns.
+Suffixes: B queries, K nearest leaves, D dims, P leaves, U = P + 1 rows (the leaves, and last a row for queries that are
+near no leaf), C configs, E columns in blocks of C.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Vector = npt.NDArray[np.float32]
 
 REMEMBERED_TRADEOFFS = 32
 FLOAT32 = np.dtype(np.float32)
-# a float32 square sum between these is exact enough to divide by; outside, float64 decides
+# between these bounds a float32 sum of squares is accurate enough to divide by; outside them it is computed in float64
 SAFE_SQUARES = (1e-30, 1e30)
 NO_SOURCE = ParamSource(None)
 BY_NEAR = "best config by the vote of the nearest patterns"
@@ -37,12 +37,12 @@ DEFAULT_BY_ALL = "the default stands: no config is probable enough to beat it by
 
 
 class BankState:
-    """Everything that one artifact answers from; swapped whole on reload, so that a reader never sees two halves."""
+    """Everything that one artifact answers from. A reload replaces it whole, so a reader never sees a mix of two."""
 
     def __init__(self, data: BankData, index: Any, search: str) -> None:
         leaves = data.arrays["centroids"][: data.leaves]
         norm = np.sqrt(squared_norms(leaves))
-        if np.abs(norm - 1.0).max() > 1e-6:  # else the mapped pages are searched as they lie
+        if np.abs(norm - 1.0).max() > 1e-6:  # otherwise the memory-mapped pages are searched as they are
             leaves = in_lines(leaves / np.where(norm > 0, norm, 1.0)[:, None])
         self.data = data
         self.dim, self.settings, self.default = data.dim, data.lookup, data.default
@@ -60,26 +60,26 @@ class BankState:
         self.verdicts = VerdictView(data)
         arrays = data.arrays
         self.untried_C = (arrays["evidence_rows"] == 0).all(0)
-        self.untried: list[bool] = self.untried_C.tolist()  # of which one is read faster
+        self.untried: list[bool] = self.untried_C.tolist()  # reading one element of a list is faster
         self._tabulate(arrays["score"], arrays["probability"], arrays["gain"], arrays["expected_quality"])
         self.field: FieldCells | None = None
         if data.field is not None:
             self.field = FieldCells(data, data.objective, arrays["field_test"], arrays["field_test_sd"], self.cells_UE)
-        # an array, for a number is made into one at every comparison
+        # an array, because NumPy would convert a plain number to one at every comparison
         self.least_sure = np.array(data.lookup.min_probability if self.field is None else 0.0, np.float32)
         self.ratings = Ratings()
         self.tradeoffs: dict[Tradeoff, BankState] = {}
 
     def _tabulate(self, *cells_UC: npt.NDArray[np.floating]) -> None:
-        """Score, probability, gain and quality side by side, so that one product mixes all four."""
+        """Concatenates score, probability, gain and quality by column, so that one product averages all four."""
         self.cells_UE: Matrix = np.concatenate(cells_UC, axis=1, dtype=np.float32, casting="same_kind")
 
     def under(self, tradeoff: float | Tradeoff) -> BankState:
-        """The same bank with its evidence judged under another trade-off; kept for the next call.
+        """The same bank with its evidence judged under another trade-off; cached for the next call.
 
-        A number is the weight of cost, of latency where no cost was logged. Where the choices for the trained one were
-        not shown to pay, the default stands under others too, until some config surely beats it over all queries
-        together. Raises ValueError.
+        A single number is the weight of cost, or of latency if no cost was logged. If the choices were not shown to pay
+        under the trained trade-off, the default stands under this one too, unless some config surely beats it over all
+        queries together. Raises ValueError on a bad trade-off, and for a bank that was not judged by eb for a utility.
         """
         if not isinstance(tradeoff, Tradeoff):
             if isinstance(tradeoff, bool) or not isinstance(tradeoff, (int, float, np.number)):
@@ -98,7 +98,7 @@ class BankState:
         objective = replace(data.objective, latency_weight=tradeoff.latency_weight, cost_weight=tradeoff.cost_weight)
         if objective == data.objective:
             return self
-        # which a lookup under the trained trade-off does not need
+        # imported here, because a lookup under the trained trade-off does not need it
         from rb_gpu.posterior import believe, surely_better
 
         margin: Any = "auto" if data.lookup.auto_margin else data.arrays["margin"]
@@ -107,7 +107,8 @@ class BankState:
         if unproven is not None and not surely_better(unproven, objective, data.default):
             beliefs = beliefs.held_back()
         other = object.__new__(BankState)
-        # nobody asks it for a trade-off; shared, the table would hold it and be held by it, and old maps stay
+        # trade-offs are only asked of the original state. Were the table shared, it would hold the new state and the
+        # new state would hold it: a reference cycle that keeps old memory maps alive
         other.__dict__.update(self.__dict__ | {"tradeoffs": {}})
         other._tabulate(beliefs.gain, beliefs.probability, beliefs.gain, beliefs.quality)
         if data.field is not None:
@@ -119,9 +120,9 @@ class BankState:
 
 
 def one_query(query: npt.ArrayLike, dim: int) -> tuple[Vector, float]:
-    """One query (D,) as float32, and what it is multiplied by for norm 1. Raises ValueError saying what came."""
+    """One query (D,) as float32, and the factor that scales it to norm 1. Raises ValueError saying what was passed."""
     if type(query) is np.ndarray and query.dtype == FLOAT32 and query.shape == (dim,):
-        squares = float(np.vdot(query, query))  # dot would warn of an overflow
+        squares = float(np.vdot(query, query))  # unlike dot, vdot does not warn of an overflow
         if SAFE_SQUARES[0] < squares < SAFE_SQUARES[1]:
             return query, 1.0 / math.sqrt(squares)
     values_1D, scale_1 = scaled(queries_of(query, dim, 1))
@@ -129,23 +130,25 @@ def one_query(query: npt.ArrayLike, dim: int) -> tuple[Vector, float]:
 
 
 def nearest(state: BankState, query: npt.ArrayLike, k: int) -> tuple[list[int], list[float]]:
-    """Rows and cosines of the leaves nearest to one query (D,), best first. Raises ValueError saying what came."""
+    """Rows and cosines of the k leaves nearest to one query (D,), best first. Raises ValueError saying what was
+    passed.
+    """
     values_D, scale = one_query(query, state.dim)
-    # an index is tuned to find so many; of more it finds a part
+    # the index is tuned to find top_k neighbours; its recall of more is lower
     search = state.search if k <= state.settings.top_k else state.exact
     rows, products = search.nearest_one(values_D, k)
     return rows, [product * scale for product in products]
 
 
 def queries_of(query: npt.ArrayLike, dim: int, ndim: int) -> Matrix:
-    """Queries (B, D) float32, from (D,) where ndim is 1. Raises ValueError saying what came."""
+    """Queries as float32 (B, D); ndim=1 takes a single query (D,). Raises ValueError saying what was passed."""
     try:
         if is_masked(query):
             raise TypeError("some are masked")
         given = np.asarray(query)
         if given.dtype.kind not in "fiu":
             raise TypeError(f"dtype {given.dtype}")
-        with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+        with np.errstate(over="ignore"):  # values that overflow float32 are refused later
             values = given.astype(np.float32, copy=False)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"query is no array of numbers ({error}); give {dim} floats") from None
@@ -156,7 +159,7 @@ def queries_of(query: npt.ArrayLike, dim: int, ndim: int) -> Matrix:
 
 
 def scaled(values_BD: Matrix) -> tuple[Matrix, Vector]:
-    """Queries (B, D), and what each is multiplied by for norm 1 (B,). Raises ValueError where one has no direction."""
+    """Queries (B, D), and the factors (B,) that scale each to norm 1. Raises ValueError if one has no direction."""
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.einsum("bd,bd->b", values_BD, values_BD)
     if len(squares) == 0 or (SAFE_SQUARES[0] < squares.min() and squares.max() < SAFE_SQUARES[1]):
@@ -168,16 +171,17 @@ def scaled(values_BD: Matrix) -> tuple[Matrix, Vector]:
 
 
 def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
-    """The vote for one query (D,): what `batch.vote` computes, by the shortest way for one. Raises ValueError on a bad
-    query.
+    """The vote for one query (D,): the same result as `batch.vote`, by the fastest path for a single query. Raises
+    ValueError on a bad query.
 
-    Nearest leaves that reach the floor vote with weight softmax(β·cos), and the field adds what it says of the query;
-    no leaf does: row -1 of the cells, the last, which stands for a query that is near no pattern.
+    The nearest leaves whose cosine reaches the floor vote with weights softmax(β·cos), and the field adds its
+    prediction for this query. If no leaf reaches the floor, the last row of the cells (row -1), which stands for a
+    query that is near no pattern, decides alone.
     """
     settings, default, configs, field = state.settings, state.default, len(state.params), state.field
     values_D, scale = one_query(query, state.dim)
     rows, product = state.search.nearest_one(values_D, settings.top_k)
-    # the search multiplies the query as it came; of its products, few are scaled
+    # the search takes the query unscaled, so the few products that it returns are scaled instead
     beta, floor, best = settings.beta * scale, settings.floor / scale, product[0] if product else -math.inf
     weight = [math.exp(beta * (p - best)) for p in product if p >= floor]
     cells_UE = state.cells_UE if field is None else field.cells_UE
@@ -206,24 +210,24 @@ def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
         sure = _probability(sure + field.least_z * sd, sd)
     source, reason = (ParamSource(state.pattern_id[row]), BY_NEAR) if row >= 0 else (NO_SOURCE, BY_ALL)
     gain = mixed_E.item(2 * configs + config)
-    # weights in float32 may add up to just over 1
+    # float32 weights may add up to just over 1
     return OptimizedParams(state.params[config], min(sure, 1.0), source, quality, gain, config, reason)
 
 
 def _quality(state: BankState, config: int, told: float) -> float:
-    """Quality within [0, 1], where f1 and product lie: a leaf's part and the field's may add up to more. NaN of a
-    config that never ran.
+    """The predicted quality, clipped to [0, 1]: leaf and field parts may add up to a value outside. NaN for a config
+    that never ran.
     """
     return math.nan if state.untried[config] else min(max(told, 0.0), 1.0)
 
 
 def _probability(test: float, sd: float) -> float:
-    """That a normal variable of this mean and standard deviation exceeds 0."""
+    """Probability that a normal variable with this mean and standard deviation exceeds 0."""
     return 0.5 * math.erfc(-test / (sd * math.sqrt(2.0))) if sd > 0 else float(test > 0)
 
 
 def fallback(state: BankState, reason: str) -> OptimizedParams:
-    """The default, for a query that could not be read."""
+    """The default, as the answer to a query that could not be read."""
     quality = _quality(state, state.default, state.cells_UE.item(-1, 3 * len(state.params) + state.default))
     return OptimizedParams(state.params[state.default], 0.0, NO_SOURCE, quality, 0.0, state.default, reason)
 
@@ -231,7 +235,7 @@ def fallback(state: BankState, reason: str) -> OptimizedParams:
 def interpolate(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
     """The reference's section 3: mean of the nearest patterns' optimal parameters, weighted by cosine times quality.
 
-    Raises ValueError on a bad query.
+    Falls back to `answer` if no pattern has a positive weight. Raises ValueError on a bad query.
     """
     arrays, configs = state.data.arrays, state.configs
     rows_K, cosine_K = nearest(state, query, state.data.lookup.top_k)
@@ -254,7 +258,7 @@ def interpolate(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
     tried = config_id is not None
     column = np.arange(1, 4) * len(configs) + (config_id or 0)
     probability, gain, quality = (share @ state.cells_UE[np.ix_(rows, column)]).tolist()
-    # of what is no config, the mean of the nearest patterns stands in
+    # if the interpolated setting is not one of the configs, the mean quality of the nearest patterns is the estimate
     quality = float(share @ arrays["quality"][rows]) if config_id is None else _quality(state, config_id, quality)
     return OptimizedParams(
         params=params,

@@ -1,4 +1,4 @@
-"""A daemon thread that looks for a new artifact now and then."""
+"""A daemon thread that calls a method periodically; ReasoningBank.watch uses it to look for a new artifact."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
-# a file system that hangs must not keep a service from ending
+# a hanging file system must not keep a service from ending
 STOP_S = 5.0
 
 _watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
 
 
 class Watcher:
-    """Calls a method every interval_s seconds, for as long as its object lives and until `stop`. Goes on in a forked
-    child. Raises ValueError where interval_s is not positive.
+    """Calls a method every interval_s seconds, until `stop` or until the method's object is freed. Continues in a
+    forked child. Raises ValueError if interval_s is not positive.
     """
 
     def __init__(self, method: Callable[[], object], interval_s: float) -> None:
         if not 0 < interval_s <= threading.TIMEOUT_MAX:  # false for NaN too
             raise ValueError(f"interval_s={interval_s!r} is not a positive number of seconds; try 1.0")
-        # weak, so that an object that nobody uses is freed
+        # weak, so that the watcher does not keep an unused object alive
         self._method, self._interval_s = weakref.WeakMethod(method), interval_s
         self._start()
         _watchers.add(self)
@@ -36,7 +36,7 @@ class Watcher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread; one call of the method may be under way and is waited for, at most STOP_S seconds."""
+        """Ends the thread. A call of the method that is in progress is waited for, at most STOP_S seconds."""
         _watchers.discard(self)
         self._stopped.set()
         self._thread.join(STOP_S)
@@ -50,7 +50,7 @@ def _run(method_of: weakref.WeakMethod[Callable[[], object]], interval_s: float,
         try:
             method()
         except Exception:
-            # whatever it is, a dead watcher would serve the old artifact for ever
+            # whatever the error: if the watcher died, the old artifact would be served for ever
             log.exception("a look for a new artifact failed; trying again")
         del method
 

@@ -1,4 +1,4 @@
-"""The bank behind HTTP, for callers that are not Python. `rb-serve artifacts/champion`"""
+"""The bank behind HTTP, for callers that are not in Python. Start it with `rb-serve artifacts/champion`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The routes. Lookups take microseconds, so they run in the event loop; no thread stands between."""
+"""The routes of the HTTP service. Lookups take microseconds, so they run in the event loop, without a thread pool."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ Model = TypeVar("Model", bound=BaseModel)
 Answer = TypeVar("Answer")
 Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
 
-# embeddings and JSON over this take milliseconds to read and to answer
+# bodies of embeddings or JSON over this take milliseconds to read and to answer
 LONG_BYTES = 2**17
-# of a JSON body besides those of a query
+# values that a JSON body may hold besides those of its query
 FEW_VALUES = 100
 
 
@@ -50,7 +50,9 @@ def make_app(
     max_batch: int = 4096,
     max_concurrency: int = 1000,
 ) -> FastAPI:
-    """The ASGI app around a bank, which it closes at its end. has_log: whether the bank keeps trajectories."""
+    """The ASGI app around a bank, which the app closes when it shuts down. has_log: whether the bank logs
+    trajectories.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -65,7 +67,8 @@ def make_app(
     state = _Routes(bank, has_log, max_batch)
     guard: list[Guard] = []
 
-    # load balancers ask by HEAD, of which the server sends no body; what is above is for OpenAPI alone
+    # load balancers send HEAD, to which the server sends no body; the app.get decorators only document routes in
+    # OpenAPI
     read = partial(app.api_route, methods=["GET", "HEAD"], include_in_schema=False)
 
     @app.get("/healthz", summary="The process lives")
@@ -91,7 +94,7 @@ def make_app(
     async def prometheus() -> Response:
         return Response(metrics.render(bank, guard[0].in_flight if guard else 0), media_type=CONTENT_TYPE)
 
-    # for OpenAPI alone: the guard asks for the key
+    # documents the key in OpenAPI; the guard checks it
     key = APIKeyHeader(name="X-API-Key", description="also as a bearer token")
     keyed = [] if api_key is None else [Security(key)]
 
@@ -128,7 +131,7 @@ def make_app(
 
     paths = frozenset(getattr(route, "path", "") for route in app.routes)
 
-    def guarded(app: ASGIApp) -> Guard:  # by this name Starlette gives it
+    def guarded(app: ASGIApp) -> Guard:  # Starlette passes it by this name
         guard.append(Guard(app, metrics, paths, api_key, max_body_bytes, max_concurrency))
         return guard[-1]
 
@@ -137,14 +140,16 @@ def make_app(
 
 
 class _Direct(APIRoute):
-    """Gives the endpoint the request as it came: solving dependencies, of which OpenAPI alone knows, costs a lookup."""
+    """Passes the request to the endpoint as it is: FastAPI would resolve dependencies, which only document the key in
+    OpenAPI, and that takes as long as a lookup.
+    """
 
     def get_route_handler(self) -> Endpoint:
         return self.endpoint
 
 
 class _Routes:
-    """What the /v1 routes do; each reads the body itself, since the common ones are faster without FastAPI's way."""
+    """The /v1 routes. Each reads its body itself, because the common ones are faster without FastAPI's parsing."""
 
     def __init__(self, bank: ReasoningBank, has_log: bool, max_batch: int) -> None:
         self._bank, self._has_log, self._max_batch = bank, has_log, max_batch
@@ -158,7 +163,7 @@ class _Routes:
         tradeoff = tradeoff_of(asked.tradeoff)
         answer, version = await self._run(
             lambda: self._of_one_version(lambda: self._bank.optimized_params(query, tradeoff, asked.mode)),
-            # a new trade-off judges the whole bank anew, for which a large one takes a second
+            # a new trade-off re-judges the whole bank, which takes a second for a large one
             tradeoff is not None,
         )
         return _json(answer_body(answer, version))
@@ -196,10 +201,10 @@ class _Routes:
         )
         with _refusing():
             for record in records:
-                one_query(record.query_embedding, self._bank.dim)  # all are looked at before one is taken
+                one_query(record.query_embedding, self._bank.dim)  # all are checked before any is recorded
             accepted = sum(self._bank.record_trajectory(record) for record in records)
         if accepted < len(records):
-            # what was taken is taken once: ids make a repetition harmless
+            # sending all again is harmless: an id is logged only once
             raise _log_refuses(f"the log took {accepted} of {len(records)}; send all of them again")
         return _json({"accepted": accepted}, 202)
 
@@ -213,7 +218,7 @@ class _Routes:
         return _json({"counted": counted}, 202)
 
     async def _of_json(self, request: Request, model: type[Model], take: Callable[[Model], Answer]) -> Answer:
-        """What `take` makes of a JSON body. Raises HTTPException where the body is wrong."""
+        """What `take` makes of a JSON body. Raises HTTPException if the body is wrong."""
         content = await request.body()
 
         def read() -> Answer:
@@ -223,13 +228,13 @@ class _Routes:
         return await self._run(read, len(content) > LONG_BYTES)
 
     async def _run(self, work: Callable[[], Answer], long: bool) -> Answer:
-        """Work that takes long is done beside the event loop, where it would keep others waiting."""
+        """Runs the work, if `long` in a thread beside the event loop, where it would keep other requests waiting."""
         if not long:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._long_work, work)
 
     def _of_one_version(self, ask: Callable[[], Answer]) -> tuple[Answer, str]:
-        """An answer and the version that gave it: asked again where a reload came between."""
+        """An answer and the version that gave it; asks again if a reload came in between."""
         while True:
             version = self._bank.version
             with _refusing():
@@ -246,7 +251,7 @@ class _Routes:
 
 
 class _refusing:  # noqa: N801 - reads as a phrase
-    """A ValueError of the bank is the caller's: its text is made for people."""
+    """Turns a ValueError or RbGpuError of the bank into a 422 for the caller: its text is written for people."""
 
     def __enter__(self) -> None:
         pass
@@ -258,7 +263,7 @@ class _refusing:  # noqa: N801 - reads as a phrase
 
 def _checked(model: type[Model], content: bytes, dim: int, max_batch: int) -> Model:
     try:
-        # one query's values cost little, whatever is wrong with them, and are read in one pass
+        # few values are cheap to validate whatever is wrong with them, so they are parsed and checked in one pass
         if content.count(b",") < dim + FEW_VALUES:
             return model.model_validate_json(content)
         return model.model_validate(parsed(content, dim, max_batch))
@@ -267,7 +272,7 @@ def _checked(model: type[Model], content: bytes, dim: int, max_batch: int) -> Mo
 
 
 def _of_url(model: type[Model], request: Request) -> Model:
-    """What the URL says of a raw body."""
+    """The options of a raw body, from the URL's parameters."""
     try:
         return model.model_validate_strings(dict(request.query_params))
     except ValidationError as error:
@@ -276,7 +281,7 @@ def _of_url(model: type[Model], request: Request) -> Model:
 
 def _invalid(error: ValidationError, whole: str) -> HTTPException:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    place = ".".join(map(str, first["loc"]))[:200] or whole  # a key may be as long as a body
+    place = ".".join(map(str, first["loc"]))[:200] or whole  # a key may be as long as the body
     return HTTPException(422, f"{place}: {first['msg']}")
 
 

@@ -1,4 +1,4 @@
-"""What comes in and goes out: the JSON bodies, as OpenAPI documents them and as they are checked."""
+"""The JSON bodies of requests and responses, as OpenAPI documents them, and the checks of requests."""
 
 from __future__ import annotations
 
@@ -19,63 +19,63 @@ Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Id = Annotated[int, Field(ge=0, le=2**64 - 1)]
 Weight = Annotated[float, Field(ge=0, le=MAX_WEIGHT)]
 Text = Annotated[str, Field(max_length=1024)]
-# the first wrong item is enough to refuse a list: pydantic keeps an error for each, of which a body may hold millions
+# fail at a list's first wrong item: pydantic would keep an error for each one, and a body may hold millions
 Embedding = Annotated[list[Number], FailFast()]
 
 FLOAT32_TINY, FLOAT32_MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
-# lists and objects that a body may hold besides those of its batch; their text may hold brackets too
+# brackets that a body may hold besides those of its batch; its strings may contain brackets too
 SPARE_BRACKETS = 2**18
-# keys of an object, of which each mistyped one is an error too
+# most keys of an object; pydantic keeps an error for each unknown one
 MOST_KEYS = 100
 
 
 class Body(BaseModel):
-    """A body in which a mistyped key is an error, and a number is not a string."""
+    """A body in which an unknown key is an error, and a string is not read as a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Weights(Body):
-    """What an octave of latency, and cost as a share of its reference, weigh against quality."""
+    """Weights against quality: of each doubling of latency, and of cost as a share of its reference."""
 
     latency_weight: Weight = 0.0
     cost_weight: Weight = 0.0
 
 
 class Ask(Body):
-    """How a query is to be answered; of a raw body the URL says it, with a number for the trade-off."""
+    """How to answer a query; with a raw body the URL holds these, and the trade-off is a number."""
 
     tradeoff: Weight | Weights | None = None
     mode: Literal["vote", "interpolate"] = "vote"
 
 
 class Query(Ask):
-    """A query embedding, and how it is to be answered."""
+    """A query embedding, and how to answer it."""
 
     query: Embedding
 
 
 class AskMany(Body):
-    """How a batch is to be answered; of a raw body the URL says it, with a number for the trade-off."""
+    """How to answer a batch; with a raw body the URL holds this, and the trade-off is a number."""
 
     tradeoff: Weight | Weights | None = None
 
 
 class Queries(AskMany):
-    """Query embeddings of one batch."""
+    """The query embeddings of one batch."""
 
     queries: Annotated[list[Embedding], FailFast()]
 
 
 class AskSimilar(Body):
-    """How many patterns are asked for; of a raw body the URL says it."""
+    """How many patterns to return; with a raw body the URL holds this."""
 
     k: Annotated[int, Field(ge=1, le=1000)] = 5
 
 
 class Similar(AskSimilar):
-    """A query embedding, and how many patterns are asked for."""
+    """A query embedding, and how many patterns to return."""
 
     query: Embedding
 
@@ -97,13 +97,13 @@ class Trajectory(Body):
     retrieved_ids: Annotated[list[Text], Field(max_length=1000), FailFast()] = []
     rating: Annotated[int, Field(ge=1, le=5)] | None = None
     query_id: Id | None = None
-    # as float32, in which they are read back, neither infinite nor 0
+    # bounded so that they are neither infinite nor 0 in float32, as they are read back
     cost: Annotated[float, Field(ge=0, le=FLOAT32_MAX)] | None = None
     propensity: Annotated[float, Field(ge=FLOAT32_TINY, le=1)] | None = None
     policy: Text | None = None
 
     def record(self) -> QueryTrajectory:
-        """The same for the bank. Raises ValueError where an embedding's number is over float32's."""
+        """The same for the bank. A number that overflows float32 becomes infinite, which the bank refuses."""
         params = SearchParams(self.ef_search, self.n_probes, self.model_tier, self.context_tokens, self.temperature)
         return QueryTrajectory(
             id=self.id,
@@ -123,7 +123,7 @@ class Trajectory(Body):
 
 
 class Trajectories(Body):
-    """Some answered queries; all are taken, or none is."""
+    """Some answered queries; all of them are checked before any is recorded."""
 
     trajectories: Annotated[list[Trajectory], Field(min_length=1), FailFast()]
 
@@ -147,7 +147,7 @@ class Params(BaseModel):
 
 
 class Answer(BaseModel):
-    """The parameters that a query should use; `ReasoningBank.optimized_params` says what the numbers are."""
+    """The parameters to use for a query; `ReasoningBank.optimized_params` explains the numbers."""
 
     params: Params
     confidence: float
@@ -160,7 +160,7 @@ class Answer(BaseModel):
 
 
 class Answers(BaseModel):
-    """The same for a batch, as columns."""
+    """The answers for a batch, as columns."""
 
     config_id: list[int]
     confidence: list[float]
@@ -194,19 +194,19 @@ class Matches(BaseModel):
 
 
 class Accepted(BaseModel):
-    """How many trajectories were taken: they are queued, and in the log's file within .2 s where it can be written."""
+    """How many trajectories were accepted: they are queued, and in the log's file within .2 s if it can be written."""
 
     accepted: int
 
 
 class Counted(BaseModel):
-    """Whether the vote was counted by this process; the log, where there is one, keeps it all the same."""
+    """Whether this process counted the vote; the log, if there is one, keeps it in any case."""
 
     counted: bool
 
 
 class Ready(BaseModel):
-    """What is served, and why the newest artifact is not, where it is not."""
+    """What is served, and why the newest artifact is not, if it is not."""
 
     version: str
     patterns: int
@@ -221,9 +221,9 @@ class Problem(BaseModel):
 
 
 def parsed(content: bytes, dim: int, max_batch: int) -> Any:
-    """A JSON body, of which each value is still to be checked, and there are no more of them than a right one has.
+    """A JSON body whose values are still to be validated, but which holds no more of them than a valid one may.
 
-    dim: length of every embedding. max_batch: most queries or trajectories. Raises ValueError saying what came.
+    dim: length of every embedding. max_batch: most queries or trajectories. Raises ValueError saying what was passed.
     """
     brackets, most = content.count(b"{") + content.count(b"["), SPARE_BRACKETS + 4 * max_batch
     if brackets > most:
@@ -252,25 +252,27 @@ def _check_length(embedding: list[Any], dim: int) -> None:
 
 
 def rows_of(queries: list[list[float]], dim: int) -> npt.NDArray[np.float32]:
-    """Embeddings (B, dim), also of none. Raises ValueError where one has another length: two halves are no query."""
+    """Embeddings as (B, dim), also for B = 0. Raises ValueError if one has another length, since reshaping would
+    otherwise merge or split queries.
+    """
     for query in queries:
         _check_length(query, dim)
     return float32(queries).reshape(-1, dim)
 
 
 def float32(values: list[float] | list[list[float]]) -> npt.NDArray[np.float32]:
-    """Embeddings; what float32 cannot hold becomes infinite, which the bank refuses."""
+    """Embeddings as float32; numbers that overflow become infinite, which the bank refuses."""
     with np.errstate(over="ignore"):
         return np.array(values, dtype=np.float64).astype(np.float32)
 
 
 def tradeoff_of(given: float | Weights | None) -> float | Tradeoff | None:
-    """The bank's form of a trade-off."""
+    """A trade-off in the form that the bank takes."""
     return Tradeoff(given.latency_weight, given.cost_weight) if isinstance(given, Weights) else given
 
 
 def answer_body(answer: OptimizedParams, version: str) -> dict[str, Any]:
-    """An answer as `Answer` documents it; unknown numbers are null."""
+    """An answer in the form of `Answer`; unknown numbers are null."""
     return {
         "params": answer.params.__dict__,
         "confidence": answer.confidence,
@@ -284,14 +286,14 @@ def answer_body(answer: OptimizedParams, version: str) -> dict[str, Any]:
 
 
 def answers_body(columns: dict[str, npt.NDArray[Any]], version: str) -> dict[str, Any]:
-    """A batch as `Answers` documents it; an unknown quality is null."""
+    """A batch in the form of `Answers`; an unknown quality is null."""
     body: dict[str, Any] = {name: column.tolist() for name, column in columns.items()}
     body["expected_quality"] = [_known(value) for value in body["expected_quality"]]
     return body | {"version": version}
 
 
 def match_body(match: PatternMatch) -> dict[str, Any]:
-    """A match as `Match` documents it."""
+    """A match in the form of `Match`."""
     pattern = match.pattern
     return {
         "pattern_id": pattern.id,

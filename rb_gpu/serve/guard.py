@@ -1,4 +1,4 @@
-"""What every request passes first: its key, its size, and how many there are at once; and the clock around it."""
+"""What every request passes first: checks of its key, its size and the number in progress; it also times requests."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rb_gpu.serve.metrics import Metrics
 
-# all that needs no key and is answered however much is under way; a path that is not here is guarded
+# paths that need no key and are answered at any load; every other path is guarded
 OPEN = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"})
 
-# a body has to be there so long after its head: one that never comes would hold its place among --max-concurrency
+# seconds for a body to arrive after its head: a body that never comes would hold a place among --max-concurrency
 BODY_TIMEOUT_S = 30.0
 
 
 class Guard:
-    """ASGI middleware. routes: the paths that metrics name; any other is counted as "other"."""
+    """ASGI middleware. routes: the paths that metrics name; any other path is counted as "other"."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Guard:
         self.in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, or what else an ASGI server sends."""
+        """Handles one request; any other ASGI event is passed on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -84,7 +84,7 @@ class Guard:
         taken, deadline = 0, asyncio.get_running_loop().time() + BODY_TIMEOUT_S
 
         async def limited() -> Message:
-            # a chunked body names no length
+            # a chunked body does not state its length, so the bytes are counted
             nonlocal taken
             try:
                 async with asyncio.timeout_at(deadline):
@@ -93,7 +93,7 @@ class Guard:
                 error = f"the body did not come within {BODY_TIMEOUT_S:g} seconds; send it at once"
                 raise HTTPException(408, error, {"Connection": "close"}) from None
             except asyncio.CancelledError:
-                # by a server that ends, and has waited for the body as long as it may
+                # cancelled by a server that shuts down, after waiting as long as it may for the body
                 raise HTTPException(503, "the service ends; try again", {"Connection": "close"}) from None
             taken += len(message.get("body", b""))
             if taken > self._max_body_bytes:
@@ -107,7 +107,7 @@ class Guard:
 
 
 def _route_path(scope: Scope) -> str:
-    """The path below the one at which a proxy mounts the service: what the routes are matched with."""
+    """The path without the prefix at which a proxy mounts the service, as the routes are matched."""
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
     return path[len(root) :] if path.startswith(root + "/") else path
 

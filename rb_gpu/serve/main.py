@@ -1,4 +1,4 @@
-"""The command `rb-serve`: loads an artifact, follows its registry, answers until it is told to stop."""
+"""The command `rb-serve`: loads an artifact, follows its registry, and answers until it is told to stop."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def _root_path(text: str) -> str:
 
 
 def _api_key(path: Path) -> bytes:
-    """The key that requests send. Raises ArtifactError where it cannot be read, ValueError where no header holds it."""
+    """The key that requests must send. Raises ArtifactError if it cannot be read, ValueError if a header cannot hold
+    it.
+    """
     key = read_key(path, "--api-key-file")
     if not all(0x21 <= byte <= 0x7E for byte in key):
         raise ValueError(f"--api-key-file={path}: the key is not printable ASCII without spaces; make it of hex digits")
@@ -70,8 +72,8 @@ def _api_key(path: Path) -> bytes:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Serves until SIGTERM, SIGINT or, unless that is ignored, SIGHUP; then requests under way end, and the log is
-    flushed. Returns an exit code.
+    """Serves until SIGTERM, SIGINT or, unless it is ignored, SIGHUP; then finishes the requests in progress and flushes
+    the log. Returns an exit code.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     options = _arguments(given)
@@ -93,13 +95,13 @@ def main(given: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     server = uvicorn.Server(config)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        # uvicorn raises what it caught once more after its shutdown, for which the process would die by the signal; a
-        # terminal that closes sends SIGHUP, by which what the log has queued would be lost
+        # after its shutdown uvicorn raises again the signal that it caught, by which the process would die. SIGHUP,
+        # sent when a terminal closes, is handled alike, as its default action would lose what the log has queued
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, server.handle_exit)
     try:
         server.run()
-    except SystemExit:  # the address cannot be had; uvicorn's own code for it is 3, which here says that a gate refused
+    except SystemExit:  # the address is not available; uvicorn exits with 3, which here means that a gate refused
         return 1
     return 0
 

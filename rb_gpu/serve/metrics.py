@@ -1,4 +1,4 @@
-"""Counters of the service in Prometheus's text format, and those of its bank."""
+"""Counters of the service, and of its bank, in Prometheus's text format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1
 
 
 class Metrics:
-    """Requests by route and status, and how long they took. One event loop writes it, so it takes no lock."""
+    """Requests by route and status, and their durations. Only one event loop writes them, so there is no lock."""
 
     def __init__(self) -> None:
         self._requests: Counter[tuple[str, int]] = Counter()
@@ -27,7 +27,7 @@ class Metrics:
         self._seconds += seconds
 
     def render(self, bank: ReasoningBank, in_flight: int) -> str:
-        """All counters, those of the bank too."""
+        """All counters, including those of the bank."""
         total, cumulated = 0, []
         for bound, count in zip((*BUCKETS, "+Inf"), self._buckets, strict=True):
             total += count

@@ -1,4 +1,4 @@
-"""What OpenAPI says of a route whose endpoint reads the body itself."""
+"""The OpenAPI documentation of routes whose endpoints read their bodies themselves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ NO_LOG: dict[int | str, dict[str, Any]] = {409: {"model": Problem, "description"
 
 
 def request(body: type[BaseModel], dim: int, raw: tuple[str, type[BaseModel]] | None) -> dict[str, Any]:
-    """The body of a route. raw: what its raw form is, and the URL's parameters that go with it."""
+    """The request body of a route. raw: a description of its raw form, and the model of the URL parameters that go with
+    it.
+    """
     content: dict[str, Any] = {JSON: {"schema": inline(body, dim)}}
     found: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
     if raw is not None:
@@ -34,7 +36,7 @@ def request(body: type[BaseModel], dim: int, raw: tuple[str, type[BaseModel]] | 
                 "in": "query",
                 "required": False,
                 "description": "of a raw body; JSON holds its own",
-                # a trade-off is a number here, the first that it may be
+                # in a URL a trade-off can only be a number, the first of its types
                 "schema": schema.get("anyOf", [schema])[0],
             }
             for name, schema in inline(raw[1], dim)["properties"].items()
@@ -43,7 +45,7 @@ def request(body: type[BaseModel], dim: int, raw: tuple[str, type[BaseModel]] | 
 
 
 def inline(body: type[BaseModel], dim: int) -> dict[str, Any]:
-    """A body's JSON schema with its definitions in place, and the bank's dimension for every embedding."""
+    """A body's JSON schema with its definitions inlined, and with the bank's dimension for every embedding."""
     schema = body.model_json_schema()
     definitions = schema.pop("$defs", {})
 
