@@ -83,7 +83,7 @@ def smoothed(level_C: Tensor, error_C: Tensor, apart_CC: Tensor) -> tuple[Tensor
     if seen == 0.0:
         return mean_C, cov_CC
     own_KK = torch.eye(len(known), dtype=y_K.dtype, device=y_K.device)
-    # an error of exactly 0 would make some models singular
+    # a floor of the error variances: an error of exactly 0 would make some models singular
     noise_KK = noise_KK + LEAST_NOISE * seen * own_KK
     near = [_matern(apart_CC[known][:, known] / reach) for reach in REACHES]
     shapes = [own_KK, *(share * one_KK + (1.0 - share) * own_KK for one_KK in near for share in SMOOTH)]

@@ -53,7 +53,7 @@ def gather_lessons(
     if most < len(order_Q):
         order_Q = order_Q[np.sort(rng.choice(len(order_Q), most, replace=False))]
     if from_bank:
-        # the last ones validate. Beliefs have no order in time, so validate the imitation on queries from all of it
+        # the last ones validate: beliefs do not depend on time, and an imitation must be validated everywhere
         order_Q = rng.permutation(order_Q)
     step_QT = last_steps(trajectories.session, trajectories.query_time, asked.steps)[order_Q]
     used, place = np.unique(step_QT, return_inverse=True)

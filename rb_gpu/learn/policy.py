@@ -81,8 +81,8 @@ class Evaluation:
     """The policy table; grade is exact, dr or associational (valuation.py).
 
     bank_gains: utility of the policy "bank" less that of each other one, with a paired 95 % interval: by the jackknife
-    if the grade is dr, else by a bootstrap over queries. warnings: what is wrong with the propensities, or that they
-    are missing. misled: policies whose values rest on wrong propensities. tradeoffs: quality over cost, None without
+    if the grade is dr, else by a bootstrap over queries. warnings: what is wrong with the propensities, or doubtful
+    without them. misled: policies whose values rest on wrong propensities. tradeoffs: quality over cost, None without
     logged costs and for a bank that cannot answer for another trade-off. calibration: of the bank's confidence, None
     where too few patterns act. coverage: share of the queries at or above the bank's similarity floor, NaN without a
     bank. broken: by policy, how it violates the objective's floor or bound.

@@ -136,7 +136,7 @@ def _shares(pseudo: Pseudo, rows: Rows, default: int, generator: torch.Generator
         known_C = (total_C > 0) & (error_C > 0)
         seen_C = torch.bincount(rows.config_N[weight_N > 0], minlength=rows.configs)
         unsure_C = torch.where(known_C, error_C, torch.inf)
-        # the reference of all differences: without rows in the other folds, its prediction is taken as exact
+        # kept finite, as all differences are to the default: without rows in the other folds its prediction stands
         unsure_C[default] = error_C[default]
         all_C, all_CC = settled(mean_C + left_C, unsure_C, seen_C, None if rows.full else rows.apart_CC)
         gain_C, apart_C = all_C - all_C[default], to_default(all_CC, default)
