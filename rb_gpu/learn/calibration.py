@@ -1,9 +1,10 @@
 """Whether confidence is calibrated: of the patterns predicted to beat the default with some probability, how many did.
 
-Held-out means are noisy themselves. The confidence is therefore turned into the probability that the held-out mean
-exceeds 0: a normal gain with the confidence's standard deviation, plus the error of the held-out mean. In a pattern
-with many queries that error is normal too. With few it is not, since single gains are skewed (most save a little, some
-lose much), and they do not show its size: it is then drawn from all gains under that config (Efron's bootstrap).
+Held-out means are noisy themselves. The confidence is therefore turned into the probability that the held-out mean gain
+exceeds the margin: a normal gain with the confidence's standard deviation, plus the error of the held-out mean. In a
+pattern with many queries that error is normal too. With few it is not, since single gains are skewed (most save a
+little, some lose much), and they do not show its size: it is drawn from all gains under that config (Efron's
+bootstrap). Below, a gain is the gain over the default less the margin.
 Suffixes: Q queries, A those on which the bank acts, R rounds (as in valuation.py), P leaf patterns, K configs, B bins.
 """
 
@@ -49,7 +50,7 @@ class Calibration:
 @dataclass(frozen=True)
 class Promise:
     """A bank's predictions for its choices, (Q,) each. confidence: probability that the gain over the default exceeds
-    the margin. gain: expected gain.
+    the margin. gain: the expected gain over the default.
     """
 
     confidence: Floats

@@ -29,7 +29,7 @@ BLOCKS = 6
 # the shortest half-life is a fifth of a block: blocks cannot show faster changes
 SHARES_OF_SPAN = tuple(2.0**-step for step in range(6))
 GROUPS = 20
-# standard errors by which decay must beat no decay: at one, noise alone does so in up to 6 % of stationary worlds
+# standard errors by which decay must beat no decay: at one, noise makes it do so in up to 6 % of stationary simulations
 ERRORS = 1.5
 # most rows that a config's mean over the patterns counts for in the prediction of a cell
 MOST_PRIOR_ROWS = 1e6

@@ -21,7 +21,7 @@ Ints = npt.NDArray[np.int64]
 LEVEL = 0.95
 # Σ 1/p over a config's rows is odd if it is off by more standard errors (no chance) and by more of the rounds (matters)
 ODD_SIGMAS, ODD_SHARE = 5.0, 0.1
-# share of logs with correct propensities in which `floored` wrongly flags rows
+# significance level of `floored`, by a Poisson test: how often it flags rows of low propensities that are correct
 FLOOR_ERROR = 1e-4
 # failures that an interval adds to those observed (Agresti & Coull 1998): without them, what a sample does not contain
 # is taken to be impossible

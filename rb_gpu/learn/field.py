@@ -1,7 +1,8 @@
 """Fits the field: a kernel ridge regression on landmarks, shared by all configs, plus each config's deviation from it.
 
-Predictions of training rows are leave-one-query-out, apart from the level of each config. A slope is the a of a kernel
-exp(a·(cos − 1)). A table is full where every query ran once under every config. Float64 torch on the device.
+Predictions of training rows are leave-one-query-out, apart from the level of each config, its mean over all queries. A
+slope is the a of a kernel exp(a·(cos − 1)). A table is full if every query ran once under every config. A place is a
+query's embedding, projected and normalised (`landmarks`). Float64 torch on the device.
 Suffixes: Q queries, N rows, P places, F features of one slope, C configs, L ridges, S slopes.
 """
 
@@ -158,7 +159,7 @@ def fit(kernels: Sequence[Kernel], y_N: Tensor) -> Fit:
     """Fits one outcome y (N,); all kernels must hold the same rows.
 
     Returns the fit without deviations between configs unless deviations lower the weighted squared error of the
-    leave-one-query-out predictions.
+    leave-one-query-out predictions. Unless the table is full, the levels are then smoothed (`ladder.settled`).
     """
     rows = kernels[0].rows
     level_C = rows.levels(y_N)

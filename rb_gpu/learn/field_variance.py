@@ -111,9 +111,9 @@ def of_repeats(rows: Rows, error_N: Tensor, default: int) -> tuple[float, float]
 class Inside:
     """Where the queries of a fit lie relative to the mean of their leaf.
 
-    place_QR: place less the leaf's mean; 0 for a query without a leaf. leaf_Q: index of the leaf, P for none. spread_U:
-    mean squared distance of a new query of each leaf from the leaf's mean. features: of every slope, (at most
-    MOST_READ, F), the features of evenly spaced queries less their leaf's mean.
+    place_QR: each query's place (`landmarks`) less the leaf's mean; 0 without a leaf. leaf_Q: index of the leaf, P for
+    none. spread_U: mean squared distance of a new query of each leaf from the leaf's mean. features: for every slope
+    (at most MOST_READ, F), the features of evenly spaced queries less their leaf's mean.
     """
 
     place_QR: Tensor

@@ -64,7 +64,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Foretold:
-    """The result of `foretell`; fields that rb_gpu.field.Field has too mean the same here.
+    """The result of `foretell`; attributes that rb_gpu.field.Field has too mean the same here.
 
     unseen_NO: (N, O) float64, leave-one-query-out prediction of each row; 0 for outcomes that are not predicted.
     unseen: for a floor, the predicted quality of queries; else None. trial: the input of the test whether its choices

@@ -71,7 +71,8 @@ class LeafMaking:
         pays: bool | None = None,
         in_use: bool = True,
     ) -> Leaves:
-        """The leaves with a field, where one can be learned: by method eb, for a utility or a floor, of enough queries.
+        """The leaves with a field, if one can be learned: only for judge.method=eb, a utility or a floor, and enough
+        queries.
 
         pays: whether an earlier test on these rows showed that choices pay; None to test now. in_use: whether a service
         runs the default, as `proof.pays` takes it.

@@ -41,8 +41,8 @@ class Past:
     said: str
 
     def heirs(self, label_Q: Rows) -> Rows:
-        """(B,) the leaf that has most of the queries of each of the parent's leaves; -1 if it has no queries, or if
-        most of them are in leaves that were pruned.
+        """(B,) the leaf that has the most queries of each of the parent's leaves; -1 if that has no queries, or if more
+        of them went with pruned leaves than any leaf has.
         """
         before_Q, place_Q = self.before_Q[self.before_Q >= 0], label_Q[self.before_Q >= 0] + 1
         places = int(label_Q.max()) + 2
@@ -102,7 +102,7 @@ def _on_configs(evidence: Evidence, config_C: list[int | None], configs: int) ->
 
 
 def with_past(leaves: Leaves, past: Past | None) -> Leaves:
-    """The leaves with the past's evidence added: each parent leaf's goes to the leaf that has most of its queries.
+    """The leaves with the past's evidence added: each parent leaf's goes to its heir (`Past.heirs`).
 
     With a field nothing is added: it learns from rows, and the past rows' residuals from it are unknown.
     """

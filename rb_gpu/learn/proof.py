@@ -21,15 +21,15 @@ from rb_gpu.learn.ridge import FOLDS, TINY, folds_in_turn
 from rb_gpu.objective import Objective
 
 DRAWS = 64
-# 5 % less an allowance for folds that share rows: without it 5 to 6 % of worlds without a better config passed
+# 5 % less an allowance for folds that share rows: without it 5 to 6 % of simulated logs without a better config passed
 FAMILY_ERROR = 0.04
 # level of the test whether choices by place beat the same choices made regardless of place. The field of a log deviates
-# from place to place only where that improves the predictions of unseen rows, so that it does so wrongly in 3 worlds of
-# 100. The field of a full table does in 1 of 10; leaves, which are all that is left where the field of a log does not
-# deviate, appear to in every world. These two need a stricter level
+# from place to place only if that improves the predictions of unseen rows; in simulations it wrongly does so in 3 logs
+# of 100. The field of a full table does in 1 of 10; leaves, which are all that is left if the field of a log does not
+# deviate, appear to in every one. These two need a stricter level
 LOG_PLACE_ERROR, FULL_PLACE_ERROR = 0.05, 0.01
 # level of the test whether they also beat the default. If the default is the best config everywhere, but by more in
-# some places, choices by place do beat the same ones regardless of it: at LIKELIER, one such world in five passed
+# some places, choices by place do beat the same ones regardless of it: at LIKELIER, one such log in five passed
 PLACE_GAIN_ERROR = 0.1
 # level that any positive estimate passes, however uncertain
 LIKELIER = 0.5
@@ -45,9 +45,10 @@ JITTER = 1e-7
 class Pseudo:
     """Pseudo-outcomes: the leave-one-query-out predictions, and the rows' residuals from them.
 
-    away_QC: predicted utility. leaf_Q: leaf of each query. left_N: residual of each row's utility, on a full table less
-    that of the query's row of the default. share_N: importance weights, which sum to Q over the rows of each config.
-    rounding: a gain in utility up to this may be mere rounding. size: of rare deviations in left_N (`rare_size`).
+    away_QC: predicted utility, up to a term that all configs share. leaf_Q: leaf of each query. left_N: residual of
+    each row's utility, on a full table less that of the query's row of the default. share_N: importance weights, which
+    sum to Q over the rows of each config. rounding: a gain in utility up to this may be mere rounding. size: of rare
+    deviations in left_N (`rare_size`).
     """
 
     away_QC: Tensor
@@ -62,8 +63,8 @@ def pays(
     fits: dict[int, Fit], rows: Rows, y_NO: Tensor, leaf_Q: Tensor, objective: Objective, default: int, seed: int,
     in_use: bool = True,
 ) -> bool:  # fmt: skip
-    """Whether choices by the field and the leaves leaf_Q (Q,), or one choice for all queries, beat the default. True in
-    at most 5 % of the worlds in which nothing does. All queries with a negative leaf count as one more leaf.
+    """Whether choices by the field and the leaves leaf_Q (Q,), or one choice for all queries, beat the default. If
+    nothing does, it is true with probability 5 % at most. All queries with a negative leaf count as one more leaf.
 
     Folds of a small log disagree about the single best config. So what is valued is not that but a random choice, of
     each config with its posterior probability of being the best (Thompson 1933): near equals are then valued by the
@@ -180,8 +181,8 @@ def _root(covariance_CC: Tensor) -> Tensor:
 
 
 def _leaves(pseudo: Pseudo, rows: Rows, weight_N: Tensor, left_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean residual of each config in each leaf beyond its overall one left_C (C,), under the weights weight_N, shrunk
-    towards 0 in proportion to what chance explains; and its posterior standard deviation; (P, C) both.
+    """Posterior mean and standard deviation, (P, C) both, of each config's mean residual in each leaf less its overall
+    one left_C (C,), under the weights weight_N: shrunk towards 0 as far as chance explains it.
 
     Where configs are many and have few rows each, leaves show together what the field cannot locate.
     """

@@ -129,11 +129,11 @@ def sequential(comparison: Comparison, half_life: float | None) -> Floats:
     """(P, C) p-values of the same comparisons that allow nightly peeking, Holm-adjusted over the configs of a pattern.
 
     Each night's training tests all rows so far, and someone acts on the result; with fixed-n p-values they would sooner
-    or later act on noise. In at most 5 % of worlds do these p-values, or their minimum over the nights, ever fall below
-    .05 for a config of the pattern that is no better than the default (in more, if a config fails too rarely for its
-    first rows to show its variance). Holm's correction preserves this: its first false rejection needs one p below α
-    divided by the number of true nulls. There is no correction over patterns, and a pattern whose members change with a
-    new clustering starts anew. With decay, old rows lose weight, the sums are no martingale, and all values are NaN.
+    or later act on noise. The probability that these p-values, or their minimum over the nights, ever fall below .05
+    for a config of the pattern that is no better than the default is 5 % at most (more if a config fails too rarely for
+    its first rows to show its variance). Holm's correction preserves this: its first false rejection needs one p below
+    α over the number of true nulls. There is no correction over patterns, and a pattern whose members another
+    clustering changes starts anew. With decay, old rows lose weight, the sums are no martingale, and all are NaN.
     """
     if half_life is not None:
         return np.full(comparison.p_value.shape, np.nan)
