@@ -1,8 +1,8 @@
-"""What an expert would try first in place of a bank; each learns from a table and picks a config for every query.
+"""What an expert would try first instead of a bank; each learns from a table and picks a config for every query.
 
-They work on full tables (every query under every config) and on logs of one config per query, weighing rows by
-1 / propensity where that is logged. What must be tuned is tuned by cross-validated policy value (self-normalised
-inverse propensity scoring, which is exact on a full table); thin cells are shrunk to the config's mean.
+They work on full tables (every query under every config) and on logs of one config per query, with rows weighted by
+1 / propensity if logged. Hyperparameters are tuned by cross-validated policy value (self-normalised inverse propensity
+scoring, which is exact on a full table). Cells with few rows are shrunk to the config's mean.
 Suffixes: Q training queries, N rows, B queries to answer, D dims, C configs, K clusters, G settings tried, F features.
 """
 
@@ -26,13 +26,13 @@ Ints = npt.NDArray[np.int64]
 Matrix = npt.NDArray[np.float32]
 
 FOLDS = 5
-# rows that a config's mean counts for in a thin cell
+# rows that a config's mean counts for in a cell
 PRIOR_ROWS = 5.0
 NEIGHBOURS = (10, 20, 50, 100, 200, 400)
 # one cluster is the best single config
 CLUSTERS = (1, 4, 8, 16, 32, 64, 128)
 TILE = 1024
-# of Avengers-Pro: clusters, nearest ones that vote, and the slope of their weights over the cosine distance
+# published settings of Avengers-Pro: clusters, nearest ones that vote, and β of their softmax weights
 SOFT_CLUSTERS, SOFT_NEAREST, SOFT_BETA = 60, 4, 9.0
 PENALTIES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 LOGISTIC_STEPS = 40
@@ -58,7 +58,7 @@ class Training:
 
     @property
     def means(self) -> Floats:
-        """(C,) mean utility of each config; of the worst row where it was never tried."""
+        """(C,) weighted mean utility of each config; that of the worst row for a config that was never tried."""
         weight = np.bincount(self.config_N, self.weight_N, self.configs)
         total = np.bincount(self.config_N, self.weight_N * self.utility_N, self.configs)
         return np.where(weight > 0, total / np.maximum(weight, 1e-300), self.utility_N.min())
@@ -71,13 +71,13 @@ class Training:
         return total.reshape(groups, self.configs), weight.reshape(groups, self.configs)
 
     def shrunk(self, total: Floats, weight: Floats) -> Floats:
-        """Means of cells (…, C) from their sums, with PRIOR_ROWS rows of the config's mean added."""
+        """Means of cells (…, C) from their sums, with PRIOR_ROWS further rows at the config's mean."""
         scale = self.weight_N.mean()
         mean: Floats = (total + PRIOR_ROWS * scale * self.means) / (weight + PRIOR_ROWS * scale)
         return mean
 
     def part(self, keep_Q: npt.NDArray[np.bool_]) -> Training:
-        """The queries where keep_Q, with their rows."""
+        """The queries where keep_Q is true, with their rows."""
         rows = keep_Q[self.query_N]
         new_Q = np.cumsum(keep_Q) - 1
         return Training(
@@ -86,7 +86,7 @@ class Training:
         )  # fmt: skip
 
     def value(self, choice_Q: Choice) -> float:
-        """Mean utility of a choice, from the rows that tried what it picks; -inf where none did."""
+        """Mean utility of a choice, from the rows that tried what it picks; -inf if there are none."""
         hit = self.config_N == choice_Q[self.query_N]
         weight = self.weight_N[hit].sum()
         return float(self.weight_N[hit] @ self.utility_N[hit] / weight) if weight > 0 else -np.inf
@@ -123,7 +123,7 @@ def nearest_neighbours(training: Training, x_BD: Matrix, ks: Sequence[int]) -> F
 
 
 def hard_clusters(training: Training, x_BD: Matrix, centroids_KD: Matrix) -> Floats:
-    """(B, C) mean utility of the cluster that a query falls into (Avengers, arXiv 2505.19797)."""
+    """(B, C) mean utility in the cluster that each query falls into (Avengers, arXiv 2505.19797)."""
     total, weight = training.sums((training.x_QD @ centroids_KD.T).argmax(1), len(centroids_KD))
     mean_KC = training.shrunk(total, weight)
     predicted: Floats = mean_KC[(x_BD @ centroids_KD.T).argmax(1)]
@@ -131,7 +131,7 @@ def hard_clusters(training: Training, x_BD: Matrix, centroids_KD: Matrix) -> Flo
 
 
 def ridge_per_config(training: Training, x_BD: Matrix) -> Floats:
-    """(B, C) utility by a ridge regression of each config on the embedding, averaged over ridges by leave-one-out."""
+    """(B, C) utility by a ridge regression per config on the embedding, averaged over ridges by leave-one-out error."""
     out = np.tile(training.means, (len(x_BD), 1))
     for c in range(training.configs):
         rows = np.flatnonzero(training.config_N == c)
@@ -144,10 +144,10 @@ def ridge_per_config(training: Training, x_BD: Matrix) -> Floats:
 
 
 def linucb(training: Training, x_BD: Matrix) -> Floats:
-    """(B, C) x·θ of disjoint LinUCB (Li, Chu, Langford & Schapire 2010, algorithm 1) that was fed every row of the log.
+    """(B, C) x·θ of disjoint LinUCB (Li, Chu, Langford & Schapire 2010, algorithm 1) after it has seen the whole log.
 
-    A_c = I + Σ x·xᵀ and b_c = Σ u·x do not depend on the order of rows, and its α only decides what to try next, which
-    a log has decided: the greedy θ = A⁻¹·b at the end is the same for all. x has a constant in front.
+    A_c = I + Σ x·xᵀ and b_c = Σ u·x do not depend on the order of rows, and α only decides what to try next, which the
+    log has decided already: so the final greedy θ = A⁻¹·b is the same for every order and α. x has a leading constant.
     """
 
     def features(x: Matrix) -> Floats:
@@ -170,7 +170,7 @@ def centroids(x_QD: Matrix, k: int, rng: np.random.Generator) -> Matrix:
 
 
 def tune(predict: Callable[[Training, Matrix], Floats], training: Training, rng: np.random.Generator) -> int:
-    """Which of the G settings is worth most on folds of the training queries; predict gives (G, B, C) of all."""
+    """Index of the setting worth most in cross-validation on the training queries; predict returns (G, B, C)."""
     fold_Q = rng.integers(FOLDS, size=len(training.x_QD))
     parts = [predict(training.part(fold_Q != fold), training.x_QD[fold_Q == fold]).argmax(2) for fold in range(FOLDS)]
     choice_GQ = np.empty((len(parts[0]), len(fold_Q)), dtype=np.int64)
@@ -185,16 +185,16 @@ def tuned_neighbours(training: Training, rng: np.random.Generator) -> Predict:
 
 
 def tuned_clusters(training: Training, rng: np.random.Generator) -> Predict:
-    """hard_clusters with the best number of clusters, which are of all queries in every fold: no outcome makes them."""
+    """hard_clusters with the best number of clusters. All folds use the clusters of all queries: no outcome enters."""
     found = [centroids(training.x_QD, k, rng) for k in CLUSTERS]
     best = tune(lambda inside, x: np.stack([hard_clusters(inside, x, c) for c in found]), training, rng)
     return lambda table, x: hard_clusters(table, x, found[best])
 
 
 def rank_votes(training: Training, x_BD: Matrix, centroids_KD: Matrix) -> Floats:
-    """(B, C) the vote of the nearest clusters' ranks (Avengers-Pro, arXiv 2508.12631, with its published settings).
+    """(B, C) votes of the nearest clusters' rankings (Avengers-Pro, arXiv 2508.12631, with its published settings).
 
-    A cluster gives its best config 1, the next 1/2, then 1/3, …, weighed by the softmax of −β·cosine distance over the
+    A cluster gives its best config 1, the next 1/2, then 1/3, …, weighted by the softmax of −β·cosine distance over the
     nearest clusters. Ranks are by utility, in place of the paper's α·quality + (1 − α)·(1 − cost), each scaled to
     [0, 1].
     """
@@ -209,15 +209,15 @@ def rank_votes(training: Training, x_BD: Matrix, centroids_KD: Matrix) -> Floats
 
 
 def soft_clusters(training: Training, rng: np.random.Generator) -> Predict:
-    """rank_votes of clusters of the training queries."""
+    """rank_votes over clusters of the training queries."""
     centroids_KD = centroids(training.x_QD, SOFT_CLUSTERS, rng)
     return lambda table, x: rank_votes(table, x, centroids_KD)
 
 
 def logistic_per_config(training: Training, x_BD: Matrix, penalty: float) -> Floats:
-    """(B, C) utility by a logistic regression of each config on the embedding, of utility scaled to [0, 1].
+    """(B, C) utility by a logistic regression per config on the embedding, with utility scaled to [0, 1] as the target.
 
-    penalty: on the squared slopes, against the mean cross-entropy of a row times C.
+    penalty: on the squared slopes, relative to C times the mean cross-entropy of a row.
     """
     low, high = float(training.utility_N.min()), float(training.utility_N.max())
     scale = max(high - low, 1e-12)
@@ -254,7 +254,7 @@ def tuned_logistic(training: Training, rng: np.random.Generator) -> Predict:
     return lambda table, x: logistic_per_config(table, x, best)
 
 
-# what each learns from training data, by which it then foretells (soft clusters: votes on) any utility of such tables
+# each learns from training data a function that predicts (soft clusters: votes on) any utility of such tables
 LEARNERS: dict[str, Callable[[Training, np.random.Generator], Predict]] = {
     "nearest neighbours": tuned_neighbours,
     "hard clusters": tuned_clusters,

@@ -1,4 +1,4 @@
-"""Means on resampled queries: the Poisson bootstrap, in time and memory that a large table does not notice.
+"""Means over resampled queries by the Poisson bootstrap, cheap in time and memory even on large tables.
 
 Suffixes: Q queries, M columns, R resamples.
 """
@@ -20,9 +20,9 @@ QUERIES_AT_ONCE = 1024
 def resampled_means(total_QM: Floats, weight_QM: Floats, resamples: int, seed: int) -> Floats:
     """(resamples, M) weighted means sum(total) / sum(weight) on resampled queries, the same ones for every column.
 
-    Each query enters a resample a Poisson(1) number of times, all on their own; a quotient of sums has the law of the
-    multinomial bootstrap but for terms of 1/Q (Hanley and MacGibbon 2006; Chamandy et al. 2012). NaN where a resample
-    holds no weight.
+    Each query enters a resample an independent Poisson(1) number of times; a ratio of sums has the law of the
+    multinomial bootstrap up to terms of 1/Q (Hanley and MacGibbon 2006; Chamandy et al. 2012). NaN where a resample has
+    no weight.
     """
     rng = np.random.default_rng(seed)
     both = np.concatenate([total_QM, weight_QM], axis=1)

@@ -1,9 +1,10 @@
-"""Whether confidence keeps its word: of patterns foretold to beat the default with some probability, how many did.
+"""Whether confidence is calibrated: of the patterns predicted to beat the default with some probability, how many did.
 
-Held-out means are noisy themselves. What is compared is therefore not the confidence but the probability that follows
-from it for the held-out mean: a normal gain with the confidence's standard deviation, plus the mean's own error. Where
-a pattern has many queries that error is normal too. Of few it is not, as single gains are skewed (most save a little,
-some lose much), and its size is not known from them: it is drawn from all gains under that config (Efron's bootstrap).
+Held-out means are noisy themselves. The confidence is therefore turned into the probability that the held-out mean gain
+exceeds the margin: a normal gain with the confidence's standard deviation, plus the error of the held-out mean. In a
+pattern with many queries that error is normal too. With few it is not, since single gains are skewed (most save a
+little, some lose much), and they do not show its size: it is drawn from all gains under that config (Efron's
+bootstrap). Below, a gain is the gain over the default less the margin.
 Suffixes: Q queries, A those on which the bank acts, R rounds (as in valuation.py), P leaf patterns, K configs, B bins.
 """
 
@@ -23,19 +24,19 @@ Floats = npt.NDArray[np.float64]
 BINS = 10
 LEAST_QUERIES = 3
 DRAWS = 1000
-# queries of a pattern from which on their mean's error is normal; gains from which a config's spread is known
+# queries from which a pattern's mean has a normal error; gains from which a config's spread is known
 MANY_QUERIES, LEAST_GAINS = 100, 30
-# gains that all draws take together at most, but for LEAST_DRAWS of them
+# most gains drawn over all draws, of which there are at least LEAST_DRAWS
 MOST_DRAWN, LEAST_DRAWS = 2 * 10**7, 100
-# confidences are float32: nearer to 1 they cannot be told apart
+# largest confidence that float32 distinguishes from 1
 NEAR_ONE = 1.0 - 1e-7
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """patterns: those that act on enough held-out queries. brier: mean squared error of the probability. ece: expected
-    calibration error (Naeini, Cooper & Hauskrecht 2015) over bins of as many patterns each; chance: its 95 % quantile
-    where every probability is right. foretold, seen: mean probability and share that did beat it, by bin.
+    """patterns: number of those that act on enough held-out queries. brier: mean squared error of the probability. ece:
+    expected calibration error (Naeini, Cooper & Hauskrecht 2015) over bins of equally many patterns; chance: its 95 %
+    quantile if every probability is right. foretold, seen: by bin, mean probability and share that did beat it.
     """
 
     patterns: int
@@ -48,8 +49,8 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Promise:
-    """What a bank says of its choices, (Q,) each: confidence, the probability that the gain over the default exceeds
-    the margin; gain, the expected one.
+    """A bank's predictions for its choices, (Q,) each. confidence: probability that the gain over the default exceeds
+    the margin. gain: the expected gain over the default.
     """
 
     confidence: Floats
@@ -60,8 +61,8 @@ class Promise:
 def measure_calibration(
     valuation: Valuation, choice_Q: Choice, default_Q: Choice, leaf_Q: Choice, promise: Promise, seed: int
 ) -> Calibration | None:
-    """From held-out queries and the leaf pattern of each. None where values are merely associational, or fewer than
-    BINS patterns act on LEAST_QUERIES.
+    """Calibration on held-out queries, given the leaf pattern of each. None if values are merely associational, or if
+    fewer than BINS patterns act on LEAST_QUERIES queries.
     """
     acts_Q = choice_Q != default_Q
     if valuation.grade == "associational" or not acts_Q.any():
@@ -90,7 +91,7 @@ def measure_calibration(
     foretold_P = _exceeding(lead_P, np.hypot(sd_P, error_P))
     few_A = judged_P[leaf_A] & (count_P[leaf_A] < MANY_QUERIES)
     if few_A.any():
-        # what a pattern's own mean takes from its gains' spread
+        # unbiased: subtracting the pattern's own mean shrinks the spread of its gains
         away_A = away_A * np.sqrt(count_P / np.maximum(count_P - 1, 1))[leaf_A]
         few_P, leaf_F = np.unique(leaf_A[few_A], return_inverse=True)
         foretold_P[few_P] = _of_few(lead_P[few_P], sd_P[few_P], away_A[few_A], choice_Q[acts_Q][few_A], leaf_F, seed)
@@ -98,14 +99,14 @@ def measure_calibration(
 
 
 def _exceeding(mean: Floats, sd: Floats) -> Floats:
-    """The probability that normal variables exceed 0; of one that does not vary, whether it does."""
+    """The probability that normal variables exceed 0; for sd 0 it is 1, or 0, or .5 if the mean is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(np.where(sd > 0, stats.norm.cdf(mean / sd), (mean > 0) + 0.5 * (mean == 0)))
 
 
 def _of_few(lead_P: Floats, sd_P: Floats, away_A: Floats, config_A: Choice, leaf_A: Choice, seed: int) -> Floats:
-    """The probability that the mean of each pattern's few gains exceeds 0, where these differ from what is expected as
-    any away (A,) under their config does, or under all where it was chosen too seldom to tell.
+    """The probability that the mean of each pattern's few gains exceeds 0, when each differs from the expected lead by
+    a deviation drawn from away_A of its config, or of all configs if it was chosen too seldom.
     """
     _, kind_A, count_K = np.unique(config_A, return_inverse=True, return_counts=True)
     order_A = np.argsort(kind_A, kind="stable")
@@ -123,7 +124,7 @@ def _of_few(lead_P: Floats, sd_P: Floats, away_A: Floats, config_A: Choice, leaf
 
 
 def compare(foretold_P: Floats, seen_P: npt.NDArray[np.bool_], seed: int) -> Calibration:
-    """Probabilities (P,) beside what came."""
+    """Compares predicted probabilities (P,) with what happened."""
     order = np.argsort(foretold_P, kind="stable")
     bins = np.array_split(order, BINS)
     share_B = np.array([len(index) for index in bins]) / len(order)

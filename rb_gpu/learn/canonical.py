@@ -1,6 +1,6 @@
-"""Regressions of full tables in canonical coordinates, in which the outcomes of all configs fall apart.
+"""Regressions of full tables in canonical coordinates, in which the outcomes of all configs become independent.
 
-What tells configs apart is not foretold as well as what they share, and asks for other slopes and ridges.
+Differences between configs are harder to predict than what configs share, and need other slopes and ridges.
 Suffixes: Q queries, F features of one slope, C configs, as many coordinates, L ridges, S slopes.
 """
 
@@ -13,17 +13,16 @@ from torch import Tensor
 
 from rb_gpu.learn.ridge import FOLDS, RIDGES, TINY, Average, Ridge, Task, average, base, folds_in_turn, shares
 
-# least noise of a coordinate, as a share of the greatest
+# least noise variance of a coordinate, as a share of the greatest
 LEAST_NOISE = 1e-6
 
 
 def canonical(y_QC: Tensor, unseen_QC: Tensor) -> tuple[Tensor, Tensor]:
-    """Two (C, C) matrices, each the other's inverse: to coordinates in which noise and signal are uncorrelated, and
-    back.
+    """Two inverse (C, C) matrices: to coordinates in which both noise and signal are uncorrelated, and back.
 
-    A Gaussian process of several outcomes whose covariance is one of places times one of outcomes falls apart into
-    single ones there (Bonilla, Chai & Williams 2008; the canonical coordinates of Breiman & Friedman 1997). Noise is
-    what predictions without the query left unexplained; the coordinates have noise 1.
+    A multi-output Gaussian process whose covariance is a product of one over places and one over outputs separates into
+    single-output ones there (Bonilla, Chai & Williams 2008; the canonical coordinates of Breiman & Friedman 1997). The
+    noise is the residual y_QC − unseen_QC of leave-one-query-out predictions; in the coordinates its variance is 1.
     """
     noise_CC = torch.cov((y_QC - unseen_QC).T)
     signal_CC = torch.cov(y_QC.T) - noise_CC
@@ -35,16 +34,17 @@ def canonical(y_QC: Tensor, unseen_QC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def average_coordinates(ridges: Sequence[Ridge], y_QC: Tensor) -> tuple[Tensor, Average]:
-    """Weights (S, L) of slopes and ridges, as far as their coordinates tell configs apart, and the averaged regression.
+    """Weights (S, L) of slopes and ridges, weighted by how far each coordinate tells configs apart, and the averaged
+    regression.
 
-    ridges: of every slope, over all queries. y_QC: every query's outcome under every config. Each coordinate has
-    weights of its own. A query is foretold in coordinates, and with weights, that the other folds chose: such as looked
-    at it found signal in noise, and tables of configs that do not differ seemed to pay.
+    ridges: one per slope, over all queries. y_QC: every query's outcome under every config. Each coordinate has weights
+    of its own. Coordinates and weights for predicting a query are chosen on the other folds: chosen with the query
+    included they found signal in noise, and choices seemed to pay on tables whose configs do not differ.
     """
     queries = len(y_QC)
     _, [first] = average([Task(ridges, y_QC)], queries)
     fold_Q = folds_in_turn(queries, y_QC.device)
-    # the last one is for queries to come
+    # the last set is for predictions of future queries
     seen = [*(fold_Q != fold for fold in range(FOLDS)), torch.ones_like(fold_Q, dtype=torch.bool)]
     turns = [canonical(y_QC[seen_Q], first.unseen_NC[seen_Q]) for seen_Q in seen]
     solved = [ridge.solve(y_QC) for ridge in ridges]

@@ -1,4 +1,4 @@
-"""What two published versions differ in: settings, configs, patterns, verdicts."""
+"""How two published versions differ: settings, configs, patterns, verdicts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from rb_gpu.bank_data import BankData
 from rb_gpu.params import PARAMETERS
 
-# where the verdict is that nothing beats the default
+# stands for a verdict that nothing beats the default
 STANDS = "default"
 
 
 @dataclass(frozen=True)
 class ChangedVerdict:
-    """A leaf of both versions whose verdict is another, before and after. gains: in the objective's unit, NaN where the
-    default stands.
+    """A leaf of both versions whose verdict changed; pairs are before and after. gain: in the objective's unit, NaN
+    where the default stands.
     """
 
     pattern_id: int
@@ -27,11 +27,13 @@ class ChangedVerdict:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of a version before and one after. kept, gone, new: ids of patterns of all levels that are in both, only in the
-    first, only in the second. fates: how many were kept, split, merged, born and retired, as the later one's lineage
-    tells, None where it descends from another version. leaves_kept: leaves that are in both; verdicts: those whose
-    verdict changed, by support. configs_gone, configs_new: what only one of them knows; default: that of each.
-    settings: key, before and after where they differ.
+    """Differences between a version before and one after.
+
+    kept, gone, new: ids of patterns of all levels that are in both, only in the first, only in the second. fates: how
+    many were kept, split, merged, born and retired by the later one's lineage, None if it descends from another
+    version. leaves_kept: number of leaves in both. verdicts: those of them whose verdict changed, by falling support.
+    configs_gone, configs_new: configs that only one of them knows. default: of each. settings: key, before and after,
+    where they differ.
     """
 
     kept: list[int]
@@ -47,7 +49,7 @@ class Comparison:
 
 
 def compare(before: BankData, after: BankData) -> Comparison:
-    """What became of the first of two banks that were loaded from a registry: their facts are their manifests."""
+    """Compares two banks that were loaded from a registry, so that their facts are their manifests."""
     was, now = (set(map(int, one.arrays["pattern_id"])) for one in (before, after))
     configs = _described(before, after)
     lineage = after.facts.get("lineage") or {}
@@ -78,7 +80,7 @@ def compare(before: BankData, after: BankData) -> Comparison:
 
 
 def _described(*banks: BankData) -> list[list[str]]:
-    """Each bank's configs by the parameters in which any of all these configs differ."""
+    """Each bank's configs, described by the parameters in which any two configs of all banks differ."""
     everything = [params for bank in banks for params in bank.configs]
     varying = [name for name in PARAMETERS if len({getattr(params, name) for params in everything}) > 1]
     return [[params.describe(varying or PARAMETERS[:1]) for params in bank.configs] for bank in banks]
@@ -93,7 +95,7 @@ def _verdict(bank: BankData, row: int, configs: list[str]) -> tuple[int, str, fl
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted keys."""
+    """Nested settings as one level of dotted keys."""
     out: dict[str, Any] = {}
     for key, value in settings.items():
         nested = isinstance(value, dict) and value

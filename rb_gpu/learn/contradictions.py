@@ -1,4 +1,4 @@
-"""Where a table contradicts itself or its settings, so that what is learned from it would be wrong without a word.
+"""Finds where a table contradicts itself or its settings, so that the job would silently learn something wrong from it.
 
 Suffixes: N rows, Q queries, C configs, M rows that differ, D dims.
 """
@@ -22,17 +22,17 @@ from rb_gpu.params import ConfigTable
 
 log = logging.getLogger(__name__)
 
-# rows of a config from which its mean cost is asked how many of them it rests on, and how many are too few
+# rows from which a config's costs are checked, and the effective number of rows below which its mean cost is doubtful
 COST_ROWS, COST_SIZE = 100, 10.0
-# cosine from which two embeddings are taken for one query's, embedded twice
+# cosine from which two embeddings count as one query's, embedded twice
 SAME_QUERY = 0.99
 ROWS_AT_ONCE = 4096
 
 
 def refuse_other_embeddings(outcomes: Table, bad: BadRows) -> None:
-    """Sets rows aside whose embedding is another one than that of their query's row of least id.
+    """Quarantines rows whose embedding differs from that of their query's row of least id.
 
-    Of a query one embedding is kept: where query_id was a session's or a user's, the others would be lost.
+    Only one embedding is kept per query: if query_id named a session or a user, the other embeddings would be lost.
     """
     columns = outcomes.columns
     if "query_id" not in columns or distinct(columns["query_id"]):
@@ -57,10 +57,10 @@ def check_merged(
     table: ConfigTable,
     params: ParamsConfig,
 ) -> None:
-    """Raises ConfigError where rows of several logged settings became one config and kept the propensities of each.
+    """Raises ConfigError if rows of several logged settings became one config but kept each setting's own propensity.
 
-    The probability of the config is then the sum of theirs: 1/propensity over its rows adds up to as many times the
-    rows of the table as settings were merged. raw: temperature and context_tokens (N,) as logged.
+    The config's probability is then the sum of theirs, and 1/propensity over its rows sums to the number of merged
+    settings times the rows of the table. raw: temperature and context_tokens (N,) as logged.
     """
     if propensity is None:
         return
@@ -89,10 +89,9 @@ def warn_of_few_costs(
     cost: npt.NDArray[np.float32] | None, config_id: npt.NDArray[np.int64], id_N: npt.NDArray[np.uint64],
     table: ConfigTable,
 ) -> None:  # fmt: skip
-    """Logs a warning where few of a config's rows hold nearly all of its cost (N,), as where some are in another unit.
+    """Logs a warning if few of a config's rows hold nearly all of its cost (N,), as when some are in another unit.
 
-    Their mean says nothing then, nor does what the utility takes off for it: no choice is sure to pay, and nobody sees
-    why.
+    Their mean, and the utility that subtracts it, are then meaningless: no choice is sure to pay, and nobody sees why.
     """
     if cost is None:
         return

@@ -13,7 +13,7 @@ from rb_gpu.learn.sources import BATCH_ROWS, Source, guarded
 
 
 def newest_rows(sources: Sequence[Source], newest: int, key: str) -> npt.NDArray[np.bool_]:
-    """(N,) whether a row is among the `newest` of all sources, fewer than they have; of equal ones the last stay."""
+    """(N,) whether a row is among the `newest` of all sources, which must hold more; of equal times the last stay."""
     times = np.concatenate(
         [
             _times_of(batch.column(0), f"{key}={source.name}")
@@ -29,7 +29,7 @@ def newest_rows(sources: Sequence[Source], newest: int, key: str) -> npt.NDArray
 
 
 def _times_of(column: pa.Array, source: str) -> npt.NDArray[np.int64]:
-    """Timestamps as the ring buffer sees them: a bad one is older than all others, lest it push good rows out."""
+    """Timestamps as int64 seconds. A bad one counts as older than all others, so that it never displaces a good row."""
     seconds, missing = decode_times(column, f"{source}: column timestamp")
     bad = missing | CONTRACT["timestamp"].outside(seconds)
     return np.where(bad, np.iinfo(np.int64).min, seconds)

@@ -1,4 +1,4 @@
-"""judge.half_life=auto: how fast old rows should lose weight, by what would have foretold the following block best.
+"""judge.half_life=auto: how fast old rows should lose weight, chosen by how well the next block of time is predicted.
 
 Suffixes: N rows, B blocks of time, H half-lives, G groups of queries, U cells of a pattern and a config.
 """
@@ -26,19 +26,19 @@ Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 
 BLOCKS = 6
-# the shortest is a fifth of a block: faster changes cannot be seen in blocks
+# the shortest half-life is a fifth of a block: blocks cannot show faster changes
 SHARES_OF_SPAN = tuple(2.0**-step for step in range(6))
 GROUPS = 20
-# standard errors by which decay must beat none: at one, noise makes it do so in up to 6 % of stationary worlds
+# standard errors by which decay must beat no decay: at one, noise makes it do so in up to 6 % of stationary simulations
 ERRORS = 1.5
-# a config's mean over the patterns counts for at most so many rows in the prediction of a cell
+# most rows that a config's mean over the patterns counts for in the prediction of a cell
 MOST_PRIOR_ROWS = 1e6
 
 
 @dataclass(frozen=True)
 class HalfLife:
-    """half_life_days: None where no decay is best. gain, error: by candidate, how much less its mean squared error of
-    the following block is than without decay, and the standard error of that.
+    """half_life_days: None if no decay is best. gain, error: for each candidate, how much lower its mean squared error
+    on the following blocks is than without decay, and the standard error of that.
     """
 
     half_life_days: float | None
@@ -50,7 +50,7 @@ class HalfLife:
 def auto_half_life(
     trajectories: Trajectories, label_Q: Rows, judging: JudgeConfig, quality: QualityConfig, device: torch.device
 ) -> HalfLife:
-    """What judge.half_life=auto stands for, by the utility whose references come from all rows without decay.
+    """Resolves judge.half_life=auto, for the utility whose references come from all rows without decay.
 
     label_Q: (Q,) pattern of each query, negative for none.
     """
@@ -74,14 +74,14 @@ def auto_half_life(
 def choose_half_life(
     time_N: Rows, query_N: Rows, cell_N: Rows, shape: tuple[int, int], weight_N: Floats, utility_N: Floats
 ) -> HalfLife:
-    """Rolling-origin validation (Tashman 2000): of BLOCKS blocks of time, all but the first are foretold from before.
+    """Rolling-origin validation (Tashman 2000): each of BLOCKS blocks of time but the first is predicted from earlier.
 
     time_N: UTC seconds. query_N: row of each row's query. cell_N: pattern · configs + config, negative for none; shape:
-    patterns and configs. weight_N: as without decay. A cell is foretold by its decayed mean, shrunk to its config's as
-    is best without decay; shrunk less, decay would win in its stead. Decay is chosen only where it beats none by ERRORS
-    standard errors of the paired differences. These come from a jackknife over GROUPS groups of queries (Quenouille
-    1956), since what chance put into a cell's past goes into all the blocks that are foretold from it. None where there
-    are too few rows for blocks and groups, or all are of one time.
+    patterns and configs. weight_N: weights without decay. A cell is predicted by its decayed mean, shrunk towards its
+    config's as is best without decay; with too little shrinkage, decay would win as a substitute for it. Decay is
+    chosen only if it beats none by ERRORS standard errors of the paired differences. These come from a jackknife over
+    GROUPS groups of queries (Quenouille 1956), since chance in a cell's past enters all blocks predicted from it. None
+    if there are too few rows for blocks and groups, or all have one timestamp.
     """
     kept = np.flatnonzero(cell_N >= 0)
     order = kept[np.argsort(time_N[kept], kind="stable")]
@@ -100,7 +100,7 @@ def choose_half_life(
     ends = np.arange(1, BLOCKS + 1) * len(order) // BLOCKS
 
     def sums(block: slice, weight: Floats) -> Floats:
-        """Σw and Σw·y of each cell, (2, G + 1, P, C): of all rows, and without each group's."""
+        """Σw and Σw·y of each cell, (2, G + 1, P, C): over all rows, then with each group left out."""
         values = (weight, weight * utility_N[block])
         by_group = np.stack(
             [np.bincount(slot_N[block], weights=v, minlength=GROUPS * shape[0] * shape[1]) for v in values]
@@ -118,7 +118,7 @@ def choose_half_life(
             constant, *decayed = (_predict(prior_rows, one[0], one[1]) for one in past)
             seen += n.sum((1, 2))
             for h, foretold in enumerate(decayed):
-                # Σw·(y − a)² − Σw·(y − b)² without the squares of y
+                # Σw·(y − a)² − Σw·(y − b)², which needs no squares of y
                 lost[h] += ((constant - foretold) * (n * (constant + foretold) - 2.0 * total)).sum((1, 2))
         past[0] += plain
         now = time_N[stop - 1]
@@ -135,7 +135,7 @@ def choose_half_life(
 
 
 def _prior_rows(cell_N: Rows, shape: tuple[int, int], weight_N: Floats, utility_N: Floats) -> float:
-    """Variance within cells over that between a config's patterns, by moments (Cochran 1954); weights of mean 1."""
+    """Variance within cells over that between a config's patterns, by moments (Cochran 1954); weights have mean 1."""
     cells = shape[0] * shape[1]
     w_PC = np.bincount(cell_N, weights=weight_N, minlength=cells).reshape(shape)
     mean_PC = np.bincount(cell_N, weights=weight_N * utility_N, minlength=cells).reshape(shape) / np.maximum(
@@ -143,7 +143,7 @@ def _prior_rows(cell_N: Rows, shape: tuple[int, int], weight_N: Floats, utility_
     )
     w_C = np.maximum(w_PC.sum(0), 1e-300)
     mean_C = (w_PC * mean_PC).sum(0) / w_C
-    spread = float((weight_N**2).mean())  # that unequal weights blow up the variance of a mean
+    spread = float((weight_N**2).mean())  # unequal weights inflate the variance of a mean by this factor
     held = float((w_PC > 0).sum())
     within = float(weight_N @ (utility_N - mean_PC.ravel()[cell_N]) ** 2) / max(len(cell_N) / spread - held, 1.0)
     between = float((w_PC * (mean_PC - mean_C) ** 2).sum()) - (held - float((w_PC > 0).any(0).sum())) * within
@@ -152,7 +152,7 @@ def _prior_rows(cell_N: Rows, shape: tuple[int, int], weight_N: Floats, utility_
 
 
 def _predict(prior_rows: float, w: Floats, total: Floats) -> Floats:
-    """Mean of each cell (..., P, C), with prior_rows more rows at its config's mean over the patterns."""
-    # no less than 1e-9 rows: a group that had a config to itself leaves rounding errors behind
+    """Mean of each cell (..., P, C), with prior_rows further rows at its config's mean over the patterns."""
+    # at least 1e-9 rows: without a group that had a config to itself, rounding errors remain
     mean_C = total.sum(-2, keepdims=True) / np.maximum(w.sum(-2, keepdims=True), 1e-9)
     return np.asarray((total + prior_rows * mean_C) / np.maximum(w + prior_rows, 1e-9))

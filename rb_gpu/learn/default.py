@@ -1,4 +1,4 @@
-"""What `params.default=auto` stands for where nothing was shown to beat the config most logged.
+"""Resolves `params.default=auto` where nothing was shown to beat the most logged config.
 
 Suffixes: C configs.
 """
@@ -16,9 +16,9 @@ from rb_gpu.objective import Objective
 
 log = logging.getLogger(__name__)
 
-# times as many rows as any other config: then it is what the service runs, else the log is an experiment
+# a config with so many times the rows of any other is what the service runs; without one, the log is an experiment
 DOMINANT = 2.0
-# standard errors below its mean at which a config is compared
+# standard errors subtracted from a config's mean before the comparison
 ERRORS = 2.0
 
 
@@ -31,18 +31,18 @@ def is_experiment(trajectories: Trajectories, objective: Objective) -> bool:
 
 
 def settle_default(trajectories: Trajectories, evidence: Evidence, objective: Objective) -> Trajectories:
-    """The same rows of an experiment, whose default may be another config.
+    """The same rows of an experiment, possibly with another default.
 
-    No config of an experiment is the one in use, and what abstains should fall back to what one would choose without a
-    bank: the config of highest utility over all rows, each weighted by 1 / propensity, less two standard errors, so
-    that few lucky rows do not decide (a lower confidence bound, as in Rashidinejad et al. 2021).
+    No config of an experiment is in use. Where the bank abstains it should fall back to what one would choose without
+    a bank: the config of highest utility over all rows, weighted by 1 / propensity, less two standard errors so that a
+    few lucky rows do not decide (a lower confidence bound, as in Rashidinejad et al. 2021).
     """
     root = evidence.regroup(np.zeros(len(evidence.rows), dtype=np.int64), 1)
     mean, variance, size = linear_moments(root.w, root.w2, root.mean, root.comoment, objective.direction)
     known_C = np.isfinite(variance[0]) & (size[0] > 1)
     if not known_C.any():
         return trajectories
-    # of all configs together: few rows do not know how much they vary
+    # one variance for all configs: few rows do not show their own
     pooled = np.average(variance[0][known_C], weights=size[0][known_C] - 1.0)
     sure_C = np.full(len(known_C), -np.inf)
     sure_C[known_C] = mean[0][known_C] - ERRORS * np.sqrt(pooled / size[0][known_C])

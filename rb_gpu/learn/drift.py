@@ -1,8 +1,8 @@
-"""Has the traffic changed? The queries that were learned from beside the newest slice, each difference beside chance.
+"""Has the traffic changed? Compares the training queries with the newest slice, each difference with what chance gives.
 
-Three questions: do queries fall into the patterns in other shares, do their embeddings lie elsewhere, and do the
-configs now fare otherwise inside the patterns. All are tested as if queries came independently: bursts of like queries
-(one user, one session) are a change to these tests, as they are to a bank that learned before the burst.
+Three questions: do queries fall into the patterns in other shares, do their embeddings lie elsewhere, and do configs
+now perform differently inside the patterns. All are tested as if queries were independent: a burst of similar queries
+(one user, one session) is a change to these tests, as it is to a bank that learned before the burst.
 Suffixes: Q queries, N (query, config) pairs, P leaves, D dims, F features.
 """
 
@@ -25,23 +25,23 @@ from rb_gpu.objective import Objective
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 
-# queries of each side that are compared, at random; more would only find changes too small to matter
+# most queries of each side that are compared, drawn at random; more would only find changes too small to matter
 MAX_QUERIES = 20_000
-# a nightly job that looked at .05 would cry wolf twice a month
+# significance level; at .05 a nightly job would raise a false alarm once or twice a month
 LEVEL = 0.01
-# the usual reading of PSI (Siddiqi 2006), here of what exceeds chance
+# the usual limits of PSI (Siddiqi 2006), here applied to its excess over chance
 MODERATE_PSI, LARGE_PSI = 0.1, 0.25
-# of a classifier that tells newest from training queries; nearer to 1/2 the difference does not matter
+# least AUC, of a classifier between newest and training queries, that is reported; nearer to 1/2 it does not matter
 TELLING_AUC = 0.55
 PERMUTATIONS = 999
-# principal components, and random frequencies with a sine and a cosine each
+# number of principal components, and of random frequencies with a sine and a cosine each
 FEATURES = 16
 TILE_QUERIES = 2048
 
 
 @dataclass(frozen=True)
 class ShareDrift:
-    """Population stability index of the shares of queries per leaf; chance: its mean where nothing changed."""
+    """Population stability index of the shares of queries per leaf; chance: its mean if nothing changed."""
 
     psi: float
     chance: float
@@ -51,7 +51,7 @@ class ShareDrift:
 
 @dataclass(frozen=True)
 class EmbeddingDrift:
-    """Two-sample test on embeddings. auc: how well a linear classifier tells a newest query from a training one."""
+    """Two-sample test on embeddings. auc: how well a linear classifier separates newest from training queries."""
 
     auc: float
     p_value: float
@@ -74,7 +74,7 @@ def measure_drift(
 ) -> Drift:
     """Compares at most MAX_QUERIES queries of each side. label_Q: (Q,) leaf of each training query, negative for none.
 
-    Both tables name the same configs. Time and memory are linear in the queries.
+    Both tables must name the same configs. Time and memory are linear in the queries.
     """
     rng, some_old, some_new = _sampled(training, newest, seed)
     old, new = training.select_queries(some_old), newest.select_queries(some_new)
@@ -95,7 +95,7 @@ def measure_drift(
 
 
 def measure_embeddings(training: Trajectories, newest: Trajectories, seed: int) -> EmbeddingDrift:
-    """What `measure_drift` says of the embeddings alone: it does not depend on patterns or on the objective."""
+    """The embedding part of `measure_drift` alone, which depends neither on patterns nor on the objective."""
     rng, some_old, some_new = _sampled(training, newest, seed)
     return compare_embeddings(training.x_QD[some_old], newest.x_QD[some_new], rng)
 
@@ -103,7 +103,7 @@ def measure_embeddings(training: Trajectories, newest: Trajectories, seed: int) 
 def _sampled(
     training: Trajectories, newest: Trajectories, seed: int
 ) -> tuple[np.random.Generator, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """The queries of each side that are compared, and the generator as it stands after they were drawn."""
+    """The generator after the draw, and a mask of the drawn queries of each side."""
     rng = np.random.default_rng(seed)
     return rng, _sample(len(training.query_id), rng), _sample(len(newest.query_id), rng)
 
@@ -119,9 +119,10 @@ def leaves_of(
 ) -> tuple[Rows, Rows]:
     """The leaf of highest cosine for the training queries in rows `old`, and for the newest queries.
 
-    A training query has pulled its leaf's mean towards itself, the newest have not: each is placed by means that leave
-    it out. Counted as members their shares follow the leaves that were made for them, and hide small changes (at ten
-    queries a leaf p-values are still a little too large).
+    A training query has pulled its leaf's mean towards itself, and the newest have not, so each query is compared with
+    leaf means that leave it out. If training queries were counted in the leaf that they are members of, the leaves made
+    for them would fit their shares and hide small changes (at ten queries a leaf, p-values are still slightly too
+    large).
     """
     labels = torch.from_numpy(label_Q)
     sums, _ = label_sums(
@@ -131,7 +132,7 @@ def leaves_of(
     unit_PD = (sums_PD / np.maximum(np.linalg.norm(sums_PD, axis=1, keepdims=True), 1e-300)).astype(np.float32)
 
     def place(x: npt.NDArray[np.float32], own: Rows) -> Rows:
-        cosine = x @ unit_PD.T  # times the query's norm, which ranks the leaves alike
+        cosine = x @ unit_PD.T  # times the query's norm, which ranks the leaves the same
         member = np.flatnonzero(own >= 0)
         rest = sums_PD[own[member]] - x[member]
         norm = np.linalg.norm(rest, axis=1)
@@ -150,18 +151,19 @@ def leaves_of(
 def psi(old_P: npt.NDArray[np.int64], new_P: npt.NDArray[np.int64]) -> Floats:
     """Population stability index Σ (p − q)·ln(p / q) over the last axis of counts (..., P).
 
-    Half a query is added to every cell (Jeffreys), so that an empty one gives no infinity.
+    Half a query is added to every cell (Jeffreys' prior), so that an empty one does not give infinity.
     """
     p, q = ((counts + 0.5) / (counts.sum(-1, keepdims=True) + 0.5 * counts.shape[-1]) for counts in (old_P, new_P))
     return np.asarray(((p - q) * np.log(p / q)).sum(-1))
 
 
 def compare_shares(old_P: Rows, new_P: Rows, rng: np.random.Generator) -> ShareDrift:
-    """PSI of two counts of queries per leaf (P,), beside what dealing the same queries out at random gives.
+    """PSI of two counts of queries per leaf (P,), compared with random reassignments of the same queries to the sides.
 
-    Where cells are full, PSI / (1/n + 1/m) has the chi-squared law of P − 1 degrees, mean (P − 1)·(1/n + 1/m)
-    (Yurdakul & Naranjo 2020): the usual limits .1 and .25 are passed by chance where patterns are many and queries few.
-    The permutation law is exact with empty cells too: given both totals, counts are multivariate hypergeometric.
+    Where cells are full, PSI / (1/n + 1/m) is chi-squared with P − 1 degrees of freedom, so PSI has the mean
+    (P − 1)·(1/n + 1/m) (Yurdakul & Naranjo 2020): with many patterns and few queries chance alone exceeds the usual
+    limits .1 and .25. The permutation distribution is exact with empty cells too: given both totals, the counts are
+    multivariate hypergeometric.
     """
     total_P = old_P + new_P
     held = total_P > 0
@@ -179,12 +181,13 @@ def compare_shares(old_P: Rows, new_P: Rows, rng: np.random.Generator) -> ShareD
 def compare_embeddings(
     old_QD: npt.NDArray[np.float32], new_QD: npt.NDArray[np.float32], rng: np.random.Generator
 ) -> EmbeddingDrift:
-    """Do the mean embeddings of the two sides differ: `hotelling` on features of the pooled directions of the queries.
+    """Tests whether the mean embeddings of the sides differ: `hotelling` on features of the queries' directions.
 
     The features are leading principal components, which hold what is easiest to see, and random Fourier features of the
-    Gaussian kernel (Rahimi & Recht 2007; width the median distance), whose means any change of distribution moves
-    almost surely (Chwialkowski, Ramdas, Sejdinovic & Gretton 2015). They do not know which side a query is from, so
-    that the test is valid. Linear in the queries. NaN for fewer than 30 queries, or one direction.
+    Gaussian kernel (Rahimi & Recht 2007; width the median distance), whose means change almost surely with any change
+    of distribution (Chwialkowski, Ramdas, Sejdinovic & Gretton 2015). They are computed on both sides pooled, without
+    knowing which side a query is from, so the test is valid. Linear in the queries. NaN for fewer than 30 queries, or a
+    single direction.
     """
     x = np.concatenate([old_QD, new_QD])
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30)
@@ -208,9 +211,9 @@ def compare_embeddings(
 def hotelling(old_QF: Floats, new_QF: Floats) -> EmbeddingDrift:
     """Hotelling's (1931) two-sample T² on features, and the AUC of the linear discriminant between the sides.
 
-    V = T² / (T² + N − 2), the share of scatter that lies between the sides, has the mean F / (N − 1) of its
-    Beta(F / 2, (N − 1 − F) / 2) law however the features are distributed. auc: Φ(Δ / √2), with Mahalanobis' Δ² free of
-    its bias (a classifier two-sample test, Lopez-Paz & Oquab 2017, that needs no training).
+    V = T² / (T² + N − 2) is the share of scatter between the sides. Its law is Beta(F / 2, (N − 1 − F) / 2), whose mean
+    F / (N − 1) holds however the features are distributed. auc: Φ(Δ / √2), with an unbiased estimate of Mahalanobis'
+    Δ² (a classifier two-sample test, Lopez-Paz & Oquab 2017, that needs no training).
     """
     n, m = len(old_QF), len(new_QF)
     total = n + m

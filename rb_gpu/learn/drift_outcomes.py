@@ -1,4 +1,4 @@
-"""Do configs fare otherwise inside the patterns among the newest queries than among those learned from?
+"""Tests whether configs perform differently inside patterns on the newest queries than on the training queries.
 
 Suffixes: N (query, config) pairs, C configs, U cells of a leaf and a config.
 """
@@ -19,10 +19,11 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ConfigDrift:
-    """Mean utility of a config inside patterns, newest less training; queries: of both sides in comparable cells.
+    """Change in a config's mean utility inside patterns, newest less training; queries: on both sides, in cells that
+    have both.
 
-    p_shift: has it moved in all patterns together, p_patterns: in some against others. q_value: the lesser of the two,
-    corrected over both and over the configs (Benjamini & Hochberg 1995). NaN where no cell has queries of both sides.
+    p_shift: has it moved in all patterns together; p_patterns: in some against others. q_value: the lesser of the two,
+    corrected over both and over the configs (Benjamini & Hochberg 1995). NaN if no cell has queries of both sides.
     """
 
     config: str
@@ -43,13 +44,14 @@ class Utilities:
 
 
 def compare_outcomes(old: Utilities, new: Utilities, configs: list[str]) -> list[ConfigDrift]:
-    """Whether each config's mean utility inside leaves changed, of the rows as they were logged.
+    """Whether each config's mean utility inside leaves changed, over rows as they were logged.
 
-    A cell's difference has the variance s²·(1/n + 1/m) when its queries are dealt out at random, with s² about the mean
-    of both sides. The sum of differences weighted by n·m / (n + m) over its root is the shift (a stratified permutation
-    test, van Elteren 1960); what is left of the cells' squares (Cochran 1954) are patterns that moved against each
-    other. Few rare outcomes, as clicks are, make neither normal nor chi-squared: each gets the law of Pearson's type
-    III with the moments that dealing gives it (Mielke & Berry 2007), the shift no less than the normal's p-value.
+    If a cell's queries are assigned to the two sides at random, the difference of their means has the variance
+    s²·(1/n + 1/m), with s² about the mean of both sides. The shift is the sum of differences weighted by n·m / (n + m),
+    over its standard deviation (a stratified permutation test, van Elteren 1960); what remains of the cells' squares
+    (Cochran 1954) shows patterns that moved against each other. Rare outcomes, such as clicks, make neither normal nor
+    chi-squared: each is compared with the Pearson type III law of the moments under random assignment (Mielke & Berry
+    2007), and the shift's p-value is no smaller than the normal one.
     """
     width, leaves = len(configs), 1 + max(int(old.leaf.max()), int(new.leaf.max()))
     cell = np.concatenate([old.leaf * width + old.config, new.leaf * width + new.config])
@@ -66,12 +68,12 @@ def compare_outcomes(old: Utilities, new: Utilities, configs: list[str]) -> list
     n_U = total_U - m_U
     middle_U = per_cell(value) / np.maximum(total_U, 1.0)
     away = value - middle_U[cell]
-    # one that is constant has not changed, and tells nothing of chance
+    # a cell that is constant has not changed, and shows nothing about chance
     both_U = np.minimum(n_U, m_U) >= 1
     square_sum_U = per_cell(away**2)
     varies_U = both_U & (square_sum_U > 1e-12 * (1.0 + middle_U**2) * np.maximum(total_U - 1.0, 1.0))
     weight_U = np.where(both_U, n_U * m_U / np.maximum(total_U, 1.0), 0.0)
-    # the newest's sum of deviations is weight times difference
+    # the sum of the newest side's deviations is the weight times the difference
     score_U = np.where(varies_U, per_cell(away * is_new), 0.0)
     second_U, third_U, fourth_U = dealt_moments(
         total_U, m_U, [np.where(varies_U, power_U, 0.0) for power_U in
@@ -83,7 +85,7 @@ def compare_outcomes(old: Utilities, new: Utilities, configs: list[str]) -> list
         variance_C = over_leaves(second_U)
         z_C = over_leaves(score_U) / np.sqrt(variance_C)
         p_shift_C = shift_p_value(z_C, over_leaves(third_U) / variance_C**1.5)
-        # of the squares, all of mean 1, less z²: mean and variance without an approximation
+        # the sum of the cells' squares, each of mean 1, less z²: its mean and variance are exact
         cells_C = over_leaves(varies_U)
         share_U = second_U / np.tile(variance_C, leaves)
         kurtosis_U = np.where(varies_U, fourth_U / safe_U**2, 1.0)
@@ -108,10 +110,10 @@ def compare_outcomes(old: Utilities, new: Utilities, configs: list[str]) -> list
 def dealt_moments(total_U: Floats, dealt_U: Floats, powers: list[Floats]) -> tuple[Floats, Floats, Floats]:
     """Second to fourth moments of the sum of `dealt` of `total` deviations from their mean, drawn without replacement.
 
-    powers: sums of the deviations' second to fourth powers. Sums over distinct rows follow from these, since the
-    deviations add up to zero.
+    powers: sums of the deviations' second to fourth powers. Sums over products of distinct rows follow from these,
+    since the deviations sum to zero.
     """
-    all_K = [np.ones(len(total_U))]  # chance that the given k rows are all dealt
+    all_K = [np.ones(len(total_U))]  # probability that k given rows are all drawn
     for k in range(4):
         all_K.append(all_K[-1] * np.maximum(dealt_U - k, 0.0) / np.maximum(total_U - k, 1.0))
     _, one, two, three, four = all_K
@@ -124,6 +126,6 @@ def dealt_moments(total_U: Floats, dealt_U: Floats, powers: list[Floats]) -> tup
 
 
 def shift_p_value(z: Floats, skewness: Floats) -> Floats:
-    """Two-sided, of Pearson's type III; the normal's where that is larger: the side without a tail ends too soon."""
+    """Two-sided p-value by Pearson type III, or the normal one if larger: the side without a tail ends too soon."""
     one_sided = np.minimum(stats.pearson3.sf(z, skewness), stats.pearson3.cdf(z, skewness))
     return np.asarray(np.maximum(2.0 * one_sided, stats.chi2.sf(z**2, 1)))

@@ -1,8 +1,9 @@
-"""What a shared regression left of other rows holds an echo of a row's own outcome.
+"""Corrects the leave-one-out residuals of a regression that is fitted to the residuals of another one.
 
-A second regression, of what the first one left, hears it though the row itself is left out: those near a row of high
-outcome seem lower than they are. So it foretells too little of the row, the weaker its ridge the less, and ridges that
-are far too strong seem the best.
+The first regression was fitted with the row's own outcome, of which its residuals of other rows hold an echo: next to a
+row with a high outcome they are too low. The second regression learns from these residuals even though the row itself
+is left out, and so predicts too little for the row. A weaker ridge hears more of the echo, so that without a correction
+ridges that are far too strong would appear to be the best.
 Suffixes: N rows of a regression, G eigenvectors of all slopes and a constant, H those of one slope and a constant, L
 ridges, S slopes.
 """
@@ -18,15 +19,15 @@ from rb_gpu.learn.ridge import Ridge
 
 
 def echoes(shared: Sequence[Ridge], share_SL: Tensor, own: Sequence[Ridge], index_N: Tensor) -> list[Tensor]:
-    """(N, L) of each slope of `own`: by how much more it would foretell of a row, had the first regression not seen the
-    row's query either; in shares of what that left of the query.
+    """(N, L) per slope of `own`: how much more the second regression would predict for a row if the first one had not
+    seen the row's query either, in multiples of the first one's residual of that query.
 
-    shared: the first regression's slopes, share_SL their weights. own: the second's, of the rows index_N. Without the
-    queries of both rows, the first leaves of one row what it left without its query, plus h / (1 − h') times what it
-    left of the other (h the hat matrix's element of the two rows, h' its diagonal's of the one; by the update of an
-    inverse, Cook & Weisberg 1982, terms of h² apart).
+    shared: the first regression's slopes, share_SL their weights. own: the second regression's slopes, fitted on the
+    rows index_N. With the queries of two rows i and j left out, the first regression's residual of j is that without
+    j's query plus h_ij / (1 − h_jj) times the residual of i (h the hat matrix; by the update of an inverse, Cook &
+    Weisberg 1982, neglecting terms of h²).
     """
-    # a correction, whose products are most of what a regression costs: single precision is enough of it
+    # these products are most of the cost of a regression; for a mere correction single precision is enough
     flat = (1.0 / shared[0].weight_N.sum()).view(1)
     scores_NG = _with_constant([ridge.scores_NE[index_N] for ridge in shared])
     mixed = [ridge.shrunk_EL @ share_L for ridge, share_L in zip(shared, share_SL, strict=True)]
@@ -49,5 +50,5 @@ def echoes(shared: Sequence[Ridge], share_SL: Tensor, own: Sequence[Ridge], inde
 
 
 def _with_constant(parts: Sequence[Tensor]) -> Tensor:
-    """Columns of all parts and one of ones."""
+    """The columns of all parts, and a column of ones."""
     return torch.cat([*parts, torch.ones_like(parts[0][:, :1])], 1)

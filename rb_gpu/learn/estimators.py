@@ -1,8 +1,8 @@
-"""What a policy would have earned, from a log that another one wrote: off-policy estimators of plain arrays.
+"""Off-policy estimators on plain arrays: what a policy would have earned, from a log that another policy wrote.
 
-A round is one logged row. The policy is deterministic: it picks one config per round. Each estimator gives a value and
-every round's influence on it, so that the difference of two policies on one log has the differences of their
-influences, and its interval is a paired one.
+A round is one logged row. The policy is deterministic: it picks one config per round. Each estimator returns a value
+and every round's influence on it, so the difference of two policies on one log has the differences of their influences,
+and its interval is a paired one. w are matched weights, r rewards, p propensities.
 Suffixes: N rounds, C configs, Q queries.
 """
 
@@ -19,23 +19,23 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 LEVEL = 0.95
-# of Σ 1/p over a config's rows: off by more standard errors it is no chance, by less of the rounds it does no harm
+# Σ 1/p over a config's rows is odd if it is off by more standard errors (no chance) and by more of the rounds (matters)
 ODD_SIGMAS, ODD_SHARE = 5.0, 0.1
-# in so many logs of true propensities rows of the lowest ones are called too many
+# significance level of `floored`, by a Poisson test: how often it flags rows of low propensities that are correct
 FLOOR_ERROR = 1e-4
-# failures that an interval counts besides those that came up (Agresti & Coull 1998): without them, what a sample does
-# not show is taken for impossible
+# failures that an interval adds to those observed (Agresti & Coull 1998): without them, what a sample does not contain
+# is taken to be impossible
 RARE_ROWS = 2.0
-# matched weights that add up to fewer rounds by more standard errors leave some rounds unseen
+# if matched weights add up to fewer rounds than expected by more standard errors, some rounds went unseen
 UNSEEN_SIGMAS = 2.0
-# rounds of which so many are expected to match, or fewer, show none in 1 - LEVEL of logs or more
+# rounds of which at most this many are expected to match show none at all in at least 1 - LEVEL of logs (Poisson)
 UNSEEN_ROUNDS = -math.log(1.0 - LEVEL)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value, the mean of score_N (N,); influence_N (N,) is N times what leaving a round out takes from the value (the
-    jackknife's, Efron & Stein 1981), to first order.
+    """A value, which is the mean of score_N (N,). influence_N (N,): to first order, N times the fall of the value when
+    a round is left out (the jackknife's, Efron & Stein 1981).
     """
 
     value: float
@@ -43,16 +43,16 @@ class Estimate:
     influence_N: Floats
 
     def over(self, other: Estimate) -> Estimate:
-        """The difference of two values on the same rounds."""
+        """The difference of two values on the same rounds, this one less the other."""
         return Estimate(self.value - other.value, self.score_N - other.score_N, self.influence_N - other.influence_N)
 
     def interval(self, query_N: Ints, size: float, unseen: float) -> tuple[float, float]:
-        """Of LEVEL, where the rounds of one query (query_N, from 0) stand or fall together.
+        """The confidence interval of level LEVEL, clustered by query: query_N is the query of each round, from 0.
 
-        size: effective rounds, as few of which make the error itself unsure: Student's t. unseen: a standard error
-        besides (`unseen_error`). NaN where size is 1 or less. The influences add up to 0, so that those of a query
-        that holds a share h of the rounds come to 1 - h of their variance, and to next to nothing where it holds most:
-        h of what its rounds have one by one is added, over the share that any query has.
+        size: effective number of rounds; few of them make the error itself uncertain, hence Student's t. unseen: a
+        further standard error (`unseen_error`). NaN where size is 1 or less. Influences sum to 0, so those of a query
+        with a share h of the rounds show only 1 - h of their variance, and almost none where it holds most rounds. To
+        make up for that, h, less the share of an average query, times its rounds' squared influences is added.
         """
         influence_Q, share_Q = np.bincount(query_N, self.influence_N), np.bincount(query_N) / len(query_N)
         queries = int((share_Q > 0).sum())
@@ -68,8 +68,8 @@ class Estimate:
 def matched_weights(chosen_N: Ints, choice_N: Ints, pscore_N: Floats) -> Floats:
     """(N,) 1 / pscore where the log chose what the policy picks, else 0.
 
-    chosen_N, choice_N: config ids of the log and of the policy. pscore_N: with what probability the log chose chosen_N.
-    Raises ValueError where shapes differ, or a pscore is outside (0, 1].
+    chosen_N, choice_N: config ids of the log and of the policy. pscore_N: probability with which the log chose
+    chosen_N. Raises ValueError where shapes differ, or a pscore is outside (0, 1].
     """
     for name, value in (("choice_N", choice_N), ("pscore_N", pscore_N)):
         if value.shape != chosen_N.shape:
@@ -80,7 +80,7 @@ def matched_weights(chosen_N: Ints, choice_N: Ints, pscore_N: Floats) -> Floats:
 
 
 def ips(reward_N: Floats, chosen_N: Ints, choice_N: Ints, pscore_N: Floats) -> Estimate:
-    """Inverse propensity scoring, mean of w·r (Horvitz & Thompson 1952): unbiased, and of the largest variance."""
+    """Inverse propensity scoring, the mean of w·r (Horvitz & Thompson 1952): unbiased, with the largest variance."""
     return mean_of(matched_weights(chosen_N, choice_N, pscore_N) * reward_N)
 
 
@@ -93,7 +93,7 @@ def snips(reward_N: Floats, chosen_N: Ints, choice_N: Ints, pscore_N: Floats) ->
 
 
 def direct_method(predicted_NC: Floats, choice_N: Ints) -> Estimate:
-    """Mean of what a model of the outcome says of the policy's picks: as good as the model is.
+    """Mean of the model's predictions for the policy's picks: only as good as the model is.
 
     Raises ValueError where choice_N is not a config of predicted_NC.
     """
@@ -101,8 +101,8 @@ def direct_method(predicted_NC: Floats, choice_N: Ints) -> Estimate:
 
 
 def doubly_robust(reward_N: Floats, chosen_N: Ints, choice_N: Ints, pscore_N: Floats, predicted_NC: Floats) -> Estimate:
-    """The direct method plus the mean of w·(r − predicted) (Dudík, Langford & Li 2011): right where either the
-    propensities or the model are. The model must not have seen the round that it predicts.
+    """The direct method plus the mean of w·(r − predicted) (Dudík, Langford & Li 2011): consistent if either the
+    propensities or the model are right. The model must not have seen the round that it predicts.
     """
     weight_N = matched_weights(chosen_N, choice_N, pscore_N)
     return mean_of(_of(predicted_NC, choice_N) + weight_N * (reward_N - _of(predicted_NC, chosen_N)))
@@ -111,8 +111,8 @@ def doubly_robust(reward_N: Floats, chosen_N: Ints, choice_N: Ints, pscore_N: Fl
 def self_normalised_doubly_robust(
     reward_N: Floats, chosen_N: Ints, choice_N: Ints, pscore_N: Floats, predicted_NC: Floats
 ) -> Estimate:
-    """The direct method plus Σw·(r − predicted) / Σw (weighted doubly robust of Thomas & Brunskill 2016, of one step):
-    to doubly robust what SNIPS is to IPS. NaN where nothing matched.
+    """The direct method plus Σw·(r − predicted) / Σw (the weighted doubly robust estimator of Thomas & Brunskill 2016,
+    of one step): to doubly robust what SNIPS is to IPS. NaN where nothing matched.
     """
     said = direct_method(predicted_NC, choice_N)
     left = _ratio(matched_weights(chosen_N, choice_N, pscore_N), reward_N - _of(predicted_NC, chosen_N))
@@ -138,25 +138,26 @@ def _ratio(weight_N: Floats, y_N: Floats) -> Estimate:
         nothing = np.full(rounds, np.nan)
         return Estimate(float("nan"), nothing, nothing)
     value = float(weight_N @ y_N) / total
-    # without this round; nothing is left of the only one that matched
+    # total without this round; undefined for the only round that matched
     rest_N = np.where(weight_N < total, total - weight_N, np.nan)
     return Estimate(value, rounds * weight_N * y_N / total, rounds * weight_N * (y_N - value) / rest_N)
 
 
 def effective_size(weight_N: Floats) -> float:
-    """Kish's (Σw)² / Σw²: how many rounds of equal weight say as much; 0 where all weights are 0."""
+    """Kish's (Σw)² / Σw²: the number of rounds of equal weight that tell as much; 0 where all weights are 0."""
     squares = float(weight_N @ weight_N)
     return float(weight_N.sum()) ** 2 / squares if squares > 0 else 0.0
 
 
 def unseen_error(weight_N: Floats, left_N: Floats, most_N: Floats) -> float:
-    """Standard error of Σw·left / Σw for the rounds that no matched one stands for, 0 where that is but chance.
+    """Standard error of Σw·left / Σw due to rounds that no matched round represents; 0 where chance explains them.
 
-    Matched weights add up to N. Where they add up to far less, rounds of small propensity did not come up, or some had
-    none: a share of rounds is missing, and so is their part in the influences. Of few such rounds the sum does not
-    tell, but their propensities do. most_N: the largest propensity that each round's pick may have had; the rounds of
-    smallest ones, of which UNSEEN_ROUNDS are expected to match, are missing but for what matched ones among them stand
-    for. What is left of the missing may be off by the spread of what is left of the others.
+    Matched weights are expected to add up to N. If they add up to far less, rounds of small propensity did not come up,
+    or some had propensity 0: a share of the rounds is missing, and with it their part in the influences. If such rounds
+    are few, the sum does not show it, but their propensities do. most_N: the largest propensity that each round's pick
+    may have had. The rounds of the smallest ones, of which UNSEEN_ROUNDS are expected to match, count as missing but
+    for the share that matched ones among them represent. The missing share is taken to be off by the standard deviation
+    of the matched residuals left_N.
     """
     total, rounds = float(weight_N.sum()), len(weight_N)
     if total == 0:
@@ -173,10 +174,10 @@ def unseen_error(weight_N: Floats, left_N: Floats, most_N: Floats) -> float:
 
 
 def rare_size(away_N: Floats) -> float:
-    """How large the rare ones among deviations from a mean are, by which their variance may be off: 1 where few of many
-    are ±1 and the rest 0; 0 where they are normal or lighter, of which Student's t counts all that is not known.
+    """Size of the rare values among deviations from a mean, which a variance estimate may miss: 1 if few of many are ±1
+    and the rest 0; 0 if the deviations are normal or have lighter tails, where Student's t covers the uncertainty.
 
-    From what their fourth moment has more than that of normal ones: Var(s²) = (μ₄ − σ⁴) / N.
+    It is the excess of their fourth moment over the normal one: Var(s²) = (μ₄ − σ⁴) / N.
     """
     variance = float(away_N @ away_N) / max(len(away_N), 1)
     fourth = float((away_N**2) @ (away_N**2)) / max(len(away_N), 1)
@@ -184,8 +185,8 @@ def rare_size(away_N: Floats) -> float:
 
 
 def rare_error(weight_N: Floats, size: float) -> float:
-    """Standard error of Σw·y / Σw for what did not come up, or by chance did too seldom: RARE_ROWS of the rounds that
-    decide it, each off by `size`. A few rounds that all succeed have no variance of their own.
+    """Standard error of Σw·y / Σw for rare outcomes that did not come up, or by chance too seldom: RARE_ROWS of the
+    rounds that decide it, each off by `size`. Needed since a few rounds that all succeed show no variance.
     """
     total, squares = float(weight_N.sum()), float(weight_N @ weight_N)
     if total == 0:
@@ -194,10 +195,11 @@ def rare_error(weight_N: Floats, size: float) -> float:
 
 
 def odd_propensities(chosen_N: Ints, pscore_N: Floats, configs: int) -> dict[int, float]:
-    """Σ 1/p over each tried config's rounds, as a share of all rounds, where that is off 1 by far more than chance.
+    """Σ 1/p over each tried config's rounds, as a share of all rounds, for configs where it is off 1 by far more than
+    chance.
 
-    Its expectation is 1 where every round could have chosen the config. Its variance is estimated by Σ (1/p)(1/p − 1)
-    over the config's own rounds. Configs without a round are left out.
+    Its expectation is 1 if every round could have chosen the config. Its variance is estimated by Σ (1/p)(1/p − 1) over
+    the config's own rounds. Configs without a round are left out.
     """
     rounds, weight_N = len(chosen_N), 1.0 / pscore_N
     share_C = np.bincount(chosen_N, weight_N, configs) / rounds
@@ -208,21 +210,21 @@ def odd_propensities(chosen_N: Ints, pscore_N: Floats, configs: int) -> dict[int
 
 
 def too_seldom(share: float, pscore_N: Floats) -> bool:
-    """Whether a config that `odd_propensities` names may have been chosen too seldom for its rows to tell.
+    """Whether a config that `odd_propensities` returned may merely have been chosen too seldom for its rows to tell.
 
-    Its Σ 1/p comes to `share` of the rounds; the others show none of it by chance where it had a propensity of
-    UNSEEN_ROUNDS over their number or less, which is likely where the log holds one so low.
+    Its Σ 1/p amounts to `share` of the rounds. The rest, n rounds, may show no row of it by chance if its propensity
+    there was at most UNSEEN_ROUNDS / n; that is taken to be possible if the least propensity of the log is so low.
     """
     return bool(share < 1.0 and float(pscore_N.min()) * len(pscore_N) * (1.0 - share) <= UNSEEN_ROUNDS)
 
 
 def floored(pscore_N: Floats, configs: int) -> tuple[int, float, float] | None:
-    """How many rows have a propensity that is not theirs, since it is low; up to which; and how many have one so low in
-    true logs at most, in expectation. None where these are no more than chance explains.
+    """Detects propensities that are too low to be true: how many rows have one, the largest of these, and at most how
+    many rows are expected to have one so low in a correct log. None where chance explains them.
 
-    Each round holds at most `configs` propensities of q or less, of which each comes up with probability q or less:
-    fewer than rounds · configs · q rows. More are told by a Poisson test, where they are few of the rows (many are
-    odd_propensities'), and weigh as much as ODD_SHARE of the rounds.
+    Each round has at most `configs` propensities of q or less, each of which comes up with probability q or less: fewer
+    than rounds · configs · q rows are expected. A Poisson test detects more than that, if they are few of the rows
+    (many are a case for odd_propensities) and their surplus weighs as much as ODD_SHARE of the rounds.
     """
     rounds, sorted_N = len(pscore_N), np.sort(pscore_N)
     count = np.flatnonzero(np.diff(sorted_N, append=np.inf)) + 1

@@ -1,4 +1,4 @@
-"""What a published artifact is worth on a table that it did not see, beside what else learns from its own table."""
+"""What a published artifact is worth on a table that it did not see, beside baselines that learn from its own table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rb_gpu.params import AUTO_TIER, PARAMETERS
 
 log = logging.getLogger(__name__)
 
-# configs that a warning names
+# how many configs a warning names
 NAMED = 3
 
 
@@ -64,7 +64,7 @@ def evaluate_artifact(config: EvaluateConfig, quarantine: Path | None = None) ->
 
 
 def check_cost(bank: ReasoningBank, table: Trajectories, artifact: str) -> None:
-    """Raises DataError where the artifact's utility counts a cost that the table lacks."""
+    """Raises DataError if the artifact's utility includes a cost that the table lacks."""
     objective, cost = bank.data.objective, bank.data.evidence.mean[..., OUTCOMES.index("cost")]
     if table.cost is None and objective.kind == "utility" and objective.cost_weight > 0 and (cost > 0).any():
         raise DataError(
@@ -74,7 +74,7 @@ def check_cost(bank: ReasoningBank, table: Trajectories, artifact: str) -> None:
 
 
 def doubts(bank: ReasoningBank, table: Trajectories) -> list[str]:
-    """What of the table does not fit the artifact."""
+    """Warnings about what in the table does not fit the artifact."""
     said = []
     newest = (bank.data.facts.get("data") or {}).get("newest_timestamp")
     old = 0 if newest is None else int((table.query_time <= newest).sum())

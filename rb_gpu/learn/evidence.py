@@ -34,7 +34,7 @@ def f1_score(precision: Tensor, recall: Tensor) -> Tensor:
 
 
 def outcomes(trajectories: Trajectories, device: torch.device) -> Tensor:
-    """(N, O) float64 on the device, in the order of OUTCOMES; cost is 0 where not logged, latency >= 1 µs."""
+    """(N, O) float64 on the device, in the order of OUTCOMES. Cost is 0 where not logged; latency is at least 1 µs."""
     precision = torch.from_numpy(trajectories.precision).to(device, torch.float64)
     recall = torch.from_numpy(trajectories.recall).to(device, torch.float64)
     latency_us = torch.from_numpy(trajectories.latency_us).to(device, torch.float64)
@@ -60,10 +60,10 @@ def gather_evidence(
 ) -> Evidence:
     """Evidence of each (pattern, config) cell. label_Q: (Q,) pattern of each query, negative leaves its rows out.
 
-    foretold_NO: taken off the outcomes first, so that the moments are of what is left.
+    foretold_NO: predictions to subtract from the outcomes first, so that the moments are those of the residuals.
 
-    Two passes with centred squares, so that nothing cancels; the same sums whatever the order of the rows, up to
-    float64 rounding.
+    Two passes with centred squares avoid cancellation. The sums do not depend on the order of the rows, up to float64
+    rounding.
     """
     configs = len(trajectories.configs)
     query_row = torch.from_numpy(trajectories.query_row).to(device)
@@ -90,8 +90,8 @@ def gather_evidence(
     hist = torch.zeros((patterns * configs + 1) * LATENCY_BINS, dtype=torch.float64, device=device)
     hist.index_add_(0, cell_N * LATENCY_BINS + bins_N, weight_N)
 
-    # each row beside the default's last row of the same query, where there is one: of several written to one place,
-    # threads would leave any
+    # pair each row with the last row of its query under the default, where there is one; the last, because which of
+    # several writes to one place wins depends on the threads
     default_N = torch.nonzero(config_N == trajectories.configs.default).squeeze(1)
     default_row_Q = torch.full((len(label_Q),), -1, dtype=torch.int64, device=device)
     default_row_Q.scatter_reduce_(0, query_row[default_N], default_N, "amax")
@@ -118,7 +118,7 @@ def gather_evidence(
 
 
 def _sums(cell_N: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Sums of values (N, ...) per cell; the cell after the last takes what is left out."""
+    """Sums of values (N, ...) per cell; rows that are left out go to one more cell, which is dropped."""
     total = torch.zeros((shape[0] * shape[1] + 1, *values.shape[1:]), dtype=values.dtype, device=values.device)
     return total.index_add_(0, cell_N, values)[:-1].reshape(*shape, *values.shape[1:])
 
@@ -126,7 +126,7 @@ def _sums(cell_N: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
 def _moments(
     cell_N: Tensor, weight_N: Tensor, y_NO: Tensor, shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Rows, Σw, Σw², weighted mean and centred comoment of each cell."""
+    """Row count, Σw, Σw², weighted mean and centred comoment of each cell."""
     rows = _sums(cell_N, torch.ones_like(cell_N), shape)
     w = _sums(cell_N, weight_N, shape)
     w2 = _sums(cell_N, weight_N.square(), shape)

@@ -1,6 +1,8 @@
-"""Fits the field: kernel ridge regression on landmarks, shared by all configs, and each config's deviation from that.
+"""Fits the field: a kernel ridge regression on landmarks, shared by all configs, plus each config's deviation from it.
 
-Every prediction of a training row comes without its query. Float64 torch on the device.
+Predictions of training rows are leave-one-query-out, apart from the level of each config, its mean over all queries. A
+slope is the a of a kernel exp(a·(cos − 1)). A table is full if every query ran once under every config. A place is a
+query's embedding, projected and normalised (`landmarks`). Float64 torch on the device.
 Suffixes: Q queries, N rows, P places, F features of one slope, C configs, L ridges, S slopes.
 """
 
@@ -19,18 +21,18 @@ from rb_gpu.learn.echo import echoes
 from rb_gpu.learn.ridge import RIDGES, TINY, Average, Ridge, Task, average, losses, repeated, shares
 
 SWEEPS = 3
-# rows that a config must have before it may deviate from the others
+# fewest rows with which a config may deviate from the others
 LEAST_ROWS = 3
-# an outcome that varies less inside its configs, as a share of its size, is constant there
+# an outcome whose RMS within configs, relative to its overall RMS, is below this counts as constant
 ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What an outcome is learned from, (N,) each: row of its query, its config, and float64 weights of mean 1.
+    """The rows that an outcome is learned from, (N,) each: the row of its query, its config, and float64 weights.
 
-    weight_N: of the regression. importance_N: w / propensity, by which a config's rows stand for all queries. apart_CC:
-    how far configs lie apart (`ladder.distances`), None where none is alike to another.
+    weight_N: regression weights, mean 1. importance_N: w / propensity, mean 1, with which a config's rows represent all
+    queries. apart_CC: distances between configs (`ladder.distances`), None where no configs are comparable.
     """
 
     query_N: Tensor
@@ -43,7 +45,7 @@ class Rows:
 
     @cached_property
     def full(self) -> bool:
-        """Whether every query was tried once under every config, all with one weight."""
+        """Whether every query ran exactly once under every config, all rows with the same weight."""
         if len(self.query_N) != self.queries * self.configs:
             return False
         cell = self.query_N * self.configs + self.config_N
@@ -51,18 +53,18 @@ class Rows:
 
     @cached_property
     def effective(self) -> float:
-        """How many independent rows there are: queries of a full table, else Kish's (Σw)²/Σw²."""
+        """Effective number of independent rows: the queries of a full table, else Kish's (Σw)²/Σw²."""
         return float(self.queries if self.full else self.weight_N.sum() ** 2 / self.weight_N.square().sum())
 
     @cached_property
     def members(self) -> dict[int, Tensor]:
-        """The rows of each config that has LEAST_ROWS or more."""
+        """Row indices of each config that has at least LEAST_ROWS rows."""
         found = {c: torch.nonzero(self.config_N == c).squeeze(1) for c in range(self.configs)}
         return {c: index for c, index in found.items() if len(index) >= LEAST_ROWS}
 
     @cached_property
     def last(self) -> Tensor:
-        """The last row of each query under each config that it ran: a config may have run twice."""
+        """Index of the last row of each (query, config) cell; a query may have run under one config several times."""
         cell_N = self.query_N * self.configs + self.config_N
         row_N = torch.arange(len(cell_N), device=cell_N.device)
         last = torch.full((self.queries * self.configs,), -1, device=cell_N.device)
@@ -70,7 +72,7 @@ class Rows:
         return last[last >= 0]
 
     def levels(self, y_N: Tensor) -> Tensor:
-        """(C,) mean of each config by importance; of all rows where it has none."""
+        """(C,) importance-weighted mean of each config's rows; of all rows for a config without any."""
         weight_C = y_N.new_zeros(self.configs).index_add_(0, self.config_N, self.importance_N)
         sum_C = y_N.new_zeros(self.configs).index_add_(0, self.config_N, self.importance_N * y_N)
         return torch.where(weight_C > 0, sum_C / weight_C.clamp(min=TINY), sum_C.sum() / weight_C.sum())
@@ -78,13 +80,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Fit:
-    """One outcome: y_c = base_c + Σ over slopes of features·coef_c.
+    """The fit of one outcome: y_c = base_c + Σ over slopes of features·coef_c.
 
-    coefs: (F, C) per slope. base_C: (C,). unseen_N: each row's prediction without its query; unseen_QC: every query's,
-    but for what all configs share. deviates: whether configs differ from place to place, as far as unseen rows tell;
-    else all have the same coefficients. share_SL, ridges: the models and their weights, from which a deviation's
-    variance follows. mix_CC: how configs share their own regressions (`ladder.mixtures`), None where none
-    does. level_CC: covariance of the levels, infinite where nothing is known; None of a full table.
+    coefs: (F, C) per slope. base_C: (C,). unseen_N: leave-one-query-out prediction of each row. unseen_QC: the same for
+    every query under every config, without the part that all configs share unless the table is full. deviates: whether
+    deviations between configs improve the predictions of unseen rows; if not, all configs have the same coefficients.
+    share_SL, ridges: the weights of the models and each config's regressions, from which the variance of its deviation
+    follows. mix_CC: how configs pool their own regressions (`ladder.mixtures`), None without pooling. level_CC:
+    covariance of the levels, infinite where nothing is known; None on a full table or for a constant outcome.
     """
 
     coefs: list[Tensor]
@@ -98,10 +101,10 @@ class Fit:
     level_CC: Tensor | None = None
 
     def leverage(self, features: Sequence[Tensor]) -> Tensor:
-        """(P, C) variance of each config's deviation at P places, in units of a row's noise, under the likeliest model;
-        0 for a config without rows of its own.
+        """(P, C) variance of each config's deviation at P places, in units of a row's noise variance, under the model
+        of the greatest weight; 0 for a config without a regression of its own.
 
-        Also where deviations foretold no better: that does not say that there are none.
+        Computed even where deviations did not improve the predictions, since that does not show that there are none.
         """
         out_PC = self.base_C.new_zeros(len(features[0]), len(self.base_C))
         slope, ridge = divmod(int(self.share_SL.argmax()), len(RIDGES))
@@ -110,13 +113,13 @@ class Fit:
         return out_PC
 
     def inside(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """(C,) twice, of features that lie about a mean which is known: the variance of the deviations learned, in
-        units of a row's noise, and the share of their prior variance that was not learned; as the likeliest model has
-        it.
+        """(C,) twice, for features centred on a known mean, under the model of the greatest weight: the sampling
+        variance of the learned deviations, in units of a row's noise variance, and the share of their prior variance
+        that was not learned (`Ridge.learned`).
         """
         learned_C, left_C = torch.zeros_like(self.base_C), torch.ones_like(self.base_C)
         slope, ridge = divmod(int(self.share_SL.argmax()), len(RIDGES))
-        # of a full table all configs have the same
+        # on a full table all configs share one ridge, so that this is computed once
         told: dict[int, tuple[Tensor, Tensor]] = {}
         for c, ridges in self.ridges.items() if self.deviates else ():
             one = ridges[slope]
@@ -127,14 +130,14 @@ class Fit:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What all outcomes of the same rows share at one slope: features (Q, F), and what is solved with them."""
+    """What all outcomes of the same rows share at one slope: the features (Q, F) and the regressions on them."""
 
     features: Tensor
     rows: Rows
 
     @cached_property
     def shared(self) -> Ridge:
-        """Over all queries of a full table, else over all rows."""
+        """The regression common to all configs: over all queries of a full table, else over all rows."""
         x, query_N = self.features, self.rows.query_N
         if self.rows.full:
             return Ridge(x, torch.ones_like(x[:, 0]))
@@ -142,7 +145,7 @@ class Kernel:
 
     @cached_property
     def own(self) -> dict[int, Ridge]:
-        """Over the rows of each config; of a full table the same for all."""
+        """The regression over each config's own rows; on a full table the same one for all configs."""
         if self.rows.full:
             return dict.fromkeys(range(self.rows.configs), self.shared)
         x, query_N, weight_N = self.features, self.rows.query_N, self.rows.weight_N
@@ -153,9 +156,10 @@ class Kernel:
 
 
 def fit(kernels: Sequence[Kernel], y_N: Tensor) -> Fit:
-    """One outcome y (N,) of the rows, which all kernels have in common.
+    """Fits one outcome y (N,); all kernels must hold the same rows.
 
-    The fit in which no config deviates from the others stands where deviations foretell unseen rows no better.
+    Returns the fit without deviations between configs unless deviations lower the weighted squared error of the
+    leave-one-query-out predictions. Unless the table is full, the levels are then smoothed (`ladder.settled`).
     """
     rows = kernels[0].rows
     level_C = rows.levels(y_N)
@@ -189,8 +193,8 @@ def fit(kernels: Sequence[Kernel], y_N: Tensor) -> Fit:
 
 
 def level_errors(rows: Rows, error_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance of each config's level (C,), of whose rows this was left unexplained, infinite of a single one; and how
-    many rows it has (C,).
+    """(C,) variance of each config's importance-weighted mean, from the residuals error_N, infinite for a config with
+    fewer than two rows; and (C,) the number of rows of each config.
     """
 
     def by_config(v_N: Tensor) -> Tensor:
@@ -198,14 +202,15 @@ def level_errors(rows: Rows, error_N: Tensor) -> tuple[Tensor, Tensor]:
 
     count_C = torch.bincount(rows.config_N, minlength=rows.configs)
     total_C, squares_C = by_config(rows.importance_N), by_config((rows.importance_N * error_N).square())
-    # the residuals' mean was added to the level, which takes a degree of freedom
+    # the mean residual was added to the level, which costs one degree of freedom
     variance_C = squares_C / total_C.square().clamp(min=TINY) * count_C / (count_C - 1).clamp(min=1)
     return torch.where(count_C > 1, variance_C, torch.inf), count_C
 
 
 def likelihoods(kernels: Sequence[Kernel], y_N: Tensor) -> Tensor:
-    """(S,) weights of the slopes, which add up to 1, by how well they foretell what tells configs apart in unseen rows:
-    nearly what `fit` gives its slopes, in less time: one sweep, and of a full table no canonical coordinates.
+    """(S,) weights of the slopes, which sum to 1, by how well they predict differences between configs in unseen rows.
+
+    Approximates the slope weights of `fit` in less time: one sweep, and no canonical coordinates on a full table.
     """
     rows = kernels[0].rows
     if not rows.full:
@@ -216,19 +221,19 @@ def likelihoods(kernels: Sequence[Kernel], y_N: Tensor) -> Tensor:
 
 
 def _square(rows: Rows, y_N: Tensor) -> Tensor:
-    """(Q, C) of a full table."""
+    """(Q, C) outcomes of a full table."""
     y_QC = y_N.new_zeros(rows.queries, rows.configs)
     y_QC[rows.query_N, rows.config_N] = y_N
     return y_QC
 
 
 def _own(kernels: Sequence[Kernel]) -> dict[int, Sequence[Ridge]]:
-    """Of every slope, by config."""
+    """Each config's own regressions, one per slope."""
     return {c: [kernel.own[c] for kernel in kernels] for c in kernels[0].own}
 
 
 def _fit_full(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
-    """Every query under every config: regressions of canonical coordinates."""
+    """The fits without and with deviations, by regressions in canonical coordinates, on a full table."""
     rows, by_config = kernels[0].rows, _own(kernels)
     y_QC = _square(rows, y_N)
     level_C = y_QC.mean(0)
@@ -249,15 +254,16 @@ def _fit_full(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
 
 
 def _backfitted(kernels: Sequence[Kernel], y_N: Tensor, sweeps: int) -> tuple[Tensor, Average, list[Average], Tensor]:
-    """Configs share one regression and deviate from it, by turns (backfitting, Breiman & Friedman 1985): the weights
-    (S, L) of the deviations, what is shared, each config's deviation, and that of every row without its query (N,).
+    """Alternates between the regression that configs share and their deviations from it (backfitting, Breiman &
+    Friedman 1985). Returns the weights (S, L) of the deviations' models, the shared regression, each config's
+    deviation, and the leave-one-query-out deviation of every row (N,).
     """
     rows, shared, own = kernels[0].rows, [kernel.shared for kernel in kernels], _own(kernels)
     level_N, deviation_N = rows.levels(y_N)[rows.config_N], torch.zeros_like(y_N)
     echo: dict[int, list[Tensor]] = {}
     for _ in range(sweeps):
         common_SL, [common] = average([Task(shared, (y_N - level_N - deviation_N)[:, None])], rows.effective)
-        # the weights hardly change from sweep to sweep
+        # computed once, because the weights hardly change from sweep to sweep
         echo = echo or {c: echoes(shared, common_SL, own[c], index) for c, index in rows.members.items()}
         left_N = y_N - level_N - common.unseen_NC[:, 0]
         of_query_N = shared[0].of_query(rows.weight_N * left_N) / shared[0].whole_N.clamp(min=TINY)
@@ -272,7 +278,7 @@ def _backfitted(kernels: Sequence[Kernel], y_N: Tensor, sweeps: int) -> tuple[Te
 
 
 def _fit_rows(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
-    """Any rows: configs deviate from what they share."""
+    """The fits without and with deviations from a shared regression, on a table that is not full."""
     rows, own = kernels[0].rows, _own(kernels)
     level_C = rows.levels(y_N)
     level_N = level_C[rows.config_N]
@@ -286,7 +292,7 @@ def _fit_rows(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
         for w, own_w in zip(own_coefs, deviation.coefs, strict=True):
             w[:, c] = own_w[:, 0]
     own_QC = own_base_C + sum(kernel.features @ w for kernel, w in zip(kernels, own_coefs, strict=True))
-    # of several written to one place, threads would leave any
+    # only the last row of each cell: which of several writes to one cell wins depends on the threads
     own_QC[rows.query_N[rows.last], rows.config_N[rows.last]] = deviation_N[rows.last]
     mix_CC = None if rows.apart_CC is None else _mix(own_QC, y_N - plain_N, rows, rows.apart_CC)
     if mix_CC is not None:
@@ -306,8 +312,9 @@ def _fit_rows(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
 
 
 def _mix(own_QC: Tensor, left_N: Tensor, rows: Rows, apart_CC: Tensor) -> Tensor:
-    """(C, C) how configs that are alike share their deviations: averaged over `ladder.mixtures` by how well each
-    foretells what rows leave (N,). own_QC: each config's deviation at every query, without the query's rows of it.
+    """(C, C) by which comparable configs pool their deviations: the average of `ladder.mixtures`, each weighted by how
+    well it predicts the residuals left_N of the shared fit. own_QC: each config's deviation at every query, predicted
+    without the query's own rows of that config.
     """
     mixtures = ladder.mixtures(apart_CC)
     loss_M = torch.stack([
@@ -318,7 +325,7 @@ def _mix(own_QC: Tensor, left_N: Tensor, rows: Rows, apart_CC: Tensor) -> Tensor
 
 
 def _recentred(fitted: Fit, rows: Rows, y_N: Tensor) -> Fit:
-    """Adds to each config the mean of what it left unexplained, by importance: the doubly robust level."""
+    """Adds each config's importance-weighted mean residual to its level, which makes the level doubly robust."""
     left_N = y_N - fitted.unseen_N
     weight_C = y_N.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.importance_N)
     away_C = y_N.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.importance_N * left_N)

@@ -1,5 +1,7 @@
-"""How far the field errs: in the mean of a leaf's queries, and of one query about that mean.
+"""Error variances of the field's predictions: of the mean over a leaf's queries, and of one query about that mean.
 
+A difference is a config's outcome less the default's. A row's noise variance is the mean square of its config's
+leave-one-query-out residuals.
 Suffixes: Q queries, N rows, F features of one slope, R axes, P leaves, U = P + 1 leaves and all queries together, C
 configs, O outcomes.
 """
@@ -19,18 +21,21 @@ from rb_gpu.learn.ladder import to_default
 from rb_gpu.learn.ridge import TINY
 from rb_gpu.normal import normal_cdf
 
-# of a moment estimate, in standard errors: one further below 0 says no more
+# floor of a moment estimate's z score: an estimate further below 0 is no stronger evidence of a small variance
 LEAST_Z = -3.0
-# queries from which it is read how much of what varies inside leaves the field has learned
+# most queries on which to compute how much of the variation inside leaves the field has learned
 MOST_READ = 4096
 
 
 def variances(
     fits: dict[int, Fit], rows: Rows, y_NO: Tensor, means: Sequence[Tensor], inside: Inside, default: int, quality: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Variance of each config's difference to the default over all queries (C, O), and of how that differs for one
-    query of each leaf (U, C, O); and the variance of each config's quality at each leaf's mean features (U, C). 0 of
-    the default, and where nothing is known.
+    """Error variances of each config's predicted difference to the default: (C, O) of its mean over all queries, and
+    (U, C, O) of one query's deviation from that mean, for a query of each leaf. And (U, C) of each config's predicted
+    quality at each leaf's mean features. All are 0 where nothing is known; the differences' also for the default.
+
+    fits: by outcome. y_NO: outcomes of the rows. means: the leaves' mean features (U, F) per slope. quality: the index
+    of the quality outcome.
     """
     like = y_NO.new_zeros(len(means[0]), rows.configs)
     gain_UCO = like.new_zeros(*like.shape, y_NO.shape[1])
@@ -55,7 +60,7 @@ def variances(
             gain_UCO[..., o] = (own_UC + learned_UC * noise_C) @ (mix_CC - mix_CC[default]).square().T
             own_UC = own_UC @ mix_CC.square().T
         gain_UCO[..., o] += left_UC * inside.variance(rows, y_NO[:, o], default)
-        # what a query has of its own, unlike those around it, only its own rows tell
+        # how a query deviates from those around it shows only where it was repeated
         found, error = (0.0, 0.0) if rows.full else of_repeats(rows, error_N, default)
         more_C = (found - inside.query_share @ gain_UCO[..., o]).clamp(min=0.0)
         gain_UCO[..., o] += (more_C - error**2 / more_C.clamp(min=TINY)).clamp(min=0.0)
@@ -66,7 +71,7 @@ def variances(
 
 
 def _level_errors(fitted: Fit, like_C: Tensor, default: int) -> Tensor:
-    """(C,) variance of each config's difference to the default over all queries; 0 where nothing is known of it."""
+    """(C,) variance of each config's mean difference to the default over all queries; 0 where nothing is known."""
     if fitted.level_CC is None:
         return torch.zeros_like(like_C)
     apart_C = to_default(fitted.level_CC, default)
@@ -74,12 +79,12 @@ def _level_errors(fitted: Fit, like_C: Tensor, default: int) -> Tensor:
 
 
 def of_repeats(rows: Rows, error_N: Tensor, default: int) -> tuple[float, float]:
-    """How far a config's difference to the default on one query lies from what was foretold of it, squared, and the
-    standard error of that: from products of what two rows of one query have more (N,) than was foretold. 0 twice where
-    no query ran both twice.
+    """Mean squared deviation of a query's difference to the default from the predicted one, and its standard error.
 
-    Of the pairs of a config's rows, of its and the default's, and of the default's, as in `Inside.variance`, query by
-    query, so that what all configs share cancels there; one estimate for all configs.
+    Estimated from products of the residuals error_N (N,) of two rows of one query: over pairs of the config's rows,
+    pairs of one of its rows and one of the default's, and pairs of the default's rows, combined as in
+    `Inside.variance`. All pairs are of one query, so that what all configs share there cancels. One estimate for all
+    configs. Both are 0 where no query ran both a config and the default at least twice.
     """
     cell_N = rows.query_N * rows.configs + rows.config_N
 
@@ -92,7 +97,7 @@ def of_repeats(rows: Rows, error_N: Tensor, default: int) -> tuple[float, float]
     known_QC = (pairs_QC > 0) & (pairs_QC[:, [default]] > 0)
     known_QC[:, default] = False
     pairs_QC, across_QC = pairs_QC.clamp(min=1), across_QC.clamp(min=1)
-    # of rows that differ by noise alone
+    # inverse variances for rows that differ by noise alone
     weight_QC = known_QC / (1.0 / pairs_QC + 4.0 / across_QC + 1.0 / pairs_QC[:, [default]])
     total = weight_QC.sum().clamp(min=TINY)
     own_QC = own_QC / pairs_QC
@@ -104,10 +109,11 @@ def of_repeats(rows: Rows, error_N: Tensor, default: int) -> tuple[float, float]
 
 @dataclass(frozen=True)
 class Inside:
-    """How the queries of a fit lie about the mean of their leaf.
+    """Where the queries of a fit lie relative to the mean of their leaf.
 
-    place_QR: their place less their leaf's mean; 0 of a query without a leaf. leaf_Q: P where it has none. spread_U:
-    mean squared distance of one more query of each leaf. features: (Q, F) of every slope.
+    place_QR: each query's place (`landmarks`) less the leaf's mean; 0 without a leaf. leaf_Q: index of the leaf, P for
+    none. spread_U: mean squared distance of a new query of each leaf from the leaf's mean. features: for every slope
+    (at most MOST_READ, F), the features of evenly spaced queries less their leaf's mean.
     """
 
     place_QR: Tensor
@@ -117,14 +123,14 @@ class Inside:
 
     @property
     def query_share(self) -> Tensor:
-        """(U,) share of the queries with a leaf that are in each; 0 of what stands for none."""
+        """(U,) share of each leaf among the queries that have a leaf; 0 in the last place."""
         count_U = torch.bincount(self.leaf_Q, minlength=len(self.spread_U)).to(self.spread_U)
         count_U[-1] = 0.0
         return count_U / count_U.sum().clamp(min=1)
 
     @classmethod
     def of(cls, place_QR: Tensor, label_Q: Tensor, leaves: int, features: Sequence[Tensor]) -> Inside:
-        """From places (Q, R) and labels (Q,), negative ones of queries without a leaf."""
+        """From places (Q, R), labels (Q,), negative for queries without a leaf, and features (Q, F) per slope."""
         leaf_Q = torch.where(label_Q < 0, leaves, label_Q)
         count_U = torch.bincount(leaf_Q, minlength=leaves + 1)
         count_U[-1] = 0
@@ -138,26 +144,28 @@ class Inside:
         return cls(away_QR, leaf_Q, spread_U, [about_leaf(x, leaf_Q, count_U, read) for x in features])
 
     def share(self, fitted: Fit) -> tuple[Tensor, Tensor]:
-        """(U, C) twice, for one more query of each leaf: the variance of what was learned of how its leaf's queries
-        differ, in units of a row's noise; and its squared distance, times the share of that which was not learned.
+        """(U, C) twice, for a new query of each leaf: the sampling variance of what the field learned about its
+        deviation from the leaf's mean, in units of a row's noise variance; and the query's mean squared distance from
+        the leaf's mean times the share of the prior variance that was not learned.
         """
         learned_C, left_C = fitted.inside(self.features)
         return self.spread_U[:, None] / self.spread_U[-1].clamp(min=TINY) * learned_C, self.spread_U[:, None] * left_C
 
     def variance(self, rows: Rows, y_N: Tensor, default: int) -> float:
-        """By how much a config's difference to the default varies inside leaves, by squared distance.
+        """Variance of a config's difference to the default inside leaves, per unit of squared distance.
 
-        To first order it changes with place, so that two queries of one config differ alike where they lie alike:
-        products of two queries' outcomes are regressed on the product of their places and on whether they share a leaf
-        (Haseman & Elston 1972). Of the pairs of a config's rows, of its and the default's, and of the default's, the
-        first less twice the second and the third is of the difference, whatever all configs share. One estimate for all
-        configs; what it is worth says its error: it is the mean of what is not negative, under a flat prior, and no
-        more than outcomes vary.
+        To first order the difference is linear in place, so that the differences of two queries covary in proportion to
+        the product of their places. Products of two queries' outcomes are therefore regressed on the product of their
+        places and on whether they share a leaf (Haseman & Elston 1972): over pairs of the config's rows, pairs of one
+        of its rows and one of the default's, and pairs of the default's rows. The first coefficient less twice the
+        second plus the third is that of the difference; what all configs share cancels. One estimate for all configs.
+        It is replaced by the mean of its normal distribution truncated at 0 (`not_negative`) and is at most what the
+        variance of the outcomes allows. 0 where the default has too few rows.
         """
         away_N = y_N - rows.levels(y_N)[rows.config_N]
         leaf_N = self.leaf_Q[rows.query_N]
         if rows.full:
-            # what makes a query hard for all configs says nothing of how they differ, and would seem noise
+            # what makes a query hard for all configs tells nothing about their differences and would act as noise
             away_N = about_leaf(away_N[:, None], rows.query_N, torch.bincount(rows.query_N))[:, 0]
         everywhere = torch.bincount(leaf_N, minlength=len(self.spread_U))
         away_N = about_leaf(away_N[:, None], leaf_N, everywhere)[:, 0]
@@ -211,9 +219,11 @@ class Inside:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of one config's rows: by query (Q,) what they have more, how many they are, and the squared distance; the sums
-    over which products of all pairs of rows follow: of what they have more, times place (R,) and by leaf (U,), and of
-    the rows, times both places (R, R), times place by leaf (U, R), and by leaf (U,); squares and number of rows.
+    """Sums over one config's rows from which sums over all pairs of rows follow, where away is an outcome's deviation.
+
+    By query (Q,): away_Q, the sum of away; rows_Q, the number of rows; distance_Q, the squared distance from the leaf's
+    mean. Sums of away times place (R,) and of away by leaf (U,); over rows, of place times place (R, R), of place by
+    leaf (U, R), and the number by leaf (U,). squares: sum of away². rows: the number of rows that have a leaf.
     """
 
     away_Q: Tensor
@@ -228,8 +238,9 @@ class _Sums:
     rows: float
 
     def with_(self, other: _Sums) -> Tensor:
-        """(5,) over all pairs of rows of two queries: products of outcomes, times those of places, and where they share
-        a leaf; products of places, squared, and where they share a leaf; how many share one.
+        """(5,) sums over all pairs of rows of two different queries: the product of outcomes times that of places; the
+        product of outcomes if they share a leaf; the squared product of places; the product of places if they share a
+        leaf; and the number of pairs that share one.
         """
         away_Q, rows_Q = self.away_Q * other.away_Q, self.rows_Q * other.rows_Q
         return torch.stack([
@@ -242,14 +253,14 @@ class _Sums:
 
 
 def about_leaf(x_QX: Tensor, leaf_Q: Tensor, count_U: Tensor, read: slice = slice(None)) -> Tensor:
-    """Values of the rows `read`, less the mean of their leaf over all rows; 0 where a leaf counts none."""
+    """Values of the rows `read`, less the mean of their leaf over all rows; 0 for a leaf whose count is 0."""
     sum_UX = x_QX.new_zeros(len(count_U), x_QX.shape[1]).index_add_(0, leaf_Q, x_QX)
     away_QX = x_QX[read] - (sum_UX / count_U.clamp(min=1)[:, None])[leaf_Q[read]]
     return torch.where((count_U > 0)[leaf_Q[read], None], away_QX, 0.0)
 
 
 def not_negative(estimate: float, error: float) -> float:
-    """Mean of what is not negative, under a flat prior, given a normal estimate of it and its standard error."""
+    """Posterior mean of a value ≥ 0 under a flat prior, given a normal estimate of it and its standard error."""
     if error <= 0.0:
         return max(estimate, 0.0)
     z = max(estimate / error, LEAST_Z)

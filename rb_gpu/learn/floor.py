@@ -1,7 +1,8 @@
-"""A floor of quality is promised for the mean of a pattern: how far below it a single query may be foretold.
+"""For objective=floor, how far below the target the predicted quality of a single query may be.
 
-Where configs come in steps, the cheapest one that clears a target clears it with something to spare. That is spent on
-the queries of the same pattern for which the next step is dear, so that their mean still keeps the target.
+The floor is promised for the mean of a pattern. Configs come in steps, so the cheapest one that clears the target
+usually exceeds it. This surplus is spent on those queries of the pattern for which the next step is dear, such that
+their mean still reaches the target.
 Suffixes: Q queries, P leaves, U = P + 1 leaves and all queries together, C configs.
 """
 
@@ -24,16 +25,18 @@ STEPS = 20
 
 @dataclass(frozen=True)
 class Unseen:
-    """quality_QC: float64, what the field says of queries without having seen them. label_Q: their leaves."""
+    """quality_QC: float64 predictions of queries that were left out of the fit. label_Q: their leaves."""
 
     quality_QC: Floats
     label_Q: npt.NDArray[np.int64]
 
 
 def spend(beliefs: Beliefs, unseen: Unseen, target: float, min_probability: float, default: int) -> Beliefs:
-    """Beliefs of a floor whose test is not against the target but against the least value, found for each leaf by
-    bisection, at which the mean over the leaf's queries of what is foretold for their choices still reaches it with
-    min_probability. Leaves without queries keep the target.
+    """Beliefs for a floor that test each leaf against a lower bar than the target.
+
+    The bar is the least quality, found by bisection, at which the chosen configs' predicted quality still reaches the
+    target on the mean over the leaf's queries; each prediction is lowered to what it exceeds with min_probability.
+    Leaves without queries keep the target.
     """
     least_z, leaves = normal_quantile(min_probability), len(beliefs.quality) - 1
     known_Q = unseen.label_Q >= 0
@@ -42,7 +45,7 @@ def spend(beliefs: Beliefs, unseen: Unseen, target: float, min_probability: floa
     mean_PC = np.zeros((leaves, quality_QC.shape[1]))
     np.add.at(mean_PC, label_Q, quality_QC)
     mean_PC /= np.maximum(count_P, 1)[:, None]
-    # as at a lookup: the leaf's belief, and how far the field says that the query is from its leaf
+    # as in a lookup: the leaf's belief, plus how far the field predicts the query to be from its leaf's mean
     quality_QC = quality_QC + (beliefs.quality[:-1] - mean_PC)[label_Q]
     sure_QC = quality_QC - least_z * beliefs.test_sd[:-1][label_Q]
     sure_QC[(beliefs.test[:-1] == NO_CHANCE)[label_Q]] = -np.inf

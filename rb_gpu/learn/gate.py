@@ -28,12 +28,12 @@ class Decision:
 def decide(
     evaluation: Evaluation, config: GateConfig, drift: EmbeddingDrift, refusals: list[str], experiment: bool = False
 ) -> Decision:
-    """Promotes where the 95 % lower bound of the candidate's gain over what is served exceeds gate.min_gain, and all of
-    gate's other bounds are kept. What is not known (NaN) breaks no bound but that of the gain. A candidate must keep
-    the objective's floor or bound; over something served that does not, no gain is asked.
+    """Promotes if the 95 % lower bound of the candidate's gain over what is served exceeds gate.min_gain, and all other
+    bounds of `gate` are met. An unknown number (NaN) violates only the bound on the gain. The candidate must keep the
+    objective's floor or bound; if what is served does not keep it, no gain over that is required.
 
-    What is served is the champion, or the default where there is none. refusals: why the two cannot be compared.
-    experiment: whether the default was taken from a log that does not tell what runs (`is_experiment`).
+    What is served is the champion, or the default if there is none. refusals: why the two cannot be compared.
+    experiment: whether the default was taken from a log that does not show what runs (`is_experiment`).
     """
     said = [f"{refusal}; train into another registry.path, or promote by hand" for refusal in refusals]
     served = CHAMPION if CHAMPION in evaluation.bank_gains else "default"
@@ -73,7 +73,7 @@ def _against_the_gain(evaluation: Evaluation, served: str, config: GateConfig, g
     if asked and not evaluation.bank_gains[served].low > config.min_gain:
         yield f"{gain}not above gate.min_gain={config.min_gain:g}; keep what is served, or log more rows to narrow it"
     default = evaluation.bank_gains["default"]
-    # gate.min_gain or a champion that is as bad would let it pass; a champion surely worse still is better replaced
+    # gate.min_gain, or a champion as bad, would let it pass. If the champion is surely worse still, replacing it helps
     worse = default.high < 0 and "default" not in evaluation.broken
     better = served == CHAMPION and evaluation.bank_gains[CHAMPION].low > 0
     if worse and not better:
@@ -94,7 +94,7 @@ def _broken_bounds(evaluation: Evaluation, served: str, config: GateConfig, drif
             f"gate.max_p95_latency_ratio={config.max_p95_latency_ratio:g}; raise the bound, or "
             "judge.latency_weight (of judge.objective=floor: lower judge.target)"
         )
-    # where what is served harms as much, to refuse would not spare anyone
+    # if what is served harms as much, a refusal would spare nobody
     spared = before.harm.sure if served == CHAMPION else 0.0
     if bank.harm.sure > config.max_harm_rate and not bank.harm.sure <= spared:
         yield (
@@ -114,7 +114,7 @@ def _broken_bounds(evaluation: Evaluation, served: str, config: GateConfig, drif
 
 
 def champion_beside(registry: Registry, bank: ReasoningBank) -> tuple[ReasoningBank | None, list[str]]:
-    """The served bank where it can be compared with the new one, else why it cannot."""
+    """The served bank if it can be compared with the new one, else None and the reasons why it cannot."""
     if registry.champion() is None:
         return None, []
     try:

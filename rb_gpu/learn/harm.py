@@ -1,7 +1,7 @@
-"""In how many of the patterns in which a policy acts it does worse than the default would have done.
+"""In how many of the patterns where a policy acts it does worse than the default would have done.
 
 A mean gain may hide patterns that lose. Noise alone makes about half of the patterns without a true effect look worse,
-so that two shares are told: of patterns whose estimate is below 0, and of those where that is sure.
+so two shares are reported: the patterns whose estimated gain is below 0, and those where that is significant.
 Suffixes: Q queries, R rounds (queries where the grade is exact, else rows), N rows, P leaf patterns.
 """
 
@@ -16,16 +16,16 @@ from rb_gpu.learn.valuation import Choice, Floats, Valuation
 from rb_gpu.learn.verdicts import holm
 
 LEVEL = 0.05
-# rows that tried one of the two picks where they differ: with fewer, a pattern's gain is only what a model says
+# fewest rows that tried one of two differing picks: with fewer, a pattern's gain is only a model's prediction
 LEAST_ROWS = 2
 
 
 @dataclass(frozen=True)
 class Harm:
-    """patterns: in which the policy acts on a held-out query, and enough rows tell of it.
+    """patterns: number in which the policy acts on a held-out query and that have enough rows to judge.
 
     negative: share of them whose estimated gain over the default is below 0 (the harm rate). sure: share of them where
-    it is below 0 by a one-sided t test at 5 %, Holm's over the patterns. NaN where there is no such pattern.
+    it is below 0 by a one-sided t test at 5 %, Holm-adjusted over the patterns. NaN if there is no such pattern.
     """
 
     patterns: int
@@ -37,8 +37,8 @@ UNKNOWN_HARM = Harm(0, float("nan"), float("nan"))
 
 
 def measure_harm(valuation: Valuation, choice_Q: Choice, default_Q: Choice, leaf_Q: Choice) -> Harm:
-    """From held-out queries and the leaf pattern of each. UNKNOWN_HARM where values are merely associational: within a
-    pattern nothing evens out which queries got which config.
+    """Harm over held-out queries, given the leaf pattern of each. UNKNOWN_HARM if the grade is merely associational:
+    within a pattern nothing balances which queries got which config.
     """
     if valuation.grade == "associational" or not (choice_Q != default_Q).any():
         return UNKNOWN_HARM
@@ -54,7 +54,7 @@ def measure_harm(valuation: Valuation, choice_Q: Choice, default_Q: Choice, leaf
     away_Q = gain_Q - rounds_Q * mean_P[leaf_Q]
     spread_P = np.bincount(leaf_Q, away_Q**2, leaves) * members_P / np.maximum(members_P - 1, 1)
     error_P = np.sqrt(spread_P) / np.maximum(rounds_P, 1)
-    # of a doubly robust gain, the queries whose picks no row tried tell next to nothing
+    # for a doubly robust gain, queries whose picks no row tried contribute next to no information
     freedom_P = (members_P if valuation.grade == "exact" else np.minimum(members_P, told_P)) - 1
 
     judged_P = (acted_P > 0) & (told_P >= LEAST_ROWS) & (members_P > 1)
@@ -66,6 +66,6 @@ def measure_harm(valuation: Valuation, choice_Q: Choice, default_Q: Choice, leaf
 
 
 def telling_rows(valuation: Valuation, choice_Q: Choice, other_Q: Choice) -> Floats:
-    """(Q,) rows of each query that tried one of two picks, and not both, which are the same."""
+    """(Q,) rows of each query that tried exactly one of its two picks; rows that match both do not tell them apart."""
     tells_N = (valuation.weights(choice_Q) > 0) != (valuation.weights(other_Q) > 0)
     return np.bincount(valuation.rows.query_row, tells_N, len(choice_Q)).astype(np.float64)

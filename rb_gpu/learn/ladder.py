@@ -1,6 +1,7 @@
-"""Configs that differ in numbers do much alike where the numbers are near: levels smoothed along them.
+"""Smooths the configs' levels along their numeric parameters, as configs with similar numbers perform similarly.
 
-What 30 rows say of ef_search=48 its neighbours' rows say too. How far to believe that the levels themselves tell.
+What 30 rows show about ef_search=48, the rows of its neighbours show too. How strongly to smooth is estimated from the
+levels themselves. A level is a config's mean outcome over all queries.
 Suffixes: C configs, K of them whose level is known, X of their numbers that vary, M models.
 """
 
@@ -15,26 +16,27 @@ from torch import Tensor
 from rb_gpu.moderation import PRIOR_CONFIG_ROWS
 from rb_gpu.params import COUNT_PARAMETERS, ConfigTable
 
-# what is solved for every model grows with their cube
+# the cost of each model grows with the cube of the number of configs
 MOST_CONFIGS = 256
 LEAST_ALIKE = 3
-# how far configs are alike, as shares of the range of a number
+# length scales of the similarity of configs, as shares of a parameter's range
 REACHES = (0.25, 0.5, 1.0, 2.0)
-# variance of levels about their mean as a share of the one seen, and what of it follows the numbers
+# prior variance of levels about their mean, as multiples of the observed one; and the part of it that is smooth
 SCALES = (0.1, 0.3, 1.0, 3.0, 10.0)
 SMOOTH = (0.5, 0.9, 0.99, 0.999)
-# what each config has of its own beside what it shares, and by how much that is raised
+# for deviations: the variance of each config's own part relative to the smooth one; factors on the smoothed deviation
 NOISES = (0.1, 1.0)
 GAINS = (1.0, 2.0)
-# of a level, as a share of their variance
+# least error variance of a level, as a share of the variance of the levels
 LEAST_NOISE = 1e-6
-# beyond which nothing is alike
+# in length scales; configs further apart are uncorrelated
 FAR = 100.0
 
 
 def distances(configs: ConfigTable, device: torch.device) -> Tensor | None:
-    """(C, C) float64 between configs: Euclidean, of counts by their logarithms, each number's range being 1; infinite
-    between model tiers. None where no LEAST_ALIKE of a tier are alike, or where they are more than MOST_CONFIGS.
+    """(C, C) float64 Euclidean distances between configs, of the logarithms of counts and of temperature, each scaled
+    to a range of 1; infinite between model tiers. None where no tier has LEAST_ALIKE configs, or where there are more
+    than MOST_CONFIGS.
     """
     if len(configs) > MOST_CONFIGS:
         return None
@@ -43,18 +45,18 @@ def distances(configs: ConfigTable, device: torch.device) -> Tensor | None:
     x_CX = np.stack([v / np.ptp(v) for v in columns if np.ptp(v) > 0] or [np.zeros(len(configs))], 1)
     apart_CC = np.sqrt(((x_CX[:, None] - x_CX[None]) ** 2).sum(2))
     apart_CC[configs.tier[:, None] != configs.tier[None]] = np.inf
-    # of two alone nothing tells how alike they are
+    # two configs alone cannot show how similar they are
     if np.isfinite(apart_CC).sum(1).max(initial=0) < LEAST_ALIKE:
         return None
     return torch.from_numpy(apart_CC).to(device)
 
 
 def settled(level_C: Tensor, error_C: Tensor, rows_C: Tensor, apart_CC: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Levels (C,) and their covariance (C, C): smoothed where some configs are alike, else as they were estimated.
+    """Levels (C,) and their covariance (C, C): smoothed given distances apart_CC, else as they were estimated.
 
-    error_C: variances of the estimates, infinite where nothing is known. rows_C: how many rows each is of; a variance
-    of few is drawn to that of all configs, as in rb_gpu.moderation: 30 rows without a failure do not say that there are
-    none.
+    error_C: error variances of the estimates, infinite where nothing is known. rows_C: rows behind each estimate. The
+    variance per row of a config with few rows is shrunk towards that of all configs, as in rb_gpu.moderation: 30 rows
+    without a failure do not show that failures never happen.
     """
     if apart_CC is None:
         return level_C, torch.diag(error_C)
@@ -67,12 +69,12 @@ def settled(level_C: Tensor, error_C: Tensor, rows_C: Tensor, apart_CC: Tensor |
 
 
 def smoothed(level_C: Tensor, error_C: Tensor, apart_CC: Tensor) -> tuple[Tensor, Tensor]:
-    """Posterior mean (C,) and covariance (C, C) of the levels of configs, given independent estimates of them and their
-    variances (C,), infinite where nothing is known: such a level stays as it is.
+    """Posterior mean (C,) and covariance (C, C) of the configs' levels, given independent estimates of them with error
+    variances error_C (C,). A level of infinite variance, that is, unknown, is left as it is.
 
-    A Gaussian process along the numbers (Matérn 5/2, as Snoek, Larochelle & Adams 2012 have it for settings of this
-    kind), and what each config has of its own beside it, about a mean that is not known. Reach and sizes are averaged
-    over, each model with its marginal likelihood.
+    The prior is a Gaussian process along the numeric parameters (Matérn 5/2, as Snoek, Larochelle & Adams 2012 use for
+    such settings) plus an independent part for each config, about an unknown mean. Length scale and variances are
+    averaged over, each model weighted by its marginal likelihood.
     """
     mean_C, cov_CC = level_C.clone(), torch.diag(error_C)
     known = torch.nonzero(torch.isfinite(error_C)).squeeze(1)
@@ -81,7 +83,7 @@ def smoothed(level_C: Tensor, error_C: Tensor, apart_CC: Tensor) -> tuple[Tensor
     if seen == 0.0:
         return mean_C, cov_CC
     own_KK = torch.eye(len(known), dtype=y_K.dtype, device=y_K.device)
-    # no level is better known than that
+    # a floor of the error variances: an error of exactly 0 would make some models singular
     noise_KK = noise_KK + LEAST_NOISE * seen * own_KK
     near = [_matern(apart_CC[known][:, known] / reach) for reach in REACHES]
     shapes = [own_KK, *(share * one_KK + (1.0 - share) * own_KK for one_KK in near for share in SMOOTH)]
@@ -97,15 +99,16 @@ def smoothed(level_C: Tensor, error_C: Tensor, apart_CC: Tensor) -> tuple[Tensor
 
 
 def to_default(level_CC: Tensor, default: int) -> Tensor:
-    """(C,) variance of how each level differs from the default's, given the covariance of levels."""
+    """(C,) variance of each level's difference to the default's, given the covariance of the levels."""
     own_C = level_CC.diagonal()
     return own_C + own_C[default] - 2.0 * level_CC[default]
 
 
 def mixtures(apart_CC: Tensor) -> Tensor:
-    """(M, C, C) ways of sharing the deviations of configs, each with itself first: every config's becomes a mean of
-    those near it, the smoother of a Gaussian process, less what all have in common; times a GAIN, for each of them was
-    drawn to 0 by itself.
+    """(M, C, C) ways of pooling the configs' deviations, the first one the identity: no pooling.
+
+    The others replace each config's deviation by a mean over similar configs, the smoother of a Gaussian process, less
+    the mean over all configs; times one of GAINS, since each deviation was shrunk towards 0 by itself.
     """
     own_CC = torch.eye(len(apart_CC), dtype=apart_CC.dtype, device=apart_CC.device)
     found = [own_CC]
@@ -113,7 +116,7 @@ def mixtures(apart_CC: Tensor) -> Tensor:
         near_CC = _matern(apart_CC / reach)
         for noise in NOISES:
             smoother_CC = torch.linalg.solve(near_CC + noise * own_CC, near_CC)
-            # what all have in common is foretold already, and tells none from another
+            # the mean over all configs is predicted already and does not tell them apart
             smoother_CC = smoother_CC - smoother_CC.mean(0)
             found += [gain * smoother_CC for gain in GAINS]
     return torch.stack(found)
@@ -125,8 +128,8 @@ def _matern(ratio_KK: Tensor) -> Tensor:
 
 
 def _fit(y_K: Tensor, noise_KK: Tensor, prior_KK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log marginal likelihood under a flat prior of the mean, posterior mean (K,) and covariance (K, K) (Rasmussen &
-    Williams 2006, section 2.7).
+    """Log marginal likelihood, posterior mean (K,) and covariance (K, K) of levels under a flat prior for their common
+    mean (Rasmussen & Williams 2006, section 2.7). prior_KK: covariance of the levels about that mean.
     """
     factor_KK = torch.linalg.cholesky(prior_KK + noise_KK)
     solved = torch.cholesky_solve(torch.cat([y_K[:, None], torch.ones_like(y_K)[:, None], noise_KK], 1), factor_KK)
@@ -134,7 +137,7 @@ def _fit(y_K: Tensor, noise_KK: Tensor, prior_KK: Tensor) -> tuple[Tensor, Tenso
     information = one_solved_K.sum()
     left_K = y_solved_K - (one_solved_K @ y_K / information) * one_solved_K
     log_likelihood = -0.5 * (left_K @ y_K) - factor_KK.diagonal().log().sum() - 0.5 * information.log()
-    # by what the noise leaves open: of a prior that is far wider, differences would leave rounding
+    # starts from the noise: subtracted from a far wider prior, the same covariance would drown in rounding
     beyond_K = noise_KK @ one_solved_K
     cov_KK = noise_KK - noise_KK @ noise_solved_KK + beyond_K[:, None] * beyond_K / information
     return log_likelihood, y_K - noise_KK @ left_K, cov_KK

@@ -1,4 +1,5 @@
-"""The stage field: landmarks among the queries, and what a query's place among them foretells of every config.
+"""The stage that learns the field: chooses landmarks among the queries and predicts every config's outcomes from a
+query's kernels with them.
 
 Suffixes: Q queries, N rows, M landmarks, F = M times the slopes, D dims, R of their projection, P leaves, U = P + 1
 leaves and all queries together, C configs, O outcomes, S slopes, T some of the queries.
@@ -33,26 +34,26 @@ from rb_gpu.objective import Objective
 log = logging.getLogger(__name__)
 
 LANDMARKS = 512
-# axes on which the landmarks lie: more foretell hardly better, and a lookup multiplies with all of them; with the lift
-# they are whole cache lines
+# axes on which the landmarks lie: more hardly improve the predictions, and every lookup multiplies with all of them.
+# With the lift (`_lifted`) they fill whole cache lines
 AXES = 63
-# rounds of the iteration that finds them: it matters what they hold together, not which is which
+# rounds of subspace iteration: few suffice, since only the span of the axes matters, not each single one
 POWERS = 6
 QUERIES_PER_LANDMARK = 8
 LEAST_LANDMARKS = 4
-# queries that the regressions see: far more than their coefficients need
+# most queries that the regressions use: far more than their coefficients need
 MAX_QUERIES = 2**15
-# queries on which choices are tried: where configs are many, leaves show what they do only in many rows
+# most queries on which choices are tested: with many configs, effects of leaves show only in many rows
 TRIAL_QUERIES = 2**17
-# a landmark's own variance beside the kernel's 1: coefficients stay small enough for float32
+# added to the landmarks' own kernel of 1: keeps the coefficients small enough for float32
 NUGGET = 1e-3
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What tells whether choices pay: the fits by outcome without the regressions behind them, their rows, the rows'
-    outcomes (N, O), and the leaves of the queries (Q,). Queries that the regressions did not see have in unseen_QC also
-    what all configs share, on which no choice depends.
+    """The input of the test whether choices pay: the fits by outcome, without their regressions; the rows and their
+    outcomes (N, O); and the leaves of the queries (Q,). For queries that the regressions did not use, unseen_QC always
+    includes what all configs share, on which no choice depends.
     """
 
     fits: dict[int, Fit]
@@ -63,11 +64,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class Foretold:
-    """What `foretell` found; fields that rb_gpu.field.Field has mean the same here.
+    """The result of `foretell`; attributes that rb_gpu.field.Field has too mean the same here.
 
-    unseen_NO: (N, O) float64, what the field says of each row without having seen its query; 0 for outcomes that it
-    does not foretell. unseen: of a floor, what it says of the quality of queries. trial: what a test of its choices
-    reads.
+    unseen_NO: (N, O) float64, leave-one-query-out prediction of each row; 0 for outcomes that are not predicted.
+    unseen: for a floor, the predicted quality of queries; else None. trial: the input of the test whether its choices
+    pay.
     """
 
     slopes_S: npt.NDArray[np.float64]
@@ -86,14 +87,14 @@ class Foretold:
     trial: Trial
 
     def pays(self, objective: Objective, default: int, seed: int, in_use: bool) -> bool:
-        """Whether its choices for unseen queries beat the default (rb_gpu.learn.proof); a floor is not tested."""
+        """Whether its choices for unseen queries beat the default (rb_gpu.learn.proof); a floor always passes."""
         trial = self.trial
         return objective.kind != "utility" or pays_unseen(
             trial.fits, trial.rows, trial.y_NO, trial.leaf_Q, objective, default, seed, in_use
         )
 
     def field(self, evidence: Evidence, left: Evidence) -> Field:
-        """The field with the leaves' moments of what it left unexplained, as `with_residuals` takes them."""
+        """The field, with the moments of its residuals in each leaf, `left`, as `with_residuals` takes them."""
         low, high, gain_low, gain_high = self.bounds
         bare = Field(
             self.slopes_S, self.axes_RD, self.centre_R, self.landmarks_MR, self.coef_FCO, self.base_CO,
@@ -104,10 +105,11 @@ class Foretold:
 
 
 def with_residuals(field: Field, evidence: Evidence, left: Evidence) -> Field:
-    """The field with these moments of what it left unexplained.
+    """The field with these moments of its residuals.
 
-    left: the moments under weights that a few rows do not decide; the sizes stay those of `evidence`. As such weights
-    lean, a config's mean over all leaves is taken off: the levels are right by importance already.
+    left: residual moments under weights that no few rows dominate (`tempered`); effective sizes stay those of
+    `evidence`. Such weights are biased, so each config's mean over all leaves is subtracted: the levels, estimated with
+    importance weights, are already right.
     """
     overall = left.regroup(np.zeros(len(left.rows), dtype=np.int64), 1).mean
     scale = (evidence.w / np.maximum(left.w, 1e-300))[..., None, None]
@@ -129,10 +131,10 @@ def foretell(
     seed: int,
     device: torch.device,
 ) -> Foretold | None:
-    """Fits the outcomes that the objective weighs. None where there are too few queries for landmarks.
+    """Fits the outcomes that the objective weighs. None with fewer than two configs, or too few queries for landmarks.
 
-    weight_N: (N,) of evidence, decay over propensity. label_Q: (Q,) leaf of each query, negative ones are left out. Of
-    the objective only its kind and its quality are read.
+    unit_QD: embeddings of norm 1. weight_N: (N,) weights of the evidence, decay over propensity. label_Q: (Q,) leaf of
+    each query; queries with a negative one count for no leaf. Of the objective only kind and quality are read.
     """
     queries, configs = len(unit_QD), len(trajectories.configs)
     generator = torch.Generator().manual_seed(seed)
@@ -147,7 +149,7 @@ def foretell(
     place_CR = _places(unit_CD, axes_RD, centre_R, device)
     found = kmeans(place_CR, landmarks, seed=seed, metric="cosine", device=device.type, engine="torch").centroids
     landmarks_MR = torch.nn.functional.normalize(torch.as_tensor(found), dim=1).to(device)
-    landmarks = len(landmarks_MR)  # fewer, where not so many queries are distinct
+    landmarks = len(landmarks_MR)  # fewer where there are not as many distinct queries
 
     rows, in_fit_N = _rows(chosen_Q, trajectories, weight_N, device)
     if configs > MOST_CONFIGS:
@@ -181,7 +183,7 @@ def foretell(
     for o, one in fits.items():
         unseen_NO[in_fit_N, o] = one.unseen_N
         base_CO[:, o] = one.base_C
-        # of the kernels themselves: whitening those of all queries would take longer than all the rest
+        # convert to coefficients of the raw kernels: whitening all queries' kernels would take longer than the rest
         for s, (factor, coef) in enumerate(zip(factors, one.coefs, strict=True)):
             coef_SMCO[s, ..., o] = torch.linalg.solve_triangular(factor.T, coef, upper=True)
     tried_rows, in_trial_N = _rows(tried_Q, trajectories, weight_N, device)
@@ -243,8 +245,8 @@ def foretell(
 
 
 def _axes(unit_QD: Tensor, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(R, D) orthonormal float32, along which queries spread most, by subspace iteration (Halko, Martinsson & Tropp
-    2011, algorithm 4.4); all D where they are no more than AXES. And the queries' mean on them (R,).
+    """(R, D) orthonormal float32 axes along which queries spread most, by subspace iteration (Halko, Martinsson & Tropp
+    2011, algorithm 4.4), or all D if there are at most AXES; and the queries' mean on them (R,).
     """
     dim = unit_QD.shape[1]
     mean_D = unit_QD.mean(0, dtype=torch.float64).to(device)
@@ -262,11 +264,11 @@ def _axes(unit_QD: Tensor, generator: torch.Generator, device: torch.device) -> 
 
 
 def _lifted(unit_QD: Tensor, axes_RD: Tensor, centre_R: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Axes and centre with one coordinate more, which no query moves: the standard deviation of their distances from
-    the mean. It makes a place, scaled to norm 1, keep how far from the mean it lies.
+    """Axes and centre with one more coordinate, the lift, which is the same for all queries: the standard deviation of
+    their distances from the mean. With it, a place scaled to norm 1 still shows its distance from the mean.
 
-    Of few dims that says as much as the direction, and near the mean a direction is noise. Of many dims all queries lie
-    about as far, and the lift changes little.
+    In few dims that distance is as informative as the direction, and near the mean the direction is noise. In many dims
+    all queries lie about equally far away, and the lift changes little.
     """
     distance_Q = torch.empty(len(unit_QD), dtype=torch.float64, device=device)
     for tile in tiles(len(unit_QD), len(axes_RD), device):
@@ -276,13 +278,13 @@ def _lifted(unit_QD: Tensor, axes_RD: Tensor, centre_R: Tensor, device: torch.de
 
 
 def _places(unit_TD: Tensor, axes_RD: Tensor, centre_R: Tensor, device: torch.device) -> Tensor:
-    """(T, R) projections on the axes as seen from the centre, the lift among them, scaled to norm 1."""
+    """(T, R) projections on the axes relative to the centre, with the lift, scaled to norm 1."""
     place_TR: Tensor = torch.nn.functional.normalize(unit_TD.to(device) @ axes_RD.T - centre_R, dim=1)
     return place_TR
 
 
 def _factor(landmarks_MR: Tensor, slope: float) -> Tensor:
-    """Cholesky factor (M, M) float64 of the landmarks' kernels."""
+    """Cholesky factor (M, M) float64 of the kernel matrix of the landmarks."""
     x = landmarks_MR.double()
     kernel = torch.exp(slope * (x @ x.T - 1.0))
     kernel.diagonal().add_(NUGGET)
@@ -291,7 +293,7 @@ def _factor(landmarks_MR: Tensor, slope: float) -> Tensor:
 
 
 def _kernels(place_TR: Tensor, landmarks_MR: Tensor, slopes: Sequence[float]) -> list[Tensor]:
-    """(T, M) float64 for every slope."""
+    """(T, M) float64 kernels of places with the landmarks, one matrix per slope."""
     cosine = (place_TR @ landmarks_MR.T).double()
     return [torch.exp(slope * (cosine - 1.0)) for slope in slopes]
 
@@ -302,7 +304,7 @@ def _kernel(place_QR: Tensor, landmarks_MR: Tensor, slope: float, rows: Rows) ->
 
 
 def _whitened(kernels: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
-    """(T, M) float64 for every slope: kernels so that a ridge is a Gaussian process's prior."""
+    """(T, M) float64 features per slope: kernels whitened so that a ridge penalty is a Gaussian process prior."""
     return [
         torch.linalg.solve_triangular(factor, kernel.T, upper=False).T
         for kernel, factor in zip(kernels, factors, strict=True)
@@ -310,13 +312,13 @@ def _whitened(kernels: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tens
 
 
 def _said(kernels: Sequence[Tensor], coef_SMCO: Tensor) -> Tensor:
-    """(T, C, O) what kernels (T, M) of every slope say, less the base."""
+    """(T, C, O) predictions, less the base, from the kernels (T, M) of every slope."""
     said = torch.stack([x @ w_MCO.flatten(1) for x, w_MCO in zip(kernels, coef_SMCO, strict=True)]).sum(0)
     return said.reshape(len(said), *coef_SMCO.shape[2:])
 
 
 def _rows(chosen_Q: Tensor, trajectories: Trajectories, weight_N: Tensor, device: torch.device) -> tuple[Rows, Tensor]:
-    """The rows of the chosen queries, and which of all they are (N,)."""
+    """The rows of the chosen queries, and a mask (N,) that selects them from all rows."""
     query_N = torch.from_numpy(trajectories.query_row)
     in_fit_N = chosen_Q[query_N]
     importance = weight_N[in_fit_N].double()
@@ -335,8 +337,8 @@ def _rows(chosen_Q: Tensor, trajectories: Trajectories, weight_N: Tensor, device
 
 
 def tempered(weight_N: Tensor, trajectories: Trajectories) -> Tensor:
-    """(N,) weights with 1/√propensity in place of 1/propensity: halfway between none, which lean where the log leans,
-    and importance, which a few rows decide (Shimodaira 2000).
+    """(N,) weights with 1/√propensity in place of 1/propensity: a compromise between no propensity weights, which are
+    biased towards what the log favours, and full ones, which a few rows dominate (Shimodaira 2000).
     """
     weight_N = weight_N.double()
     if trajectories.propensity is None:

@@ -1,4 +1,4 @@
-"""The leaves: what clustering, evidence and the field together say of them.
+"""Builds the leaves from cluster labels: their evidence, the hierarchy above them, and the field.
 
 Suffixes: Q queries, N rows, P leaves, D dims.
 """
@@ -29,8 +29,10 @@ from rb_gpu.posterior import Beliefs, believe
 
 @dataclass(frozen=True)
 class LeafMaking:
-    """What leaves are made from besides their labels: the queries (Q, D) and their weights (Q,), the rows' weights (N,)
-    float64; where fields are kept, and what tells them apart: a digest of the rows and of how they were weighted.
+    """All that leaves are made from besides their labels.
+
+    x_QD: queries. weight_Q: (Q,) their weights. weight_N: (N,) float64 weights of the rows. stages: the cache that
+    keeps fields and evidence. read: its key for the data, a digest of the rows and of how they were weighted.
     """
 
     x_QD: torch.Tensor
@@ -42,7 +44,7 @@ class LeafMaking:
     read: Any
 
     def gathered(self, label_Q: npt.NDArray[np.int64], trajectories: Trajectories) -> Leaves:
-        """Leaves by the labels (Q,) of their queries: sums, evidence and the levels above."""
+        """Leaves by the labels (Q,) of their queries: embedding sums, evidence, and the parents on each level above."""
 
         def make() -> Leaves:
             labels, patterns = torch.from_numpy(label_Q).to(self.device), int(label_Q.max()) + 1
@@ -56,7 +58,7 @@ class LeafMaking:
         return self.stages.of("evidence", [self.read, digest(label_Q), trajectories.configs.default], make)
 
     def field_read(self, leaves: Leaves, trajectories: Trajectories, objective: Objective) -> list[Any]:
-        """All that a field depends on."""
+        """The cache key of a field: all that it depends on."""
         default = trajectories.configs.default
         method = self.config.judge.method == "eb"
         return [self.read, digest(leaves.label_Q), default, objective.kind, objective.quality, self.config.seed, method]
@@ -69,10 +71,11 @@ class LeafMaking:
         pays: bool | None = None,
         in_use: bool = True,
     ) -> Leaves:
-        """The leaves with the field, where it says more than they do; only eb, for a utility or a floor, can use one.
+        """The leaves with a field, if one can be learned: only for judge.method=eb, a utility or a floor, and enough
+        queries.
 
-        pays: whether its choices were shown to pay by a test that these rows have had already; None to test. in_use:
-        whether a service runs the default, as `proof.pays` asks.
+        pays: whether an earlier test on these rows showed that choices pay; None to test now. in_use: whether a service
+        runs the default, as `proof.pays` takes it.
         """
         seed, default = self.config.seed, trajectories.configs.default
         if self.config.judge.method != "eb" or objective.kind == "bound":
@@ -101,7 +104,7 @@ class LeafMaking:
 
 
 def believed(leaves: Leaves, objective: Objective, default: int, config: TrainConfig) -> Beliefs:
-    """The posterior beliefs of the leaves; no config is probable enough where a field was not shown to pay."""
+    """The posterior beliefs of the leaves. With a field that was not shown to pay, no config passes min_probability."""
     beliefs = believe(leaves.evidence, leaves.parents, objective, default, config.judge.margin, leaves.field)
     if leaves.unseen is not None:
         least = leaves.least_probability(config.judge)

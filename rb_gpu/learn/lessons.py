@@ -1,4 +1,4 @@
-"""What the router learns from: logged queries with the steps before them, their outcomes, and the bank's beliefs.
+"""Gathers what the router learns from: logged queries with the steps before them, their outcomes, the bank's beliefs.
 
 Suffixes: Q queries, N rows, T steps, D dims, F numeric features, C configs.
 """
@@ -20,9 +20,9 @@ from rb_gpu.learn.valuation import held_out_outcomes
 from rb_gpu.router import FastGRNNRouter
 from rb_gpu.vote import BankState
 
-# more teach a net of this size nothing, and cost time; in cells of (query, config) and in embeddings
+# most cells of (query, config), and most embeddings: more teach a net of this size nothing and cost time
 MOST_CELLS, MOST_STEPS = 2**25, 2**17
-# the bank can be asked of any query, so that few logged ones do not make the router learn them by heart
+# mixed queries per logged one: the bank answers any query, and they keep the router from memorising a few logged ones
 BETWEEN = 4
 VALIDATION_SHARE = 0.1
 
@@ -31,10 +31,10 @@ def gather_lessons(
     x_QD: torch.Tensor, trajectories: Trajectories, bank: BankData, weight_N: torch.Tensor, config: TrainConfig,
     device: torch.device,
 ) -> Lessons:  # fmt: skip
-    """The lessons of a training table. x_QD: its embeddings, on any device; weight_N: (N,) of the rows, decayed.
+    """The lessons of a training table. x_QD: its embeddings, on any device. weight_N: (N,) decayed weights of the rows.
 
-    Of a large table a random part, drawn by the job's seed. Raises ConfigError where the settings ask for what the
-    table or the bank does not have.
+    A large table is sampled at random by the job's seed. Raises ConfigError if the settings need what the table or the
+    bank does not have.
     """
     asked, configs = config.router, len(trajectories.configs)
     if asked.steps > 1 and trajectories.session is None:
@@ -53,7 +53,7 @@ def gather_lessons(
     if most < len(order_Q):
         order_Q = order_Q[np.sort(rng.choice(len(order_Q), most, replace=False))]
     if from_bank:
-        # the last ones validate: beliefs are not of a time, and a bank that is imitated everywhere must be asked so too
+        # the last ones validate: beliefs do not depend on time, and an imitation must be validated everywhere
         order_Q = rng.permutation(order_Q)
     step_QT = last_steps(trajectories.session, trajectories.query_time, asked.steps)[order_Q]
     used, place = np.unique(step_QT, return_inverse=True)
@@ -87,11 +87,11 @@ def gather_lessons(
 
 
 def _between(x_QD: npt.NDArray[np.float32], count: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
-    """(count, D) queries between two logged ones, at any share of the way (mixup, Zhang et al. 2018)."""
+    """(count, D) random mixes of two logged queries (mixup, Zhang et al. 2018)."""
     one, other = rng.integers(len(x_QD), size=(2, count))
     share = rng.random((count, 1), dtype=np.float32)
     x_BD: npt.NDArray[np.float32] = share * x_QD[one] + (1 - share) * x_QD[other]
-    # two opposite queries have nothing between them
+    # the mix of two opposite queries may be 0
     nothing = ~x_BD.any(1)
     x_BD[nothing] = x_QD[one[nothing]]
     return x_BD
@@ -102,7 +102,7 @@ def last_steps(
 ) -> npt.NDArray[np.int64]:
     """(Q, T) the last T queries of each query's session up to itself, oldest first; -1 before the session's start.
 
-    Queries of one session go by time, of one time by their order. Session 0 is none.
+    Queries of one session are ordered by time, and in the table's order if their times are equal. Session 0 means none.
     """
     queries = len(time_Q)
     found_QT = np.full((queries, steps), -1, dtype=np.int64)
@@ -123,7 +123,7 @@ def last_steps(
 def _outcomes(
     trajectories: Trajectories, bank: BankData, weight_N: npt.NDArray[np.float64], order_Q: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Mean utility of each query under each config, 0 where it did not run, and the weight of its rows; (Q, C) each."""
+    """Mean utility of each query under each config, 0 where it did not run, and its rows' weight; (Q, C) each."""
     queries, configs = len(order_Q), len(trajectories.configs)
     place = np.full(len(trajectories.query_id), -1)
     place[order_Q] = np.arange(queries)
@@ -138,10 +138,10 @@ def _outcomes(
 
 
 def _beliefs(bank: BankData, x_QD: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """What the bank expects each config to gain on each query, (Q, C).
+    """(Q, C) the gain over the default that the bank expects of each config on each query.
 
-    A config that it chooses on none of them is held a standard deviation under the default: what was not shown to pay
-    must not be routed to.
+    A config that the bank chooses on none of them is put at least a standard deviation below the default: the router
+    must not choose what was not shown to pay.
     """
     state = BankState(bank, None, "exact")
     gain_QC = expected_gains(state, x_QD)
@@ -157,8 +157,8 @@ def _beliefs(bank: BankData, x_QD: npt.NDArray[np.float32]) -> npt.NDArray[np.fl
 def routed(
     router: FastGRNNRouter, bank: ReasoningBank, table: Trajectories, steps: int
 ) -> dict[str, npt.NDArray[np.int64]]:
-    """What the router alone and the router blended with the bank pick for each query of a table, as config ids (Q,);
-    -1 is a setting that was never tried, as a blend of two may be. A session's earlier queries are those of the table.
+    """Config ids (Q,) that the router alone, and the router blended with the bank, pick for each query of a table; -1
+    for a setting that was never tried, which a blend may be. A session's earlier queries are those in the table.
     """
     numbers_QF = np.zeros((len(table.query_id), 0), np.float32) if table.feature_QF is None else table.feature_QF
     alone, blended = [], []

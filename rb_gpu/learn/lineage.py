@@ -1,4 +1,4 @@
-"""How the patterns of a training descend from its parent's: where it starts, whose ids stay, what became of the rest.
+"""How a training's patterns descend from its parent's: where clustering starts, which ids stay, what became of others.
 
 Suffixes: Q queries, P leaves, B patterns of one level before, N of one level now, E pairs of the two with queries in
 common, D dims.
@@ -28,23 +28,23 @@ log = logging.getLogger(__name__)
 Rows = npt.NDArray[np.int64]
 Matrix = npt.NDArray[np.float32]
 
-# of all queries of either pattern, those in both: with fewer in common the one does not go on as the other
+# Jaccard share (queries in both patterns, of those in either) below which one does not continue as the other
 LEAST_SHARE = 0.25
-# of a pattern's queries: as many came from, or went to, one other
+# share of a pattern's queries that must have come from, or gone to, one other pattern to name it as origin or heir
 MAJORITY = 0.5
-# a weight under that of any pair, so that to go unmatched is the last resort
+# a weight below that of any pair, so that staying unmatched is the last resort
 UNMATCHED = 1e-9
-# ids of each kind that a manifest lists; the counts are of all
+# most ids of each kind that a manifest lists; the counts include all
 LISTED = 100
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """What became of every pattern of all levels, by id; at most LISTED of each kind, while counts are of all.
+    """What became of every pattern of all levels, by id; at most LISTED of each kind, while counts include all.
 
-    parent: version. kept: ids that stayed. split: new ids, each most of whose queries the parent had in one pattern,
-    by that pattern. merged: ids that ended, most of whose queries are now in one pattern, by that. born, retired: the
-    new and the ended ones besides. evidence: whether what the parent knew was added, and if not, why.
+    parent: its version. kept: ids that stayed. split: new ids, most of whose queries the parent had in one pattern,
+    grouped by that pattern. merged: ids that ended, most of whose queries are now in one pattern, grouped by that.
+    born, retired: the other new and ended ids. evidence: whether the parent's evidence was added, and if not, why.
     """
 
     parent: str | None
@@ -59,8 +59,9 @@ class Lineage:
 
 @dataclass(frozen=True)
 class Descent:
-    """Of one level. before_N: the pattern before whose id goes on, -1 for none. origin_N: the one before that had most
-    of its queries, heir_B: the one now that has most of those of one before; -1 where there is no majority.
+    """Descent within one level; -1 means none. before_N: the earlier pattern that continues as each one of now.
+    origin_N: the earlier pattern that had most of its queries. heir_B: the pattern of now that has most of the queries
+    of each earlier one.
     """
 
     before_N: Rows
@@ -78,7 +79,7 @@ class _Fates:
 
 
 def differences(data: BankData, metric: str, dim: int, embedder: str) -> list[str]:
-    """In what a bank cannot be compared with another of this metric, dim and embedder; empty where it can."""
+    """Why a bank cannot be compared with another of this metric, dim and embedder; empty if it can."""
     asked = {"metric": metric, "dim": dim, "embedder": embedder}
     return [f"{name} is {getattr(data, name)}, not {new}" for name, new in asked.items() if getattr(data, name) != new]
 
@@ -86,11 +87,11 @@ def differences(data: BankData, metric: str, dim: int, embedder: str) -> list[st
 def warm_start(
     parent: BankData | None, k: int, trajectories: Trajectories, config: TrainConfig
 ) -> tuple[int, Matrix | None]:
-    """How many clusters to make, and the centroids to start from: the parent's leaves, of which those that Ward's
-    linkage merges first are one where they are over k.
+    """The number of clusters, and the centroids to start from: the parent's leaves; if they are more than k, Ward's
+    linkage first merges them to k.
 
-    Clusters that fell to merging or pruning are drawn anew, so that the bank can grow with its queries; but where the
-    very table of the parent comes again, which would only split other patterns in their stead.
+    Clusters that merging or pruning removed are seeded anew, so that the bank can grow with its queries. Not so if the
+    parent's own table comes again with the same cluster.k: new clusters would only split other patterns.
     """
     if parent is None:
         return k, None
@@ -113,9 +114,9 @@ def warm_start(
 
 
 def parent_leaves(parent: BankData | None, x_QD: torch.Tensor, device: torch.device, engine: str = "auto") -> Rows:
-    """(Q,) the parent's leaf of each query, -1 where the parent would have known none: under its similarity floor.
+    """(Q,) the parent's leaf of each query; -1 below the parent's similarity floor, where it would have known none.
 
-    x_QD: as they were clustered. With l2 there is no floor, since that is a cosine.
+    x_QD: as they were clustered. With l2 there is no floor, since the floor is a cosine.
     """
     if parent is None:
         return np.full(len(x_QD), -1)
@@ -130,10 +131,10 @@ def descend(before_Q: Rows, now_Q: Rows, before_BD: Matrix, now_ND: Matrix) -> D
     """Matches the patterns of one level, before and now, by their centroids and by the patterns (Q,) of the same
     queries in both, negative for none.
 
-    The matching is that of largest total weight, the share of common members (Jaccard) plus the cosine, among pairs
-    with a share of LEAST_SHARE or more (the Hungarian problem, by LAPJVsp: Jonker & Volgenant 1987). No pattern has
-    more than 1 / LEAST_SHARE such partners, so that 65,536 patterns take a sparse matrix. What happened to the others
-    is told by majorities, as in MONIC (Spiliopoulou et al. 2006).
+    Among pairs whose share of common members (Jaccard) is at least LEAST_SHARE, the matching maximises the total of
+    share plus cosine (the assignment problem, by LAPJVsp: Jonker & Volgenant 1987). No pattern has more than
+    1 / LEAST_SHARE such partners, so the matrix is sparse and 65,536 patterns are feasible. What happened to unmatched
+    patterns is decided by majorities, as in MONIC (Spiliopoulou et al. 2006).
     """
     before, now = len(before_BD), len(now_ND)
     size_B = np.bincount(before_Q[before_Q >= 0], minlength=before)
@@ -171,11 +172,11 @@ def descend(before_Q: Rows, now_Q: Rows, before_BD: Matrix, now_ND: Matrix) -> D
 def inherit(
     data: BankData, label_Q: Rows, parent: BankData | None, before_Q: Rows, first_id: int, evidence: str
 ) -> BankData:
-    """The bank with its parent's ids and dates of birth where a pattern goes on, and new ids where none does.
+    """The bank with its parent's ids and creation dates where a pattern continues, and new ids where none does.
 
-    label_Q, before_Q: leaf of each training query in the bank and in its parent, negative for none. first_id: the
-    least id that is free; ids that the parent or its forebears had are never given again. The facts `next_pattern_id`
-    and, where there is a parent, `lineage` are added.
+    label_Q, before_Q: leaf of each training query in the bank and in its parent, negative for none. first_id: the least
+    free id; ids that the parent or its ancestors had are never used again. Adds the facts `next_pattern_id` and, with a
+    parent, `lineage`.
     """
     patterns = len(data.arrays["pattern_id"])
     if parent is None:
@@ -221,7 +222,7 @@ def inherit(
 
 
 def _tell(fates: _Fates, found: Descent, old_ids: Rows, new_ids: Rows) -> None:
-    """Adds what became of the patterns of one level."""
+    """Adds to `fates` what became of the patterns of one level."""
     goes_on = found.before_N >= 0
     fates.kept += new_ids[goes_on].tolist()
     for new in np.flatnonzero(~goes_on):
@@ -237,7 +238,7 @@ def _tell(fates: _Fates, found: Descent, old_ids: Rows, new_ids: Rows) -> None:
 
 
 def _above(data: BankData, level: int, row_Q: Rows) -> Rows:
-    """(Q,) row within the level above of each query's pattern, given its row within this one; negative for none."""
+    """(Q,) row within the level above of each query's pattern, given its row within this level; negative for none."""
     parents = data.parents()
     if level >= len(parents):
         return np.full(len(row_Q), -1)

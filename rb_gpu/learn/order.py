@@ -1,4 +1,4 @@
-"""The order of a table's queries and rows, which is the same in whatever order, and from whatever files, they came.
+"""Puts a table's queries and rows into a canonical order that does not depend on the order or the files they came in.
 
 Suffixes: N rows, Q queries.
 """
@@ -16,9 +16,9 @@ from rb_gpu.learn.tables import Columns
 
 
 def put_in_order(columns: Columns, room: Room, told: Sequence[str]) -> None:
-    """Puts, in place, queries in the order of their newest timestamp and then of query_id, so that those of any span of
-    time are consecutive, and rows in the order of their queries and then of id: sums over rows are the same to the bit.
-    told: columns of queries, (Q,), besides x_QD, hash_Q, query_id and query_time; where they are there.
+    """Sorts in place: queries by their newest timestamp and then query_id, so that those of any time span are
+    consecutive; rows by their query and then id, so that sums over rows are the same to the bit. told: further columns
+    of queries (Q,), used if present, besides x_QD, hash_Q, query_id and query_time.
     """
     of_queries = [name for name in ("hash_Q", "query_id", "query_time", *told) if name in columns]
     if not _ascend(columns["query_time"], columns["query_id"]):
@@ -36,9 +36,9 @@ def put_in_order(columns: Columns, room: Room, told: Sequence[str]) -> None:
 def first_rows(
     query_N: npt.NDArray[np.uint64], id_N: npt.NDArray[np.uint64]
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The distinct queries (Q,), the row (Q,) of each one's least id, and each row's place among the queries (N,).
+    """The distinct queries (Q,), the row of the least id of each (Q,), and each row's index among the queries (N,).
 
-    The least id, not the first row: it is the same in whatever order rows are stored. Ids are distinct.
+    The least id rather than the first row, because it does not depend on the order of the rows. Ids are distinct.
     """
     if (id_N[1:] > id_N[:-1]).all():
         return np.unique(query_N, return_index=True, return_inverse=True)
@@ -48,6 +48,6 @@ def first_rows(
 
 
 def _ascend(major: npt.NDArray[Any], minor: npt.NDArray[Any]) -> bool:
-    """Whether pairs, none of which is there twice, are in their order."""
+    """Whether the pairs (major, minor), all distinct, are in ascending order."""
     later = major[1:] > major[:-1]
     return bool((later | ((major[1:] == major[:-1]) & (minor[1:] > minor[:-1]))).all())

@@ -1,7 +1,7 @@
-"""A model of the outcomes for doubly robust values: it predicts each held-out query from the other held-out queries.
+"""The outcome model for doubly robust values: predicts each held-out query from the other held-out queries.
 
-Cross-fitting (Chernozhukov et al. 2018) keeps a round's own noise out of its prediction. Nothing of the bank is in it:
-a model that shares the bank's errors would excuse them.
+Cross-fitting (Chernozhukov et al. 2018) keeps a round's own noise out of its prediction. The model uses nothing of the
+bank: a model that shared the bank's errors would excuse them.
 Suffixes: Q queries, N rows, C configs, D dims, F features, T outcomes.
 """
 
@@ -18,9 +18,9 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 FOLDS = 5
-# leading principal components of the embeddings that the regressions see
+# leading principal components of the embeddings that the regressions use
 FEATURES = 64
-# rows of a config below which it has its mean alone, and rows of all configs' mean which that is shrunk with
+# a config with fewer rows is predicted by its mean alone; every mean gets so many rows at the mean of all configs
 LEAST_ROWS = 20
 PRIOR_ROWS = 5.0
 TILE_QUERIES = 4096
@@ -40,9 +40,10 @@ def cross_fitted(
 ) -> Floats:  # fmt: skip
     """(T, Q, C) predictions of every outcome for each query under each config, from the rows of the other folds.
 
-    A ridge regression of each config on the leading components of the embeddings, averaged over ridges (one of which
-    leaves the config's mean alone) by leave-one-out; the mean where the config has few rows. weight_N: 1 / √propensity,
-    halfway between none, which leans where the log leans, and importance, which a few rows decide (Shimodaira 2000).
+    A ridge regression per config on the leading components of the embeddings, averaged over ridges (one of which leaves
+    only the config's mean) by leave-one-out error; the mean if the config has few rows. weight_N: 1 / √propensity, a
+    compromise between no weights, biased towards what the log favours, and importance weights, which a few rows
+    dominate (Shimodaira 2000).
     """
     x_QF = torch.from_numpy(_components(x_QD))
     out_TQC = np.empty((y_NT.shape[1], len(x_QD), configs))
@@ -66,7 +67,7 @@ def cross_fitted(
 
 
 def _components(x_QD: npt.NDArray[np.float32]) -> Floats:
-    """(Q, F) leading principal components of the directions of the embeddings, some rows at a time."""
+    """(Q, F) leading principal components of the directions of the embeddings, computed tile by tile."""
     queries, dims = x_QD.shape
     tiles = [slice(start, start + TILE_QUERIES) for start in range(0, queries, TILE_QUERIES)]
 
@@ -85,7 +86,7 @@ def _components(x_QD: npt.NDArray[np.float32]) -> Floats:
 
 
 def _means(config_N: Ints, weight_N: Floats, y_NT: Floats, configs: int) -> Floats:
-    """(T, C) weighted mean of each config, with PRIOR_ROWS rows of all configs' mean."""
+    """(T, C) weighted mean of each config, with PRIOR_ROWS further rows at the mean of all configs."""
     if len(config_N) == 0:
         return np.zeros((y_NT.shape[1], configs))
     prior = PRIOR_ROWS * weight_N.mean()

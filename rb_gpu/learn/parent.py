@@ -1,4 +1,4 @@
-"""Which published version a training goes on from, and which pattern ids are still free."""
+"""Which published version a training continues from, and which pattern ids are still free."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ NO_PARENT = "none"
 
 
 def find_parent(registry: Registry, config: TrainConfig, dim: int) -> BankData | None:
-    """The bank that `train.parent` names; None where it names none, where nothing is served yet, or, with a warning,
-    where the champion is damaged or of another metric, dim or embedder (the gate will say so too).
+    """The bank that `train.parent` names; None if it names none, if nothing is served yet, or, with a warning, if the
+    champion is damaged or has another metric, dim or embedder (the gate will report that too).
 
-    Raises RegistryError, ArtifactError or ConfigError where a version that was named cannot be a parent.
+    Raises RegistryError, ArtifactError or ConfigError if a version that was named explicitly cannot be a parent.
     """
     named = config.train.parent
     if named == NO_PARENT or (named == CHAMPION and registry.champion() is None):
@@ -43,10 +43,10 @@ def find_parent(registry: Registry, config: TrainConfig, dim: int) -> BankData |
 
 
 def free_pattern_id(registry: Registry) -> int:
-    """The least id that no pattern of any version here has had, nor one that they descend from."""
+    """The least id above those of all patterns of any version here and of the patterns they descend from."""
     free = 0
     for _, manifest in registry.manifests():
-        # before ids were kept, they were numbered from 0
+        # versions from before ids were kept numbered their patterns from 0
         levels = ((manifest or {}).get("counts") or {}).get("levels") or []
         free = max(free, int((manifest or {}).get("next_pattern_id", sum(levels))))
     return free

@@ -1,7 +1,7 @@
-"""What the parent knew of rows that the table does not hold, decayed and added to what the table says.
+"""Adds the parent's evidence on rows that the table no longer holds, decayed, to the table's own.
 
-A row must count once. Evidence is a sum without dates, so it is added where every row behind it is older than every row
-of the table, and left out as a whole where their times overlap.
+A row must count only once. Evidence is a sum without dates, so it is added only if every row behind it is older than
+every row of the table, and is left out entirely if their times overlap.
 Suffixes: Q queries, P leaves, B leaves of the parent, C configs.
 """
 
@@ -23,15 +23,15 @@ from rb_gpu.learn.verdicts import grade
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-# what a decay scales: sums of weights, and sums of their squares
+# what decay scales: sums of weights, and (by its square) sums of squared weights
 SUMS = ("w", "comoment", "latency_hist", "pair_w", "pair_comoment")
 SQUARES = ("w2", "pair_w2")
 
 
 @dataclass(frozen=True)
 class Past:
-    """The parent's leaves: evidence over the table's configs, None where it cannot be added, and ratings; before_Q: the
-    parent's leaf of each training query, negative for none. said: whether it is added, and if not, why.
+    """The parent's leaves: evidence on the table's configs, None if it cannot be added, and ratings. before_Q: the
+    parent's leaf of each training query, negative for none. said: whether evidence is added, and if not, why.
     """
 
     evidence: Evidence | None
@@ -41,8 +41,8 @@ class Past:
     said: str
 
     def heirs(self, label_Q: Rows) -> Rows:
-        """(B,) the leaf that has most of the queries of each of the parent's, -1 where none has any, or most went with
-        leaves that were pruned.
+        """(B,) the leaf that has the most queries of each of the parent's leaves; -1 if that has no queries, or if more
+        of them went with pruned leaves than any leaf has.
         """
         before_Q, place_Q = self.before_Q[self.before_Q >= 0], label_Q[self.before_Q >= 0] + 1
         places = int(label_Q.max()) + 2
@@ -56,9 +56,10 @@ class Past:
 def gather_past(
     parent: BankData | None, before_Q: Rows, trajectories: Trajectories, evidence: Evidence, half_life: float | None
 ) -> Past | None:
-    """What may be added to a table whose evidence is given; None where the parent's rows may be in the table.
+    """What may be added to a table with this evidence; None if the parent's rows may be in the table.
 
-    half_life: in days, of judge.half_life; the parent's own decay is to its newest row, this goes on from there.
+    half_life: in days, of judge.half_life. The parent's evidence is already decayed to its newest row; this decay
+    continues from there.
     """
     if parent is None:
         return None
@@ -88,7 +89,7 @@ def _decayed(evidence: Evidence, kept: float) -> Evidence:
 
 
 def _on_configs(evidence: Evidence, config_C: list[int | None], configs: int) -> Evidence:
-    """The same cells in the table's columns; configs that it does not have are left out."""
+    """The same cells in the table's columns; configs that the table does not have are dropped."""
     known = [old for old, new in enumerate(config_C) if new is not None]
     target = [new for new in config_C if new is not None]
 
@@ -101,9 +102,9 @@ def _on_configs(evidence: Evidence, config_C: list[int | None], configs: int) ->
 
 
 def with_past(leaves: Leaves, past: Past | None) -> Leaves:
-    """The leaves with the past's evidence added, each of the parent's to the one that has most of its queries.
+    """The leaves with the past's evidence added: each parent leaf's goes to its heir (`Past.heirs`).
 
-    Where there is a field nothing is added: it learns from rows, and what past rows were beyond it is not known.
+    With a field nothing is added: it learns from rows, and the past rows' residuals from it are unknown.
     """
     if past is None or past.evidence is None or leaves.field is not None:
         return leaves
@@ -114,14 +115,14 @@ def with_past(leaves: Leaves, past: Past | None) -> Leaves:
 
 
 def with_ratings(data: BankData, past: Past | None, label_Q: Rows) -> BankData:
-    """The bank with the past's votes added, on every level."""
+    """The bank with the past's ratings added, on every level."""
     if past is None:
         return data
     count, score = (data.arrays[name].copy() for name in ("rating_count", "rating_score"))
     row_B = past.heirs(label_Q)
     known_B = row_B >= 0
     row_B = row_B[known_B]
-    # leaves are all at one depth
+    # all leaves are at one depth, so they reach the top together
     while len(row_B) and row_B[0] >= 0:
         np.add.at(count, row_B, past.rating_count[known_B])
         np.add.at(score, row_B, past.rating_score[known_B])

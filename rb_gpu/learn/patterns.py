@@ -1,4 +1,4 @@
-"""Rows of pattern statistics from evidence. Suffixes: P patterns, C configs."""
+"""Computes the statistics of patterns from evidence. Suffixes: P patterns, C configs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PatternRows:
 
 
 def summarise(evidence: Evidence, configs: ConfigTable) -> PatternRows:
-    """The reference's pattern fields (section 4), from cell sums: exact, since a cell's parameters are constant."""
+    """The reference's pattern fields (section 4) from cell sums; exact, since parameters are constant within a cell."""
     w_P = evidence.w.sum(1)
     product = evidence.mean[..., OUTCOMES.index("product")]
 
@@ -34,7 +34,7 @@ def summarise(evidence: Evidence, configs: ConfigTable) -> PatternRows:
         return np.asarray((evidence.w * values_PC).sum(1) / np.maximum(w_P, 1e-300))
 
     quality_weight = evidence.w * product
-    # no trajectory did any good: the mean over all of them (design section 9, row 10)
+    # no trajectory had any quality: the mean without quality weights (design section 9, row 10)
     no_quality = quality_weight.sum(1) <= 0
     weight_PC = np.where(no_quality[:, None], evidence.w, quality_weight)
     return PatternRows(
@@ -50,7 +50,7 @@ def summarise(evidence: Evidence, configs: ConfigTable) -> PatternRows:
 
 
 def weighted_params(configs: ConfigTable, weight_C: Floats, tried_C: npt.NDArray[np.bool_]) -> SearchParams:
-    """Weighted mean of configs: rounded once, tier by weighted vote (ties: cheapest), context snapped to a tried."""
+    """Weighted mean of configs, rounded once; tier by weighted vote (ties: cheapest), context: the nearest tried."""
     total = weight_C.sum()
     if total <= 0:
         return configs[configs.default]

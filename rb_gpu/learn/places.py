@@ -1,4 +1,7 @@
-"""Finds what a table consists of: files, local or on any Arrow filesystem, S3 among them, or Hugging Face folders."""
+"""Finds the sources of a table: files, local or on any Arrow filesystem such as S3, and Hugging Face folders.
+
+Delta Lake and Lance tables are opened by lake.py.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,9 @@ FAR = re.compile(r"\w+://")
 
 
 def open_table(path: str | Sequence[str], store: Store, key: str) -> tuple[list[Source], int | None]:
-    """The sources of a table in the order of its rows, and its version where it has versions.
+    """The sources of a table in the order of its rows, and its version if the format has versions.
 
-    Raises DataError naming the key, the path and the remedy; ConfigError where a package is missing.
+    Raises DataError naming the key, the path and the remedy; ConfigError if a package is missing.
     """
     if store.format in ("delta", "lance"):
         open_versioned = open_delta if store.format == "delta" else open_lance
@@ -38,7 +41,7 @@ def open_table(path: str | Sequence[str], store: Store, key: str) -> tuple[list[
 def list_paths(
     path: str | Sequence[str], key: str, s3: S3Config | None = None
 ) -> list[tuple[pyarrow.fs.FileSystem, str]]:
-    """Every file that `path` names (file, directory, glob, URI, or a list of them). Raises DataError where none is."""
+    """Every file that `path` names (file, directory, glob, URI, or a list of them). Raises DataError if none does."""
     found: list[tuple[pyarrow.fs.FileSystem, str]] = []
     for one in [path] if isinstance(path, str) else path:
         try:
@@ -57,7 +60,7 @@ def list_paths(
 
 
 def _far_names(uri: str, s3: S3Config) -> tuple[pyarrow.fs.FileSystem, list[str]]:
-    """The filesystem of a URI and the names that it stands for; * matches within one part of a name."""
+    """The filesystem of a URI and the names that match it; * matches within one path component."""
     start, *pattern = re.split(r"(?<=/)(?=[^/]*[*?\[])", uri, maxsplit=1) if "?" not in uri else [uri]
     if start.startswith("s3://") and s3 != S3Config():
         filesystem, inner = _s3_filesystem(s3), start.removeprefix("s3://")
@@ -88,14 +91,14 @@ def _s3_filesystem(s3: S3Config) -> pyarrow.fs.S3FileSystem:
 
 
 def _local_names(path: str) -> list[str]:
-    # a folder may well be called runs[1]
+    # a path that exists is no glob: a folder may be called runs[1]
     if not glob.has_magic(path) or Path(path).exists():
         return [path]
     return sorted(glob.glob(path, recursive=True))  # noqa: PTH207 - any root
 
 
 def _files(filesystem: pyarrow.fs.FileSystem, name: str, key: str) -> list[str]:
-    """The file itself, or the files of a directory but those that Arrow and Spark hide with a leading . or _."""
+    """The file itself, or all files of a directory except those that Arrow and Spark hide with a leading . or _."""
     info = filesystem.get_file_info(name)
     if info.type == pyarrow.fs.FileType.NotFound:
         raise DataError(f"{key}={name} does not exist; give a file, a directory, a URI of one, or a glob")
@@ -120,7 +123,7 @@ def _files(filesystem: pyarrow.fs.FileSystem, name: str, key: str) -> list[str]:
 
 
 def _shards(folder: str, split: str, key: str) -> list[str]:
-    """The Parquet files of a split, SPLIT-00000-of-0000N.parquet in the folder or in one below it, all N of them."""
+    """All N Parquet files of a split, named SPLIT-00000-of-0000N.parquet, in the folder or one level below it."""
     root = Path(folder)
     if not root.is_dir():
         raise DataError(

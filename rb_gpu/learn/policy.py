@@ -1,7 +1,7 @@
-"""What a policy is worth on held-out queries, beside the default, the best single config and the per-query oracle.
+"""What policies are worth on held-out queries: a bank beside the default, the best single config and the oracle.
 
-A policy picks one config per query. valuation.py says what its picks are worth, and when nothing can be said; here they
-are compared: gains with paired intervals, what is left to the oracle, and how many patterns are harmed.
+A policy picks one config per query. valuation.py values its picks, or says why they have no value. This module compares
+the values: gains with paired intervals, the regret to the oracle, and how many patterns are harmed.
 Suffixes: Q queries, N rows, C configs, P leaf patterns, D dims, R resamples, M policies.
 """
 
@@ -47,13 +47,13 @@ class Gain:
 
 @dataclass(frozen=True)
 class PolicyValue:
-    """One row of the table; utility with its 95 % interval, in the objective's unit. What is not known is NaN.
+    """One row of the table; utility with its 95 % interval, in the objective's unit. Unknown numbers are NaN.
 
-    captured: share of the gap between the best single config and the oracle that the policy closes. regret: what the
-    oracle has more. acted, abstained: shares of queries on which it leaves the default, and does not. matched: rows
-    that tried what it picks; ess: how many of equal weight say as much (Kish). harm: of the patterns in which it acts.
-    estimates: utility by the plainer estimators, where the grade is dr. unknown: why it has no value, None where it has
-    one.
+    captured: share of the gap between the best single config and the oracle that the policy closes. regret: the
+    oracle's utility less this one. acted, abstained: shares of the queries on which it leaves the default, and on which
+    it does not. matched: rows that tried what it picks; ess: their effective number (Kish). harm: among the patterns in
+    which it acts. estimates: utility by simpler estimators, if the grade is dr. unknown: why the policy has no value,
+    None if it has one.
     """
 
     name: str
@@ -80,13 +80,12 @@ class PolicyValue:
 class Evaluation:
     """The policy table; grade is exact, dr or associational (valuation.py).
 
-    bank_gains: how much more utility the policy "bank" has than each other one, with a paired 95 % interval: of a
-    bootstrap over queries, and of the jackknife where the grade is dr. warnings: what is wrong with the propensities,
-    or with the want of them; misled: the policies whose values rest on those that are wrong.
-    tradeoffs: quality over cost, None without cost and for a bank that cannot be asked for another trade-off.
-    calibration: of the bank's confidence, None where too few patterns act. coverage: share of the queries at or over
-    the bank's similarity floor, NaN where there is no bank. broken: by policy, what it does that the objective rules
-    out: a floor or a bound.
+    bank_gains: utility of the policy "bank" less that of each other one, with a paired 95 % interval: by the jackknife
+    if the grade is dr, else by a bootstrap over queries. warnings: what is wrong with the propensities, or doubtful
+    without them. misled: policies whose values rest on wrong propensities. tradeoffs: quality over cost, None without
+    logged costs and for a bank that cannot answer for another trade-off. calibration: of the bank's confidence, None
+    where too few patterns act. coverage: share of the queries at or above the bank's similarity floor, NaN without a
+    bank. broken: by policy, how it violates the objective's floor or bound.
     """
 
     grade: str
@@ -110,9 +109,9 @@ class Evaluation:
 
 
 def best_single(evidence: Evidence, objective: Objective) -> int:
-    """The config of highest mean utility over all training rows, among those of LEAST_SIZE effective rows, if any has
-    so many: else a few lucky ones decide. Where the objective is bound, of highest quality among those within the
-    bounds; where it is floor, the cheapest that reaches it. Where none does, of highest quality.
+    """The config of highest mean utility over all training rows, among those with LEAST_SIZE effective rows if there
+    are any, since a few lucky rows could decide otherwise. For the objective bound: the highest quality within the
+    bounds; for floor: the cheapest that reaches it. If no config does: the highest quality.
     """
     root = evidence.regroup(np.zeros(len(evidence.rows), dtype=np.int64), 1)
     tried = root.rows[0] > 0
@@ -127,7 +126,7 @@ def best_single(evidence: Evidence, objective: Objective) -> int:
 
 
 def oracle(rows: Outcomes) -> Choice | None:
-    """The best config of each query in hindsight, None unless every query was tried under several."""
+    """The best config of each query in hindsight; None unless every query has at least two rows."""
     if (np.bincount(rows.query_row, minlength=rows.queries) < 2).any():
         return None
     order = np.lexsort((-rows.utility, rows.query_row))
@@ -140,9 +139,9 @@ def evaluate(
 ) -> Evaluation:
     """Values every policy (name to (Q,) config ids; -1 is a config that the table does not know).
 
-    policies must hold "default", "bank" and SINGLE; "oracle" is used where present and the grade is exact: it was read
-    off the outcomes, which only a full table pays out without favour. leaf_Q: leaf pattern of each query, by which harm
-    is measured.
+    policies must hold "default", "bank" and SINGLE. "oracle" is optional and valued only if the grade is exact: it was
+    chosen by the outcomes, and only a full table has the outcomes of all choices. leaf_Q: leaf pattern of each query,
+    by which harm is measured.
     """
     valuation = Valuation(rows, policies.values())
     if valuation.grade != "exact":
@@ -201,8 +200,8 @@ def evaluate(
 def _bank_gains(
     valuation: Valuation, policies: dict[str, Choice], point: dict[str, float], drawn_RM: Floats | None
 ) -> dict[str, Gain]:
-    """How much more the bank is worth than each other policy. point: utilities, NaN where unknown; drawn: of resamples,
-    None where the interval is the estimate's own.
+    """Utility of the bank less that of each other policy. point: utilities, NaN where unknown. drawn_RM: utilities on
+    resamples; None to use the estimator's own interval.
     """
     bank, picked = list(policies).index("bank"), policies["bank"]
     gains = {}
@@ -238,7 +237,7 @@ def _interval(drawn: Floats) -> tuple[float, float]:
 
 
 def _widened(value: float, ends: tuple[float, float], rare: float) -> tuple[float, float]:
-    """The interval with a standard error besides, which no resampling shows."""
+    """The interval widened by the standard error `rare`, which no resampling shows."""
     low, high = (math.hypot(value - end, Z_95 * rare) for end in ends)
     return value - low, value + high
 
@@ -250,8 +249,8 @@ def value_bank(
 ) -> Evaluation:  # fmt: skip
     """The policy table of a bank, and of the champion and other choices where given, on held-out trajectories.
 
-    Each bank's configs are looked up among the table's; one that the table lacks is -1, and such a policy has no value.
-    brief: without trade-offs and calibration. rows: the outcomes of held_out, where they are at hand.
+    Each bank's configs are looked up among the table's. One that the table lacks becomes -1, and a policy that picks it
+    has no value. brief: without trade-offs and calibration. rows: outcomes of held_out, if already computed.
     """
     rows = held_out_outcomes(held_out, bank.data.objective) if rows is None else rows
     queries = len(held_out.query_id)
@@ -264,7 +263,7 @@ def value_bank(
         policies[CHAMPION] = choices(champion, held_out)
     policies |= others or {}
     objective = bank.data.objective
-    # more utility is no better where a floor or a bound is broken for it
+    # under a floor or bound, more utility is no better if the floor or bound is broken for it
     alone = objective.kind == "utility"
     hindsight = oracle(rows) if alone else None
     if hindsight is not None:
@@ -297,7 +296,7 @@ def nearest_leaves(bank: ReasoningBank, x_QD: npt.NDArray[np.float32]) -> tuple[
     """(Q,) row of the leaf pattern of largest cosine to each query, and that cosine."""
     unit_PD = normalise_(torch.tensor(bank.data.arrays["centroids"][: bank.data.leaves], dtype=torch.float32))
     x = torch.from_numpy(np.asarray(x_QD, dtype=np.float32))
-    # times its query's norm, which ranks the leaves alike
+    # cosines times the query's norm, which ranks the leaves the same
     best = [(x[tile] @ unit_PD.T).max(1) for tile in tiles(len(x), len(unit_PD), x.device)]
     cosine_Q = torch.cat([one.values for one in best]) / x.norm(dim=1)
     return torch.cat([one.indices for one in best]).numpy(), cosine_Q.numpy()

@@ -1,4 +1,4 @@
-"""The patterns on a plane: where their centroids, and some of their queries, lie on two principal axes.
+"""Places the patterns' centroids, and a sample of their queries, on a plane of two principal axes, for the report.
 
 Suffixes: Q queries, S sampled queries, P leaves, D dims, A axes.
 """
@@ -16,17 +16,18 @@ Rows = npt.NDArray[np.int64]
 Matrix = npt.NDArray[np.float32]
 
 SAMPLE_QUERIES = 2000
-# axes beside the two that are wanted, which the iteration needs to converge fast, and its rounds
+# axes beyond the two wanted, so that the subspace iteration converges fast, and its rounds
 SPARE_AXES, ROUNDS = 6, 16
 
 
 @dataclass(frozen=True)
 class Projection:
-    """centroids_P2, queries_S2: float32 places on the two axes. leaf_S: the leaf of each sampled query. share: of the
-    sampled queries' variance, how much lies along the two axes, 0 to 1; NaN where they do not vary.
+    """centroids_P2, queries_S2: float32 coordinates on the two axes. leaf_S: the leaf of each sampled query. share: the
+    fraction of the sampled queries' variance along the two axes, 0 to 1; NaN where they do not vary.
 
-    A centroid of cosine k-means is a direction, and its queries' mean is shorter the more they spread: all centroids
-    are drawn at one length that fits the sampled queries best, so that patterns lie among their queries.
+    A centroid of cosine k-means is only a direction, and the mean of its queries is the shorter the more they spread.
+    All centroids are therefore drawn at one length, fitted by least squares to the sampled queries, so that patterns
+    lie among their queries.
     """
 
     centroids_P2: Matrix
@@ -38,9 +39,9 @@ class Projection:
 def project(
     x_QD: Matrix, label_Q: Rows, centroids_PD: Matrix, support_P: Rows, seed: int, device: torch.device
 ) -> Projection:
-    """Principal components of the centroids (P, D) weighted by their support, computed on the device.
+    """Projects on the principal components of the centroids (P, D), weighted by their support; computed on the device.
 
-    They show what tells patterns apart; those of the queries would mostly show what patterns have in common. At most
+    These show what distinguishes patterns; the components of the queries would mostly show what patterns share. At most
     SAMPLE_QUERIES of the queries that have a leaf (label_Q >= 0) are drawn at random.
     """
     drawn = torch.Generator().manual_seed(seed)

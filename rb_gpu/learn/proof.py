@@ -1,7 +1,7 @@
-"""Whether what the field and its leaves would choose for unseen queries beats the default: the gate before any choice.
+"""The gate before any choice: tests whether the choices of the field and its leaves beat the default on unseen queries.
 
-Where it does not, the default stands everywhere. All tests are cross-fitted: levels and choices come without the fold
-on which they are valued.
+Where they do not, the default stands everywhere. All tests are cross-fitted: levels and choices are computed without
+the fold on which they are valued.
 Suffixes: Q queries, N rows, P leaves, C configs, O outcomes, G draws, F folds.
 """
 
@@ -21,32 +21,34 @@ from rb_gpu.learn.ridge import FOLDS, TINY, folds_in_turn
 from rb_gpu.objective import Objective
 
 DRAWS = 64
-# 5 % less what folds that share rows take for known: without it 5 to 6 % of worlds without a better config passed
+# 5 % less an allowance for folds that share rows: without it 5 to 6 % of simulated logs without a better config passed
 FAMILY_ERROR = 0.04
-# of the test whether choices by place beat the same choices regardless of it. The field of a log deviates from place to
-# place only where unseen rows bear it out, so that it errs in 3 worlds of 100; one of a full table does in 1 of 10, and
-# leaves, which are all there is where no field of a log deviates, seem to in every world
+# level of the test whether choices by place beat the same choices made regardless of place. The field of a log deviates
+# from place to place only if that improves the predictions of unseen rows; in simulations it wrongly does so in 3 logs
+# of 100. The field of a full table does in 1 of 10; leaves, which are all that is left if the field of a log does not
+# deviate, appear to in every one. These two need a stricter level
 LOG_PLACE_ERROR, FULL_PLACE_ERROR = 0.05, 0.01
-# of the test whether they also beat the default. Where it is the best everywhere, in places by more, choices by place
-# do beat the same regardless of it: at LIKELIER, one such world in five passed
+# level of the test whether they also beat the default. If the default is the best config everywhere, but by more in
+# some places, choices by place do beat the same ones regardless of it: at LIKELIER, one such log in five passed
 PLACE_GAIN_ERROR = 0.1
-# of an estimate that is a gain, however unsure
+# level that any positive estimate passes, however uncertain
 LIKELIER = 0.5
-# rows of the default below which nothing is known of how it varies, and so of what beats it
+# with fewer rows of the default its variance is unknown, and so is whether anything beats it
 LEAST_DEFAULT = 2
-# a row that makes most of its config's mean says little of how far it lies from it
+# floor of 1 − h: a row that makes up most of its config's mean has an almost meaningless leave-one-out residual
 LEAST_KEPT = 0.1
-# what a covariance gets on its diagonal, as a share of it, to stay one in spite of rounding
+# added to a covariance's diagonal, as a share of its mean, so that it stays positive definite despite rounding
 JITTER = 1e-7
 
 
 @dataclass(frozen=True)
 class Pseudo:
-    """What is known of every query and config without having seen the query, and of each row beyond that.
+    """Pseudo-outcomes: the leave-one-query-out predictions, and the rows' residuals from them.
 
-    away_QC: utility foretold. leaf_Q: leaf of each query. left_N: what a row's utility has more than was foretold.
-    share_N: its weight, which adds up to Q over the rows of each config. rounding: utility that may be nothing but the
-    rounding of outcomes of this size. size: of what is rare in left_N (`rare_size`).
+    away_QC: predicted utility, up to a term that all configs share. leaf_Q: leaf of each query. left_N: residual of
+    each row's utility, on a full table less that of the query's row of the default. share_N: importance weights, which
+    sum to Q over the rows of each config. rounding: a gain in utility up to this may be mere rounding. size: of rare
+    deviations in left_N (`rare_size`).
     """
 
     away_QC: Tensor
@@ -61,21 +63,23 @@ def pays(
     fits: dict[int, Fit], rows: Rows, y_NO: Tensor, leaf_Q: Tensor, objective: Objective, default: int, seed: int,
     in_use: bool = True,
 ) -> bool:  # fmt: skip
-    """Whether choices by the field and by leaves (Q,), or one choice for all queries, beat the default: true in 5 % of
-    the worlds at most in which none does. Negative leaves are one that stands for all queries without.
+    """Whether choices by the field and the leaves leaf_Q (Q,), or one choice for all queries, beat the default. If
+    nothing does, it is true with probability 5 % at most. All queries with a negative leaf count as one more leaf.
 
-    What is valued is not the best guess, on which folds of a small log disagree, but every config as often as it is the
-    best under the posterior (Thompson 1933): near equals are then valued by the rows of all of them. The two tests,
-    which lean on each other, are joined by the Cauchy combination (Liu & Xie 2020). Of a full table, where every config
-    is known by every query, it is enough to name one that beats the default: shares of its folds all lean on the
-    default's own noise, and too many tables passed in which no config differs.
+    Folds of a small log disagree about the single best config. So what is valued is not that but a random choice, of
+    each config with its posterior probability of being the best (Thompson 1933): near equals are then valued by the
+    rows of all of them. The two tests (choices by query, one choice for all) are dependent and are joined by the Cauchy
+    combination (Liu & Xie 2020). On a full table every query informs about every config, and one test replaces both:
+    whether some named config beats the default. There the folds' probabilities all depend on the same noise of the
+    default, and too many tables without any difference passed.
 
-    Where the default is better on the whole, shares lose by every doubt that is left, and small logs do not show that
-    it is worse in places. It is enough there that shares by place beat the same shares dealt out regardless of it, as
-    in the test for heterogeneity of Chernozhukov, Demirer, Duflo & Fernández-Val (2018), and, by a weaker test, the
-    default. in_use: whether a service runs the default. Where the best single config of an experiment stands in for one
-    that nothing surely beat, that is not asked again, and choices by place, where the field deviates, need but seem a
-    gain. Nothing is known to beat a default that hardly ran: false.
+    Where the default is better on the whole, random choices lose by all remaining uncertainty, and small logs cannot
+    show that it is worse in places. There it suffices that choices by place beat the same choices dealt out regardless
+    of place, as in the heterogeneity test of Chernozhukov, Demirer, Duflo & Fernández-Val (2018), and that they beat
+    the default at a weaker level. in_use: whether a service runs the default. If instead it is the best single config
+    of an experiment, standing in because nothing surely beat the first default, only the heterogeneity test is made;
+    where the field of a log deviates from place to place, any positive estimate passes it. False if the default has
+    fewer than LEAST_DEFAULT rows.
     """
     if int((rows.config_N == default).sum()) < LEAST_DEFAULT:
         return False
@@ -87,11 +91,11 @@ def pays(
     share_N = rows.importance_N / total_C[rows.config_N]
     left_N = y_NO @ weighed_O - own_N
     left_C = by_config(rows, share_N * left_N)
-    # a level is of the config's own rows: what a row lies from it without itself (MacKinnon & White 1985)
+    # leave-one-out residuals: a config's level is a mean that contains the row itself (MacKinnon & White 1985)
     left_N = (left_N - left_C[rows.config_N]) / (1.0 - share_N).clamp(min=LEAST_KEPT) + left_C[rows.config_N]
     away_QC = torch.stack([direction_O[o] * one.unseen_QC for o, one in fits.items()]).sum(0)
     if rows.full:
-        # what makes a query hard for all configs says nothing of which is better: differences to the default
+        # what makes a query hard for all configs does not tell which is better: take differences to the default
         left_QC = left_N.new_zeros(rows.queries, rows.configs)
         left_QC[rows.query_N, rows.config_N] = left_N
         left_N = left_N - left_QC[rows.query_N, default]
@@ -113,13 +117,13 @@ def pays(
         return True
     if rows.full:
         return _surest_single(pseudo, rows, default) < FAMILY_ERROR
-    # one that sees a loss says no more against the other than one that sees nothing
+    # a p-value above .5 counts as .5: one test that sees a loss must not cancel the gain that the other sees
     joined = sum(math.tan((0.5 - min(p, 0.5)) * math.pi) for p in (by_query, alike)) / 2
     return joined > math.tan((0.5 - FAMILY_ERROR) * math.pi)
 
 
 def _shares(pseudo: Pseudo, rows: Rows, default: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """How often each config is the best under the posterior, (Q, C) twice: by query, and for all queries together."""
+    """Posterior probability of each config of being the best, (Q, C) twice: by query, and one set for all queries."""
     by_query_QC, alike_QC = torch.zeros_like(pseudo.away_QC), torch.zeros_like(pseudo.away_QC)
     fold_Q = folds_in_turn(rows.queries, alike_QC.device)
     fold_N = fold_Q[rows.query_N]
@@ -133,16 +137,16 @@ def _shares(pseudo: Pseudo, rows: Rows, default: int, generator: torch.Generator
         known_C = (total_C > 0) & (error_C > 0)
         seen_C = torch.bincount(rows.config_N[weight_N > 0], minlength=rows.configs)
         unsure_C = torch.where(known_C, error_C, torch.inf)
-        # what all others are compared with, at what was foretold of it where its rows are in the other folds
+        # kept finite, as all differences are to the default: without rows in the other folds its prediction stands
         unsure_C[default] = error_C[default]
         all_C, all_CC = settled(mean_C + left_C, unsure_C, seen_C, None if rows.full else rows.apart_CC)
         gain_C, apart_C = all_C - all_C[default], to_default(all_CC, default)
-        # its own 0 would weigh without end
+        # the default's difference to itself has variance 0, which would get infinite weight
         apart_C[default] = 2.0 * all_CC[default, default]
         kept_C = torch.zeros_like(gain_C)
         kept_C[known_C] = shrinkage(gain_C[known_C], apart_C[known_C])
         level_C = torch.where(known_C, kept_C * gain_C, -torch.inf)
-        # what is no better than the default leaves it in place
+        # a tiny lead, so that a config which is no better leaves the default in place
         level_C[default] = ROUNDING * float(pseudo.left_N.std())
         root_CC = _root(torch.where(torch.isfinite(unsure_C * unsure_C[:, None]), all_CC, 0.0))
         noise_GC = torch.randn(DRAWS, rows.configs + 1, generator=generator, dtype=torch.float64).to(gain_C)
@@ -170,17 +174,17 @@ def _shares(pseudo: Pseudo, rows: Rows, default: int, generator: torch.Generator
 
 
 def _root(covariance_CC: Tensor) -> Tensor:
-    """A Cholesky factor (C, C), also where some are known exactly or follow from others."""
+    """A Cholesky factor (C, C), also of a singular matrix: some levels may be exact or linearly dependent."""
     rounding = JITTER * covariance_CC.diagonal().mean() + TINY
     root_CC: Tensor = torch.linalg.cholesky(covariance_CC + rounding * torch.eye(len(covariance_CC)).to(covariance_CC))
     return root_CC
 
 
 def _leaves(pseudo: Pseudo, rows: Rows, weight_N: Tensor, left_C: Tensor) -> tuple[Tensor, Tensor]:
-    """What each config has more in each leaf than was foretold and than left (C,), by rows of these weights, shrunk
-    towards 0 as far as chance explains it; and its posterior standard deviation; (P, C) both.
+    """Posterior mean and standard deviation, (P, C) both, of each config's mean residual in each leaf less its overall
+    one left_C (C,), under the weights weight_N: shrunk towards 0 as far as chance explains it.
 
-    Where configs are many, each with few rows, the field finds no place for what leaves show together.
+    Where configs are many and have few rows each, leaves show together what the field cannot locate.
     """
     leaves = int(pseudo.leaf_Q.max()) + 1
     cell_N = pseudo.leaf_Q[rows.query_N] * rows.configs + rows.config_N
@@ -191,7 +195,7 @@ def _leaves(pseudo: Pseudo, rows: Rows, weight_N: Tensor, left_C: Tensor) -> tup
 
     total_PC = by_cell(weight_N)
     mean_PC = by_cell(weight_N * away_N) / total_PC.clamp(min=TINY)
-    # of a config's rows together: those of a cell are few
+    # pooled over each config's rows, as a single cell has too few
     variance_C = by_config(rows, weight_N * away_N.square()) / by_config(rows, weight_N).clamp(min=TINY)
     error_PC = variance_C * by_cell(weight_N.square()) / total_PC.square().clamp(min=TINY)
     known_PC = (total_PC > 0) & (error_PC > 0)
@@ -201,7 +205,7 @@ def _leaves(pseudo: Pseudo, rows: Rows, weight_N: Tensor, left_C: Tensor) -> tup
 
 
 def _surest_single(pseudo: Pseudo, rows: Rows, default: int) -> float:
-    """The least p-value of one config for all queries against the default, Bonferroni's over the configs."""
+    """The least p-value of any one config for all queries against the default, Bonferroni-corrected over configs."""
     p_values = []
     for c in range(rows.configs):
         if c != default:
@@ -212,7 +216,7 @@ def _surest_single(pseudo: Pseudo, rows: Rows, default: int) -> float:
 
 
 def _from_place_to_place(shares_QC: Tensor) -> Tensor:
-    """How far each query's shares lie from their mean over its fold."""
+    """Each query's choice probabilities less their mean over its fold."""
     fold_Q = folds_in_turn(len(shares_QC), shares_QC.device)
     sum_FC = shares_QC.new_zeros(FOLDS, shares_QC.shape[1]).index_add_(0, fold_Q, shares_QC)
     count_F = torch.bincount(fold_Q, minlength=FOLDS).clamp(min=1)
@@ -220,9 +224,10 @@ def _from_place_to_place(shares_QC: Tensor) -> Tensor:
 
 
 def _p_value(moved_QC: Tensor, pseudo: Pseudo, rows: Rows) -> float:
-    """Of a one-sided t test of what moving shares from config to config gains, doubly robust where each query ran one
-    config (Dudík, Langford & Li 2011), with Satterthwaite's degrees of freedom: a config of few rows does not know its
-    own variance. 1 where nothing is gained.
+    """P-value of a one-sided t test that moving choice probability from config to config, moved_QC, gains utility.
+
+    The estimate is doubly robust where each query ran one config (Dudík, Langford & Li 2011). Degrees of freedom are
+    Satterthwaite's, since the variance of a config with few rows is itself uncertain. 1 where nothing is gained.
     """
     weight_N = moved_QC[rows.query_N, rows.config_N] * pseudo.share_N
     moved_N = weight_N * pseudo.left_N
@@ -230,7 +235,7 @@ def _p_value(moved_QC: Tensor, pseudo: Pseudo, rows: Rows) -> float:
     variance_C = by_config(rows, moved_N.square())
     freedom_C = (torch.bincount(rows.config_N, minlength=rows.configs) - 1).clamp(min=1)
     freedom = float(variance_C.sum().square() / (variance_C.square() / freedom_C).sum().clamp(min=TINY))
-    # a config whose few rows all succeeded has no variance of its own
+    # a config whose few rows all succeeded shows no variance, so that of rare failures is added
     heaviest_C = by_config(rows, weight_N.square().square()) / by_config(rows, weight_N.square()).clamp(min=TINY)
     rare = RARE_ROWS * float(heaviest_C.sum()) * pseudo.size**2 / rows.queries
     gain, error = float(gain_Q.mean()), math.sqrt((float(gain_Q.var()) + rare) / rows.queries)
@@ -242,12 +247,14 @@ def _p_value(moved_QC: Tensor, pseudo: Pseudo, rows: Rows) -> float:
 
 
 def by_config(rows: Rows, v_N: Tensor) -> Tensor:
-    """(C,) sums over each config's rows."""
+    """(C,) sums of v_N over each config's rows."""
     return v_N.new_zeros(rows.configs).index_add_(0, rows.config_N, v_N)
 
 
 def shrinkage(effect_C: Tensor, error_C: Tensor) -> Tensor:
-    """What is kept of each effect when all are shrunk towards 0 together: as in rb_gpu.posterior."""
+    """Shrinkage factor of each effect, given error variances error_C, when all are shrunk towards 0 by one τ²: as in
+    rb_gpu.posterior.
+    """
     weight_C = 1.0 / error_C
     tau2 = ((weight_C * effect_C.square()).sum() - len(effect_C)).clamp(min=0) / weight_C.sum().clamp(min=TINY)
     return tau2 / (tau2 + error_C)

@@ -1,7 +1,7 @@
-"""Trains the FastGRNN router on what the bank believes of the logged queries, or on their outcomes alone.
+"""Trains the FastGRNN router on what the bank believes about the logged queries, or on their outcomes alone.
 
-The bank's beliefs say of every config what a log of one config per query cannot, and far less noisily (a teacher, as in
-Hinton et al. 2015, "Distilling the knowledge in a neural network"). Nothing but outcomes can teach what the bank never
+Beliefs cover every config, which a log of one config per query does not, and are far less noisy (the bank is a teacher,
+as in Hinton et al. 2015, "Distilling the knowledge in a neural network"). Only outcomes can teach what the bank never
 sees: numeric features, and earlier queries of a session.
 Suffixes: Q queries, N rows, B queries of a batch, T steps, I inputs, D dims, F numeric features, C configs.
 """
@@ -32,9 +32,9 @@ log = logging.getLogger(__name__)
 LEAST_QUERIES = 20
 VALIDATION_BATCH = 8192
 PROGRESS_EPOCHS = 10
-# known outcomes on the last queries under which the confidence is left as it was learned
+# known outcomes on the last queries below which the confidence is not recalibrated
 LEAST_KNOWN = 50
-# a batch is this share of the queries, and within these bounds
+# batch size as a share of the queries, and its bounds
 BATCH_SHARE, LEAST_BATCH, LARGEST_BATCH = 1 / 32, 128, 4096
 
 
@@ -42,10 +42,10 @@ BATCH_SHARE, LEAST_BATCH, LARGEST_BATCH = 1 / 32, 128, 4096
 class Lessons:
     """What a router learns from, all on one device; the last `validating` queries validate.
 
-    x_XI: (X, I) float32 embeddings, and F numeric features after each. step_QT: (Q, T) int64 rows of x, oldest first,
+    x_XI: (X, I) float32 embeddings, each followed by F numeric features. step_QT: (Q, T) int64 rows of x, oldest first,
     the query's own last; -1 before a session's start. utility_QC, weight_QC: (Q, C) float32 mean outcome in the
-    objective's unit and its weight >= 0, decay over propensity, 0 where the config did not run. belief_QC: gain over
-    the default that the bank expects, or None.
+    objective's unit and its weight >= 0 (decay over propensity), 0 where the config did not run. belief_QC: the bank's
+    expected gain over the default, or None.
     """
 
     x_XI: Tensor
@@ -59,8 +59,8 @@ class Lessons:
 
 @dataclass(frozen=True)
 class RouterTraining:
-    """A trained router, its utilities' mean loss by epoch on both slices, and the epoch (from 0) whose weights it has.
-    calibrated_on: outcomes of the last queries that its confidence was calibrated on; 0 where they were too few.
+    """A trained router, the mean loss of its utilities by epoch on both slices, and the epoch (from 0) of its weights.
+    calibrated_on: number of outcomes of the last queries that its confidence was calibrated on; 0 if they were too few.
     """
 
     router: FastGRNNRouter
@@ -72,10 +72,11 @@ class RouterTraining:
 
 @dataclass(frozen=True)
 class _Targets:
-    """What the utility head learns, with what weight, and which configs ran. Utility is level + offset + spread·value:
-    beliefs are learned around each config's mean, outcomes around the mean of all. beaten_QC, known_QC: whether the
-    config beat the default, and the weight of what is known of that, 1 on average over queries. ran_R: the configs that
-    ran, as a mask makes the host wait for the device to say how many there are.
+    """The targets of the utility head, their weights, and which configs ran.
+
+    Utility is level + offset + spread·value: beliefs are learned about each config's mean, outcomes about the mean of
+    all. beaten_QC, known_QC: whether the config beat the default, and the weight of that outcome, which sums to 1 over
+    configs on average. ran_R: ids of the configs that ran; a mask would make the host wait for the device to count.
     """
 
     value_QC: Tensor
@@ -90,7 +91,7 @@ class _Targets:
     known_QC: Tensor
 
     def utility(self, value_BC: Tensor) -> Tensor:
-        """(B, C) in the objective's unit; no number where a config never ran."""
+        """(B, C) in the objective's unit; −inf for a config that never ran."""
         utility_BC = value_BC * self.spread + self.offset_C + self.level
         return utility_BC.masked_fill(~self.ran_C, -math.inf)
 
@@ -98,18 +99,18 @@ class _Targets:
 def train_router(
     lessons: Lessons, configs: ConfigTable, config: RouterConfig, generator: torch.Generator, device: torch.device
 ) -> RouterTraining:
-    """Trains on all queries but those that validate: they decide which epoch's weights are kept, and when to stop.
+    """Trains on all queries but those that validate, which decide when to stop and which epoch's weights are kept.
 
-    utility: squared error, of what the bank believes of each config where it does, else on the configs that ran,
-    weighted. tier, context, ef, probes: cross-entropy to those of the config that is best by the same target, each
-    query weighted by what is at stake, the best config's lead over the mean one; temperature likewise by squared error.
-    confidence: whether the router's own choice got more than the default on that query, or, where the default did not
-    run on it, than the default's rows elsewhere; then scaled and shifted (Platt 1999) on the last queries.
-    Losses add up; Adam; the learning rate falls by a cosine, in each phase of thresholding anew.
-    A config that never ran is predicted a standard deviation under the worst, so that it is never preferred.
+    The losses add up. utility: squared error to the bank's belief about each config, or without beliefs to the outcomes
+    of the configs that ran, weighted. tier, context, ef, probes: cross-entropy to those of the best config by the same
+    target, each query weighted by what is at stake, the best config's lead over the mean one; temperature: squared
+    error, weighted likewise. confidence: cross-entropy to whether the router's own choice got more than the default on
+    that query, or, if the default did not run on it, than the default's rows elsewhere; finally scaled and shifted
+    (Platt 1999) on the last queries. Adam; the learning rate follows a cosine, anew in each phase of thresholding. A
+    config that never ran is predicted a standard deviation below the worst, so that it is never preferred.
 
-    Same lessons, generator state and device: same weights. Raises DataError where queries are too few, malformed or do
-    not fit each other, and ConfigError where the loss is no number.
+    Same lessons, generator state and device: same weights. Raises DataError if queries are too few, malformed or do not
+    match each other, and ConfigError if the loss is not finite.
     """
     queries = len(lessons.step_QT)
     training = queries - lessons.validating
@@ -131,7 +132,7 @@ def train_router(
     best, best_epoch, least = net.state_dict(), 0, math.inf
 
     def loss_of(picked: Tensor) -> Tensor:
-        """(2,) summed over the picked queries: of utilities, of the other heads."""
+        """(2,) losses summed over the picked queries: of the utilities, and of the other heads."""
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             out = _outputs(net, lessons, picked)
         out = {name: value.float() for name, value in out.items()}
@@ -151,7 +152,7 @@ def train_router(
         with torch.no_grad():
             for picked in torch.split(torch.arange(training, queries, device=device), VALIDATION_BATCH):
                 total[1] += loss_of(picked)[0] / (queries - training)
-        # the epoch's only wait for the device
+        # the only wait for the device in an epoch
         losses = total.tolist()
         if not all(map(math.isfinite, losses)):
             raise ConfigError(
@@ -195,7 +196,7 @@ def _check_lessons(lessons: Lessons, configs: ConfigTable, training: int) -> Non
 
 
 def _net(lessons: Lessons, configs: ConfigTable, config: RouterConfig, training: int) -> RouterNet:
-    """Untrained; numeric features are standardised by those of the training queries."""
+    """An untrained net. Numeric features are standardised by their mean and spread over the training queries."""
     dim = lessons.x_XI.shape[1] - lessons.features
     numbers_QF = lessons.x_XI[lessons.step_QT[:training, -1], dim:]
     mean_F = numbers_QF.mean(0)
@@ -214,7 +215,7 @@ def _targets(lessons: Lessons, training: int, default: int) -> _Targets:
         belief_QC = lessons.belief_QC
         mean_C = belief_QC[:training].mean(0)
         spread = (belief_QC[:training] - mean_C).std().clamp(min=1e-6)
-        # the mean utility that gains over the default leave open
+        # beliefs are gains over the default: their mean distance from the outcomes is the level
         level = (weight_QC * (utility_QC - belief_QC))[:training].sum() / training
         value_QC, even_QC = (belief_QC - mean_C) / spread, torch.full_like(belief_QC, 1.0 / belief_QC.shape[1])
         return _Targets(value_QC, even_QC, torch.zeros_like(mean_C), mean_C, spread, level, **beating)
@@ -226,7 +227,7 @@ def _targets(lessons: Lessons, training: int, default: int) -> _Targets:
 
 
 def _values_of(configs: ConfigTable, device: torch.device) -> dict[str, Tensor]:
-    """What each config has, as each head's target (C,)."""
+    """Each head's target for each config, (C,)."""
     columns = {
         "tier": configs.tier.astype(np.int64),
         "context": np.unique(configs.context_tokens, return_inverse=True)[1],
@@ -240,7 +241,7 @@ def _values_of(configs: ConfigTable, device: torch.device) -> dict[str, Tensor]:
 def _loss(
     out: dict[str, Tensor], target: _Targets, lessons: Lessons, picked: Tensor, values: dict[str, Tensor], default: int
 ) -> Tensor:
-    """(2,) the losses of the utility head and of all others, added up over the picked queries."""
+    """(2,) the losses of the utility head and of all others, summed over the picked queries."""
     value_BC, weight_BC = target.value_QC[picked], target.weight_QC[picked]
     loss = torch.zeros_like(value_BC[:, 0])
     with torch.no_grad():
@@ -260,8 +261,9 @@ def _loss(
 
 
 def _beaten(lessons: Lessons, training: int, default: int) -> Tensor:
-    """(Q, C) whether what each config got was more than the default on that query; where the default did not run on it,
-    the share of the default's rows in training that got less, as two independent rows would compare.
+    """(Q, C) whether each config's outcome was higher than the default's on that query. If the default did not run on
+    it: the share of the default's training rows (or of all, if it never ran) with a lower outcome, as two independent
+    rows would compare.
     """
     utility_QC, weight_QC = lessons.utility_QC, lessons.weight_QC
     ran_Q = weight_QC[:, default] > 0
@@ -273,8 +275,8 @@ def _beaten(lessons: Lessons, training: int, default: int) -> Tensor:
 
 
 def _beat(chosen_B: Tensor, beaten_BC: Tensor, weight_BC: Tensor, default: int) -> tuple[Tensor, Tensor]:
-    """Whether the chosen config beat the default on each query (B,), and with what weight that is known; the default
-    does not beat itself.
+    """Whether the chosen config beat the default on each query (B,), and the weight of that outcome. The default does
+    not beat itself, which is known with weight 1.
     """
     beat_B, known_B = (table.gather(1, chosen_B[:, None])[:, 0] for table in (beaten_BC, weight_BC))
     left_B = chosen_B != default
@@ -282,7 +284,7 @@ def _beat(chosen_B: Tensor, beaten_BC: Tensor, weight_BC: Tensor, default: int) 
 
 
 def _finish_utility(net: RouterNet, target: _Targets) -> None:
-    """Puts utilities in their own unit, and configs that never ran under the one of lowest mean for every query."""
+    """Folds the scaling into the utility head, and puts configs that never ran below the one of lowest mean."""
     head, ran_C = net.linear("utility"), target.ran_C
     with torch.no_grad():
         head.weight *= target.spread
@@ -293,8 +295,8 @@ def _finish_utility(net: RouterNet, target: _Targets) -> None:
 
 
 def _calibrate(net: RouterNet, lessons: Lessons, target: _Targets, last: Tensor, default: int) -> int:
-    """Scales and shifts the confidence's logit to the outcomes of the last queries on which the router leaves the
-    default and its choice ran; returns their number, or 0 where they are too few or all alike.
+    """Scales and shifts the confidence's logit to fit the outcomes of the last queries on which the router leaves the
+    default and its choice ran. Returns their number, or 0 if they are too few or all alike.
     """
     parts = [_outputs(net, lessons, picked) for picked in torch.split(last, VALIDATION_BATCH)]
     chosen_B = torch.cat([part["utility"].argmax(1) for part in parts])
@@ -314,7 +316,7 @@ def _calibrate(net: RouterNet, lessons: Lessons, target: _Targets, last: Tensor,
 def platt(
     logit_B: npt.NDArray[np.float64], beat_B: npt.NDArray[np.float64], weight_B: npt.NDArray[np.float64]
 ) -> tuple[float, float]:
-    """Scale >= 0 and shift of logits that make outcomes in [0, 1] most likely, drawn in as Platt (1999) does."""
+    """Scale >= 0 and shift of logits that maximise the likelihood of outcomes in [0, 1], smoothed as Platt (1999)."""
     positive, negative = float(weight_B @ beat_B), float(weight_B @ (1 - beat_B))
     high, low = (positive + 1) / (positive + 2), 1 / (negative + 2)
     target_B = low + (high - low) * beat_B

@@ -7,14 +7,14 @@ from typing import Any
 
 from rb_gpu.learn.checks import check, check_choice, check_count
 
-# wider than any router that a service could wait for; beyond, products of sizes overflow
+# wider than any router that a service could wait for; beyond it, products of sizes overflow
 MAX_HIDDEN = 2**12
 
 
 @dataclass
 class RouterConfig:
     """The FastGRNN router; kind off trains none. target: what its utilities are learned from, the bank's beliefs or the
-    log's outcomes. steps: queries of a session that it sees, by the column `session`.
+    log's outcomes. steps: how many queries of a session it sees, by the column `session`.
     """
 
     kind: str = "off"

@@ -30,7 +30,7 @@ class FastGRNNCell(nn.Module):
         self.u2 = nn.Parameter(torch.empty(min(rank, hidden), hidden))
         self.bias_gate = nn.Parameter(torch.ones(hidden))
         self.bias_candidate = nn.Parameter(torch.zeros(hidden))
-        # the paper's start: ζ = 1 and ν = −4 let the candidate through and add little
+        # initial values of the paper: ζ = 1 and ν = −4 let the candidate through and add little
         self.zeta = nn.Parameter(torch.tensor(1.0))
         self.nu = nn.Parameter(torch.tensor(-4.0))
 
@@ -68,7 +68,7 @@ class RouterNet(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(config.hidden, widths[name]) for name in HEADS})
 
     def forward(self, x_BTI: Tensor, there_BT: Tensor) -> dict[str, Tensor]:
-        """Raw outputs of every head, (B, width) each. there_BT: which steps there are; others leave the state alone."""
+        """Raw outputs of every head, (B, width) each. there_BT: which steps exist; others leave the state unchanged."""
         normal = functional.layer_norm(x_BTI[..., : self.dim], (self.dim,), eps=NORM_EPSILON)
         numbers = (x_BTI[..., self.dim :] - self.feature_mean) / self.feature_scale
         normal_BTI = torch.cat([normal, numbers], dim=2)
@@ -76,7 +76,7 @@ class RouterNet(nn.Module):
         for t in range(x_BTI.shape[1]):
             after_BH = self.cell.forward(normal_BTI[:, t], h_BH)
             h_BH = torch.where(there_BT[:, t, None], after_BH, h_BH)
-        # the cell learns utilities alone: what the other heads learn is noisier, and must not bend it
+        # only utilities train the cell: the other heads' losses are noisier and must not distort it
         rest_BH = h_BH.detach()
         return {name: self.linear(name).forward(h_BH if name == "utility" else rest_BH) for name in self.heads}
 
@@ -85,9 +85,9 @@ class RouterNet(nn.Module):
         return cast(nn.Linear, self.heads[name])
 
     def initialise(self, generator: torch.Generator, recurrent: bool) -> None:
-        """Glorot's normal start of the factors, drawn from the job's own generator; the heads start at 0.
+        """Glorot normal initialisation of the factors from the given generator; the heads start at 0.
 
-        U2 starts at 0 where no session has a second step: what is never trained must not be noise.
+        U2 starts at 0 if no session has a second step, because what is never trained must not be noise.
         """
         cell = self.cell
         with torch.no_grad():
@@ -99,7 +99,7 @@ class RouterNet(nn.Module):
                 value.zero_()
 
     def export(self) -> FastGRNNRouter:
-        """The light side's router with these weights."""
+        """The light package's router with these weights."""
         arrays = {name: value.detach().cpu().numpy() for name, value in self.cell.named_parameters()}
         for name in self.heads:
             head = self.linear(name)
@@ -113,8 +113,8 @@ class RouterNet(nn.Module):
 class Thresholding:
     """Iterative hard thresholding in the paper's three phases (section 3.2.2), of `phase_epochs` each.
 
-    First all entries of the factors of W and U learn; then after every step only the largest 1 − sparsity of each
-    factor stay, and which those are may change; at last the entries that stayed learn alone.
+    First all entries of the factors of W and U are trained. Then only the largest 1 − sparsity of each factor's entries
+    are kept after every step, and which ones may change. Last, the kept entries are trained alone.
     """
 
     def __init__(self, cell: FastGRNNCell, sparsity: float, phase_epochs: int) -> None:
@@ -124,12 +124,12 @@ class Thresholding:
         self.kept: list[Tensor] = []
 
     def settled(self, epoch: int) -> bool:
-        """Whether weights of this epoch have their last support, so that they may be the ones that are kept."""
+        """Whether the weights of this epoch have their final support, so that they may be the ones kept."""
         return not self.factors or epoch >= 2 * self.phase_epochs
 
     @torch.no_grad()
     def after_step(self, epoch: int) -> None:
-        """Sets to 0 what does not stay."""
+        """Sets all entries to 0 that are not kept."""
         if not self.factors or epoch < self.phase_epochs:
             return
         if not self.settled(epoch) or not self.kept:

@@ -1,4 +1,4 @@
-"""Kernels over the rows of a table on the CPU: what loading, moving and summing take, compiled by numba.
+"""Numba kernels over the rows of a table on the CPU, used to load, move and sum them.
 
 Suffixes: N rows, M of them, K clusters, D dims, C some of them. Every kernel releases the GIL.
 """
@@ -14,7 +14,7 @@ from rb_gpu.learn.vectors import SUMS, compiled
 
 @compiled()
 def changed_rows(old_N: Any, new_N: Any, rows_N: Any) -> Any:
-    """Writes the rows whose labels differ into the front of rows (N,) int64, and says how many there are."""
+    """Writes the indices of rows whose labels differ to the front of rows (N,) int64, and returns their number."""
     count = 0
     for i in range(old_N.shape[0]):
         rows_N[count] = i
@@ -24,7 +24,7 @@ def changed_rows(old_N: Any, new_N: Any, rows_N: Any) -> Any:
 
 @compiled()
 def move_masses(weight_N: Any, rows_M: Any, old_N: Any, new_N: Any, unit: float, mass_K: Any, counts_K: Any) -> None:
-    """Takes the weights of rows (M,), in multiples of 1/unit, from the mass of their old label to that of the new."""
+    """Moves the weights of rows (M,), in multiples of 1/unit, from the mass of their old label to that of the new."""
     for m in range(rows_M.shape[0]):
         i = rows_M[m]
         amount = np.int64(np.rint(np.float64(weight_N[i]) * unit))
@@ -39,17 +39,17 @@ def move_masses(weight_N: Any, rows_M: Any, old_N: Any, new_N: Any, unit: float,
 def move_rows(
     x_ND: Any, weight_N: Any, rows_M: Any, old_N: Any, new_N: Any, unit: float, left: int, right: int, sums_KD: Any
 ) -> None:
-    """Takes the weighted points of rows (M,) from the sums of their old label to those of the new, in place.
+    """Moves the weighted points of rows (M,) from the sums of their old label to those of the new, in place.
 
-    Only columns left to right, so that workers share no number. sums (K, D) int64 count multiples of 1/unit: integers
-    add up to the same total in every order. A label to leave that is below 0 has no sum.
+    Touches only columns left to right, so that no two workers write to the same number. sums (K, D) int64 are in
+    multiples of 1/unit: integers add up to the same total in every order. An old label below 0 has no sum to leave.
     """
     units = np.empty(right - left, np.int64)
     for m in range(rows_M.shape[0]):
         i = rows_M[m]
         x_C = x_ND[i, left:right]
         weight = np.float64(weight_N[i]) * unit
-        # loops over one array each, which a compiler can turn into vectors
+        # loops over one array each, which the compiler can vectorise
         for t in range(units.shape[0]):
             units[t] = np.int64(np.rint(x_C[t] * weight))
         sums_C = sums_KD[new_N[i], left:right]
@@ -63,9 +63,10 @@ def move_rows(
 
 @compiled(fastmath=SUMS)
 def squares_and_hashes(x_ND: Any, bits_ND: Any, key_D: Any, start: int, stop: int, norm2_N: Any, hash_N: Any) -> None:
-    """Of rows start to stop, the squared norm in float32, and the multilinear hash Σ key·bits modulo 2^64, of uint32
-    words with uint64 keys: two rows that differ share its upper half with probability 2^-32 over the keys (Lemire &
-    Kaser 2014). bits_ND is x viewed as uint32.
+    """The float32 squared norm and a hash of each row from start to stop. bits_ND is x viewed as uint32.
+
+    The hash is the multilinear Σ key·bits modulo 2^64 of uint32 words with uint64 keys: two different rows agree in its
+    upper half with probability 2^-32 over random keys (Lemire & Kaser 2014).
     """
     for i in range(start, stop):
         total, squares = np.uint64(0), np.float32(0)
@@ -78,9 +79,9 @@ def squares_and_hashes(x_ND: Any, bits_ND: Any, key_D: Any, start: int, stop: in
 
 @compiled(fastmath=SUMS)
 def row_peaks(x_ND: Any, bits_ND: Any, start: int, stop: int, peak_bits_N: Any, norm_N: Any) -> None:
-    """The largest |x| of each row as its bits, and its norm; rows start to stop.
+    """The largest |x| of each row from start to stop, as its bits, and the row's norm.
 
-    bits_ND is x viewed as int32: without their sign, the bits of floats order as the floats do, NaN above all.
+    bits_ND is x viewed as int32: without the sign bit, the bits of floats are ordered as the floats are, NaN above all.
     """
     for i in range(start, stop):
         peak, squares = np.int32(0), np.float32(0)

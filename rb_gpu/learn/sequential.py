@@ -1,4 +1,4 @@
-"""p-values that stay valid though they are looked at every night, from the numbers of the fixed-n test.
+"""Always-valid p-values, which stay valid if someone looks every night, from the statistics of the fixed-n test.
 
 Suffixes: P patterns, C configs.
 """
@@ -12,8 +12,8 @@ from scipy import special
 Floats = npt.NDArray[np.float64]
 
 # Rows of each of two equal samples at which the boundary of level .05 is tightest. It is fixed before any data are
-# seen, as the proof demands. Between a tenth and some hundred times as many rows, an effect that the fixed-n test finds
-# with probability .8 is found with two to three times its rows.
+# seen, as the proof demands. From a tenth to some hundred times as many rows, an effect that the fixed-n test detects
+# with probability .8 is detected with two to three times its rows.
 TUNED_ROWS = 250
 LEVEL = 0.05
 # Mixture precision per row, so that the boundary is tightest at TUNED_ROWS (Waudby-Smith et al. 2021, appendix, after
@@ -26,14 +26,14 @@ def sequential_p(z: Floats, size: Floats) -> Floats:
     """Always-valid one-sided p-values, elementwise; NaN stays NaN.
 
     z: effect so far over its standard error. size: effective rows, σ² over the squared standard error, with σ² the
-    variance of one difference (of two samples: the sum of their variances).
+    variance of one difference (for two samples, the sum of their variances).
 
     The half-normal mixture of likelihood ratios (Robbins 1970; Howard, Ramdas, McAuliffe & Sekhon 2021; the mSPRT of
     Johari, Pekelis & Walsh 2017) M = 2·(1 + r)^(−1/2)·exp(z²r / (2(1 + r)))·Φ(z·√(r / (1 + r))), r = MIXTURE·size, is a
-    supermartingale whatever effect <= 0 is true, so that P(1/M ever <= α) <= α (Ville 1939): at every number of rows,
-    under any rule of stopping, and for the running minimum over nights. Variances are estimated, so that this holds
-    asymptotically (Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas 2021, arXiv 2103.06476), and exactly for symmetric
-    differences whose z has their squares about 0 below it (de la Peña 1999).
+    supermartingale for every true effect <= 0, so that P(1/M ever <= α) <= α (Ville 1939): at every number of rows,
+    under any stopping rule, and for the running minimum over nights. Variances are estimated, so this holds only
+    asymptotically (Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas 2021, arXiv 2103.06476), but exactly for symmetric
+    differences if z is standardised by their squares about 0 (de la Peña 1999).
     """
     r = MIXTURE * size
     share = r / (1.0 + r)

@@ -1,4 +1,5 @@
-"""How steep the field's kernels are: as unseen rows have it, for embedders and corpora differ by more than tenfold.
+"""Chooses how steep the field's kernels are by leave-one-out error: the best slope differs more than tenfold between
+embedders and corpora.
 
 Suffix: N rows.
 """
@@ -12,19 +13,19 @@ from torch import Tensor
 from rb_gpu.field import SLOPE_BOUNDS
 from rb_gpu.learn.field import Kernel, likelihoods
 
-# where the search begins
+# where the search starts
 USUAL = (2.0, 4.0)
-# by how much the outermost slope tried must be likelier than the one before it for a further one to be tried: where
-# nothing is foretold all are alike
+# the search goes on only if the outermost slope's weight exceeds this many times that of the one before it: where
+# nothing can be predicted, all slopes weigh about the same
 LIKELIER = 2.0
 
 
 def two_slopes(kernel_of: Callable[[float], Kernel], y_N: Tensor) -> dict[float, Kernel]:
-    """Two kernels by slope, the second twice as steep: the likeliest one for y (N,), and the likelier one beside it.
+    """Two kernels by slope, the second twice as steep: of the slopes tried, the adjacent pair of greatest weight.
 
-    From the usual ones on towards the likelier, each twice or half the last, as long as the outermost is the likeliest:
-    by the leave-one-out errors of what tells configs apart (`likelihoods`). A scale at which the usual slopes show
-    nothing is not found.
+    The search starts from the usual slopes and doubles or halves towards the likelier one as long as the outermost is
+    clearly the likeliest, judged by the leave-one-out error of differences between configs (`likelihoods`). A scale at
+    which the usual slopes show nothing is not found.
     """
     tried = {slope: kernel_of(slope) for slope in USUAL}
     share = _shares(tried, y_N)

@@ -1,5 +1,5 @@
-"""Does time tell which config ran? Without propensities nobody knows whether a lot chose; where configs ran by night
-and others by day, what the hour does to queries looks like what configs do.
+"""Does time predict which config ran? Without propensities nobody knows whether configs were drawn at random: if some
+ran by night and others by day, effects of the hour on queries look like effects of the configs.
 
 Suffixes: R rows, C configs, B blocks of time.
 """
@@ -16,14 +16,14 @@ from rb_gpu.learn.trajectories import Trajectories
 
 Rows = npt.NDArray[np.int64]
 
-# rows that are looked at, at random; more would only find what is too small to matter
+# most rows that are tested, drawn at random; more would only find effects too small to matter
 MAX_ROWS = 10_000
-# of all blockings together
+# significance level of all blockings together
 LEVEL = 0.01
 PERMUTATIONS = 499
-# of the rows, that would have to run at another time; less misleads little
+# least share of rows that would have to run at another time for a warning; less misleads little
 APART = 0.1
-# equal parts of the log
+# number of equal parts that the log is divided into
 PARTS = 10
 HOUR_S, DAY_S = 3600, 86_400
 HOURS = 3
@@ -31,9 +31,8 @@ DAYS = ("Mondays", "Tuesdays", "Wednesdays", "Thursdays", "Fridays", "Saturdays"
 
 
 def told_by_time(table: Trajectories, seed: int) -> list[str]:
-    """A warning where some blocking of time tells which config ran, of the one that tells it best; none where
-    propensities were logged. One row of each query is looked at, and of each session, whose configs a lot may choose
-    together.
+    """At most one warning, for the blocking of time that best predicts which config ran; none if propensities were
+    logged. Uses one row per query, and per session, since configs may be drawn for a whole session at once.
     """
     if table.propensity is not None:
         return []
@@ -54,8 +53,9 @@ def told_by_time(table: Trajectories, seed: int) -> list[str]:
 
 
 def beside_chance(config_R: Rows, block_R: Rows, rng: np.random.Generator) -> tuple[float, float, Rows]:
-    """The share of rows that would have to run in another block for configs not to depend on blocks (the total
-    variation between the table and the product of its margins), less what shuffling gives; its p-value; the table.
+    """How far configs depend on blocks: the share of rows that would have to run in another block to make them
+    independent (the total variation between the table and the product of its margins), less the mean share under
+    shuffling; its p-value; and the table (C, B).
     """
     blocks, configs = int(block_R.max()) + 1, int(config_R.max()) + 1
 
@@ -76,8 +76,8 @@ def beside_chance(config_R: Rows, block_R: Rows, rng: np.random.Generator) -> tu
 
 
 def _blockings(time_R: Rows) -> Iterator[tuple[Rows, list[str]]]:
-    """Each row's block, and the blocks' names: parts of the log, and where it holds two of these, parts of the day and
-    days of the week.
+    """Each row's block, and the blocks' names, for every blocking: equal parts of the log; parts of the day if it spans
+    two days; days of the week if it spans two weeks.
     """
     part_R = np.searchsorted(np.quantile(time_R, np.arange(1, PARTS) / PARTS), time_R, side="right")
     ends = [(time_R[part_R == part].min(), time_R[part_R == part].max()) if (part_R == part).any() else None
@@ -95,7 +95,7 @@ def _minute(time: int) -> str:
 
 
 def _warning(table: Trajectories, p_value: float, count_CB: Rows, names: list[str]) -> str:
-    """Names the config that time tells most, and when it ran most and least."""
+    """Names the config that depends most on time, and when it ran most and least."""
     total_B = count_CB.sum(0)
     expected_CB = np.outer(count_CB.sum(1), total_B) / count_CB.sum()
     more_CB = count_CB - expected_CB

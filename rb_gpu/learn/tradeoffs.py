@@ -1,4 +1,4 @@
-"""Quality over cost: the curve that one bank draws as cost weighs more, beside single configs and mixes of them.
+"""Quality over cost: the curve of one bank as cost weighs more, beside single configs and mixes of them.
 
 Suffixes: Q queries, C configs, K points.
 """
@@ -18,14 +18,14 @@ from rb_gpu.types import Tradeoff
 
 Floats = npt.NDArray[np.float64]
 
-# of cost as a share of its reference, against quality
+# weights of cost, as a share of its reference, relative to quality
 COST_WEIGHTS = (0.0, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 GRID = 10
 
 
 @dataclass(frozen=True)
 class Point:
-    """Mean cost and quality on held-out queries. name: cost weight of the bank, or parameters of a single config.
+    """Mean cost and quality on held-out queries. name: the bank's cost weight, or the parameters of a single config.
 
     on_hull: whether no mix of the other points of its curve is as good at its cost.
     """
@@ -38,12 +38,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Area:
-    """What a curve comes to in one number.
+    """A curve summarised in one number, by two measures.
 
     aiq: average improvement in quality (RouterBench, arXiv 2403.12031): area under the non-decreasing concave hull of
-    quality over cost, over the range of cost. apgr: average performance gap recovered (RouteLLM, arXiv 2406.18665), 0
-    for the cheapest config everywhere, .5 for even mixes of it with the dearest, over 1 where a curve is on the whole
-    better than the dearest config, which need not be the best; NaN where the dearest is no better than the cheapest.
+    quality over cost, divided by the range of cost. apgr: average performance gap recovered (RouteLLM, arXiv
+    2406.18665): 0 for the cheapest config everywhere, .5 for even mixes of it with the dearest, above 1 if the curve is
+    on average better than the dearest config, which need not be the best; NaN if the dearest is no better than the
+    cheapest.
     """
 
     aiq: float
@@ -52,10 +53,10 @@ class Area:
 
 @dataclass(frozen=True)
 class Tradeoffs:
-    """The bank's curve beside the single configs, between the cheapest and the dearest of these.
+    """The bank's curve beside the single configs, between the costs of the cheapest and the dearest of these.
 
-    bank, configs: by increasing cost; only those that have a value. configs' area is of their hull: the best that any
-    mix of single configs does without looking at a query (RouterBench's Zero router).
+    bank, configs: points that have a value, by increasing cost. configs_area: of the configs' hull, the best that mixes
+    of single configs achieve without looking at the query (RouterBench's Zero router).
     """
 
     bank: list[Point]
@@ -72,8 +73,8 @@ def choices(bank: ReasoningBank, table: Trajectories, tradeoff: Tradeoff | None 
 
 
 def measure_tradeoffs(bank: ReasoningBank, held_out: Trajectories, valuation: Valuation) -> Tradeoffs | None:
-    """On held-out queries, with values of the valuation's grade. None where no cost was logged or it is all the same,
-    and where the bank cannot be asked for another trade-off (judge.method=eb judge.objective=utility can).
+    """The trade-offs on held-out queries, valued by the valuation's grade. None if no cost was logged or all costs are
+    equal, or if the bank cannot answer for another trade-off (only judge.method=eb judge.objective=utility can).
     """
     objective = bank.data.objective
     if held_out.cost is None or bank.data.method != "eb" or objective.kind != "utility":
@@ -102,7 +103,7 @@ def measure_tradeoffs(bank: ReasoningBank, held_out: Trajectories, valuation: Va
 
 def hull(points: Sequence[Point]) -> tuple[Floats, Floats]:
     """Cost and quality (K,) of the corners of the least non-decreasing concave curve over all points: what random mixes
-    of them reach, where dearer is never taken for worse.
+    of them reach, if a dearer choice never counts as worse.
     """
     corners: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda one: (one.cost, -one.quality)):
@@ -120,15 +121,15 @@ def _slope(start: tuple[float, float], end: tuple[float, float]) -> float:
 
 
 def area(points: Sequence[Point], weak: Point, strong: Point) -> Area:
-    """Of the hull of the points between the costs of weak and strong; a point of weak's cost or less must be there.
+    """The area of the hull of the points between the costs of weak and strong, the cheapest and the dearest config. One
+    of the points must cost no more than weak.
 
-    APGR: RouteLLM averages PGR = (quality − weak's) / (strong's − weak's) over shares of calls to the strong one of two
-    models. With more configs there is no such share: PGR is read off the hull at GRID even steps' middles of (cost −
-    weak's) / (strong's − weak's), which is that share where there are two. weak and strong are the cheapest and the
-    dearest config.
+    APGR: RouteLLM averages PGR = (quality − weak's) / (strong's − weak's) over shares of calls to the stronger of two
+    models. With more configs there is no such share. PGR is instead read off the hull at the midpoints of GRID equal
+    steps of (cost − weak's) / (strong's − weak's), which for two configs is that share.
     """
     cost_K, quality_K = hull(points)
-    # interp keeps the last corner's quality on to the right: non-decreasing
+    # to the right, interp continues with the last corner's quality, so that the curve does not fall
     inside = cost_K[(cost_K > weak.cost) & (cost_K < strong.cost)]
     at = np.concatenate([[weak.cost], inside, [strong.cost]])
     quality = np.interp(at, cost_K, quality_K)

@@ -1,4 +1,4 @@
-"""lookup.top_k=auto and lookup.beta=auto: how many patterns vote, and how steeply the nearest count for more.
+"""Tunes lookup.top_k=auto and lookup.beta=auto: how many patterns vote, and how steeply weights fall with distance.
 
 Suffixes: Q queries, N rows, B queries of one fold that are valued, K nearest leaves, G settings tried.
 """
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 TOP_KS = (1, 3, 5, 10, 20)
 BETAS = (0.0, 8.0, 16.0, 32.0, 64.0)
-# queries that are valued, about: of a large table one fold has them, and the others need no pass over its rows
+# about how many queries are valued: in a large table one fold holds them, and the other folds need no further pass
 MAX_QUERIES = 2048
 # standard errors by which a setting must beat the usual one: at one, the best of so many would do so by chance
 ERRORS = 2.0
@@ -40,8 +40,8 @@ ERRORS = 2.0
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was found: top_k and beta, with their gain in mean utility over the usual ones on queries whose evidence was
-    left out, and its standard error; both 0 where the usual ones stand. settings: how many were tried.
+    """The result of tuning: top_k and beta, with their gain in mean utility over the usual setting on queries whose
+    evidence was left out, and its standard error; both 0 where the usual setting stands. settings: number tried.
     """
 
     top_k: int
@@ -54,19 +54,19 @@ class Tuned:
 def tune_lookup(
     making: LeafMaking, leaves: Leaves, trajectories: Trajectories, objective: Objective, judging: JudgeConfig
 ) -> Tuned:
-    """The setting that is worth most by cross-validation: the evidence of the other folds answers a fold's queries.
+    """The setting of highest cross-validated value: evidence of the other folds answers the queries of a fold.
 
-    The usual one stands unless another beats it by ERRORS standard errors of the paired difference, so that noise does
-    not choose; and wherever a setting cannot change an answer, or what is maximised is no utility. Clusters are of all
-    queries. With a field the usual one stands too: the field has seen the rows that would value a setting, so that the
-    one which follows it most closely would seem the best.
+    The usual setting stands unless another beats it by ERRORS standard errors of the paired difference, so that noise
+    does not decide; and wherever a setting cannot change an answer, or the objective is not a utility. The clusters are
+    not cross-fitted but come from all queries. With a field the usual setting stands too: the field has seen the rows
+    that would value a setting, so that the setting which follows it most closely would appear to be the best.
     """
     config = making.config
     asked = config.lookup
     ks = TOP_KS if is_auto(asked.top_k) else (int(asked.top_k),)
     betas = BETAS if is_auto(asked.beta) else (float(asked.beta),)
     usual = (USUAL_TOP_K if is_auto(asked.top_k) else ks[0], USUAL_BETA if is_auto(asked.beta) else betas[0])
-    # of one pattern every slope is the same
+    # with one pattern every slope is the same
     tried = [usual] + [(k, b) for k in ks for b in (betas if k > 1 else betas[:1]) if (k, b) != usual]
     stands = Tuned(*usual, 0.0, 0.0, len(tried))
     if len(tried) == 1:
@@ -93,7 +93,7 @@ def tune_lookup(
 
 
 def _valued(fold_Q: npt.NDArray[np.int64], known_Q: npt.NDArray[np.bool_]) -> dict[int, npt.NDArray[np.int64]]:
-    """The folds that are valued, and the queries of each: as few folds as have MAX_QUERIES together."""
+    """The folds that are valued and the queries of each: as few folds as hold MAX_QUERIES together."""
     found: dict[int, npt.NDArray[np.int64]] = {}
     for fold in range(FOLDS):
         mine = np.flatnonzero(known_Q & (fold_Q == fold))
@@ -105,7 +105,7 @@ def _valued(fold_Q: npt.NDArray[np.int64], known_Q: npt.NDArray[np.bool_]) -> di
 def _without_each(
     making: LeafMaking, leaves: Leaves, left_out: list[int], trajectories: Trajectories
 ) -> list[Evidence]:
-    """Evidence of the leaves without one fold, for each of these: evidence adds, so that one pass does."""
+    """The leaves' evidence without each of the folds left_out. Evidence is additive, so one pass is enough."""
     patterns, fold_Q = len(leaves.mass_P), folds(trajectories.query_id)
     part_Q = np.full(len(fold_Q), len(left_out))
     for i, fold in enumerate(left_out):
@@ -122,7 +122,7 @@ def _without_each(
 
 
 def _choices(data: BankData, x_BD: npt.NDArray[np.float32], tried: list[tuple[int, float]]) -> Choice:
-    """(G, B) what a bank answers under every setting."""
+    """(G, B) the configs that a bank answers with under every setting."""
     state = BankState(data, None, "exact")
     rows_BK, cosine_BK, said_BE = look(state, queries_of(x_BD, state.dim, 2), max(k for k, _ in tried))
     out_GB = np.empty((len(tried), len(x_BD)), dtype=np.int64)
@@ -134,8 +134,8 @@ def _choices(data: BankData, x_BD: npt.NDArray[np.float32], tried: list[tuple[in
 
 
 def _best(choice_GQ: Choice, table: Trajectories, objective: Objective, tried: list[tuple[int, float]]) -> Tuned:
-    """The best setting by self-normalised inverse propensity scoring, which is exact on a full table, or the first
-    where none surely beats it.
+    """The best setting by self-normalised inverse propensity scoring, which is exact on a full table; the first setting
+    unless another one beats it by ERRORS standard errors.
     """
     rows = held_out_outcomes(table, objective)
 

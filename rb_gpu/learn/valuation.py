@@ -1,4 +1,4 @@
-"""What any choice of configs is worth on held-out rows, as honestly as the log allows, and when nothing can be said.
+"""What any choice of configs is worth on held-out rows, as far as the log allows, and when it has no value.
 
 Three grades: `exact` where every query was tried under every pick, `dr` (cross-fitted self-normalised doubly robust)
 where propensities were logged, else `associational`: the mean of the rows that happened to try what is picked.
@@ -35,13 +35,13 @@ from rb_gpu.params import ConfigTable
 Floats = npt.NDArray[np.float64]
 Choice = npt.NDArray[np.int64]
 
-# what is estimated of a choice
+# the outcomes of a choice that are estimated
 COLUMNS = ("utility", "quality", "cost")
-# effective rows under which no value is given: a few rows decide it, and the spread of a few tells no error
+# fewest effective rows for a value: otherwise a few rows decide it, and their spread does not show its error
 LEAST_SIZE = 10.0
-# outcomes that differ by less, as a share of their size, are the same
+# outcomes whose relative difference is smaller count as equal
 ROUNDING = 1e-6
-# configs whose propensities are odd that a warning names
+# how many configs with odd propensities a warning names
 NAMED = 3
 
 
@@ -79,12 +79,12 @@ class Outcomes:
         return np.ones(len(self.query_row)) if self.propensity is None else 1.0 / self.propensity
 
     def by_query(self, values_N: Floats) -> Floats:
-        """(Q,) sums."""
+        """(Q,) sums of values_N over the rows of each query."""
         return np.bincount(self.query_row, weights=values_N, minlength=self.queries).astype(np.float64)
 
     @cached_property
     def predicted(self) -> Floats:
-        """(T, Q, C) each of COLUMNS for each query under each config, as the other queries' rows foretell it."""
+        """(T, Q, C) each of COLUMNS for each query under each config, predicted from the rows of other queries."""
         y_NT = np.stack([getattr(self, column) for column in COLUMNS], axis=1)
         fold_Q = folds(self.query_id)
         return cross_fitted(
@@ -93,7 +93,7 @@ class Outcomes:
 
 
 def held_out_outcomes(trajectories: Trajectories, objective: Objective) -> Outcomes:
-    """The columns that every policy of a table is scored on."""
+    """The columns on which every policy of a table is valued."""
     y_NO = outcomes(trajectories, torch.device("cpu")).numpy()
     quality = y_NO @ objective.quality_direction
     cost = y_NO[:, OUTCOMES.index("cost")]
@@ -114,13 +114,13 @@ def held_out_outcomes(trajectories: Trajectories, objective: Objective) -> Outco
 
 
 class Valuation:
-    """Values choices (Q,), config ids of the table, on one set of rows under one grade; -1 is a config that the table
-    does not have.
+    """Values choices (Q,) on one set of rows under one grade. A choice holds config ids of the table, or -1 for a
+    config that the table does not have.
     """
 
     def __init__(self, rows: Outcomes, compared: Iterable[Choice]) -> None:
-        """compared: choices whose values will be compared. The grade is exact where every query tried all of them, but
-        for those that pick what no query tried.
+        """compared: choices whose values will be compared. The grade is exact if every query tried the pick of each of
+        them; choices that pick a config without any row are ignored for that.
         """
         self.rows = rows
         self.tried_C = np.bincount(rows.config_id, minlength=len(rows.configs)) > 0
@@ -136,11 +136,13 @@ class Valuation:
         return bool((self.rows.by_query(self._hit(choice_Q)) > 0).all())
 
     def _missing(self, choice_Q: Choice) -> dict[int, float]:
-        """Share of queries by config that is picked and that no row tried."""
+        """Configs that are picked but that no row tried, each with the share of queries on which it is picked."""
         return {int(c): float((choice_Q == c).mean()) for c in np.unique(choice_Q) if c < 0 or not self.tried_C[c]}
 
     def weights(self, choice_Q: Choice) -> Floats:
-        """(N,) of the rows that tried what is picked: 1 / propensity, or so that each query counts once (exact)."""
+        """(N,) weights of the rows that tried the pick: 1 / propensity (dr), 1 (associational), or 1 over the number of
+        such rows of the query (exact); 0 for other rows.
+        """
         if self.grade == "dr":
             return matched_weights(self.rows.config_id, choice_Q[self.rows.query_row], self._pscore)
         hit = self._hit(choice_Q)
@@ -149,7 +151,7 @@ class Valuation:
         return np.asarray(hit / np.maximum(self.rows.by_query(hit), 1.0)[self.rows.query_row])
 
     def refusal(self, choice_Q: Choice) -> str | None:
-        """Why this choice has no value here, None where it has one."""
+        """Why this choice has no value here; None if it has one."""
         missing = self._missing(choice_Q)
         if missing:
             worst = max(missing, key=missing.__getitem__)
@@ -171,7 +173,7 @@ class Valuation:
         return None
 
     def estimate(self, column: str, choice_Q: Choice) -> Estimate:
-        """Of one of COLUMNS, in rounds that `round_query` names the queries of."""
+        """The estimate of one of COLUMNS, over rounds whose queries are `round_query`."""
         y_N = getattr(self.rows, column)
         if self.grade == "exact":
             return estimators.mean_of(self.rows.by_query(self.weights(choice_Q) * y_N))
@@ -184,13 +186,13 @@ class Valuation:
 
     @property
     def round_query(self) -> Choice:
-        """(rounds,) query of each score of an estimate: one a query where exact, else one a row."""
+        """(rounds,) query of each score of an estimate: one round per query if exact, else one per row."""
         return np.arange(self.rows.queries) if self.grade == "exact" else self.rows.query_row
 
     def interval(self, choice_Q: Choice, other_Q: Choice | None = None) -> tuple[float, float]:
-        """Of 95 %, of a choice's utility, or of how much more than another's it is, where the grade is dr.
+        """95 % interval of a choice's utility, or of its difference to another choice's, for the grade dr.
 
-        Where too few rows tried what they differ in, no estimate is trusted: the interval is all that is possible
+        If too few rows tried what they differ in, no estimate is trusted: the interval then is all that is possible
         within the range of logged utilities.
         """
         utility, row = self.estimate("utility", choice_Q), self.rows.query_row
@@ -213,7 +215,7 @@ class Valuation:
         return utility.interval(self.round_query, size, math.hypot(*unseen, self.rare(choice_Q, other_Q)))
 
     def rare(self, choice_Q: Choice, other_Q: Choice | None = None) -> float:
-        """Standard error of a choice's utility, or of how much more than another's it is, for outcomes that were too
+        """Standard error of a choice's utility, or of its difference to another choice's, due to outcomes that were too
         rare to come up (`rare_error`).
         """
         differs_Q = np.ones(self.rows.queries, dtype=np.bool_) if other_Q is None else choice_Q != other_Q
@@ -233,8 +235,8 @@ class Valuation:
         return share * rare_error(np.ones(int(differs_Q.sum())), max(sizes))
 
     def _most(self, weight_N: Floats) -> Floats:
-        """(N,) the largest propensity that what is picked may have had: a row's own where it matched, what its own
-        choice left where it did not; endless where another row of its query matched.
+        """(N,) the largest propensity that the pick may have had: the row's own if it matched; if not, 1 less the
+        propensity of what ran; infinite if another row of its query matched.
         """
         matched_Q = self.rows.by_query(weight_N) > 0
         other_N = np.where(matched_Q[self.rows.query_row], np.inf, 1.0 - self._pscore)
@@ -242,9 +244,7 @@ class Valuation:
 
     @cached_property
     def _unexplained(self) -> Floats:
-        """What each row's utility has more than what others foretell of it, or than its config's mean without
-        propensities.
-        """
+        """Each row's utility less its cross-fitted prediction or, if the grade is not dr, less its config's mean."""
         config_N, utility_N = self.rows.config_id, self.rows.utility
         if self.grade == "dr":
             return np.asarray(utility_N - self._predicted("utility")[np.arange(len(config_N)), config_N])
@@ -252,7 +252,7 @@ class Valuation:
         return np.asarray(utility_N - mean_C[config_N])
 
     def beside(self, choice_Q: Choice) -> dict[str, float]:
-        """Utility by the plainer estimators; empty but where the grade is dr."""
+        """Utility by simpler estimators; empty unless the grade is dr."""
         if self.grade != "dr":
             return {}
         logged = (self.rows.utility, self.rows.config_id, choice_Q[self.rows.query_row], self._pscore)
@@ -266,14 +266,14 @@ class Valuation:
 
     @cached_property
     def odd(self) -> dict[int, float]:
-        """Configs whose propensities contradict the rows (`odd_propensities`); none but where the grade is dr."""
+        """Configs whose propensities contradict the rows (`odd_propensities`); empty unless the grade is dr."""
         if self.grade != "dr":
             return {}
         return estimators.odd_propensities(self.rows.config_id, self._pscore, len(self.rows.configs))
 
     @cached_property
     def floored(self) -> tuple[int, float, float] | None:
-        """Rows whose propensities are too low to be true (`estimators.floored`); none but where the grade is dr."""
+        """Rows whose propensities are too low to be true (`estimators.floored`); None unless the grade is dr."""
         return estimators.floored(self._pscore, len(self.rows.configs)) if self.grade == "dr" else None
 
     def misled(self, choice_Q: Choice) -> bool:
@@ -281,7 +281,7 @@ class Valuation:
         return bool(np.isin(choice_Q, list(self.odd)).any())
 
     def warnings(self) -> list[str]:
-        """What is wrong with the logged propensities, as far as they themselves tell."""
+        """What is wrong with the logged propensities, as far as they show it themselves."""
         if self.grade != "dr":
             return []
         seldom = {c: share for c, share in self.odd.items() if estimators.too_seldom(share, self._pscore)}
@@ -326,7 +326,7 @@ class Valuation:
 
 
 def _size(away: Floats, y_N: Floats) -> float:
-    """`rare_size` of deviations of outcomes (N,); 1 where these are all alike, and nothing says how far one could be
-    off: as far as a quality in [0, 1] can.
+    """`rare_size` of deviations of outcomes y_N (N,). 1, the range of a quality in [0, 1], if the deviations are all 0,
+    since nothing then shows how far off a rare one could be.
     """
     return rare_size(away) if np.abs(away).max() > ROUNDING * np.abs(y_N).max() else 1.0

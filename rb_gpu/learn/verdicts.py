@@ -46,7 +46,7 @@ class VerdictColumns:
     support: Rows
 
     def of(self, kept_P: npt.NDArray[np.bool_]) -> VerdictColumns:
-        """Those of the patterns that are kept."""
+        """The verdicts of the patterns that kept_P selects."""
         return VerdictColumns(**{f.name: getattr(self, f.name)[kept_P] for f in fields(self)})
 
 
@@ -54,8 +54,8 @@ class VerdictColumns:
 class Comparison:
     """One-sided tests of every config against the default, (P, C) each; NaN where there is no test.
 
-    null_error: standard error as it would be were there no effect, at least that of the test; size: effective rows, of
-    a sample of differences or of each of two equal samples, that give it.
+    null_error: standard error under the null of no effect, at least that of the test. size: the number of effective
+    rows with that error, in one sample of differences or in each of two equal samples.
     """
 
     effect: Floats
@@ -67,11 +67,11 @@ class Comparison:
 
 
 def compare(evidence: Evidence, direction_O: Floats, default: int, min_samples: int) -> Comparison:
-    """Welch's t-test (Welch 1947) of each config against the default, one-sided for better, from sufficient statistics.
+    """One-sided Welch t-test (Welch 1947) of whether each config beats the default, from sufficient statistics.
 
-    Where every query was tried under the default too, the paired t-test in its place. A cell of fewer than min_samples
-    rows, or of zero variance on both sides, has no test. null_error takes squares about the null's mean: of differences
-    about 0, of two samples about their common mean. A few rows that all succeed have no variance of their own.
+    If every query also ran under the default, the paired t-test instead. Cells with fewer than min_samples rows, or
+    with zero variance on both sides, are not tested. null_error takes squares about the null's mean: 0 for differences,
+    the common mean for two samples. The reason: a few rows that all succeed show no variance of their own.
     """
     if evidence.paired:
         moments = (evidence.pair_w, evidence.pair_w2, evidence.pair_mean, evidence.pair_comoment)
@@ -114,7 +114,7 @@ def compare(evidence: Evidence, direction_O: Floats, default: int, min_samples: 
 
 
 def holm(p_PC: Floats) -> Floats:
-    """Holm's (1979) adjusted p-values along the last axis; NaN is no test and stays NaN."""
+    """Holm's (1979) adjusted p-values along the last axis; NaN means no test and stays NaN."""
     order = np.argsort(np.where(np.isnan(p_PC), np.inf, p_PC), axis=-1)
     tests = (~np.isnan(p_PC)).sum(-1, keepdims=True)
     factor = np.maximum(tests - np.arange(p_PC.shape[-1]), 1)
@@ -126,14 +126,14 @@ def holm(p_PC: Floats) -> Floats:
 
 
 def sequential(comparison: Comparison, half_life: float | None) -> Floats:
-    """(P, C) p-values of the same comparisons under nightly peeking, Holm's over the configs of a pattern.
+    """(P, C) p-values of the same comparisons that allow nightly peeking, Holm-adjusted over the configs of a pattern.
 
-    Each night's training tests all rows so far, and someone acts on what it finds: with fixed-n p-values, sooner or
-    later on noise. These fall below .05, on any night and for any config of the pattern that is no better than the
-    default, in at most 5 % of worlds (more where a config fails too seldom for its first rows to show how it varies),
-    and so does their least over the nights. Holm's correction keeps that: its first false rejection needs one p below α
-    over the number of true nulls. Nothing is corrected over patterns, and a pattern whose members another clustering
-    changes starts anew. With decay old rows lose weight, their sums are no martingale, and there is no such p: NaN.
+    Each night's training tests all rows so far, and someone acts on the result; with fixed-n p-values they would sooner
+    or later act on noise. The probability that these p-values, or their minimum over the nights, ever fall below .05
+    for a config of the pattern that is no better than the default is 5 % at most (more if a config fails too rarely for
+    its first rows to show its variance). Holm's correction preserves this: its first false rejection needs one p below
+    α over the number of true nulls. There is no correction over patterns, and a pattern whose members another
+    clustering changes starts anew. With decay, old rows lose weight, the sums are no martingale, and all are NaN.
     """
     if half_life is not None:
         return np.full(comparison.p_value.shape, np.nan)
@@ -141,7 +141,7 @@ def sequential(comparison: Comparison, half_life: float | None) -> Floats:
 
 
 def benjamini_hochberg(p_P: Floats) -> Floats:
-    """Benjamini & Hochberg's (1995) adjusted p-values; NaN is no test and stays NaN."""
+    """Benjamini & Hochberg's (1995) adjusted p-values; NaN means no test and stays NaN."""
     tested = np.flatnonzero(~np.isnan(p_P))
     out = np.full(p_P.shape, np.nan)
     if len(tested):
@@ -154,7 +154,7 @@ def benjamini_hochberg(p_P: Floats) -> Floats:
 def chosen_p(
     evidence: Evidence, configs: ConfigTable, objective: Objective, config: JudgeConfig, chosen_P: Rows
 ) -> Floats:
-    """(P,) p-value of each pattern's chosen config, Holm's over the configs of the pattern."""
+    """(P,) p-value of each pattern's chosen config, Holm-adjusted over the configs of the pattern."""
     return _pick(holm(compare(evidence, objective.direction, configs.default, config.min_samples).p_value), chosen_P)
 
 
@@ -162,8 +162,8 @@ def judge(
     evidence: Evidence, configs: ConfigTable, objective: Objective, beliefs: Beliefs, config: JudgeConfig,
     gone_p: Floats | tuple[()] = (),
 ) -> VerdictColumns:  # fmt: skip
-    """The verdict of every pattern by `judge.method`; judge.min_probability is a number by now. Only eb knows the
-    objectives bound and floor, and corrects for gone_p: `chosen_p` of patterns that were judged and are no more.
+    """The verdict of every pattern by `judge.method`; judge.min_probability must be a number, auto resolved. gone_p:
+    `chosen_p` of judged patterns that were pruned, over which p_adjusted corrects too. Only eb knows bound and floor.
     """
     comparison = compare(evidence, objective.direction, configs.default, config.min_samples)
     adjusted, peeked = holm(comparison.p_value), sequential(comparison, config.half_life)
@@ -186,8 +186,8 @@ def judge(
 
 
 def _welch(comparison: Comparison, adjusted: Floats, default: int, alpha: float) -> Rows:
-    """Best of the configs that pass: patterns by Benjamini-Hochberg on their least Holm p, then configs by Holm at the
-    share of alpha that the number of selected patterns leaves (Benjamini & Bogomolov 2014).
+    """(P,) the best config that passes, else the default: selects patterns by Benjamini-Hochberg on their least Holm p,
+    then configs by Holm at alpha times the share of patterns selected (Benjamini & Bogomolov 2014).
     """
     least = np.where(np.isnan(adjusted), np.inf, adjusted).min(1)
     patterns_p = np.where(np.isinf(least), np.nan, least)
@@ -206,9 +206,9 @@ def _reference(
     adjusted: Floats,
     peeked: Floats,
 ) -> VerdictColumns:
-    """Section 5 of the reference document: best group by mean F1 of those with 3 rows or more, tested by Welch's
-    two-sided test on precision * recall against all trajectories of the pattern; the default is found by ef_search
-    alone. Where its test is undefined (NaN), there is no verdict.
+    """Section 5 of the reference document: the group of at least 3 rows with the best mean F1, tested by a two-sided
+    Welch test on precision * recall against all trajectories of the pattern. The default is found by ef_search alone.
+    Where the test is undefined (NaN), there is no verdict.
     """
     f1, product = OUTCOMES.index("f1"), OUTCOMES.index("product")
     rows = evidence.rows
@@ -304,8 +304,8 @@ def _relative(quality: Floats, base: Floats, known: npt.NDArray[np.bool_]) -> Fl
 
 
 def grade(logged_propensity: bool, paired: bool) -> str:
-    """How far a verdict may be read as cause: randomized where propensities are logged, or every query was tried under
-    the default and beside it; else associational.
+    """How far a verdict may be read causally: randomized if propensities are logged, or if every query also ran under
+    the default; else associational.
     """
     return "randomized" if logged_propensity or paired else "associational"
 
@@ -313,10 +313,10 @@ def grade(logged_propensity: bool, paired: bool) -> str:
 def verdict_matrices(
     verdicts: VerdictColumns, beliefs: Beliefs, configs: ConfigTable, method: str
 ) -> tuple[Floats, Floats, Floats]:
-    """What a lookup votes with: score, probability and gain, (P + 1, C) each, the last row where no pattern is near.
+    """What a lookup votes with: score, probability, gain, (P + 1, C) each; the last row is for queries near no pattern.
 
-    eb votes with its beliefs. The tests of welch and reference say yes or no, so that a pattern votes wholly for its
-    verdict, or for no config where the default stands.
+    eb votes with its beliefs. The tests of welch and reference only say yes or no, so a pattern gives its whole vote to
+    its verdict's config, or to none where the default stands.
     """
     if method == "eb":
         return beliefs.score, beliefs.probability, beliefs.gain
@@ -330,7 +330,7 @@ def verdict_matrices(
 def resolve_objective(
     judging: JudgeConfig, quality: QualityConfig, trajectories: Trajectories, evidence: Evidence
 ) -> Objective:
-    """The objective with its references: the default's geometric mean latency, and the dearest config's mean cost."""
+    """The objective with its references: the default's geometric mean latency and the dearest config's mean cost."""
     root = evidence.regroup(np.zeros(len(evidence.rows), dtype=np.int64), 1)
     octaves = root.mean[0, :, OUTCOMES.index("log2_latency")]
     default = trajectories.configs.default
