@@ -15,7 +15,7 @@ from rb_gpu.learn.row_kernels import squares_and_hashes
 Matrix = npt.NDArray[np.float32]
 Copy = Callable[[Matrix, npt.NDArray[np.floating[Any]]], None]
 
-# small enough that much of a block is still in the cache when its norms are taken; smaller blocks contend for threads
+# small enough that much of a block is still cached when its norms are taken; smaller ones would wait for each other
 BLOCK_BYTES = 1 << 24
 # more threads copy no faster: memory bandwidth is saturated
 MAX_THREADS = 8

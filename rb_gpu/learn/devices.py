@@ -50,7 +50,7 @@ def resolve_device(kind: str) -> torch.device:
         )
     if kind == "cpu" or not available:
         return torch.device("cpu")
-    # cuBLAS reads this at the process's first GPU product: without it, later products cannot be made reproducible
+    # read once, at the process's first GPU product: if it is unset by then, later ones cannot be made reproducible
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return torch.device("cuda")
 
@@ -216,7 +216,7 @@ def _left_in_groups() -> Iterator[int]:
         (CGROUP / "memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         own = PurePosixPath(of_kind.get(kind, "/").lstrip("/"))
-        # without a cgroup namespace, the path is the host's: inside the container only the root is mounted
+        # without a cgroup namespace the path is the host's, and the root of the mount is then this process's group
         for group in {base / own, *(base / above for above in own.parents), base}:
             try:
                 limit, used = ((group / name).read_text().strip() for name in (limit_file, used_file))

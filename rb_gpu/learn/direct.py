@@ -2,8 +2,8 @@
 
 For a point whose best distance is known, the products are reduced to one bit per centroid: whether it may be as near.
 With y = x − middle, half_x + half_c − y·c is half the squared distance up to `slack`·(half_x + half_c) (see `coarse`),
-so few distances must be computed exactly. With very few centroids, most points are not compared at all: those that are
-nearer to their centroid than half the distance from it to the next one (Hamerly 2010).
+so few distances must be computed exactly. If points far outnumber centroids, a point is not compared at all
+when it is nearer to its centroid than half the distance from that to the next one (Hamerly 2010).
 Suffixes: N points, T points of one tile, K centroids, C centroids padded to whole masks (M), B blocks of W of these,
 D dims.
 """

@@ -100,7 +100,7 @@ def kmeans(
     Distances are float32. For l2, x of float64 or of 32- or 64-bit integers is first centred on its median, since a
     large offset would otherwise take all of float32's digits, and x whose largest magnitude lies outside [2^-40, 2^40]
     is scaled by a power of two. init and warm are transformed alike, and results are transformed back. x is never
-    modified, and never copied if it is float32 within these bounds and, for cosine, already of norm 1.
+    modified, nor copied on its device if it is contiguous float32 within these bounds and, for cosine, of norm 1.
 
     The same seed gives the same bits on one kind of device, whatever the budgets, threads and ranks. Raises ValueError
     on a bad argument, ConfigError where the device is missing.

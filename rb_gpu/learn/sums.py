@@ -1,7 +1,7 @@
 """Sums over points that are bit-identical in every order of addition, because numbers are rounded to integers first.
 
 Threads, tiles, ranks and updates by difference therefore cannot change a result. An upper bound S on the sum of the
-absolute values is known beforehand, and one unit is 2^-62·S rounded up to a power of two, which is about 2^-62·N of a
+absolute values is known beforehand, and one unit is 2^-61·S rounded up to a power of two, which is about 2^-61·N of a
 typical point.
 
 Suffixes: N points, K clusters, D dims, M points that changed clusters, T points of one tile.
@@ -22,7 +22,7 @@ from rb_gpu.learn.shard import Shard
 from rb_gpu.learn.streaming import chunks
 from rb_gpu.learn.workers import Workers
 
-# sums stay below 2^62, which leaves one bit for rounding
+# sums stay below 2^62, of which one bit is for what rounding adds
 SUM_BITS = 62
 # upper bound on the workers' private sums, all together; and the rows that one worker takes at a time
 OWN_BYTES, OWN_ROWS = 2**26, 4096

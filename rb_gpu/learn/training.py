@@ -106,7 +106,7 @@ def measure(config: TrainConfig, quarantine: Path | None, stages: Stages, watch:
 
 
 def _room(config: TrainConfig, ranks: Ranks) -> Room:
-    """device.memory_budget limits GPU memory where there is a GPU; on the host, all free memory may then be used."""
+    """device.memory_budget limits GPU memory where there is a GPU; host memory then has the default limit of Room."""
     host = resolve_device(config.device.kind).type == "cpu"
     return Room(config.device.memory_budget if host else None, config.device.scratch, ranks.of_node())
 

@@ -123,7 +123,7 @@ class Coded:
     """New centroids as the kernels read them, padded to whole blocks by infinitely far ones.
 
     code (M, WIDTH); low, slack and norm (M,) float32: half the squared norm less its slack, the slack, the padded norm;
-    limits (3,): spread, the factor that covers rounding of norms, the largest norm.
+    limits (3,): spread, a growth factor that covers rounding of norms, the largest norm.
     """
 
     code_MW: Tensor
