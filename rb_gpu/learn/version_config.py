@@ -15,9 +15,9 @@ class GateConfig:
 
     max_p95_latency_ratio: largest p95 latency relative to what is served; max_harm_rate: of the patterns in which it
     acts, the largest share that may be surely harmed, unless the champion harms at least as large a share;
-    min_coverage: least share of the held-out queries that are near a pattern; max_drift: largest AUC of a classifier that separates
-    held-out from training queries (0.5: indistinguishable, 1: perfectly separated); min_rows: least number of held-out
-    rows that tried what the candidate picks.
+    min_coverage: least share of the held-out queries that are near a pattern; max_drift: largest AUC of a classifier
+    that separates held-out from training queries (0.5: indistinguishable, 1: perfectly separated); min_rows: least
+    number of held-out rows that tried what the candidate picks.
     """
 
     min_gain: float = -0.005
