@@ -2,9 +2,9 @@
 
 A linkage is reducible if a merged cluster is no nearer to a third one than the nearer of its two parts was. Two
 clusters that are each other's nearest may then join at once, whatever the others do (Bruynooghe 1978, Murtagh 1983), so
-that many pairs join per round. Also, an old distance stays a lower bound on the distance to the same cluster and to
-whatever it has merged into. Each cluster therefore keeps a short list of its nearest ones, and all clusters are scanned
-again only when that list is exhausted.
+that many pairs join per round. Also, lower bounds on the distances to two clusters give one on the distance to their
+union, so that old bounds can be updated rather than recomputed: each cluster keeps a short list of its nearest ones,
+and all clusters are scanned again only when that list is exhausted.
 
 Suffixes: P leaves, S slots (a cluster lives in the slot of its first leaf), G queried clusters, L entries of a list,
 E entries of two lists, J joins.

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 RESULT_FILE = "result.json"
 NAN = float("nan")
-# cost references within this ratio count as equal: pruning drops rows, which shifts the mean cost by less than this
+# cost references within this ratio count as equal: pruning drops rows, which shifts the dearest config's mean less
 SAME_COST = 1.01
 
 
