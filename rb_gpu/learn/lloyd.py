@@ -32,8 +32,8 @@ from rb_gpu.learn.workers import Workers
 log = logging.getLogger(__name__)
 
 MAX_REPAIRS = 20
-# updates before the first repair: Lloyd's iterations take many to split one cluster between two centroids, but which
-# clusters need splitting shows after a few
+# updates between the early rounds of repair: Lloyd's iterations take many to split one cluster between two
+# centroids, but which clusters need splitting shows after a few
 EARLY = 2
 # another such early round follows only if the last one reduced the inertia by this share: momentum reaches smaller
 # gains sooner than repairs do
