@@ -1,4 +1,4 @@
-"""The batch side of rb_gpu: torch lives here. Install it with `pip install 'rb_gpu[cpu]'` or `'rb_gpu[gpu]'`."""
+"""The batch side of rb_gpu, which needs torch: install it with `pip install 'rb_gpu[cpu]'` or `'rb_gpu[gpu]'`."""
 
 try:
     import hydra  # noqa: F401

@@ -1,8 +1,7 @@
-"""Functions that torch lacks, on numbers where they lie: NumPy and SciPy on the host, CuPy on a GPU.
+"""Functions that torch lacks, computed where the numbers lie: by NumPy and SciPy on the host, by CuPy on a GPU.
 
-The two have the same names, so that one line of code runs on both; torch's tensors become theirs, and back, without a
-copy (DLPack). What the judge asks today lies on the host; `suite=gpu` measures both.
-
+Both libraries use the same names, so that one line of code runs on either; torch tensors are exchanged with them
+without a copy (DLPack). What the judge computes today lies on the host; `suite=gpu` of the benchmark measures both.
 Suffix: N numbers.
 """
 
@@ -28,11 +27,11 @@ class Arrays:
     special: Any
 
     def of(self, tensor: Tensor) -> Any:
-        """The tensor's own memory as an array."""
+        """An array that shares the tensor's memory."""
         return self.xp.from_dlpack(tensor.detach())
 
     def tensor(self, array: Any) -> Tensor:
-        """The array's own memory as a tensor."""
+        """A tensor that shares the array's memory."""
         tensor: Tensor = from_dlpack(array)
         return tensor
 
@@ -41,7 +40,7 @@ HOST = Arrays(np, special)
 
 
 def on_gpu() -> Arrays:
-    """CuPy. Raises ConfigError where it is not installed."""
+    """Arrays of CuPy. Raises ConfigError where it is not installed."""
     try:
         import cupy
         import cupyx.scipy.special
@@ -53,9 +52,11 @@ def on_gpu() -> Arrays:
 
 
 def student_tail(t_N: Any, freedom_N: Any, arrays: Arrays = HOST) -> Any:
-    """P(T > t) under Student's t, NaN where either is: by the incomplete beta function I (Abramowitz & Stegun 26.5.27),
-    as half of I_x(ν/2, 1/2) with x = ν / (ν + t²), or of 1 − I_{1−x}(1/2, ν/2) where |t| < 1: x near 1 tells few digits
-    of t. Correct to 1e-8 of it up to ν = 1e8.
+    """P(T > t) under Student's t with ν = freedom; NaN where an argument is.
+
+    Computed from the regularised incomplete beta function I (Abramowitz & Stegun 26.5.27): as half of I_x(ν/2, 1/2)
+    with x = ν / (ν + t²), or of 1 − I_{1−x}(1/2, ν/2) where |t| < 1, because x near 1 preserves few digits of t. The
+    relative error is at most 1e-8 up to ν = 1e8.
     """
     where = arrays.xp.where
     square_N, half_N = t_N * t_N, freedom_N / 2
@@ -67,7 +68,7 @@ def student_tail(t_N: Any, freedom_N: Any, arrays: Arrays = HOST) -> Any:
 
 
 def weighted_quantiles(values_N: Any, weight_N: Any, levels: Sequence[float], arrays: Arrays = HOST) -> Any:
-    """The least of the values (N,) by which at least each share of the weight lies; NaN where there is none."""
+    """For each level, the least value (N,) at or below which lies that share of the weight; NaN without values."""
     if len(values_N) == 0:
         return arrays.xp.full(len(levels), np.nan)
     order_N = arrays.xp.argsort(values_N, kind="stable")

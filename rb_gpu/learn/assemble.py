@@ -1,4 +1,4 @@
-"""Puts what was learned into the arrays of an artifact: leaves first, then each level above.
+"""Assembles what was learned into the arrays of an artifact: leaves first, then each level above.
 
 Suffixes: A patterns of all levels, P leaves, G nodes of one level, D dims, Q queries.
 """
@@ -26,20 +26,23 @@ from rb_gpu.posterior import Beliefs
 
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-# tests vote wholly or not at all, so that a weighted majority decides
+# with a test, a pattern votes fully or not at all, so that a weighted majority decides
 MAJORITY = 0.5
-# of beating the default: choices that were shown to pay as a whole take the likelier side, others must be sure each
+# least probability of beating the default: if choices were shown to pay as a whole, the likelier side suffices;
+# otherwise each choice must be sure on its own
 PROVEN, UNPROVEN = 0.5, 0.8
-# nearest patterns that vote and the slope of their weights, where they are not tuned
+# untuned lookup: how many nearest patterns vote, and the slope of their weights
 USUAL_TOP_K, USUAL_BETA = 5, 16.0
 
 
 @dataclass(frozen=True)
 class Leaves:
     """The leaves: label_Q (Q,) of each training query, -1 where it was pruned; sums_PD and mass_P, the weighted sum of
-    each leaf's embeddings and its weight, from which the centroids of every level come; evidence; parents per level;
-    what foretells a query beyond its leaf, where there is such a thing, whether its choices were shown to pay, and for
-    a floor what it says of queries that it has not seen.
+    each leaf's embeddings and its weight, from which centroids of all levels are computed; evidence; parents per level.
+
+    field: the outcome field, which predicts a query's outcomes beyond what its leaf says, if one was fitted; pays:
+    whether its choices were shown to pay; unseen: for the objective floor, its predictions for queries it was not
+    fitted on.
     """
 
     label_Q: Rows
@@ -52,7 +55,7 @@ class Leaves:
     unseen: Unseen | None = None
 
     def least_probability(self, judging: JudgeConfig) -> float:
-        """judge.min_probability, worked out where it is auto."""
+        """judge.min_probability, with auto resolved."""
         if is_auto(judging.min_probability):
             return PROVEN if self.pays and self.unseen is None else UNPROVEN
         return float(judging.min_probability)
@@ -67,7 +70,7 @@ def assemble(
     verdicts: VerdictColumns,
     floor: float,
 ) -> BankData:
-    """The bank's arrays and settings; its facts are left to the caller. Where top_k or beta is auto: the usual one."""
+    """The bank's arrays and settings, without its facts. If top_k or beta is auto, the standard value is set."""
     configs = trajectories.configs
     score, probability, gain = verdict_matrices(verdicts, beliefs, configs, config.judge.method)
     confidence_P = confidence_of(verdicts, beliefs, configs, config.judge.method)
@@ -114,8 +117,8 @@ def assemble(
 
 
 def confidence_of(verdicts: VerdictColumns, beliefs: Beliefs, configs: ConfigTable, method: str) -> Floats:
-    """(P,) each leaf's confidence: the highest probability, over configs other than the default, of beating it; by a
-    test, 1 where it gave a verdict and else 0.
+    """(P,) each leaf's confidence: the highest probability, over configs other than the default, of beating it; for the
+    methods that test, 1 where there is a verdict and else 0.
     """
     other_PC = verdict_matrices(verdicts, beliefs, configs, method)[1][:-1].copy()
     other_PC[:, configs.default] = 0.0
@@ -125,7 +128,7 @@ def confidence_of(verdicts: VerdictColumns, beliefs: Beliefs, configs: ConfigTab
 def _pattern_arrays(
     trajectories: Trajectories, metric: str, leaves: Leaves, confidence_P: Floats
 ) -> dict[str, npt.NDArray[Any]]:
-    """The columns of every level, one after the other."""
+    """The pattern columns of all levels, concatenated."""
     levels: list[dict[str, npt.NDArray[Any]]] = []
     count_P, score_P = _ratings(trajectories, leaves.label_Q, len(leaves.mass_P))
     weight_P = leaves.evidence.w.sum(1)
@@ -173,13 +176,13 @@ def _pattern_arrays(
 
 
 def _centroids(sums_GD: Floats, mass_G: Floats, metric: str) -> Floats:
-    """Means of the members; on the sphere where the metric is cosine."""
+    """Means of the members, projected on the unit sphere if the metric is cosine."""
     scale = np.linalg.norm(sums_GD, axis=1) if metric == "cosine" else mass_G
     return np.asarray(sums_GD / np.maximum(scale, 1e-300)[:, None])
 
 
 def _ratings(trajectories: Trajectories, label_Q: Rows, patterns: int) -> tuple[Rows, Floats]:
-    """Votes per leaf: how many, and their sum as shares of a positive vote (1 star 0, 5 stars 1)."""
+    """Votes per leaf: their number, and the sum of their positivity (1 star 0, 5 stars 1)."""
     label_N = label_Q[trajectories.query_row]
     rated = (trajectories.rating > 0) & (label_N >= 0)
     score = (trajectories.rating[rated].astype(np.float64) - 1.0) / 4.0

@@ -1,9 +1,10 @@
-"""The exact nearest centroid of every point, on the CPU: coarse products in tiles, then only the distances in doubt;
-or, where centroids or dims are few, all products.
+"""Exact nearest-centroid assignment on the CPU.
 
-No float N x K matrix is ever held. Points stay where they are, memory-mapped files too; what is added is `Codes`, where
-they fit the budget, or nothing, where every tile is coded as it is read. Which way is in use changes the time and never
-a label or a distance.
+Where many centroids and dims make it worthwhile, cheap products of low-precision codes bound every distance from below
+tile by tile, and only the distances that the bounds leave in doubt are computed; otherwise all products are computed.
+No float N x K matrix is ever held. Points stay where they are, even in memory-mapped files; the only extra memory is
+`Codes`, if they fit the budget (else each tile is coded as it is read). The method in use affects the running time,
+never a label or a distance.
 
 Suffixes: N points, T points of one tile, K centroids, D dims, P dims of a code.
 """
@@ -29,39 +30,40 @@ from rb_gpu.learn.vectors import LANES
 from rb_gpu.learn.workers import Workers
 
 LEAST_TILE, LARGEST_TILE = 64, 2048
-# numbers that one worker multiplies in a turn at least: another worker wakes, or another turn begins, in as long
+# fewest multiplications that one worker does in a turn: as long as it takes to wake a worker or begin another turn
 LEAST_TURN = 2**19
-# numbers of the points that are coded at once: they stay in a core's second cache
+# numbers of the points coded at once: they stay in a core's second-level cache
 CODED_NUMBERS = 2**18
-# spans of one worker where no tile must stay in a cache: enough to even out what each takes
+# turns per worker where no tile must stay in a cache: enough to even out their durations
 TURNS = 8
-# centroids that are lowered by all their products where points would have to be coded for it
+# up to this many centroids, all products are computed where points would first have to be coded
 FEW = 32
-# dims up to which differences take no longer than products: of any centroids, and of few
+# dims up to which differences take no longer than products: for any number of centroids, and for few of them
 FEW_DIMS, FEWS_DIMS = 32, 128
-# share of the free memory that codes of the points take where nothing else is said
+# share of the free memory that codes of the points take by default
 CODE_SHARE = 0.25
 
 
 @dataclass
 class Work:
-    """Distances that were computed in full, of those that there are."""
+    """How many distances were computed in full, of all point-centroid pairs."""
 
     computed: int = 0
     all: int = 0
 
     @property
     def share(self) -> float:
-        """Computed / all."""
+        """The fraction computed / all."""
         return self.computed / max(1, self.all)
 
 
 class Assignment:
-    """labels (N,) int64 and d2 (N,) float32: each point's nearest centroid so far, -1 and infinity before the first.
+    """labels (N,) int64 and d2 (N,) float32: each point's nearest centroid so far; initially -1 and infinity.
 
-    x_ND: (N, D) float32 in host memory, only read. middle_D: any point amid the data. code_budget: bytes that codes of
-    all points may take; 0 keeps none, None takes CODE_SHARE of the free memory. direct: whether all products are taken
-    at once; else basis tells which. candidates: bases of these points, where some were made (`choice`).
+    x_ND: (N, D) float32 in host memory, never modified. middle_D: any point in the middle of the data. code_budget:
+    bytes that codes of all points may take; 0 keeps none, None allows CODE_SHARE of the free memory. direct: whether
+    all products are computed; otherwise basis says how codes bound them. candidates: bases already built for these
+    points (see `choice`).
     """
 
     def __init__(self, x_ND: Tensor, middle_D: Tensor, crew: Workers, code_budget: int | None) -> None:
@@ -75,20 +77,20 @@ class Assignment:
         self._loose, self._next_N = False, torch.empty(0, dtype=torch.float32)
 
     def reset(self) -> None:
-        """Forgets labels and distances."""
+        """Discards labels and distances."""
         self.labels_N.fill_(-1)
         self.d2_N.fill_(torch.inf)
         self._loose = False
 
     def lower(self, centroids_KD: Tensor, first: int) -> None:
-        """Lowers labels and distances by the centroids (K, D) float32 from row `first` on; the earlier are known."""
+        """Lowers labels and distances by the centroids (K, D) float32 from row `first` on; earlier ones are done."""
         self._run(centroids_KD, first, refresh=False)
 
     def assign(self, centroids_KD: Tensor, moved_K: Tensor | None = None) -> None:
-        """The exact assignment to these centroids (K, D) float32; the labels so far, where any, are first guesses.
+        """Assigns exactly to these centroids (K, D) float32; existing labels serve as first guesses.
 
-        moved_K: how far each centroid lies from the one that labels and d2 are of. d2 may then be too large until
-        `settle`: the point of a label that no other is as near to need not be read.
+        moved_K: how far each centroid moved since labels and d2 were computed. With it, d2 may be an upper bound until
+        `settle` is called: a point whose label the bounds confirm is not read.
         """
         known = bool(self.labels_N[0] >= 0)
         if known and self._at_once(len(centroids_KD)) and self.by_differences(len(centroids_KD)):
@@ -98,7 +100,7 @@ class Assignment:
             self._loose = False
             self._run(centroids_KD, 0, refresh=known)
             return
-        # the triangle inequality, and what rounding may take from it: d2 errs by D + 2 units, its root by half of that
+        # triangle inequality with room for rounding: d2 has a relative error of D + 2 units, its root of half that
         more = 1 + (2 * self.x_ND.shape[1] + 8) * ROUNDOFF
         labels, moved, d2 = self.labels_N.numpy(), moved_K.float().numpy(), self.d2_N.numpy()
 
@@ -110,7 +112,7 @@ class Assignment:
         self._run(centroids_KD, 0, refresh=False)
 
     def settle(self, centroids_KD: Tensor) -> None:
-        """Makes d2 exact, which is that to these centroids (K, D) float32 of the last assignment."""
+        """Makes d2 exact after `assign`; centroids (K, D) float32 are those of that last assignment."""
         if self._loose:
             x, centroids, labels, d2 = (t.numpy() for t in (self.x_ND, centroids_KD, self.labels_N, self.d2_N))
 
@@ -121,11 +123,11 @@ class Assignment:
             self._loose = False
 
     def _at_once(self, count: int) -> bool:
-        """Whether all products with so many centroids are taken."""
+        """Whether all products with this many centroids are computed (no codes)."""
         return self.direct or (self.codes is None and count <= FEW)
 
     def by_differences(self, count: int) -> bool:
-        """Whether all products with so many centroids are taken by `differences` in place of `direct`."""
+        """Whether computing all products with this many centroids uses `differences` instead of `direct`."""
         return self.x_ND.shape[1] <= (FEWS_DIMS if count <= FEW else FEW_DIMS)
 
     def _run(self, centroids_KD: Tensor, first: int, *, refresh: bool) -> None:
@@ -146,7 +148,7 @@ class Assignment:
         self.work.computed += sum(computed)
 
     def _follow(self, centroids_KD: Tensor, moved_K: Tensor | None) -> None:
-        """The assignment by differences where labels are known: to centroids that moved so far, or are anywhere."""
+        """Assigns by differences from known labels; moved_K: how far centroids moved, None if unrelated."""
         anywhere, self._loose = moved_K is None, True
         if moved_K is None:
             self._next_N = self._next_N[:0]
@@ -157,7 +159,7 @@ class Assignment:
             self.settle(centroids_KD)
 
     def _each(self, compare: Callable[[int, int], int], count: int) -> None:
-        """All points by `compare`, which says of how many it took the products with so many centroids."""
+        """Runs `compare` over all points; it returns how many points it compared with all `count` centroids."""
         compared_W = [0] * self.crew.count
 
         def rows(worker: int, start: int, stop: int) -> None:
@@ -168,7 +170,10 @@ class Assignment:
         self.work.computed += sum(compared_W) * count
 
     def following(self, centroids_KD: Tensor, moved_K: Tensor, of: int) -> Callable[[int, int], int]:
-        """What assigns rows start to stop to centroids that moved so far; see `differences.following`."""
+        """A function that assigns rows start to stop to centroids that moved by moved_K; see `differences.following`.
+
+        of: the number of points that it will be used for.
+        """
         if len(self._next_N) == 0:
             self._next_N = torch.zeros(len(self.x_ND), dtype=torch.float32)
         x, centroids, moved = (t.numpy() for t in (self.x_ND, centroids_KD, moved_K))
@@ -176,12 +181,12 @@ class Assignment:
         return following(x, centroids, moved, *states, of)
 
     def _turn(self, count: int) -> int:
-        """Points of one worker's turn, where each takes all products with so many centroids."""
+        """Points per turn of a worker, where each point is compared with all `count` centroids."""
         least = max(LEAST_TILE, LEAST_TURN // (self.x_ND.shape[1] * count))
         return max(least, -(-len(self.x_ND) // (TURNS * self.crew.count)))
 
     def _gaps(self, columns: Columns, centroids_KD: Tensor, count: int) -> npt.NDArray[np.float32]:
-        """What `nearer_rows` asks of each centroid (K,): 0 where it is no small share of what so many points take."""
+        """The gap2 (K,) of `nearer_rows`; zeros (no pruning) where it would cost too much for `count` points."""
         gap2_K = np.zeros(len(centroids_KD), np.float32)
         if GAPS * len(centroids_KD) <= count:
             centroids, middle = centroids_KD.numpy(), self.basis.middle_D.numpy()
@@ -196,8 +201,8 @@ class Assignment:
         return gap2_K
 
     def comparing(self, centroids_KD: Tensor, first: int, of: int, *, refresh: bool) -> Callable[[int, int], int]:
-        """What lowers rows start to stop by all products with the centroids from row `first` on, and says with how many
-        points; of: the points that this is done for.
+        """A function that lowers rows start to stop by all products with centroids from row `first` on, and returns the
+        number of points compared. of: the number of points that it will be used for.
         """
         x, middle, centroids, labels, d2 = (
             t.numpy() for t in (self.x_ND, self.basis.middle_D, centroids_KD, self.labels_N, self.d2_N)
@@ -213,7 +218,7 @@ class Assignment:
                 return stop - start
 
             return unknown
-        # asked for by points whose label is a guess or a bound: not by those whose d2 is known
+        # gaps help points whose label is a guess or whose d2 is an upper bound, not those whose d2 is exact
         gap2_K = self._gaps(columns, centroids_KD, of if first == 0 and (refresh or self._loose) else 0)
         known = refresh, self._loose, gap2_K, labels, d2
 
@@ -223,7 +228,7 @@ class Assignment:
         return guessed
 
     def tile(self, start: int, stop: int, blocks: list[CodedBlock], centroids_KD: Tensor, refresh: bool) -> int:
-        """Lowers rows start to stop by the blocks and says how many distances that took."""
+        """Lowers rows start to stop by the blocks; returns the number of distances computed."""
         codes, code_start = self.codes, start
         if codes is None:
             codes, code_start = Codes(stop - start, self.basis), 0
@@ -243,7 +248,7 @@ class Assignment:
         return computed
 
     def nearer_halves(self, halves_2KD: Tensor, half_N: Tensor, d2_N: Tensor) -> None:
-        """Of the halves 2l and 2l + 1 of each point's cluster l, the nearer, and its squared distance, in place."""
+        """Writes the nearer of the halves 2l and 2l + 1 of each point's cluster l, and its squared distance."""
         arrays = [t.numpy() for t in (halves_2KD, self.labels_N, half_N, d2_N)]
 
         def span(_worker: int, start: int, stop: int) -> None:
@@ -258,8 +263,8 @@ class Assignment:
         return self._code_budget
 
     def use(self, basis: Basis | None) -> None:
-        """All products from now on, or codes by this basis: all points at once, where that fits the budget and is no
-        plain copy.
+        """Switches to all products (None) or to codes by this basis; all points are coded at once if that fits the
+        budget and the codes are more than a plain copy of the points.
         """
         self.direct, self.codes = basis is None, None
         if basis is None:

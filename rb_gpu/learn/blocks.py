@@ -1,4 +1,4 @@
-"""What is done to every embedding as it is loaded: some megabytes at a time, on every core. N rows, D dims."""
+"""Copies and hashes embeddings while they are loaded, in blocks of megabytes on every core. N rows, D dims."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rb_gpu.learn.row_kernels import squares_and_hashes
 Matrix = npt.NDArray[np.float32]
 Copy = Callable[[Matrix, npt.NDArray[np.floating[Any]]], None]
 
-# small enough that much of a block is still in the cache when its norms are taken; smaller ones wait for each other
+# small enough that much of a block is still cached when its norms are taken; smaller ones would wait for each other
 BLOCK_BYTES = 1 << 24
-# more of them copy no faster: the memory is busy
+# more threads copy no faster: memory bandwidth is saturated
 MAX_THREADS = 8
 
 
 def block_threads() -> ThreadPoolExecutor:
-    """The threads that blocks run on, made once for many batches: to start one takes as long as to copy a block."""
+    """A thread pool for blocks, created once for many batches: starting a thread costs as much as copying a block."""
     return ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS), thread_name_prefix="block")
 
 
@@ -33,7 +33,7 @@ def start_blocks(pool: Executor, work: Callable[[int, int], object], rows: int, 
 
 
 class Copying:
-    """Rows that are being copied by the threads of a pool, which take the squared norm and the hash of each as well."""
+    """A copy of rows in progress on a pool's threads, which also compute each row's squared norm and hash."""
 
     def __init__(self, from_ND: npt.NDArray[np.floating[Any]], to_ND: Matrix, copy: Copy, pool: Executor) -> None:
         self._norm2_N, self._hash_N = np.empty(len(to_ND)), np.empty(len(to_ND), np.uint64)
@@ -42,7 +42,7 @@ class Copying:
         def block(start: int, stop: int) -> None:
             copy(to_ND[start:stop], from_ND[start:stop])
             squares_and_hashes(to_ND, bits_ND, key_D, start, stop, self._norm2_N, self._hash_N)
-            # float32 squares are several times as fast; those that leave its range are taken again
+            # float32 squares are several times faster; rows where they over- or underflow are redone in float64
             unsure = start + np.flatnonzero(~((self._norm2_N[start:stop] > 0) & (self._norm2_N[start:stop] < np.inf)))
             if len(unsure):
                 some_ND = to_ND[unsure]
@@ -51,8 +51,8 @@ class Copying:
         self._blocks = start_blocks(pool, block, len(to_ND), to_ND.strides[0])
 
     def norms_and_hashes(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64]]:
-        """The squared norms (N,) once all is copied: not finite where a value is not, 0 only where all values are; and
-        the hashes (N,), as `row_hashes` takes them. Raises what copying raised.
+        """Waits for the copy; returns the squared norms (N,), not finite if a value is not and 0 only if all values
+        are, and the hashes (N,) as in `row_hashes`. Re-raises what copying raised.
         """
         for block in self._blocks:
             block.result()
@@ -60,12 +60,12 @@ class Copying:
 
 
 def _hash_key(dim: int) -> npt.NDArray[np.uint64]:
-    # NumPy keeps the raw numbers of its bit generators the same in all versions
+    # NumPy guarantees the raw output of its bit generators to be stable across versions
     return np.random.PCG64(0).random_raw(dim)
 
 
 def row_hashes(x_ND: Matrix, pool: Executor) -> npt.NDArray[np.uint64]:
-    """A hash of each row's bits (N,), at the speed of memory: rows that differ share it once in billions of times."""
+    """A hash of each row's bits (N,), at memory speed; two different rows collide once in billions of times."""
     x_ND, key_D = np.ascontiguousarray(x_ND), _hash_key(x_ND.shape[1])
     norm2_N, hash_N = np.empty(len(x_ND)), np.empty(len(x_ND), np.uint64)
 

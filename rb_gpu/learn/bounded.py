@@ -1,5 +1,7 @@
-"""Which distances to coded centroids must be taken: those whose lower bound, by a product of codes, is no more than the
-best so far. Products are read as they are made, of a few points with a few centroids, and never kept.
+"""Numba kernel that computes only the distances to coded centroids whose lower bound could beat the best so far.
+
+The bounds come from products of codes (see `coarse`). Products are made for a few points and centroids at a time, used
+at once, and never stored.
 
 Suffixes: N points, C centroids of one block (padded to whole masks), D dims, P dims of the code.
 """
@@ -29,9 +31,9 @@ from rb_gpu.learn.vectors import (
     splat,
 )
 
-# points for which the columns of LANES centroids stay in the first cache
+# points for which the columns of LANES centroids stay in the first-level cache
 BATCH = 128
-# bytes that a cache holds together, and those of a row that are asked for: the processor goes on by itself
+# bytes of a cache line, and of the start of a row that is prefetched: the hardware prefetcher fetches the rest
 LINE, AHEAD = 64, 512
 LARGEST = np.finfo(np.float32).max
 _INTS = ir.VectorType(ir.IntType(32), LANES)
@@ -42,7 +44,7 @@ def _load(builder: Any, place: Any, kind: Any) -> Any:
 
 
 def _bounds(builder: Any, integers: bool, arguments: Any) -> Any:
-    """The lower bounds of LANES half squared distances less the point's own half norm, as one vector."""
+    """Lower bounds of LANES half squared distances, less the point's own half norm, as one vector."""
     product, scale_c, spread_c, rest_c, half_c, scale, norm, rest = arguments
     raw = _load(builder, product, _INTS if integers else FLOATS)
     raw = builder.sitofp(raw, FLOATS) if integers else raw
@@ -58,7 +60,7 @@ def _below(
     _context: Any, sample: Any, product: Any, scales: Any, spreads: Any, rests: Any, halves: Any,
     scale: Any, norm: Any, rest: Any, limit: Any,
 ) -> Any:  # fmt: skip
-    """Bits of the LANES centroids whose lower bound is at most the limit. sample tells the products' type."""
+    """A bit mask of the LANES centroids whose lower bound is at most limit. sample determines the product's type."""
     integers = isinstance(sample, types.Integer)
     signature = types.uint64(sample, *[types.uintp] * 5, *[types.float32] * 4)
 
@@ -89,11 +91,11 @@ def _least(
 
 @intrinsic
 def _fetch(_context: Any, row: Any, count: Any) -> Any:
-    """Asks for so many bytes from this address on, which a later read then need not wait for."""
+    """Prefetches `count` bytes from address `row` on, so that a later read need not wait for memory."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> None:
         lines = builder.udiv(builder.add(arguments[1], ir.Constant(INT, LINE - 1)), ir.Constant(INT, LINE))
-        # to be read, soon, into the cache of data
+        # llvm.prefetch: for reading, high temporal locality, into the data cache
         how = [ir.Constant(ir.IntType(32), code) for code in (0, 3, 1)]
         with cgutils.for_range(builder, lines, intp=INT) as loop:
             place = address(builder, arguments[0], builder.mul(loop.index, ir.Constant(INT, LINE)), ir.IntType(8))
@@ -104,8 +106,8 @@ def _fetch(_context: Any, row: Any, count: Any) -> Any:
 
 @compiled()
 def _limit(best: Any, slack: Any, half: Any) -> Any:
-    """Half the best squared distance less the point's half norm, rounding allowed for; finite where a square overflows,
-    unlike the bounds of what pads a block.
+    """Half the best squared distance with room for rounding, less the point's half norm. It is kept finite where a
+    square overflows, unlike the infinite bounds of padding centroids.
     """
     return min(best * np.float32(0.5) * (np.float32(1) + slack) - half, LARGEST)
 
@@ -139,15 +141,15 @@ def lower_rows(
 ) -> Any:
     """Lowers labels int64 and d2 float32 of rows start to stop by a block of centroids; returns the distances computed.
 
-    The block is centroids_KD[first : first + C]; a label is a row of centroids_KD. columns and begin are its
-    `columns_of`; codes of points lie in rows of code from code_start on, as many again as a group has must be there to
-    read. With the other columns of both the product of codes bounds every distance from below (see `coarse`), and only
-    where the bound does not exceed the best distance so far is that distance computed. Of two centroids nearer to each
-    other than float32 can tell, float64 decides, and of equal ones the lower label stays, so that the result is the
-    exact assignment in any order of blocks. A label of -1 says that nothing is known: the least of the first LANES
-    bounds is then looked at first. loose: d2 is no less than the distance to the label's centroid, and stays so where
-    no other bound is as low; else that distance is taken first. product (GROUP, LANES) of the type of begin, and
-    spread (C,) are written.
+    The block is centroids_KD[first : first + C], and a label is a row of centroids_KD. columns and begin are its
+    `columns_of`. The points' codes begin at row code_start of code; GROUP further rows must be readable behind them.
+    The product of codes, with the scales, norms, errors and rests of both sides, bounds every distance from below (see
+    `coarse`), and a distance is computed only where its bound does not exceed the best so far. Where float32 cannot
+    tell two centroids apart, float64 decides, and of equally near ones the lower label wins, so that the result is the
+    exact assignment in any order of blocks. For a label of -1 (unknown), the centroid with the least of the first LANES
+    bounds is tried first. loose: d2 is only an upper bound of the distance to the label's centroid; that distance is
+    computed as soon as any other bound is as low, and d2 is left as it is otherwise. product (GROUP, LANES), of begin's
+    dtype, and spread (C,) are scratch space.
     """
     width, depth = c_half.shape[0], code_NP.strides[0]
     slack = np.float32(2 * (x_ND.shape[1] + 2) * ROUNDOFF)
@@ -158,7 +160,7 @@ def lower_rows(
     for j in range(width):
         c_spread[j] = c_error[j] + widest_error * (c_norm[j] + c_error[j])
     limit_B, guessed_B = np.empty(BATCH, np.float32), np.empty(BATCH, np.bool_)
-    # of a group, the points that may be nearer to another centroid, and to which: all are known before any is read
+    # the points of a group in doubt, and their candidate centroids: collected first, so that prefetches run ahead
     doubt_G, mask_G = np.empty(GROUP, np.int64), np.empty(GROUP, np.uint64)
     x_rows, c_rows, x_step = x_ND.ctypes.data, centroids_KD.ctypes.data, x_ND.strides[0]
     ahead = min(x_step, AHEAD)

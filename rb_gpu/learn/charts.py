@@ -1,8 +1,8 @@
-"""Charts as inline SVG: no script, no network, and no colour of their own.
+"""Charts as inline SVG, without scripts, network access or built-in colours.
 
-A mark carries a class that says what it stands for; the page's style sheet colours it, so that light, dark and paper
-are one drawing. Shapes and dashes differ wherever colours do. A framed chart is WIDTH units wide: a phone shows it at
-four fifths, where text of 13 units can still be read. Every string is escaped.
+Each mark has a class that says what it represents, and the page's style sheet colours it, so that the same drawing
+serves light mode, dark mode and paper. Wherever colours differ, shapes and dashes differ too. A framed chart is WIDTH
+units wide: a phone shows it at four fifths, where text of 13 units is still readable. Every string is escaped.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from markupsafe import Markup
 
 WIDTH = 440.0
 MARGIN = 12.0
-# of one character of tick text, rounded up: fonts differ, and labels must not touch
+# width of one character of tick text, rounded up: fonts differ, and labels must not touch
 CHARACTER = 8.2
 SHAPES = ("circle", "square", "triangle", "diamond", "wedge", "cross")
 
 
 @dataclass(frozen=True)
 class Axis:
-    """label: what and in which unit. low, high: the values at the two ends. ticks: values and their texts.
+    """label: the quantity and its unit. low, high: the values at the two ends. ticks: values and their texts.
 
-    log: whether equal steps are equal ratios.
+    log: whether the scale is logarithmic.
     """
 
     label: str
@@ -34,15 +34,15 @@ class Axis:
     log: bool = False
 
     def share(self, value: float) -> float:
-        """Where a value lies between the ends, 0 to 1; beyond them it is drawn at the end."""
+        """The position of a value between the ends, 0 to 1, clipped to the ends."""
         low, high, at = (math.log(v) if self.log else v for v in (self.low, self.high, value))
         return min(1.0, max(0.0, (at - low) / (high - low)))
 
 
 def linear_axis(label: str, values: Sequence[float], text: Callable[[float], str] | None = None) -> Axis:
-    """An axis that holds the values, with at most seven ticks at 1, 2 or 5 times a power of ten. text: of a tick."""
+    """An axis that covers the values, with at most seven ticks at 1, 2 or 5 times a power of ten. text: of a tick."""
     low, high = min(values), max(values)
-    # what differs by rounding alone has no step that its values could bear
+    # a range that is only rounding noise gives no usable tick step
     if not high - low > 1e-9 * max(abs(low), abs(high)):
         pad = 0.05 * abs(low) or 0.5
         low, high = low - pad, high + pad
@@ -51,13 +51,13 @@ def linear_axis(label: str, values: Sequence[float], text: Callable[[float], str
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    # 0.0 would else be -0.0 where the axis comes from below
+    # adding 0.0 turns -0.0, which negative n would give, into 0.0
     ticks = [(n * step, (text or f"{{:,.{decimals}f}}".format)(n * step + 0.0)) for n in range(first, last + 1)]
     return Axis(label, first * step, last * step, tuple(ticks))
 
 
 def log_axis(label: str, low: float, high: float, text: Callable[[float], str]) -> Axis:
-    """An axis of ratios between positive ends, with ticks at powers of ten, or at 1, 2 and 5 times them if few."""
+    """A logarithmic axis between positive ends, with ticks at powers of ten, or at 1, 2 and 5 times them if few."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1,), (1, 3), (1, 2, 5)):
         values = [factor * 10.0**decade for decade in decades for factor in factors]
@@ -69,8 +69,8 @@ def log_axis(label: str, low: float, high: float, text: Callable[[float], str]) 
 
 @dataclass
 class Frame:
-    """A chart in a frame: marks are added, `render` closes it. Values are in the axes' units; not finite ones must be
-    left out by the caller. height in the units of WIDTH. Without ticks, the axes are not drawn.
+    """A framed chart: add marks, then `render`. Values are in the axes' units; the caller must leave out values that
+    are not finite. height: in the units of WIDTH. Axes without ticks are not drawn.
     """
 
     x: Axis
@@ -80,7 +80,7 @@ class Frame:
 
     @property
     def _box(self) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom of where marks lie."""
+        """Left, top, right and bottom of the plotting area."""
         if not (self.x.ticks and self.y.ticks):
             return MARGIN, MARGIN, WIDTH - MARGIN, self.height - MARGIN
         left = 14.0 + CHARACTER * max(len(text) for _, text in self.y.ticks)
@@ -88,17 +88,17 @@ class Frame:
         return left, 34.0, right, self.height - 50.0
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point of the two axes lies in the drawing."""
+        """Drawing coordinates of a point in the axes' units."""
         left, top, right, bottom = self._box
         return left + self.x.share(x) * (right - left), bottom - self.y.share(y) * (bottom - top)
 
     def line(self, xs: Sequence[float], ys: Sequence[float], style: str) -> None:
-        """Straight lines from point to point."""
+        """Adds straight lines from point to point."""
         corners = " ".join(f"{px:.1f},{py:.1f}" for px, py in map(self.at, xs, ys))
         self.marks.append(Markup("<polyline class='line {}' points='{}'/>").format(style, corners))
 
     def steps(self, edges: Sequence[float], heights: Sequence[float], style: str, filled: bool = False) -> None:
-        """A histogram's outline over edges (one more than heights), filled down to the axis or not."""
+        """Adds a histogram's outline over edges (one more than heights), optionally filled down to the axis."""
         corners = [self.at(edges[0], self.y.low)]
         for i, height in enumerate(heights):
             corners += [self.at(edges[i], height), self.at(edges[i + 1], height)]
@@ -108,7 +108,7 @@ class Frame:
         self.marks.append(Markup("<polyline class='{} {}' points='{}'/>").format(kind, style, path))
 
     def whiskers(self, xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], style: str) -> None:
-        """A vertical interval at each x."""
+        """Adds a vertical interval at each x."""
         ends = [(self.at(x, low), self.at(x, high)) for x, low, high in zip(xs, lows, highs, strict=True)]
         path = "".join(f"M{px:.1f} {bottom:.1f}V{top:.1f}" for (px, bottom), (_, top) in ends)
         self.marks.append(Markup("<path class='whisker {}' d='{}'/>").format(style, path))
@@ -122,7 +122,7 @@ class Frame:
         shape: str = "circle",
         radius: float | Sequence[float] = 4.5,
     ) -> None:
-        """A mark at each point, whose title a pointer shows."""
+        """Adds a mark at each point, with a title that is shown on hover."""
         radii = [radius] * len(xs) if isinstance(radius, (int, float)) else radius
         for x, y, title, r in zip(xs, ys, titles, radii, strict=True):
             px, py = self.at(x, y)
@@ -130,12 +130,12 @@ class Frame:
             self.marks.append(Markup("<path class='dot {}' d='{}'><title>{}</title></path>").format(style, path, title))
 
     def specks(self, xs: Sequence[float], ys: Sequence[float], style: str) -> None:
-        """Many small round points without titles, as one path."""
+        """Adds many small round points without titles, as one path."""
         path = "".join("M{:.1f} {:.1f}h0".format(*self.at(x, y)) for x, y in zip(xs, ys, strict=True))
         self.marks.append(Markup("<path class='specks {}' d='{}'/>").format(style, path))
 
     def render(self, title: str, description: str) -> Markup:
-        """The whole chart. title and description are what a screen reader says."""
+        """The whole chart as SVG. title and description are for screen readers."""
         (left, _, right, bottom), out = self._box, Markup()
         for value, text in self.y.ticks:
             _, py = self.at(self.x.low, value)
@@ -164,14 +164,14 @@ class Frame:
 
 
 def plain_frame(x: Axis, y: Axis) -> Frame:
-    """A chart without ticks whose axes have one and the same scale."""
+    """A chart without ticks whose axes have the same scale."""
     return Frame(x, y, 2 * MARGIN + (WIDTH - 2 * MARGIN) * (y.high - y.low) / (x.high - x.low))
 
 
 def outline(shape: str, x: float, y: float, r: float) -> str:
-    """The path of one of SHAPES about a point, all of about the area of a circle of radius r."""
+    """The SVG path of one of SHAPES around a point, each with about the area of a circle of radius r."""
     if shape == "circle":
-        r = round(r, 1)  # a chord of another length would flatten the circle
+        r = round(r, 1)  # a chord of another length than the rounded one would flatten the circle
         return f"M{x - r:.1f} {y:.1f}a{r:.1f} {r:.1f} 0 1 0 {2 * r:.1f} 0a{r:.1f} {r:.1f} 0 1 0 {-2 * r:.1f} 0z"
     corners = {
         "square": [(-0.89, -0.89), (0.89, -0.89), (0.89, 0.89), (-0.89, 0.89)],
@@ -185,7 +185,7 @@ def outline(shape: str, x: float, y: float, r: float) -> str:
 
 
 def swatch(shape: str, style: str) -> Markup:
-    """A mark for a legend, beside the text that names it."""
+    """A legend's mark, to be put beside the text that names it."""
     path = outline(shape, 8, 8, 5)
     return Markup("<svg class=swatch viewBox='0 0 16 16' aria-hidden=true><path class='dot {}' d='{}'/></svg>").format(
         style, path
@@ -193,7 +193,7 @@ def swatch(shape: str, style: str) -> Markup:
 
 
 def stroke(style: str) -> Markup:
-    """A piece of line for a legend."""
+    """A legend's piece of line."""
     return Markup(
         "<svg class=swatch viewBox='0 0 16 16' aria-hidden=true><path class='line {}' d='M0 8H16'/></svg>"
     ).format(style)
@@ -202,9 +202,9 @@ def stroke(style: str) -> Markup:
 def whisker(
     low: float | None, middle: float | None, high: float | None, ends: tuple[float, float], zero: float | None
 ) -> Markup:
-    """A value and its interval as dot and line for a table's cell, on a scale that all rows share; an arrow where the
-    value lies beyond its ends. zero: where a rule stands, None for none. The numbers stand beside it, so that a screen
-    reader passes it over. Empty where one is unknown.
+    """A value and its interval as a dot and a line, for a table cell on a scale that all rows share; an arrow where the
+    value lies outside the scale. zero: position of a reference line, or None. Screen readers skip it, as the numbers
+    stand beside it. Empty where a number is unknown.
     """
     if low is None or middle is None or high is None:
         return Markup()
@@ -225,7 +225,7 @@ def whisker(
 
 
 def bar(value: float, longest: float, style: str = "") -> Markup:
-    """A bar for a table's cell, beside its number; 0 is at the left."""
+    """A bar for a table cell, beside its number; 0 is at the left."""
     width = 0.0 if longest <= 0 else max(0.0, min(1.0, value / longest)) * 140
     return Markup(
         "<svg class=cell viewBox='0 0 140 18' aria-hidden=true><rect class='bar {}' y=4 width={:.1f} height=10 /></svg>"

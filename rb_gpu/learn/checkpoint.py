@@ -1,4 +1,4 @@
-"""What a killed k-means needs to go on to the bit-identical result: one safetensors file, replaced whole."""
+"""The state from which an interrupted k-means resumes bit-identically: one safetensors file, replaced atomically."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file that is written every so many updates. every: updates from one to the next, >= 1."""
+    """A checkpoint file. every: the number of updates between two saves, >= 1."""
 
     path: Path
     every: int
 
     def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], fingerprint: str) -> None:
-        """Replaces the file. One that cannot be written is a warning: the job itself can go on."""
+        """Replaces the file. A failure to write is only a warning: the job itself can go on."""
         metadata = {"fingerprint": fingerprint, "facts": json.dumps(dict(facts))}
         data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
-        # one name: what a kill leaves of it is written over, as the registry's lock lets one job in at a time
+        # a fixed name: leftovers of a killed job are overwritten, as the registry's lock admits one job at a time
         partial = self.path.with_name(f"{self.path.name}.partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,13 +58,13 @@ class Checkpoint:
             return None
 
     def clear(self) -> None:
-        """Removes the file: what it was for is done."""
+        """Removes the file once the run that it was for is complete."""
         with suppress(OSError):
             self.path.unlink()
 
 
 def fingerprint(columns: Sequence[Tensor], settings: Mapping[str, Any], ranks: Ranks) -> str:
-    """sha256 of the settings and of tensors (n, ...) over the rows of all ranks: what a checkpoint must be of."""
+    """sha256 of the settings and of tensors (n, ...) over the rows of all ranks: identifies a checkpoint."""
     digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode())
     for rows in columns:
         digest.update(ranks.joined(rows).cpu().contiguous().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""What every section of settings is checked with: each check names the key, its value, the bound and a remedy."""
+"""Checks for all groups of settings: a failed check names the key, its value, the bound and a remedy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_count(key: str, value: int, least: int = 1) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Raises ConfigError unless torch and NumPy take the setting `seed`."""
+    """Raises ConfigError unless `seed` is valid for both torch and NumPy."""
     check("seed", seed, 0 <= seed <= MAX_SEED, f"an integer in [0, {MAX_SEED}]", "use 0")
 
 
@@ -43,10 +43,10 @@ def check_nonnegative(key: str, value: float) -> None:
 
 
 def check_weight(key: str, value: float) -> None:
-    """Raises ConfigError unless a lookup can weigh by it in float32: 0 <= value <= MAX_WEIGHT."""
+    """Raises ConfigError unless a lookup can use value as a weight in float32: 0 <= value <= MAX_WEIGHT."""
     check(key, value, 0 <= value <= MAX_WEIGHT, f"a number in [0, {MAX_WEIGHT:g}]", "lower it: 1 is much already")
 
 
 def is_auto(value: int | float | str | None) -> bool:
-    """Whether a setting is to be worked out from the data."""
+    """Whether a setting is to be derived from the data."""
     return value == "auto"

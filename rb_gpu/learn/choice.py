@@ -1,6 +1,6 @@
-"""Which way to assign points on the CPU is in use: what takes least time on a sample of them.
+"""Chooses the assignment method on the CPU: the one that takes the least time on a sample of the points.
 
-What is chosen changes the time and never a label or a distance. Suffixes: S points of a trial, K centroids, D dims.
+The choice affects the running time, never a label or a distance. Suffixes: S points of a trial, K centroids, D dims.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ from rb_gpu.learn.products import FLOAT32, MOST_DIMS, integer_product
 
 log = logging.getLogger(__name__)
 
-# multiplications of one assignment below which a choice takes longer than it saves
+# multiplications per assignment below which choosing takes longer than it saves
 SMALL_WORK = 2**30
 WIDTHS = (32, 64, 128, 256)
 SAMPLE_ROWS = 2048
 TRIAL_ROWS, TRIALS = 1024, 2
-# a trial ends where these few rows take so many times as long as with what was tried before
+# a trial stops if these few rows take this many times as long as with the fastest method so far
 PROBE_ROWS, HOPELESS = 128, 2
-# what is in use stays unless another takes less than this share of its time: trials are short
+# the current method is replaced only by one that takes less than this share of its time, as short trials are noisy
 BETTER = 0.85
-# iterations over which coding all points must pay
+# the number of iterations within which coding all points must pay for itself
 WORTH_ITERATIONS = 10
 
 
 def choose(points: Assignment | DeviceAssignment, centroids_KD: Tensor) -> None:
-    """Makes points take what answers fastest on a sample of them against these centroids (K, D) float32: all products,
-    or a basis, which must pay for coding all points anew within WORTH_ITERATIONS. On a device there is one way.
+    """Switches points to the method that is fastest on a sample of them with these centroids (K, D) float32.
+
+    The candidates are all products and several bases of codes; coding all points anew must pay for itself within
+    WORTH_ITERATIONS. On a GPU there is only one method, and nothing is done.
     """
     if isinstance(points, DeviceAssignment):
         return
@@ -41,7 +43,7 @@ def choose(points: Assignment | DeviceAssignment, centroids_KD: Tensor) -> None:
     if n * dims * len(centroids_KD) < SMALL_WORK:
         return
     started = time.perf_counter()
-    # a point compared with copies would be so in float64
+    # ties between copies of a centroid would fall back to float64 and distort the timing
     trial = Trial(points, torch.unique(centroids_KD, dim=0))
     if points.candidates is None:
         points.candidates = bases_of(points)
@@ -65,7 +67,7 @@ def choose(points: Assignment | DeviceAssignment, centroids_KD: Tensor) -> None:
 
 
 def bases_of(points: Assignment) -> list[Basis]:
-    """What may be chosen but all products: codes of all dims, or of ever more axes."""
+    """The alternatives to all products: codes of all dims, and of increasing numbers of principal axes."""
     (n, dims), middle_D, product = points.x_ND.shape, points.basis.middle_D, integer_product() or FLOAT32
     bases = [Basis(middle_D, product=product)] if product.integers and dims <= MOST_DIMS else []
     widths = [width for width in WIDTHS if width <= 0.75 * dims and width % product.depth == 0]
@@ -76,9 +78,10 @@ def bases_of(points: Assignment) -> list[Basis]:
 
 
 class Trial(Assignment):
-    """Points drawn at random and their true labels, on which ways to assign are timed by one worker.
+    """Randomly drawn points with their true labels, on which one worker times the methods.
 
-    Not evenly spaced ones: centroids may be that, and a point that is a centroid is told from others by any bound.
+    They are not evenly spaced rows, because the centroids may be such rows, and any bound separates a point from the
+    others when the point itself is a centroid.
     """
 
     def __init__(self, of: Assignment, centroids_KD: Tensor) -> None:
@@ -90,8 +93,9 @@ class Trial(Assignment):
         self.centroids_KD, self.of, self.few_seconds = centroids_KD, of, torch.inf
 
     def seconds_per_row(self, basis: Basis | None, coded: bool) -> float:
-        """The least time of one assignment, labels known, with codes kept where all points' would be; and of coding
-        them, unless they are coded, its share of WORTH_ITERATIONS. Infinity where few rows took far longer than before.
+        """The least time per row of one assignment with known labels, plus a 1/WORTH_ITERATIONS share of the time to
+        code the points unless they are coded already; codes are kept only if those of all points would be. Infinity
+        where the probe rows took far longer than before.
         """
         rows = len(self.x_ND)
         self._code_budget = self.of.room() // max(1, len(self.of.x_ND) // rows)

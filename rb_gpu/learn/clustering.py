@@ -1,4 +1,4 @@
-"""The stage cluster: from trajectories to the consolidated leaf of each query.
+"""The clustering stage: from trajectories to the consolidated leaf of each query.
 
 Suffixes: Q queries, N rows, K clusters, P leaves, D dims.
 """
@@ -29,11 +29,11 @@ from rb_gpu.learn.trajectories import Trajectories
 
 log = logging.getLogger(__name__)
 
-# mean cosine of two queries from which a similarity that would be near elsewhere says little
+# a mean cosine of two queries above this means a narrow cone, where a similarity that is high elsewhere says little
 NARROW = 0.5
-# queries from which it is taken
+# about how many queries it is estimated from
 NARROW_QUERIES = 2**14
-# rows that a cell has on average, at least, where k is worked out from the data
+# the least mean number of rows per cell with cluster.k=auto
 ROWS_PER_CELL = 10
 
 
@@ -49,11 +49,11 @@ def cluster_queries(
     ranks: Ranks,
     parent: BankData | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, npt.NDArray[np.int64]]:
-    """The points (Q, D) and weights (Q,) that were clustered, and the consolidated leaf of each query (Q,).
+    """The clustered points (Q, D), their weights (Q,), and the consolidated leaf of each query (Q,).
 
-    Queries weigh what their rows do, decayed where judge.half_life is a number. Where it is auto the half-life is
-    chosen on the patterns, which are therefore clustered without decay. parent: where to start from; the first rank's
-    counts, and others need none.
+    A query's weight is the sum of its rows' weights, decayed if judge.half_life is a number. If it is auto, the
+    half-life is chosen given the patterns, which are therefore clustered without decay. parent: a bank whose centroids
+    the clustering starts from; only rank 0's is used, so other ranks need none.
     """
     x_QD = torch.from_numpy(trajectories.x_QD)
     if config.cluster.metric == "cosine" and not normed(x_QD):
@@ -128,12 +128,12 @@ def _cluster(
 
 
 def _warn_of_cone(x_QD: torch.Tensor, found: int, leaves: int, similarity: float) -> None:
-    """Where queries of all kinds lie near each other, which is how some embedders are."""
+    """Warns if queries of all kinds lie in a narrow cone, as with some embedders, where merging may mix kinds."""
     few = x_QD[:: max(1, len(x_QD) // NARROW_QUERIES)]
     usual = float(torch.nn.functional.normalize(few, dim=1).double().mean(0).square().sum())
     if usual > NARROW:
         as_near = usual + similarity * (1.0 - usual)
-        # two digits of what it lacks to 1, and no more than float32 has
+        # two significant digits of 1 − as_near, but no more digits than float32 has
         digits = min(max(3, 1 - math.floor(math.log10(max(1.0 - as_near, 1e-7)))), 7)
         log.warning("cluster.merge_similarity=%g merged %d clusters into %d patterns, but two queries have a cosine of "
                     "%.*f on the mean: what merged may be of different kinds; set cluster.merge_similarity=%.*f, "
@@ -142,6 +142,6 @@ def _warn_of_cone(x_QD: torch.Tensor, found: int, leaves: int, similarity: float
 
 
 def drop_labels(label_Q: npt.NDArray[np.int64], kept_P: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Labels numbered anew over the patterns that stay; -1 for those that go."""
+    """Labels renumbered over the patterns that are kept; -1 for the others."""
     new_P = np.where(kept_P, np.cumsum(kept_P) - 1, -1)
     return np.where(label_Q < 0, -1, new_P[np.maximum(label_Q, 0)])

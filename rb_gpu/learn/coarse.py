@@ -1,11 +1,11 @@
-"""Codes of points and centroids whose cheap product bounds every distance from below, with a proven error.
+"""Codes of points and centroids: a cheap product of codes bounds every distance from below, with a proven error.
 
-With y = x − middle, axes V (D, P) orthonormal up to `defect`, and codes ŷ of V'y (int8 with a scale a row, or float32):
+With y = x − middle, axes V (D, P) orthonormal up to `defect`, and codes ŷ of V'y (int8, one scale a row, or float32):
     x·c = Vy·Vc + (rest of y)·(rest of c),   Vy·Vc = ŷ·ĉ + (Vy − ŷ)·Vc + ŷ·(Vc − ĉ),
-and Cauchy–Schwarz bounds each term but ŷ·ĉ, which is the product of the codes:
+and Cauchy–Schwarz bounds every term except ŷ·ĉ, which is the product of the codes:
     ||x − c||²/2 >= half_x + half_c − (scale_x·scale_c·product + norm_x·spread_c + rest_x·rest_c),
     spread_c = ε·(norm_c + error_c) + error_c,   ε = the largest error/norm of the tile's points.
-What float32 rounds is bounded too (Higham 2002, section 3.1) and taken off half_x and half_c: `Basis.slack`.
+Float32 rounding is bounded too (Higham 2002, section 3.1) and subtracted from half_x and half_c: `Basis.slack`.
 
 Suffixes: N points, T points of one tile, C centroids, D dims, P dims of the code.
 """
@@ -21,14 +21,14 @@ from rb_gpu.learn.kernels import ROUNDOFF, centre_rows, code_rows
 from rb_gpu.learn.products import FLOAT32, GROUP, Product, columns_of
 from rb_gpu.learn.vectors import LANES
 
-# centroids of one block: their codes stay in a core's second cache
+# centroids of one block: their codes stay in a core's second-level cache
 BLOCK = 1024
 SUBSPACE_STEPS = 2
 
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """How points are coded: about which middle (D,), on which axes (D, P; None: as they are), as int8 or float32."""
+    """How points are coded: centred on middle (D,), projected on axes (D, P; None: unprojected), as int8 or float32."""
 
     middle_D: Tensor
     axes_DP: Tensor | None = None
@@ -42,12 +42,12 @@ class Basis:
 
     @property
     def stored(self) -> int:
-        """Dims of a code with the zeros that fill its last step."""
+        """Stored dims of a code, including the zeros that pad it to whole steps of the product."""
         return self.product.padded(self.width)
 
     @property
     def slack(self) -> float:
-        """What rounding may change of a half distance, as a share of half_x + half_c."""
+        """Bound on the rounding error of a half squared distance, as a share of half_x + half_c."""
         dims = len(self.middle_D)
         projected = 0.0 if self.axes_DP is None else 2 * dims * self.width**0.5 * ROUNDOFF + self.defect
         return projected + (2 * dims + self.width + 64) * ROUNDOFF
@@ -62,9 +62,9 @@ class Basis:
 
 
 class Codes:
-    """Codes of rows (rows, P') as the product wants them, filled up, and per row, float32: scale, norm of what the code
-    says, its error, what lies outside the axes, and half the squared norm less the slack. `columns` are those five for
-    the kernels. Behind the last row lies what a kernel may read of a group's.
+    """Codes of rows (rows, P'), padded as the product requires, and five float32 columns (rows,): scale, norm of the
+    decoded row, error of the code, norm of what lies outside the axes (rest), and half the squared norm less the slack.
+    `columns` are these five as NumPy for the kernels. GROUP rows of readable memory follow the last row.
     """
 
     def __init__(self, rows: int, basis: Basis) -> None:
@@ -74,14 +74,14 @@ class Codes:
 
 
 def project(x_TD: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
-    """What is to be coded of rows x (T, P), and half their squared norms about the middle (T,)."""
+    """The values to code (T, P) for rows x, and half their squared norms about the middle (T,)."""
     y_TD, half_T = torch.empty_like(x_TD), torch.empty(len(x_TD), dtype=torch.float32)
     centre_rows(x_TD.numpy(), basis.middle_D.numpy(), y_TD.numpy(), half_T.numpy())
     return (y_TD if basis.axes_DP is None else y_TD @ basis.axes_DP), half_T
 
 
 def encode(y_TP: Tensor, half_T: Tensor, basis: Basis, out: Codes, at: int) -> None:
-    """Writes the codes of what `project` gave to rows at, at + 1, ... of `out`."""
+    """Writes the codes of the output of `project` to rows at, at + 1, ... of `out`."""
     rows = slice(at, at + len(y_TP))
     if basis.product.integers:
         square_T = torch.empty(len(y_TP), dtype=torch.float32)
@@ -100,8 +100,8 @@ def encode(y_TP: Tensor, half_T: Tensor, basis: Basis, out: Codes, at: int) -> N
 
 @dataclass(frozen=True, eq=False)
 class CodedBlock:
-    """Centroids `first` and on, padded to whole masks of the kernel by centroids that are infinitely far; their codes,
-    also as the columns of a product, and what its sums begin with.
+    """Centroids from row `first` on, padded to whole kernel masks by infinitely far ones: their codes, the same codes
+    arranged as the columns of a product, and the initial values of its sums.
     """
 
     first: int
@@ -111,7 +111,7 @@ class CodedBlock:
 
     @staticmethod
     def of(y_CP: Tensor, half_C: Tensor, first: int, basis: Basis) -> CodedBlock:
-        """Codes what `project` gave of the centroids."""
+        """Codes centroids from the output of `project`."""
         count = len(y_CP)
         codes = Codes(-(-count // LANES) * LANES, basis)
         codes.code[count:] = 0
@@ -123,7 +123,7 @@ class CodedBlock:
 
 
 def coded_blocks(y_KP: Tensor, half_K: Tensor, first: int, basis: Basis) -> list[CodedBlock]:
-    """Blocks of centroids of which the first is row `first`, from what `project` gave."""
+    """Blocks of coded centroids from the output of `project`; the first centroid is row `first`."""
     return [
         CodedBlock.of(y_KP[at : at + BLOCK], half_K[at : at + BLOCK], first + at, basis)
         for at in range(0, len(y_KP), BLOCK)
@@ -131,11 +131,11 @@ def coded_blocks(y_KP: Tensor, half_K: Tensor, first: int, basis: Basis) -> list
 
 
 def principal_bases(sample_SD: Tensor, middle_D: Tensor, widths: list[int], product: Product) -> list[Basis]:
-    """Codes over so many of the leading principal axes of the sample about the middle, for each width, ascending.
+    """A basis over the leading principal axes of the sample about the middle, for each width (ascending).
 
-    Subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4): any orthonormal axes give valid bounds, those of
-    the leading subspace give tight ones. Within it they are turned at random, so that no coordinate stands out and a
-    row's one scale suits them all.
+    Computed by subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4): any orthonormal axes give valid
+    bounds, those of the leading subspace give tight ones. Within the subspace the axes are rotated at random, so that
+    no coordinate dominates and one scale per row suits them all.
     """
     y_SD = sample_SD - middle_D
     generator = torch.Generator().manual_seed(0)
@@ -150,7 +150,7 @@ def principal_bases(sample_SD: Tensor, middle_D: Tensor, widths: list[int], prod
         random_PP, _ = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator))
         axes_DP = (ordered_DP[:, :width] @ random_PP).float().contiguous()
         gram_PP = axes_DP.double().T @ axes_DP.double()
-        # the Frobenius norm is never below the spectral norm that the bound needs
+        # the bound needs the spectral norm, which the Frobenius norm never underestimates
         defect = float((gram_PP - torch.eye(width, dtype=torch.float64)).norm())
         bases.append(Basis(middle_D, axes_DP, product, defect))
     return bases

@@ -1,7 +1,7 @@
 """Makes real trajectories: searches a corpus under every config of a grid and measures quality, latency and cost.
 
-Similarity is cosine: inner product of rows of norm 1. Suffixes: M corpus rows, Q queries, B queries of one block,
-C configs, D dims, k = top_k.
+Similarity is cosine, i.e. the inner product of normalised rows. Suffixes: M corpus rows, Q queries, B queries of one
+block, U distinct rows, C configs, D dims, k = top_k.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from rb_gpu.learn.job_config import CollectConfig
 
 log = logging.getLogger(__name__)
 
-# the type stubs that Faiss ships lack what SWIG makes, and contradict the rest
+# Faiss ships type stubs that lack SWIG's generated names and contradict others
 faiss: Any = faiss_module
 
-# copies of a vector whose float32 components were rounded apart differ by less
+# similarities of copies of a vector that float32 rounded differently differ by less than this
 TIE_TOLERANCE = 1e-6
-# between two configs of one query lie this many other queries, so that the first does not warm the caches for the next
+# a query runs under its next config only after this many other queries, so that the first run does not warm the caches
 BLOCK_QUERIES = 256
 WARM_UP_QUERIES = 32
-# what Faiss's k-means asks for, at least and at most, per IVF cell
+# fewest and most training rows per IVF cell that Faiss's k-means asks for
 TRAIN_ROWS_PER_CELL = (39, 256)
-# what the parameter of the other index is in a row of a table that has both
+# in a table with rows of both indexes, the value of the parameter that a row's index does not have
 NOT_USED = 1
 
 
 @dataclass(frozen=True)
 class _Corpus:
-    """vectors_MD: as they lie in the file. name: `key=path` for messages."""
+    """vectors_MD: unmodified, as stored in the file. name: `key=path` for messages."""
 
     vectors_MD: npt.NDArray[np.floating]
     name: str
 
     def similarity(self, unit_D: Matrix, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Of one query to the rows `ids` of any shape, summed in float64; -inf where an id is -1.
+        """Of one query with the rows `ids` (any shape), summed in float64; -inf where an id is -1.
 
-        Every search sums in float32 in its own order, which differs by up to dim x 2^-23: of a vector's copies, those
-        that an index finds would seem farther away than those that the exact search found.
+        Each kind of search sums float32 in its own order, with differences of up to dim · 2^-23: compared by their own
+        scores, copies found by an index would seem farther away than those found by the exact search.
         """
         row_U, place = np.unique(ids, return_inverse=True)
         found_U = np.full(len(row_U), -np.inf)
@@ -66,8 +66,8 @@ class _Corpus:
 
 @dataclass(frozen=True)
 class ConfigMeans:
-    """Means over all queries of one config, and the median of their latencies, since a few searches that the machine
-    held up can make a mean twenty times as long. The parameter of the other index is NOT_USED.
+    """Means over all queries of one config, but the median latency, because a few searches that the machine delays can
+    make a mean twenty times as long. The parameter of the other index is NOT_USED.
     """
 
     ef_search: int
@@ -80,7 +80,7 @@ class ConfigMeans:
 
 @dataclass(frozen=True)
 class CollectSummary:
-    """What was written: OUT/queries.parquet of `queries` rows and OUT/outcomes.parquet of `rows` rows."""
+    """What was written: OUT/queries.parquet with `queries` rows and OUT/outcomes.parquet with `rows` rows."""
 
     out: Path
     base_rows: int
@@ -92,7 +92,7 @@ class CollectSummary:
 
 @dataclass(frozen=True)
 class _Arm:
-    """One config: a Faiss index, its search parameters, its counter, and the comparisons which that does not count."""
+    """One config: a Faiss index, search parameters, its statistics, and the comparisons that these do not count."""
 
     index: Any
     parameters: Any
@@ -104,7 +104,7 @@ class _Arm:
 
 @dataclass(frozen=True)
 class _Measured:
-    """Of one block: ids (B, C, k) int64 with -1 where fewer were found; the rest (B, C)."""
+    """Measurements of one block: ids (B, C, k) int64, -1 where fewer were found; the others are (B, C)."""
 
     ids: npt.NDArray[np.int64]
     precision: Matrix
@@ -114,15 +114,16 @@ class _Measured:
 
 
 def collect(config: CollectConfig) -> CollectSummary:
-    """Runs every query under every config, one query a call on one thread, and writes the two-table form.
+    """Runs every query under every config, one query per call on one thread, and writes the two-table form.
 
-    OUT/queries.parquet: query_id, query_embedding (half where that loses nothing, else float), timestamp.
+    OUT/queries.parquet: query_id, query_embedding (half precision if that is lossless, else float), timestamp.
     OUT/outcomes.parquet: id, query_id, ef_search, n_probes, precision, recall, latency_us, cost, retrieved_ids.
-    ef_search is of the HNSW index and n_probes of the IVF index; where both run, HNSW rows have n_probes=1 and IVF rows
-    ef_search=1, and where one runs the other column is left out. cost: distance computations, those with IVF's cell
-    centres included. A retrieved id is relevant where its similarity is at least the k-th best one less 1e-6: which of
-    two copies a search finds must not matter. recall = relevant / k; precision = relevant / retrieved, 0 where nothing
-    was. Equal settings give equal ids and costs on one machine and Faiss; latency is as measured.
+    ef_search applies to the HNSW index and n_probes to the IVF index; if both run, HNSW rows have n_probes=1 and IVF
+    rows ef_search=1, and if only one runs the other column is left out. cost: distance computations, including those
+    with IVF's cell centres. A retrieved id is relevant if its similarity is at least the k-th best one less 1e-6, so
+    that it does not matter which of two copies a search finds. recall = relevant / k; precision = relevant / retrieved,
+    0 if nothing was retrieved. Equal settings give equal ids and costs on the same machine and Faiss version; latency
+    is as measured.
 
     Raises DataError (missing or unreadable file, other dimension, bad row) and ConfigError (top_k or n_probes too
     large, OUT exists).
@@ -146,8 +147,8 @@ def collect(config: CollectConfig) -> CollectSummary:
 
 
 def _with_cells(config: CollectConfig, m: int) -> tuple[CollectConfig, int]:
-    """The config, and the number of IVF cells: auto is 4·sqrt(M) as Faiss's guide has it, fewer where the cells would
-    not fill; nobody chose these, and what would probe more of them is left out.
+    """The config and the number of IVF cells. auto means 4·sqrt(M), as Faiss's guidelines advise, but no more cells
+    than can be filled; since the user did not choose that number, n_probes above it are dropped rather than refused.
     """
     if not config.ivf_n_probes:
         return config, 0
@@ -205,7 +206,7 @@ def _build(
     if config.ivf_n_probes:
         ivf = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, nlist, faiss.METRIC_INNER_PRODUCT)
         ivf.cp.seed = int(rng.integers(2**31))
-        ivf.cp.min_points_per_centroid = 1  # a small corpus has fewer; the warning would change nothing
+        ivf.cp.min_points_per_centroid = 1  # a small corpus has fewer; Faiss would only warn about it
         sample = np.sort(rng.choice(m, min(m, nlist * TRAIN_ROWS_PER_CELL[1]), replace=False))
         ivf.train(unit_rows(vectors_MD[sample], name, sample))
         for chunk_TD in unit_chunks(vectors_MD, name):
@@ -226,7 +227,7 @@ def _run(
     rng: np.random.Generator,
     path: Path,
 ) -> tuple[ConfigMeans, ...]:
-    """Measures block after block and writes each as one row group; the means of each config."""
+    """Measures block after block and writes each as one row group; returns the means of each config."""
     left_out = ([] if config.hnsw_ef_search else ["ef_search"]) + ([] if config.ivf_n_probes else ["n_probes"])
     schema = pa.schema([f for f in _OUTCOMES if f.name not in left_out])
     sums, latencies = np.zeros((3, len(arms))), []
@@ -265,7 +266,8 @@ def _measure(
     k: int,
     rng: np.random.Generator,
 ) -> _Measured:
-    """Every query of a block under every config. The configs' order is drawn, so that a drift of the machine hits all.
+    """Runs every query of a block under every config, in a random order of configs so that drift of the machine affects
+    all of them.
 
     Latency is rounded to microseconds, at least 1.
     """
@@ -312,7 +314,7 @@ _OUTCOMES = pa.schema(
 def _outcome_table(
     measured: _Measured, arms: list[_Arm], query_id_B: npt.NDArray[np.uint64], first_id: int
 ) -> pa.Table:
-    """The block's rows, all configs of a query after each other."""
+    """The block's rows; all configs of a query follow each other."""
     rows = measured.recall.size
     retrieved = measured.ids.reshape(rows, -1) >= 0
     offsets = np.concatenate([[0], np.cumsum(retrieved.sum(axis=1))]).astype(np.int32)

@@ -1,7 +1,7 @@
-"""The typed settings of training. conf/*.yaml carry the same keys; Hydra refuses an unknown key or a wrong type.
+"""Typed settings of training. conf/*.yaml carry the same keys; Hydra refuses an unknown key or a wrong type.
 
-Each dataclass checks its bounds in __post_init__, which runs when a composed config becomes an object, before a job
-reads or writes anything.
+Each dataclass checks its bounds in __post_init__, which runs when a composed config becomes an object and thus before
+a job reads or writes anything.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SAMPLE_FOLDER = Path(__file__).resolve().parent.parent / "sample"
 
 @dataclass
 class ParamsConfig:
-    """What the search parameters may be. default: `auto`, or the parameters that differ from SearchParams()."""
+    """Values the search parameters may take. default: `auto`, or the parameters that differ from SearchParams()."""
 
     tiers: Any = "auto"
     default: Any = "auto"
@@ -70,7 +70,7 @@ class ParamsConfig:
 
 @dataclass
 class QualityConfig:
-    """The one quality function: f1 of precision and recall, or their product."""
+    """The quality function used everywhere: f1 of precision and recall, or their product."""
 
     name: str = "f1"
 
@@ -80,10 +80,11 @@ class QualityConfig:
 
 @dataclass
 class ClusterConfig:
-    """k-means. epsilon: the shift of the centroids (rms over the points) at which Lloyd stops, in units of the data's
-    median distance. memory: lean keeps no codes of the points beside them. memory_budget: bytes that such codes may
-    take (None: a quarter of what is free). checkpoint_every: updates between two checkpoints; 0 keeps none. engine: of
-    the assignment on CUDA; precision: of its coarse products in triton, which change its time and never a label.
+    """k-means settings. epsilon: Lloyd's iterations stop when the centroids' shift (rms over the points) falls to this,
+    in units of the data's median distance to its median. memory: lean keeps no codes of the points. memory_budget:
+    bytes that such codes may take (None: a quarter of what is free). checkpoint_every: updates between two checkpoints;
+    0 keeps none. engine: how points are assigned on CUDA; precision: of triton's coarse products, which affects its
+    running time and never a label.
     """
 
     k: int | str = "auto"
@@ -116,9 +117,11 @@ class ClusterConfig:
 
 @dataclass
 class JudgeConfig:
-    """How configs are compared. Weights are in units of quality. margin auto: see posterior.believe. min_probability
-    auto: 0.5 where one test has shown that the choices for unseen queries pay, else 0.8, and 0.8 for a floor, which is
-    a promise. half_life in days (null: no decay; auto: by forward validation, decay.py).
+    """How configs are compared. Weights are in units of quality. margin auto: see posterior.believe.
+
+    min_probability auto: 0.5 where a test has shown that the choices for unseen queries pay, else 0.8; always 0.8 for
+    the objective floor, since that is a promise. half_life: in days (null: no decay; auto: by forward validation, see
+    decay.py).
     """
 
     method: str = "eb"
@@ -184,7 +187,7 @@ class HierarchyConfig:
 
 @dataclass
 class PruneConfig:
-    """Patterns that are not worth keeping, by support (rows) and confidence."""
+    """Which patterns to drop, by support (rows) and confidence."""
 
     min_support: int = 3
     min_confidence: float = 0.0
@@ -196,10 +199,10 @@ class PruneConfig:
 
 @dataclass
 class IndexConfig:
-    """The Faiss pattern index; ivf is trained on GPUs where the job runs on one, and cagra needs one.
+    """The Faiss index of patterns; ivf is trained on a GPU if the job runs on one, and cagra requires one.
 
-    nprobe, ef_search, m, ef_construction are Faiss's own; nlist auto is sqrt(patterns). nprobe and ef_search
-    auto are the least that find `recall` of the nearest patterns of the training queries.
+    nprobe, ef_search, m and ef_construction are Faiss's own parameters; nlist auto is sqrt(patterns). nprobe and
+    ef_search auto are the smallest values that find a share `recall` of the training queries' nearest patterns.
     """
 
     kind: str = "hnsw"
@@ -224,8 +227,8 @@ class IndexConfig:
 
 @dataclass
 class LookupConfig:
-    """How a query's answer is put together from its nearest patterns. top_k, beta: auto by cross-validated value,
-    with a field the usual ones. floor: least cosine, auto from the data.
+    """How an answer is composed from a query's nearest patterns. top_k, beta: auto chooses by cross-validated value, or
+    takes the standard values if an outcome field was fitted (tuning.py). floor: least cosine; auto is data-driven.
     """
 
     top_k: int | str = "auto"
@@ -254,8 +257,8 @@ BASELINE_NAMES = (
 
 @dataclass
 class EvalConfig:
-    """Held-out evaluation on the newest share of the queries, with a paired bootstrap. baselines: a list of those that
-    learn from the same training queries and stand beside the bank, or all.
+    """Held-out evaluation on the newest share of the queries, with a paired bootstrap. baselines: `all`, or a list of
+    the baselines to train on the same queries and compare with the bank.
     """
 
     holdout: float = 0.2
@@ -271,15 +274,15 @@ class EvalConfig:
 
     @property
     def baseline_names(self) -> tuple[str, ...]:
-        """Those that were asked for."""
+        """The requested baselines."""
         return BASELINE_NAMES if self.baselines == "all" else tuple(self.baselines)
 
 
 @dataclass
 class DeviceConfig:
-    """kind: auto, cpu or cuda. memory_budget: bytes of embeddings that may lie in the device's memory, the rest is read
-    in chunks. scratch: folder of the file that holds what exceeds the host's. deterministic: sums on a GPU add up in
-    one order, so that the same job on the same GPU gives the same bits; on the CPU it does anyway.
+    """kind: auto, cpu or cuda. memory_budget: bytes of embeddings that may lie in the device's memory; the rest is read
+    in chunks. scratch: folder for the file that holds what exceeds the host's memory. deterministic: makes sums on a
+    GPU add up in a fixed order, so that the same job on the same GPU gives the same bits, as it always does on the CPU.
     """
 
     kind: str = "auto"
@@ -298,7 +301,7 @@ class DeviceConfig:
 
 @dataclass
 class TrainConfig:
-    """Everything that `jobs.train` reads. dry_run: says what the job would do, and writes nothing."""
+    """All settings of `jobs.train`. dry_run: reports what the job would do and writes nothing."""
 
     data: DataConfig = field(default_factory=DataConfig)
     params: ParamsConfig = field(default_factory=ParamsConfig)

@@ -1,4 +1,4 @@
-"""Reads a corpus of vectors and the queries to search it with, checked. Suffixes: M corpus rows, Q queries, D dims."""
+"""Reads and validates a corpus of vectors and queries to search it with. Suffixes: M corpus rows, Q queries, D dims."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Queries:
 
 
 def open_vectors(path: str, key: str) -> npt.NDArray[np.floating]:
-    """The (M, D) matrix of a .npy file, memory-mapped. Raises DataError where it is missing, damaged or not that."""
+    """The (M, D) matrix of a .npy file, memory-mapped. Raises DataError where it is missing, damaged or no matrix."""
     if not Path(path).is_file():
         raise DataError(f"{key}={path} does not exist; give a .npy file of shape (rows, dims)")
     try:
@@ -55,7 +55,7 @@ def open_vectors(path: str, key: str) -> npt.NDArray[np.floating]:
 
 
 def unit_rows(rows_ND: npt.NDArray[np.floating], name: str, number_N: npt.NDArray[np.int64]) -> Matrix:
-    """The rows as float32 of norm 1. Raises DataError naming the first row that is not finite or has norm 0.
+    """The rows as float32, normalised. Raises DataError naming the first row that is not finite or has norm 0.
 
     name: `key=path` for messages. number_N: the rows' numbers in the file.
     """
@@ -71,17 +71,18 @@ def unit_rows(rows_ND: npt.NDArray[np.floating], name: str, number_N: npt.NDArra
 
 
 def unit_chunks(vectors_MD: npt.NDArray[np.floating], name: str) -> Iterator[Matrix]:
-    """The rows of norm 1 in order, CHUNK_ROWS at a time, so that a memory-mapped corpus is never copied whole."""
+    """The normalised rows in order, CHUNK_ROWS at a time, so that a memory-mapped corpus is never copied whole."""
     for start in range(0, len(vectors_MD), CHUNK_ROWS):
         chunk_ND = vectors_MD[start : start + CHUNK_ROWS]
         yield unit_rows(chunk_ND, name, np.arange(start, start + len(chunk_ND)))
 
 
 def read_queries(path: str, dim: int, max_queries: int | None, rng: np.random.Generator) -> Queries:
-    """Queries of a .npy (Q, D), or of Parquet with query_embedding and, if there, query_id and timestamp.
+    """Queries from a .npy (Q, D), or from Parquet with query_embedding and, optionally, query_id and timestamp.
 
-    Without them query_id is the row number and timestamp is now. max_queries: how many are drawn, in file order.
-    Raises DataError: no such file, no such column, another dimension than `dim`, a bad row, a repeated query_id.
+    Without these, query_id is the row number and timestamp is now. max_queries: the size of a random subset, kept in
+    file order. Raises DataError for: a missing file or column, a dimension other than `dim`, a bad row, a repeated
+    query_id.
     """
     if Path(path).suffix == ".npy":
         columns: dict[str, npt.NDArray[Any]] = {"query_embedding": open_vectors(path, "queries")}

@@ -1,4 +1,4 @@
-"""The typed settings of the group `data`: where trajectories lie, and in what form."""
+"""The typed settings of the group `data`: where trajectories are stored, and in what format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VERSIONED = ("delta", "lance")
 
 @dataclass
 class S3Config:
-    """Storage with the S3 protocol, for paths that start with s3://. endpoint: URL of a service that is not AWS's.
+    """S3-compatible storage, for paths that start with s3://. endpoint: URL of a service other than AWS's.
 
     Keys come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or ~/.aws; anonymous sends none.
     """
@@ -31,8 +31,8 @@ class S3Config:
 
 @dataclass
 class Store:
-    """How one table is stored. format: one of FORMATS. split: of a folder in the form of Hugging Face's. version: of a
-    Delta table or Lance dataset, None for its newest.
+    """How one table is stored. format: one of FORMATS. split: of a folder in Hugging Face's layout. version: of a Delta
+    table or Lance dataset, None for the newest.
     """
 
     format: str = "files"
@@ -43,9 +43,9 @@ class Store:
 
 @dataclass
 class DataConfig:
-    """Where trajectories come from. path, queries: file, directory, glob, or a list of them; for the formats delta and
-    lance the folder of one table, of which version and queries_version ask for an older version than the newest.
-    features: names of numeric columns of a query that the router sees beside its embedding.
+    """Where trajectories come from. path, queries: a file, directory, glob, or a list of them; for the formats delta
+    and lance, the folder of one table, where version and queries_version may select an older version than the newest.
+    features: names of numeric columns per query that the router reads beside its embedding.
     """
 
     path: Any = None

@@ -1,4 +1,4 @@
-"""The columns of design section 4: their bounds, and Arrow arrays of every kind to NumPy. Suffixes: N rows, D dims."""
+"""The columns of design section 4: their bounds, and decoding of Arrow arrays to NumPy. Suffixes: N rows, D dims."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rb_gpu.params import MAX_COUNT, MAX_TEMPERATURE
 
 NULL_TIER, UNKNOWN_TIER = -1, -2
 MAX_INT64 = 2**63 - 1
-# far under what an artifact may hold (bank_data.MAX_CELL), which refuses only once all is learned
+# far below what an artifact can hold (bank_data.MAX_CELL), which would be refused only after all is learned
 MAX_COST = 1e24
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the contract: its NumPy dtype, the least and largest value, and whether a null is a bad row."""
+    """One column of the contract: NumPy dtype, least and largest value, and whether nulls are allowed."""
 
     dtype: type
     least: float = -np.inf
@@ -31,15 +31,15 @@ class Column:
     unit: str = ""
 
     def outside(self, array: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """Which values are outside the bounds."""
+        """Which values are out of bounds."""
         below = array <= self.least if self.open_below else array < self.least
         return np.asarray(below | (array > self.largest))
 
     def holds(self, array: npt.NDArray[Any]) -> bool:
-        """Whether all values are within the bounds: two passes, and none of them writes. No values are not."""
+        """Whether all values are within the bounds, in two passes that write nothing. False for an empty array."""
         if len(array) == 0:
             return False
-        least, largest = array.min(), array.max()  # NaN where one of them is
+        least, largest = array.min(), array.max()  # NaN if any value is
         above = least > self.least if self.open_below else least >= self.least
         return bool(above and largest <= self.largest)
 
@@ -61,7 +61,7 @@ CONTRACT: dict[str, Column] = {
     "latency_us": Column(np.int64, 0, MAX_INT64),
     "cost": Column(np.float32, 0, MAX_COST),
     "rating": Column(np.int8, 1, 5, nullable=True),
-    # the years 1 to 9999: milliseconds are outside
+    # the years 1 to 9999: timestamps in milliseconds fall outside
     "timestamp": Column(np.int64, -62_135_596_800, 253_402_300_799, unit=" in UTC seconds"),
     "propensity": Column(np.float32, 0, 1, open_below=True),
     "session": Column(np.uint64, nullable=True),
@@ -70,12 +70,12 @@ FEATURE = Column(np.float32)
 
 
 def rule_of(name: str) -> Column:
-    """The rule of a column: the contract's, or that of a numeric feature."""
+    """The rule of a column: the contract's, or else that of a numeric feature."""
     return CONTRACT.get(name, FEATURE)
 
 
 def embedding_dim(kind: pa.DataType, source: str) -> int | None:
-    """D that the type of an embedding column fixes, None for lists, whose rows tell. Raises DataError on others."""
+    """The dimension D that the embedding column's type fixes; None for lists. Raises DataError for other types."""
     if pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type) and kind.list_size > 0:
         return int(kind.list_size)
     if pa.types.is_fixed_size_binary(kind) and kind.byte_width > 0 and kind.byte_width % 4 == 0:
@@ -89,16 +89,16 @@ def embedding_dim(kind: pa.DataType, source: str) -> int | None:
 
 
 def list_dim(column: pa.Array) -> int | None:
-    """The most common length of a column of lists; None where every row is null or empty."""
+    """The most common length in a column of lists; None where every row is null or empty."""
     lengths = pc.drop_null(pc.list_value_length(column)).to_numpy(zero_copy_only=False)
     values, count = np.unique(lengths[lengths > 0], return_counts=True)
     return int(values[count.argmax()]) if len(values) else None
 
 
 def decode_embeddings(column: pa.Array, dim: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """(N, D) float32, and which rows have D values (N,); the others are zero. Nulls inside a row come out as NaN.
+    """(N, D) float32, and which rows have D values (N,); other rows are zero. Nulls inside a row become NaN.
 
-    The matrix is the column's own memory where that is float32 and no row is null.
+    The matrix shares the column's memory where that is float32 and no row is null.
     """
     n = len(column)
     kind = column.type
@@ -108,7 +108,7 @@ def decode_embeddings(column: pa.Array, dim: int) -> tuple[npt.NDArray[np.float3
             offset = column.offset * 4 * dim if n else 0
             matrix = np.frombuffer(buffer, np.float32, count=n * dim, offset=offset).reshape(n, dim)
         else:
-            # .values ignores both the slice and the nulls, which keeps rows aligned where .flatten() drops null rows
+            # .values ignores the slice and the nulls, so rows stay aligned; .flatten() would drop null rows
             matrix = _matrix(column.values.slice(column.offset * dim, n * dim), dim)
         if column.null_count == 0:
             return matrix, np.ones(n, dtype=bool)
@@ -123,15 +123,16 @@ def decode_embeddings(column: pa.Array, dim: int) -> tuple[npt.NDArray[np.float3
 
 
 def _matrix(flat: pa.Array, dim: int) -> npt.NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # a double beyond float32 becomes infinite, and so a bad row
+    with np.errstate(over="ignore"):  # a double beyond float32 becomes infinite, and the row thus a bad one
         matrix: npt.NDArray[np.float32] = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
     return matrix.reshape(-1, dim)
 
 
 def decode_numbers(column: pa.Array, dtype: type, where: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-    """(N,) numbers, not yet of `dtype` where that would hide a fraction or wrap, and which are null or not finite (0).
+    """(N,) numbers, and which of them are null or not finite (set to 0). They are not yet cast to an integer `dtype`,
+    which could hide a fraction or wrap around.
 
-    Signed ids are taken as the 64 bits of unsigned ones. Raises DataError on a type that is no number.
+    Signed ids are reinterpreted as unsigned 64 bits. Raises DataError on a type that is not numeric.
     """
     kind = column.type
     is_float = pa.types.is_floating(kind)
@@ -169,16 +170,16 @@ def decode_times(column: pa.Array, where: str) -> tuple[npt.NDArray[np.int64], n
         column = pc.cast(column, pa.timestamp("s", column.type.tz), safe=False)
     elif not pa.types.is_integer(column.type):
         raise DataError(f"{where} is {column.type}; store a timestamp, or integer UTC seconds")
-    elif pa.types.is_uint64(column.type):  # beyond int64 it would wrap to a time long ago
+    elif pa.types.is_uint64(column.type):  # clip: beyond int64 it would wrap around to a time in the distant past
         column = pc.min_element_wise(column, pa.scalar(MAX_INT64, pa.uint64()), skip_nulls=False)
     seconds = _filled(pc.cast(column, pa.int64(), safe=False))
     return seconds.to_numpy(zero_copy_only=False), _nulls(column)
 
 
 def decode_tiers(column: pa.Array, names: list[str], fixed: bool, where: str) -> npt.NDArray[np.int32]:
-    """(N,) codes into `names`, which grows unless it is fixed; NULL_TIER also for an empty name, UNKNOWN_TIER."""
+    """(N,) codes into `names`, which grows unless fixed; NULL_TIER for null or empty names, UNKNOWN_TIER for others."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if pa.types.is_string_view(kind):  # as Polars writes Arrow files
+    if pa.types.is_string_view(kind):  # Polars writes Arrow files with this type
         column = pc.cast(column, pa.string())
     elif not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise DataError(f"{where} is {column.type}; store the tier's name as a string")

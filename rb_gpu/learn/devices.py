@@ -1,4 +1,4 @@
-"""Which device the batch side runs on, how much memory is free, and tiles that fit; nothing falls back in silence."""
+"""Selects the device of the batch side, measures free memory, and sizes tiles; no silent fallbacks."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ log = logging.getLogger(__name__)
 
 # tf32 and bf16 products came with Ampere
 LEAST_CAPABILITY = (8, 0)
-# numbers of one tile: they stay in a CPU's outer cache, and keep a GPU busy
+# numbers of one tile: on a CPU they stay in the outer cache, on a GPU they keep it busy
 TILE_SCORES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-# bytes of a GPU's memory that points leave to tiles and to NCCL, and for each of them to labels, distances and sorting
+# bytes of GPU memory reserved for tiles and NCCL, and per point for labels, distances and sorting
 WORK_BYTES, BYTES_OF_A_POINT = 4 * 2**30, 128
-# the least room that points get there: two chunks that are read while they come from the host
+# the least room that points get there: two chunks while streaming from the host
 LEAST_ROOM = 2**27
 MEMINFO, OWN_GROUPS, CGROUP = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 CACHE = ("inactive_file ", "total_inactive_file ")
-# what is taken as free where the system does not tell
+# assumed free where the system does not report it
 UNTOLD_MEMORY = 2**32
 
 
 def resolve_device(kind: str) -> torch.device:
-    """The torch device of `device.kind`: auto takes CUDA where there is one. Raises ConfigError where it is missing."""
+    """The torch device of `device.kind`; auto is CUDA where available. Raises ConfigError where CUDA is missing."""
     if kind not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device={kind} is not one of auto, cpu, cuda; choose one of them")
     available = torch.cuda.is_available()
@@ -50,15 +50,15 @@ def resolve_device(kind: str) -> torch.device:
         )
     if kind == "cpu" or not available:
         return torch.device("cpu")
-    # torch looks once, at the process's first product on a GPU, whether those that come may be asked to be reproducible
+    # read once, at the process's first GPU product: if it is unset by then, later ones cannot be made reproducible
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return torch.device("cuda")
 
 
 def resolve_engine(engine: str, device: torch.device) -> str:
-    """The assignment engine of `cluster.engine` on this device: triton or torch; auto takes Triton where it can run.
+    """The assignment engine of `cluster.engine` on this device: triton or torch; auto is Triton where it can run.
 
-    Raises ConfigError where Triton was asked for and cannot.
+    Raises ConfigError where Triton is requested and cannot run.
     """
     if device.type != "cuda":
         if engine == "triton":
@@ -83,7 +83,7 @@ def resolve_engine(engine: str, device: torch.device) -> str:
 
 def _triton_found() -> bool:
     try:
-        # what came with 3.4
+        # added in Triton 3.4
         return find_spec("triton.knobs") is not None
     except ModuleNotFoundError:
         return False
@@ -91,12 +91,12 @@ def _triton_found() -> bool:
 
 @cache
 def _triton_fault() -> str:
-    """Why Triton cannot run here, "" where it can: it has a part of itself compiled when it is first used."""
+    """Why Triton cannot run here, "" if it can. It compiles a part of itself on first use, which this triggers."""
     try:
         import triton
 
-        triton.runtime.driver.active.utils  # noqa: B018 - made as it is asked for
-    # no compiler, no headers of Python, no libcuda, no folder to write to: each is another exception
+        triton.runtime.driver.active.utils  # noqa: B018 - built on first access
+    # no compiler, no Python headers, no libcuda, no writable folder: each raises another exception
     except Exception as error:
         said = [*str(error).splitlines(), ""][0]
         return f"Triton does not start ({said}); it needs a C compiler and Python's headers (gcc, python3-dev)"
@@ -104,16 +104,16 @@ def _triton_fault() -> str:
 
 
 class _Shared:
-    """A setting of the whole process that concurrent calls want alike: the first makes it, the last undoes it."""
+    """A process-wide setting that concurrent calls share: the first user makes it, the last one undoes it."""
 
     def __init__(self, begin: Callable[[], Callable[[], None]]) -> None:
-        """begin: makes the setting and returns what undoes it."""
+        """begin: makes the setting and returns a function that undoes it."""
         self._begin, self._lock, self._users = begin, threading.Lock(), 0
         self._undo: Callable[[], None] | None = None
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """The setting holds meanwhile."""
+        """Keeps the setting in force inside the context."""
         with self._lock:
             if self._users == 0:
                 self._undo = self._begin()
@@ -157,24 +157,25 @@ _THREADS = threading.Lock()
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Products of float32 matrices in float32 meanwhile, whatever the process allows: bounds rely on it."""
-    # autocast is a thread's own setting, which the threads that it starts do not take over
+    """Computes float32 matrix products in full float32 inside the context, which bounds rely on."""
+    # autocast is a per-thread setting that is not inherited by threads started inside
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), _PRECISE.held():
         yield
 
 
 @contextmanager
 def reproducible(wanted: bool) -> Iterator[None]:
-    """Meanwhile, where it is wanted, every sum on a GPU adds up in one order: what runs again gives the same bits.
+    """If wanted, makes every GPU sum inside the context add up in a fixed order, so that a rerun gives the same bits.
 
-    Torch raises RuntimeError at what it cannot do so. cuBLAS can with a workspace of fixed size, see `resolve_device`.
+    Torch raises RuntimeError for operations that cannot do so. cuBLAS needs a workspace of fixed size for it, see
+    `resolve_device`.
     """
     with _ORDERED.held() if wanted else nullcontext():
         yield
 
 
 def tiles(n: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices of rows whose (rows, width) float32 numbers fit one tile of the device."""
+    """Slices of rows for which (rows, width) float32 numbers fit one tile of the device."""
     rows = tile_rows(width, device)
     return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
 
@@ -185,8 +186,8 @@ def tile_rows(width: int, device: torch.device) -> int:
 
 
 def points_room(rows: int, device: torch.device) -> int:
-    """Bytes of a GPU's memory that so many points may take: what is free there, or kept by torch without use, less what
-    working with them takes.
+    """Bytes of GPU memory that `rows` points may take: what is free or cached by torch, less the working memory that
+    they need.
     """
     free, _ = torch.cuda.mem_get_info(device)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -194,7 +195,7 @@ def points_room(rows: int, device: torch.device) -> int:
 
 
 def free_memory() -> int:
-    """Bytes of host memory that may still be taken: what the machine has free, within the containers' limits."""
+    """Bytes of host memory that may still be allocated: what the machine has available, within the cgroups' limits."""
     if MEMINFO.is_file():
         lines = [line.split() for line in MEMINFO.read_text().splitlines()]
         free = next((int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"), UNTOLD_MEMORY)
@@ -204,7 +205,7 @@ def free_memory() -> int:
 
 
 def _left_in_groups() -> Iterator[int]:
-    """What the control groups of this process leave it, each of them and each above it; both versions of Linux's."""
+    """Bytes left under each memory limit of this process's control groups and their parents, for cgroup v1 and v2."""
     try:
         lines = OWN_GROUPS.read_text().splitlines()
     except OSError:
@@ -215,7 +216,7 @@ def _left_in_groups() -> Iterator[int]:
         (CGROUP / "memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         own = PurePosixPath(of_kind.get(kind, "/").lstrip("/"))
-        # the path is the host's where the container has no names of its own; its root is then this process's group
+        # without a cgroup namespace the path is the host's, and the root of the mount is then this process's group
         for group in {base / own, *(base / above for above in own.parents), base}:
             try:
                 limit, used = ((group / name).read_text().strip() for name in (limit_file, used_file))
@@ -224,16 +225,16 @@ def _left_in_groups() -> Iterator[int]:
             except OSError:
                 continue
             if limit != "max":
-                # pages of files that nobody has used lately are given up for others
+                # the page cache of files not used lately is reclaimed on demand
                 yield int(limit) - int(used) + max(map(int, cache), default=0)
 
 
 @contextmanager
 def own_threads() -> Iterator[None]:
-    """What threads make of torch's number of threads meanwhile, by `set_own_threads`, holds for themselves alone.
+    """Inside the context, a thread that calls `set_own_threads` changes its own thread count only.
 
-    Torch keeps it for each thread, and for the process what threads that come to torch later begin with: without this
-    those would stay on one thread for ever.
+    Torch keeps a count per thread, and a process-wide one that threads new to torch begin with; setting the former
+    overwrites the latter. Without this context, new threads would stay on one thread for ever.
     """
     with _THREADS, ThreadPoolExecutor(1) as newcomer:
         before = newcomer.submit(torch.get_num_threads).result()
@@ -244,15 +245,15 @@ def own_threads() -> Iterator[None]:
 
 
 def set_own_threads(count: int) -> None:
-    """Torch's number of threads in this thread, which is no newcomer to torch from here on."""
+    """Sets torch's thread count for this thread, which afterwards no longer takes up the process-wide count."""
     torch.get_num_threads()
     torch.set_num_threads(count)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch on one thread of the CPU meanwhile: products of floats then round alike whatever the number of cores, and
-    under torchrun, which gives each rank one.
+    """Limits torch to one CPU thread inside the context: float products then round alike whatever the number of cores,
+    and as they do under torchrun, which gives each rank one thread.
     """
     threads = torch.get_num_threads()
     with own_threads():

@@ -1,10 +1,11 @@
-"""Nearest centroids by differences from all of them, many points at a time, one in each number of a vector: the
-fastest way where dims are few, as no point needs a sum over a vector's numbers. Where centroids moved a little, bounds
-bear most labels out before (Hamerly 2010).
+"""Nearest centroids by computing all differences, with one point in each lane of a vector.
 
-The relative error of such distances is at most (D + 2)·2^-24; where two centroids are as near `nearest_of_two` decides.
-Labels and exact distances are to the bit those of `direct` and of `bounded`, for the same reasons.
-Suffixes: N points, T points of one tile, K centroids, C of them made even by one that is infinitely far, D dims.
+This is the fastest method in few dims, as no sum across the lanes of a vector is needed. Where centroids moved little,
+bounds confirm most labels without any distance (Hamerly 2010).
+The relative error of these distances is at most (D + 2)·2^-24; `nearest_of_two` decides where two are closer than that.
+Labels and exact distances are bit-identical to those of `direct` and `bounded`, for the same reasons.
+Suffixes: N points, T points of one tile, K centroids, C centroids padded to an even number by an infinitely far one,
+D dims.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from rb_gpu.learn.kernels import ROUNDOFF, nearest_of_two, squared_distance
 from rb_gpu.learn.products import VECTORS
 from rb_gpu.learn.vectors import FLOAT, INT, WIDTH, address, alloca, compiled, intrinsic, splat
 
-# points a centroid from which on the way from each to the next is taken: as a share of all it is nothing
+# the gaps between centroids are computed from this many points per centroid on: their cost is then negligible
 GAPS = 32
-# points of one tile: a few dims of them, and what is known of them, stay in a core's first cache
+# points of one tile: a few of their dims, and their state, stay in a core's first-level cache
 TILE = 64
 
 
@@ -32,8 +33,8 @@ TILE = 64
 def _lower(
     _context: Any, y: Any, centroids: Any, dims: Any, label: Any, least: Any, following: Any, labels: Any
 ) -> Any:  # fmt: skip
-    """Takes two centroids among those of which the least two squared distances to TILE points are known, and the label
-    of the least. At these addresses are the points, whose numbers lie TILE apart, the two, and what is known.
+    """Updates the least two squared distances of TILE points, and the label of the least, by two further centroids. The
+    arguments are addresses: of the points (their dims are TILE numbers apart), the two centroids and the state.
     """
     kind, whole, vectors = ir.VectorType(FLOAT, WIDTH), ir.VectorType(ir.IntType(32), WIDTH), 2 * VECTORS
 
@@ -78,12 +79,12 @@ def lowered_rows(
     x_ND: Any, start: int, stop: int, centroids_CD: Any, first: int, k: int, labels_N: Any, d2_N: Any, y_DT: Any,
     least_T: Any, next_T: Any, label_T: Any,
 ) -> None:  # fmt: skip
-    """Lowers labels int64 and d2 float32 of rows start to stop by the centroids first to k; a label below 0 is none
-    yet. What ends in T is written to.
+    """Lowers labels int64 and d2 float32 of rows start to stop by the centroids first to k; a negative label means none
+    yet. Arguments that end in T are scratch space.
     """
     dims = x_ND.shape[1]
     near = np.float32(2 * (dims + 2) * ROUNDOFF)
-    # what rounding may take from a squared distance and from another that it is compared with
+    # room for the rounding of two squared distances that are compared
     less = np.float32(1 - (4 * dims + 16) * ROUNDOFF)
     y, centroids = y_DT.ctypes.data, centroids_CD.ctypes.data
     known = least_T.ctypes.data, next_T.ctypes.data, label_T.ctypes.data
@@ -116,16 +117,16 @@ def moved_rows(
     x_ND: Any, start: int, stop: int, centroids_CD: Any, moved_K: Any, others_K: Any, half_K: Any, labels_N: Any,
     d2_N: Any, next_N: Any, y_DT: Any, least_T: Any, next_T: Any, label_T: Any,
 ) -> Any:  # fmt: skip
-    """Labels int64 of rows start to stop after each centroid moved so far, and of the others none further than
-    others (K,); returns the points that were compared. What ends in T is written to.
+    """Updates labels int64 of rows start to stop after each centroid moved by moved (K,), where others (K,) is the
+    largest move among the other centroids; returns the number of points compared. Arguments in T are scratch space.
 
-    d2 float32 is no less than that of the label, but for rounding, and next float32 no more than the distance to any
-    other centroid, before and after: where these bear the label out, or d2 is below half (K,) the way from its centroid
-    to the next, the point is not read.
+    Before and after, d2 float32 is an upper bound (up to rounding) of the squared distance to the label's centroid, and
+    next float32 a lower bound of the distance to any other centroid. A point is not read if these confirm its label, or
+    if its distance is below half (K,), half the distance from its centroid to the next one.
     """
     dims, k = x_ND.shape[1], moved_K.shape[0]
     near = np.float32(2 * (dims + 2) * ROUNDOFF)
-    # what rounding may take from a bound: d2 errs by D + 2 units, its root by half of that
+    # room for the rounding of a bound: d2 has a relative error of D + 2 units, its root of half that
     more, less = np.float32(1 + (2 * dims + 8) * ROUNDOFF), np.float32(1 - (2 * dims + 8) * ROUNDOFF)
     row_T = np.empty(TILE, np.int64)
     y, centroids = y_DT.ctypes.data, centroids_CD.ctypes.data
@@ -163,12 +164,12 @@ def moved_rows(
 
 
 def _tile(dims: int) -> tuple[NDArray[Any], ...]:
-    """What a call writes to: points (D, T), their least squared distances (T,), the next ones, labels of the least."""
+    """Scratch space of one call: points (D, T), their least and second squared distances (T,), labels of the least."""
     return *(np.zeros(shape, np.float32) for shape in ((dims, TILE), TILE, TILE)), np.zeros(TILE, np.int32)
 
 
 def _made_even(centroids_KD: NDArray[np.float32], first: int) -> NDArray[np.float32]:
-    """The centroids (C, D), of which those from `first` on are an even number."""
+    """The centroids (C, D), padded so that the number from `first` on is even."""
     k, dims = centroids_KD.shape
     centroids_CD = np.full((k + (k - first) % 2, dims), np.inf, np.float32)
     centroids_CD[:k] = centroids_KD
@@ -182,7 +183,9 @@ def lowering(
     labels_N: NDArray[np.int64],
     d2_N: NDArray[np.float32],
 ) -> Callable[[int, int], int]:
-    """What lowers labels and d2 of rows start to stop by the centroids from `first` on, and says how many those are."""
+    """A function that lowers labels and d2 of rows start to stop by the centroids from `first` on, and returns the
+    number of rows.
+    """
     (k, dims), centroids_CD = centroids_KD.shape, _made_even(centroids_KD, first)
 
     def lower(start: int, stop: int) -> int:
@@ -201,15 +204,16 @@ def following(
     next_N: NDArray[np.float32],
     of: int,
 ) -> Callable[[int, int], int]:
-    """What takes rows start to stop to these centroids, which moved so far, and says how many it compared with all.
+    """A function that assigns rows start to stop to these centroids, which moved by moved_K, and returns how many
+    points it compared with all of them.
 
-    d2 and next are as `moved_rows` has them. of: the points that this is done for.
+    d2 and next are as in `moved_rows`. of: the number of points that it will be used for.
     """
     (k, dims), centroids_CD = centroids_KD.shape, _made_even(centroids_KD, 0)
     furthest = int(moved_K.argmax())
     others_K = np.full(k, moved_K[furthest])
     others_K[furthest] = np.delete(moved_K, furthest).max(initial=0)
-    # rounded up, as it is taken from bounds that may hardly be larger
+    # rounded up, because it is subtracted from bounds that may be hardly larger
     given = moved_K.astype(np.float32), (others_K * (1 + 2**-20)).astype(np.float32)
 
     half_K, still_K = np.zeros((2, k), np.float32)

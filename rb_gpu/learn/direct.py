@@ -1,10 +1,10 @@
-"""Every product of a point with a centroid in float32, a few points at a time: where a point's best distance is known,
-a bit each is written of them, that says whether the centroid may be as near.
+"""All products of points and centroids in float32, a few points at a time: fastest for few centroids or dims.
 
-The fastest way where centroids or dims are few. With y = x − middle, half_x + half_c − y·c is half the squared distance
-up to `slack`·(half_x + half_c) (see `coarse`), so that few distances must be taken exactly. Where they are fewer still,
-a point is not compared at all: one that is nearer to its centroid than half the way to the next (Hamerly 2010).
-Suffixes: N points, T points of one tile, K centroids, C of them padded to whole masks (M), B blocks of W of these,
+For a point whose best distance is known, the products are reduced to one bit per centroid: whether it may be as near.
+With y = x − middle, half_x + half_c − y·c is half the squared distance up to `slack`·(half_x + half_c) (see `coarse`),
+so few distances must be computed exactly. If points far outnumber centroids, a point is not compared at all
+when it is nearer to its centroid than half the distance from that to the next one (Hamerly 2010).
+Suffixes: N points, T points of one tile, K centroids, C centroids padded to whole masks (M), B blocks of W of these,
 D dims.
 """
 
@@ -36,18 +36,18 @@ from rb_gpu.learn.vectors import (
     splat,
 )
 
-# points whose bounds stay in a core's second cache; a block of centroids stays in its first
+# points whose bounds stay in a core's second-level cache; a block of centroids stays in the first-level one
 TILE = 32
 
 
 class Columns:
-    """Centroids (K, D) about the middle as the columns of blocks (B, D, W), and half their squared norms less the slack
-    (C,), both float32; those that pad them are infinitely far.
+    """Centroids (K, D) about the middle, arranged as columns of blocks (B, D, W), and half their squared norms less the
+    slack (C,), both float32; padding centroids are infinitely far.
     """
 
     def __init__(self, centroids_KD: NDArray[np.float32], middle_D: NDArray[np.float32]) -> None:
         k, dims = centroids_KD.shape
-        # 3·dims + 10 roundings of half norms, centring and products (Higham 2002, section 3.1), and some to spare
+        # 3·dims + 10 roundings of half norms, centring and products (Higham 2002, section 3.1), with some margin
         self.slack = (4 * dims + 64) * ROUNDOFF
         padded_CD = np.zeros((-(-k // WIDTH) * WIDTH, dims), np.float32)
         about_KD = np.subtract(centroids_KD, middle_D, out=padded_CD[:k])
@@ -57,20 +57,20 @@ class Columns:
         self.columns_BDW = np.ascontiguousarray(padded_CD.reshape(-1, WIDTH, dims).transpose(0, 2, 1))
 
     def bounds(self) -> NDArray[np.float32]:
-        """What a call writes its bounds to (TILE, C), infinite."""
+        """Scratch space for bounds (TILE, C), initially infinite."""
         return np.full((TILE, len(self.half_C)), np.inf, np.float32)
 
     def masks(self) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
-        """What a call writes its masks to (TILE, M), none set, and its limits (TILE,)."""
+        """Scratch space for masks (TILE, M), initially unset, and for limits (TILE,)."""
         return np.zeros((TILE, len(self.half_C) // LANES), np.uint64), np.zeros(TILE, np.float32)
 
     def about(self) -> NDArray[np.float32]:
-        """What a call writes points about the middle to (TILE, D)."""
+        """Scratch space for points about the middle (TILE, D)."""
         return np.zeros((TILE, self.columns_BDW.shape[1]), np.float32)
 
 
 def _halves(vectors: int) -> Any:
-    """A function that writes half norms plus the products of POINTS points with the columns of so many blocks."""
+    """A function that writes half norms plus products of POINTS points with the columns of `vectors` blocks."""
 
     @intrinsic
     def write(_context: Any, x: Any, columns: Any, half: Any, x_step: Any, c_step: Any, out: Any, o_step: Any) -> Any:
@@ -84,7 +84,7 @@ def _halves(vectors: int) -> Any:
 
 
 def _compared(vectors: int) -> Any:
-    """A function that writes which of them are at most the points' limits."""
+    """A function that writes, as bits, which of those sums are at most the points' limits."""
 
     @intrinsic
     def write(
@@ -104,7 +104,7 @@ _one_compared, _some_compared = _compared(1), _compared(VECTORS)
 
 @intrinsic
 def _smallest(_context: Any, values: Any, count: Any) -> Any:
-    """The least of count times LANES float32 at an address."""
+    """The least of count · LANES float32 at an address."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         place = alloca(builder, ir.Constant(FLOATS, [float("inf")] * LANES))
@@ -120,7 +120,7 @@ def _smallest(_context: Any, values: Any, count: Any) -> Any:
 
 @intrinsic
 def _at_most(_context: Any, values: Any, limit: Any) -> Any:
-    """Bits of the LANES float32 at an address that are at most the limit."""
+    """A bit mask of which of the LANES float32 at an address are at most the limit."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         found = builder.load(builder.inttoptr(arguments[0], FLOATS.as_pointer()), align=4)
@@ -132,7 +132,7 @@ def _at_most(_context: Any, values: Any, limit: Any) -> Any:
 
 @compiled(fastmath=SUMS)
 def _less_middle(x_ND: Any, i: int, middle_D: Any, out_TD: Any, p: int) -> Any:
-    """Middle − row i of x into row p of out, and half its squared norm."""
+    """Writes middle − row i of x to row p of out; returns half its squared norm."""
     total = np.float32(0)
     for t in range(x_ND.shape[1]):
         value = middle_D[t] - x_ND[i, t]
@@ -146,8 +146,8 @@ def _write_bounds(
     x_ND: Any, start: int, points: int, middle_D: Any, columns_BDW: Any, half_C: Any, half_T: Any, bounds_TC: Any,
     about_TD: Any,
 ) -> None:  # fmt: skip
-    """Of so many points from row start on, half their squared norms about the middle, and half the columns' plus the
-    products with all of them into the rows of bounds.
+    """For `points` rows from start on, writes half their squared norms about the middle, and to the rows of bounds half
+    the columns' squared norms plus the products with all columns.
     """
     for p in range(points):
         half_T[p] = _less_middle(x_ND, start + p, middle_D, about_TD, p)
@@ -175,10 +175,10 @@ def first_rows(
     x_ND: Any, start: int, stop: int, middle_D: Any, columns_BDW: Any, half_C: Any, slack: float, first: int,
     centroids_KD: Any, labels_N: Any, d2_N: Any, bounds_TC: Any, about_TD: Any,
 ) -> None:  # fmt: skip
-    """Labels int64 and d2 float32 of rows start to stop, of which nothing was known: those of centroids_KD[first:].
-    Their `Columns` are given, and what these give to write to.
+    """Writes the first labels int64 and d2 float32 of rows start to stop, against centroids_KD[first:]. The arguments
+    are those centroids' `Columns` and the scratch space that these provide.
 
-    The result is that of `bounded.lower_rows` to the bit, for the same reasons.
+    The result is bit-identical to that of `bounded.lower_rows`, for the same reasons.
     """
     width, count = half_C.shape[0], centroids_KD.shape[0] - first
     near, kept = np.float32(2 * (x_ND.shape[1] + 2) * ROUNDOFF), np.float32(1 - slack)
@@ -213,12 +213,12 @@ def nearer_rows(
     centroids_KD: Any, guessed: bool, loose: bool, gap2_K: Any, labels_N: Any, d2_N: Any, masks_TM: Any, limit_T: Any,
     about_TD: Any,
 ) -> Any:  # fmt: skip
-    """Lowers labels int64 and d2 float32 of rows start to stop, which have some, by centroids_KD[first:]; returns the
-    points that were compared. Their `Columns` are given, and what these give to write to.
+    """Lowers labels int64 and d2 float32 of rows start to stop, which are known, by centroids_KD[first:]; returns the
+    number of points compared. The arguments are those centroids' `Columns` and the scratch space that these provide.
 
-    guessed: d2 is not that of the label, and is taken first; loose: it is no less. A point whose d2 is below gap2 (K,)
-    of its label, which no other centroid can be as near to, is not compared. The result is that of `bounded.lower_rows`
-    to the bit, for the same reasons.
+    guessed: d2 is not that of the label and is computed first. loose: d2 is an upper bound. A point whose d2 is below
+    gap2 (K,) of its label is not compared, as no other centroid can be as near. The result is bit-identical to that of
+    `bounded.lower_rows`, for the same reasons.
     """
     dims, count = x_ND.shape[1], centroids_KD.shape[0] - first
     near, kept = np.float32(2 * (dims + 2) * ROUNDOFF), np.float32(1 - slack)
@@ -279,8 +279,8 @@ def least_gaps(
     centroids_KD: Any, start: int, stop: int, middle_D: Any, columns_BDW: Any, half_C: Any, slack: float, gap2_K: Any,
     bounds_TC: Any, about_TD: Any,
 ) -> None:  # fmt: skip
-    """A float32 below the square of half the way from each of the centroids start to stop to the next; rounding of a
-    squared distance that is compared with it is allowed for. The `Columns` of all are given.
+    """Writes to gap2, for each centroid start to stop, a lower bound of the square of half its distance to the nearest
+    other one, with room for rounding of the squared distance it is compared with. The `Columns` are those of all.
     """
     width = half_C.shape[0]
     near, kept = np.float32(4 * (centroids_KD.shape[1] + 4) * ROUNDOFF), np.float32(1 - slack)

@@ -1,7 +1,7 @@
 """Distances, sums and norms in torch, in tiles of rows; no N x K matrix is ever held.
 
-Suffixes: N points, K centroids, D dims, T points of one tile. Points may lie on the host while the centroids are on a
-GPU: each tile then travels on its own, so data larger than the card still fits.
+Suffixes: N points, K centroids, D dims, M new centroids, T points of one tile. Points may lie on the host while the
+centroids are on a GPU: tiles are then streamed one at a time, so that data larger than the GPU's memory still fit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from rb_gpu.learn.devices import tiles
 from rb_gpu.learn.streaming import chunks
 
-# rows whose norms are within this of 1 are taken as they are
+# rows whose norm is within this of 1 count as normalised
 NORMED = 1e-6
 
 
@@ -27,10 +27,10 @@ def lower_distances(
 ) -> None:
     """Lowers d2 (N,) and labels (N,) in place by M further centroids, labelled from first_label on.
 
-    argmin ||x - c||^2 = argmin ||c||^2 / 2 - x.c, so one product a tile does; both are taken about the middle, as
-    products cancel far from the origin. The distance is then taken from the difference, so that a copy of a centroid is
-    at 0 exactly and never drawn as another one. budget: bytes of points that may lie on the device where they come from
-    the host.
+    argmin ||x - c||² = argmin ||c||²/2 - x·c, so one matrix product per tile suffices; both sides are centred on the
+    middle, because products cancel far from the origin. The distance itself is then computed from the difference, so
+    that a copy of a centroid is at exactly 0 and never drawn as another seed. budget: bytes of host points that may be
+    copied to the device at once.
     """
     device = new_MD.device
     about_MD = new_MD - middle_D
@@ -46,12 +46,12 @@ def lower_distances(
 def label_sums(x_ND: Tensor, weight_N: Tensor, labels_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Weighted sum of the points of each label (K, D) and their weight (K,), float64 on the labels' device.
 
-    Tiles add up in float32 and their totals in float64, so that millions of points lose no digits. Labels below 0 are
-    left out.
+    Tiles are summed in float32 and their totals in float64, so that millions of points lose no precision. Negative
+    labels are ignored.
     """
     device = labels_N.device
     sums_KD = torch.zeros(k, x_ND.shape[1], dtype=torch.float64, device=device)
-    # the last row takes what is left out; it is cut off below
+    # an extra last row collects the ignored points; it is cut off below
     slot_N = torch.where(labels_N < 0, k, labels_N)
     for tile, x_TD in chunks(x_ND, 2 * x_ND.shape[1], device):
         part_KD = torch.zeros(k + 1, x_ND.shape[1], dtype=torch.float32, device=device)
@@ -63,15 +63,15 @@ def label_sums(x_ND: Tensor, weight_N: Tensor, labels_N: Tensor, k: int) -> tupl
 
 
 def normed(x_ND: Tensor) -> bool:
-    """Whether every row has norm 1 up to what float32 rounds."""
+    """Whether every row has norm 1, up to float32 rounding."""
     spans = tiles(len(x_ND), x_ND.shape[1], x_ND.device)
     return all(float((x_ND[tile].norm(dim=1) - 1).abs().max()) <= NORMED for tile in spans)
 
 
 def normalise_(x_ND: Tensor) -> Tensor:
-    """Scales every row to norm 1 in place and returns it. A row of zeros stays one."""
+    """Scales every row to norm 1 in place and returns it. A zero row stays zero."""
     for tile in tiles(len(x_ND), x_ND.shape[1], x_ND.device):
-        # by the largest coordinate first: squares of 1e30 or of 1e-30 leave float32's range
+        # divide by the largest coordinate first: squares of 1e30 or 1e-30 leave float32's range
         peak_T1 = x_ND[tile].abs().amax(dim=1, keepdim=True)
         x_ND[tile] /= torch.where(peak_T1 > 0, peak_T1, 1)
         x_ND[tile] /= x_ND[tile].norm(dim=1, keepdim=True).clamp_(min=1)

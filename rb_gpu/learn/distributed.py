@@ -1,4 +1,4 @@
-"""Several processes on disjoint rows of one table, in the order of their ranks; alone, every call is the identity."""
+"""Several processes on disjoint rows of one table, ordered by rank; in a single process every call is the identity."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torch import Tensor
 
 from rb_gpu.errors import RbGpuError
 
-# how long a rank waits for another that reads from a slower disk; that one has died, torchrun sees at once
+# how long a rank waits for one that reads from a slower disk; torchrun notices at once if that one has died
 PATIENCE = timedelta(hours=2)
 
 
 class Ranks:
     """One process among those that share the points. Every rank must make the same calls in the same order.
 
-    group, lead: the processes they are, where they are not all, and the number among all of the first of them.
+    group: the process group, if it is not all processes; lead: the global rank of its first process.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None, lead: int = 0) -> None:
         self.rank, self.size, self._group, self._lead = rank, size, group, lead
 
     def of_node(self) -> Ranks:
-        """Those that torchrun started on this machine, which see the same files and the same memory."""
+        """The ranks that torchrun started on this machine, which see the same files and the same memory."""
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if self.size == 1 or local == self.size:
             return self
@@ -39,11 +39,11 @@ class Ranks:
         return Ranks(self.rank % local, local, groups[node], node * local)
 
     def share(self, count: int) -> slice:
-        """Those of `count` rows that are this rank's where all ranks know all rows."""
+        """The share of `count` rows that is this rank's, where every rank has all of them."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def total(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, in place and returned; exact for integers."""
+        """The sum over all ranks, computed in place and returned; exact for integers."""
         if self.size > 1:
             dist.all_reduce(tensor, group=self._group)
         return tensor
@@ -53,22 +53,22 @@ class Ranks:
         return max(self.each(value))
 
     def sum_of(self, value: float) -> float:
-        """The sum over all ranks, added in the order of the ranks."""
+        """The sum over all ranks, added in rank order."""
         return sum(self.each(value))
 
     def place(self, count: int) -> tuple[int, int]:
-        """How many rows the ranks before this one hold, and how many all of them do."""
+        """How many rows the lower ranks hold together, and how many all ranks hold."""
         counts = [int(c) for c in self.each(count)]
         return sum(counts[: self.rank]), sum(counts)
 
     def joined(self, rows: Tensor) -> Tensor:
-        """The rows (n, ...) of all ranks, in their order."""
+        """The rows (n, ...) of all ranks, in rank order."""
         if self.size == 1:
             return rows
         return torch.cat(self.gathered(rows.cpu())).to(rows.device)
 
     def of_first(self, value: Any) -> Any:
-        """The value of rank 0."""
+        """Rank 0's value, on every rank."""
         if self.size == 1:
             return value
         values = [value]
@@ -76,7 +76,7 @@ class Ranks:
         return values[0]
 
     def gathered(self, value: Any) -> list[Any]:
-        """The value of every rank, in their order."""
+        """The values of all ranks, in rank order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -84,12 +84,12 @@ class Ranks:
         return values
 
     def wait(self) -> None:
-        """Goes on once every rank is here."""
+        """Blocks until every rank has called it."""
         if self.size > 1:
             dist.barrier(self._group)
 
     def each(self, value: float) -> list[float]:
-        """The number of every rank, in their order."""
+        """The numbers of all ranks, in rank order."""
         return self.gathered(value)
 
 
@@ -105,7 +105,7 @@ def launched(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # objects and what lies on the host go by gloo either way: NCCL would take them through a GPU, or refuse them
+    # Python objects and host tensors always use gloo: NCCL would route them through a GPU, or refuse them
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     rank = dist.get_rank()
     try:

@@ -1,4 +1,4 @@
-"""The reference document's two classes (sections 4 and 5) over trajectory objects, on top of the array stages."""
+"""The two classes of the reference document (sections 4 and 5) for trajectory objects, built on the array stages."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from rb_gpu.views import VerdictView
 
 @dataclass(frozen=True)
 class PatternExtractor:
-    """Leaf patterns of trajectories by k-means++ on their embeddings; clusters of fewer than 3 rows are left out.
+    """Learns leaf patterns by k-means++ on the trajectories' embeddings; clusters of fewer than 3 rows are dropped.
 
-    k: clusters, at most the distinct embeddings. epsilon: as in `kmeans`. merge_similarity: 1 merges no clusters.
+    k: number of clusters, at most the number of distinct embeddings. epsilon: as in `kmeans`. merge_similarity: 1
+    merges no clusters.
     """
 
     k: int
@@ -63,7 +64,7 @@ class VerdictJudge:
     quality: str = "f1"
 
     def judge(self, pattern: LearnedPattern, trajectories: Sequence[QueryTrajectory]) -> Verdict | None:
-        """The verdict, or None where the evidence does not carry one and the default stands."""
+        """The verdict, or None where the evidence is insufficient and the default stands."""
         tiers = sorted({t.search_params.model_tier for t in trajectories} | {self.default.model_tier})
         table = from_trajectories(trajectories, ParamsConfig(tiers=tiers, default=self.default.as_dict()))
         config = TrainConfig(

@@ -1,4 +1,4 @@
-"""A new output folder appears whole or not at all."""
+"""Creates output folders atomically: a new folder appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SUFFIX = ".partial"
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """Gives a temporary sibling of `out` to write files into; it is fsynced and renamed when the block ends well.
+    """Yields a temporary sibling of `out` to write files into; on success it is fsynced and renamed to `out`.
 
-    A block that raises leaves nothing. A killed process leaves no `out`, only a hidden `.NAME.*.partial` beside it,
-    which a later run names in a warning. Raises ConfigError where `out` exists or its parent cannot be written.
+    If the block raises, nothing is left. A killed process leaves no `out`, only a hidden `.NAME.*.partial` beside it,
+    which a later run names in a warning. Raises ConfigError where `out` exists or its parent is not writable.
     """
     target = Path(out).absolute()
     _refuse_existing(target)
@@ -35,7 +35,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise ConfigError(f"out={out} cannot be made ({error.strerror}); choose a folder that you may write") from error
     for left in leftovers:
-        # not removed here: it may belong to a run that is still at work
+        # not removed here, because it may belong to a run in progress
         log.warning("%s was left by a killed run, or another run is writing it; delete it once none is", left)
     try:
         yield partial
@@ -50,6 +50,6 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 
 
 def _refuse_existing(target: Path) -> None:
-    # lexists: a dangling link is somebody's too
+    # lexists: a dangling link counts as existing too
     if os.path.lexists(target):
         raise ConfigError(f"out={target} already exists; choose another out, or delete it first")

@@ -1,4 +1,4 @@
-"""Consolidation, the levels above the leaves, and pruning.
+"""Consolidation of similar leaves, the hierarchy levels above them, and pruning.
 
 Suffixes: P leaves, D dims.
 """
@@ -30,8 +30,8 @@ def unit_rows(x_PD: Matrix) -> Matrix:
 def consolidate(centroids_PD: Matrix, threshold: float, device: torch.device) -> Rows:
     """The merged leaf of each leaf (P,), numbered by first member: complete linkage on cosine, cut at `threshold`.
 
-    Every pair inside a merged leaf has cosine > threshold, so that no chain forms. No P x P matrix is held. A threshold
-    of 1 merges none.
+    Every pair inside a merged leaf has cosine > threshold, so no chains form. No P x P matrix is held. A threshold of 1
+    merges nothing.
     """
     label_P = np.arange(len(centroids_PD))
     if threshold < 1:
@@ -56,9 +56,9 @@ def level_counts(leaves: int, counts: object) -> list[int]:
 def build_hierarchy(
     centroids_PD: Matrix, support_P: npt.NDArray[np.float64], counts: list[int], device: torch.device
 ) -> list[Rows]:
-    """For each level from the leaves up, the row of each node's parent one level above; the last has counts[-1] nodes.
+    """For each level from the leaves up, each node's parent as a row of the next level; the last has counts[-1] nodes.
 
-    Ward's linkage with leaves weighted by support, cut at the given non-increasing counts.
+    Uses Ward's linkage with leaves weighted by support, cut at the given non-increasing counts.
     """
     leaves = len(centroids_PD)
     ward = Ward(centroids_PD.astype(np.float64), support_P.astype(np.float64), device)
@@ -82,5 +82,5 @@ def cut(merges: Merges, leaves: int, count: int) -> Rows:
 def prune(
     support_P: npt.NDArray[np.int64], confidence_P: npt.NDArray[np.float64], min_support: int, min_confidence: float
 ) -> npt.NDArray[np.bool_]:
-    """Which leaves stay (P,). Levels are built from what stays, so that no parent keeps a child that is gone."""
+    """Which leaves to keep (P,). Levels are built from the kept leaves only, so no parent has a pruned child."""
     return (support_P >= min_support) & (confidence_P >= min_confidence)

@@ -25,22 +25,22 @@ log = logging.getLogger(__name__)
 Matrix = npt.NDArray[np.float32]
 
 HOST = torch.device("cpu")
-# queries on which the breadth of a search is tuned
+# number of queries on which the breadth of a search is tuned
 TUNING_QUERIES = 1000
 # share of training queries that lie farther from every pattern than the automatic floor
 FLOOR_QUANTILE = 0.001
 
 
 def similarity_floor(x_QD: torch.Tensor, leaves_PD: Matrix, device: torch.device, engine: str = "auto") -> float:
-    """The cosine to its nearest leaf that all but FLOOR_QUANTILE of the training queries exceed."""
+    """The cosine to the nearest leaf that all but FLOOR_QUANTILE of the training queries exceed."""
     unit_QD = x_QD if normed(x_QD) else normalise_(x_QD.clone())
     _, d2 = nearest(unit_QD, normalise_(torch.from_numpy(leaves_PD.copy())), device, engine)
     return float(np.quantile(1.0 - d2.numpy() / 2.0, FLOOR_QUANTILE))
 
 
 def open_faiss(config: IndexConfig, device: torch.device) -> Any:
-    """The module, None where index.kind is off. Raises ConfigError where it is missing, or lacks what that kind takes
-    on that device.
+    """The Faiss module, or None where index.kind is off. Raises ConfigError where Faiss is missing, or its build lacks
+    what this kind needs on this device.
     """
     if config.kind == "off":
         return None
@@ -67,12 +67,12 @@ def build_index(
     top_k: int,
     device: torch.device = HOST,
 ) -> bytes | None:
-    """The serialised index, None where index.kind is off; of a kind that Faiss's CPU build reads.
+    """The serialised index, readable by Faiss's CPU build; None where index.kind is off.
 
-    Vectors of a graph are kept in 8 bits a dimension: it is a quarter as large and searched in about half the time, and
-    the lookup compares its candidates exactly. Its breadth (efSearch, nprobe), where that is auto, is the least that
-    finds index.recall of the top_k leaves nearest to queries_BD. Raises ConfigError where Faiss is missing or lacks
-    something (open_faiss), nlist is over P, or P is too few for a graph.
+    HNSW vectors are stored in 8 bits per dim: the index is a quarter as large and searched in about half the time, and
+    the lookup re-ranks its candidates exactly. If its breadth (efSearch, nprobe) is auto, it is the least that finds
+    index.recall of the top_k leaves nearest to queries_BD. Raises ConfigError where Faiss is missing or lacks something
+    (open_faiss), nlist exceeds P, or P is too small for a graph.
     """
     faiss = open_faiss(config, device)
     if faiss is None:
@@ -93,7 +93,7 @@ def build_index(
 
 def _filled_index(faiss: Any, unit_PD: Matrix, config: IndexConfig, device: torch.device) -> Any:
     if device.type == "cuda":
-        # Faiss asks the driver for memory, of which torch keeps all that the points had lain in
+        # Faiss allocates from the driver, while torch's cache still holds the memory that the points had used
         torch.cuda.empty_cache()
     if config.kind == "cagra":
         return cagra(faiss, unit_PD, config.m, config.ef_construction)
@@ -117,7 +117,7 @@ def _empty_index(faiss: Any, leaves: int, dim: int, config: IndexConfig) -> Any:
         if nlist > leaves:
             raise ConfigError(f"index.nlist={nlist} exceeds the {leaves} patterns; lower it or set index.nlist=auto")
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, nlist, faiss.METRIC_INNER_PRODUCT)
-        # patterns are few already: every one is a training point, and Faiss's advice on more does not apply
+        # there are few patterns, so all of them are training points, and Faiss's warning about that does not apply
         index.cp.min_points_per_centroid = 1
         return index
     return faiss.IndexFlatIP(dim)
@@ -126,12 +126,12 @@ def _empty_index(faiss: Any, leaves: int, dim: int, config: IndexConfig) -> Any:
 def _tune(
     faiss: Any, index: Any, unit_PD: Matrix, queries_BD: Matrix, config: IndexConfig, top_k: int
 ) -> tuple[int, float]:
-    """Sets the breadth of the index and returns it, with the recall that it reaches."""
+    """Sets the index's search breadth and returns it with the recall that it reaches."""
     wanted, most = (config.nprobe, index.nlist) if config.kind == "ivf" else (config.ef_search, len(unit_PD))
     most = min(most, MAX_BREADTH)
     exact, _ = ExactSearch(unit_PD).nearest(queries_BD, top_k)
     search = FaissSearch(index, config.kind, unit_PD, faiss.swig_ptr)
-    # powers of 2 and the values halfway between them, up to the whole
+    # powers of 2 and the values halfway between them, up to the whole index
     grid = [min(2**i * part // 2, most) for i in range(1, 18) for part in (2, 3)] if is_auto(wanted) else [int(wanted)]
     for breadth in grid:
         if config.kind == "ivf":

@@ -1,6 +1,6 @@
-"""Pattern indexes that GPUs build and CPUs search: a graph by CAGRA (Ootomo et al. 2024), inverted lists by k-means.
+"""Pattern indexes built on a GPU and searched on a CPU: CAGRA graphs (Ootomo et al. 2024), inverted lists by k-means.
 
-Faiss's Python module has another set of names in each of its builds, so what a build can do is asked of the module.
+Builds of Faiss's Python module define different names, so a build's capabilities are detected by attribute.
 Suffixes: P leaves, D dims.
 """
 
@@ -18,18 +18,18 @@ log = logging.getLogger(__name__)
 
 Matrix = npt.NDArray[np.float32]
 
-# the GPU that builds, or the first of them: rank 0, which builds, is on it
+# the building GPU, or the first of several: rank 0, which builds the index, uses this one
 FIRST_GPU = 0
-# names that a build of Faiss must have for each kind, what such a build is called, and where it comes from
+# for each kind, the names that a Faiss build must define, what such a build is called, and how to install it
 CUVS = ("GpuIndexCagra", "Faiss with cuVS", "pip install 'rb_gpu[gpu]'")
 GPU = ("StandardGpuResources", "Faiss for GPUs", "pip install 'rb_gpu[gpu]', or 'rb_gpu[gpu-cu12]' for CUDA 12")
 NEEDS = {"cagra": (GPU, CUVS), "ivf": (GPU,)}
-# links of a node on a level: fewer make no upper levels
+# with fewer links per node and level, HNSW has no upper levels
 LEAST_LINKS = 2
 
 
 def check_capable(faiss: Any, kind: str) -> None:
-    """Raises ConfigError where this build of Faiss lacks what index.kind takes on a GPU."""
+    """Raises ConfigError where this Faiss build lacks what index.kind needs on a GPU."""
     for name, build, remedy in NEEDS.get(kind, ()):
         if not hasattr(faiss, name):
             raise ConfigError(
@@ -39,12 +39,12 @@ def check_capable(faiss: Any, kind: str) -> None:
 
 
 def cagra(faiss: Any, unit_PD: Matrix, m: int, ef_construction: int) -> Any:
-    """An IndexHNSWCagra on the CPU: level 0 is CAGRA's graph of 2m links a node, the CPU adds the upper levels.
+    """An IndexHNSWCagra on the CPU: level 0 is CAGRA's graph with 2m links per node; the CPU adds the upper levels.
 
-    Raises ConfigError where P is too few.
+    Raises ConfigError where P is too small.
     """
     leaves, dim = unit_PD.shape
-    # no node has more links than there are others
+    # a node can have at most as many links as there are other nodes
     links = min(m, (leaves - 1) // 2)
     if links < LEAST_LINKS:
         raise ConfigError(
@@ -65,7 +65,7 @@ def cagra(faiss: Any, unit_PD: Matrix, m: int, ef_construction: int) -> Any:
 
 
 def inverted_file(faiss: Any, empty: Any, unit_PD: Matrix) -> Any:
-    """The empty IndexIVFFlat, trained on the first GPU and filled on all of them by shards, as one CPU index."""
+    """Trains the empty IndexIVFFlat on the first GPU, fills it on all GPUs by shards, and returns it as a CPU index."""
     resources = faiss.StandardGpuResources()
     on_gpu = faiss.index_cpu_to_gpu(resources, FIRST_GPU, empty)
     on_gpu.cp.min_points_per_centroid = empty.cp.min_points_per_centroid

@@ -1,6 +1,6 @@
-"""What callers give k-means, checked and as float32 tensors, in a frame where float32 holds it.
+"""Validates the inputs of k-means and converts them to float32 tensors, in a frame where float32 represents them well.
 
-Suffixes: N points here, K centroids, D dims, S points of a sample.
+Suffixes: N points on this rank, K centroids, D dims, S points of a sample.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from rb_gpu.learn.workers import Workers
 Array = npt.NDArray[Any] | Tensor
 
 MIDDLE_ROWS = 1024
-# what float32 would round; 8 and 16 bits it holds as they are
+# dtypes that float32 would round; 8 and 16 bits fit exactly
 WIDE = (torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64)
-# largest |x| between which squares, products of them and their differences stay within float32's range
+# range of the largest |x| in which squares, products of squares and their differences stay within float32's range
 LEAST_PEAK, MOST_PEAK = 2.0**-40, 2.0**40
-# float64's range, with room for what is multiplied by it
+# float64's exponent range, with room for factors
 MOST_EXPONENT = 1000
-# from the points' origin, in their frame: the squared distance to a point, and twice that, is finite from here
+# largest distance from the frame's origin at which squared distances to points, and their doubles, stay finite
 FARTHEST = 2.0**62
-# rows that one worker converts at a time: what float64 takes between stays in a cache
+# rows that one worker converts at a time: the float64 intermediates stay in a cache
 CONVERTED_ROWS = 256
 
 
 class _Writable:
-    """Makes NumPy see the memory of an array that is only to be read as one that may be written: torch warns of the
-    others, and warnings are held back for all threads or for none.
+    """Presents a read-only array as writable: torch warns about read-only arrays, and Python's warning filters cannot
+    be changed for a single thread.
     """
 
     def __init__(self, array: npt.NDArray[Any]) -> None:
@@ -47,7 +47,7 @@ class _Writable:
 
 
 def tensor_of(name: str, array: Array) -> Tensor:
-    """The array as a tensor of real numbers that shares its memory where it may, only to be read.
+    """The array as a tensor of real numbers that shares its memory where possible; it must not be written to.
 
     Raises ValueError where it is sparse, complex, or of objects.
     """
@@ -60,7 +60,7 @@ def tensor_of(name: str, array: Array) -> Tensor:
 
 
 def _real_values(name: str, array: Any) -> npt.NDArray[Any]:
-    """The array as torch takes it: contiguous, in this machine's order of bytes, and writable by what it says."""
+    """The array as torch accepts it: contiguous, in native byte order, of at most 64 bits, and nominally writable."""
     if hasattr(array, "tocsr"):
         raise ValueError(f"{name} is sparse ({type(array).__name__}); give {name}.toarray()")
     values = np.ascontiguousarray(array)
@@ -73,25 +73,25 @@ def _real_values(name: str, array: Any) -> npt.NDArray[Any]:
 
 @dataclass(frozen=True)
 class Frame:
-    """Points in float32 stand for x = origin + point / scale. origin (D,) float64; None: 0, of results in float32."""
+    """Float32 points represent x = origin + point / scale. origin (D,) float64, or None: 0 and float32 results."""
 
     origin_D: Tensor | None = None
     scale: float = 1.0
 
     def into(self, x_ND: Tensor) -> Tensor:
-        """Rows x (N, D) in the frame, float32."""
+        """Rows x (N, D) as points of the frame, float32."""
         if self.origin_D is not None:
             return ((x_ND.double() - self.origin_D.to(x_ND.device)) * self.scale).float()
         return x_ND.float() if self.scale == 1 else (x_ND.double() * self.scale).float()
 
     def out(self, points_ND: Tensor) -> Tensor:
-        """What points (N, D) float32 stand for: float64 where there is an origin, else float32."""
+        """What points (N, D) float32 represent: float64 where there is an origin, else float32."""
         if self.origin_D is not None:
             return points_ND.double() / self.scale + self.origin_D.to(points_ND.device)
         return points_ND if self.scale == 1 else (points_ND.double() / self.scale).float()
 
     def points(self, x_ND: Tensor, crew: Workers | None) -> Tensor:
-        """`into` for many rows: themselves where they are float32 already and nothing is to be done."""
+        """`into` for many rows; returns them unchanged if they are float32 already and the frame is the identity."""
         if x_ND.dtype == torch.float32 and self.scale == 1 and x_ND.is_contiguous():
             return x_ND
         out_ND = torch.empty(x_ND.shape, dtype=torch.float32, device=x_ND.device)
@@ -109,7 +109,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Points:
-    """points (N, D) float32, the largest |coordinate| and the norm of each (N,), and the frame they are in."""
+    """Points (N, D) float32, the largest |coordinate| and the norm of each (N,), and the frame that they are in."""
 
     x_ND: Tensor
     peak_N: Tensor
@@ -120,10 +120,10 @@ class Points:
 def framed(
     x_ND: Tensor, metric: str, crew: Workers | None, where: torch.device, budget: int | None, ranks: Ranks
 ) -> Points:
-    """The points x (N, D) of any real dtype, about a middle where float32 would round what tells them apart, and
-    scaled by a power of two where its range is too small. All ranks take the same frame.
+    """The points x (N, D) of any real dtype in a frame of their own, the same on all ranks: centred on a middle where
+    float32 would round away their differences, and scaled by a power of two where its range is too small.
 
-    Raises ValueError at NaN and infinity.
+    Raises ValueError on NaN and infinity.
     """
     frame = Frame()
     if x_ND.dtype in WIDE:
@@ -151,29 +151,29 @@ def _measured(x_ND: Tensor, frame: Frame, crew: Workers | None, where: torch.dev
 
 
 def _reach(x_ND: Tensor, origin_D: Tensor) -> float:
-    """The largest |x − origin| in float64, which float32 cannot tell."""
+    """The largest |x − origin| in float64, where it over- or underflows in float32."""
     spans = tiles(len(x_ND), 4 * x_ND.shape[1], x_ND.device)
     return max(float((x_ND[tile].double() - origin_D).abs().max()) for tile in spans)
 
 
 def scale_for(peak: float) -> float:
-    """The power of two that takes numbers up to `peak` to about 1 where float32 could not square them; else 1."""
+    """The power of two that scales numbers up to `peak` to about 1 if float32 could not square them; else 1."""
     if LEAST_PEAK <= peak <= MOST_PEAK or peak == 0 or not math.isfinite(peak):
         return 1.0
     return 2.0 ** -max(-MOST_EXPONENT, min(MOST_EXPONENT, math.frexp(peak)[1]))
 
 
 def median_of(sample_SD: Tensor) -> Tensor:
-    """The median of each dim (D,), unmoved by outliers."""
+    """The median of each dim (D,), robust to outliers."""
     middle = (len(sample_SD) - 1) // 2
-    if sample_SD.device.type == "cpu":  # where torch's sort takes as long as ten iterations of a small table
+    if sample_SD.device.type == "cpu":  # torch's sort takes as long there as ten iterations on a small table
         return torch.from_numpy(np.partition(sample_SD.T.contiguous().numpy(), middle, axis=1)[:, middle].copy())
-    # torch's own median has no deterministic form on a GPU
+    # torch's own median is not deterministic on a GPU
     return sample_SD.sort(dim=0).values[middle]
 
 
 def checked_matrix(x: Array) -> Tensor:
-    """X (N, D) as a tensor. Raises ValueError where it is no matrix of real numbers."""
+    """X (N, D) as a tensor. Raises ValueError where it is not a matrix of real numbers."""
     points = tensor_of("x", x)
     if points.ndim != 2 or points.shape[0] == 0 or points.shape[1] == 0:
         raise ValueError(f"x has shape {tuple(points.shape)}; give a non-empty (N, D) matrix")
@@ -181,7 +181,7 @@ def checked_matrix(x: Array) -> Tensor:
 
 
 def checked_counts(**counts: int) -> tuple[int, ...]:
-    """The numbers as Python's. Raises ValueError where one is no integer >= 1."""
+    """The counts as Python integers. Raises ValueError where one is not an integer >= 1."""
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
             raise ValueError(f"{name}={value!r} is not an integer >= 1; raise it")
@@ -189,7 +189,7 @@ def checked_counts(**counts: int) -> tuple[int, ...]:
 
 
 def generator_of(seed: int, device: torch.device) -> torch.Generator:
-    """Raises ValueError where the seed is none that torch takes."""
+    """A generator with this seed. Raises ValueError where torch does not accept the seed."""
     try:
         return torch.Generator(device=device).manual_seed(index(seed))
     except (TypeError, ValueError, RuntimeError) as error:
@@ -197,7 +197,7 @@ def generator_of(seed: int, device: torch.device) -> torch.Generator:
 
 
 def checked_weight(weight: Array | None, n: int, ranks: Ranks) -> tuple[Tensor, float]:
-    """Weights (n,) float32, and the power of two by which they were multiplied, the same on all ranks."""
+    """Weights (n,) float32, and the power of two that they were scaled by, the same on all ranks."""
     if weight is None:
         return torch.ones(n, dtype=torch.float32), 1.0
     weights = tensor_of("weight", weight).double()
@@ -212,7 +212,7 @@ def checked_weight(weight: Array | None, n: int, ranks: Ranks) -> tuple[Tensor, 
 def checked_start(name: str, given: Array, points: Points, metric: str, device: torch.device) -> Tensor:
     """Centroids (K, D) float32 in the points' frame, on the device; of norm 1 for cosine.
 
-    Raises ValueError where they are no such matrix, or too far from the points.
+    Raises ValueError where they are not a finite matrix of that shape, or too far from the points.
     """
     dims = points.x_ND.shape[1]
     start = tensor_of(name, given).to(device)

@@ -1,4 +1,4 @@
-"""The settings of the jobs besides train, and the store in which Hydra finds every schema."""
+"""The settings of all jobs but train, and the registration of every schema with Hydra."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from rb_gpu.learn.version_config import GateConfig, RegistryConfig, RetrainConfi
 
 @dataclass
 class EvaluateConfig:
-    """What `jobs.evaluate` reads: an artifact and a table that it did not see. training: the table that the baselines
-    of eval.baselines learn from, where there are any.
+    """Settings of `jobs.evaluate`: an artifact and a table that it has not seen. training: the table that the baselines
+    of eval.baselines learn from, if there are any.
     """
 
     artifact: str = "artifacts/champion"
@@ -54,7 +54,7 @@ class EvaluateConfig:
 
 @dataclass
 class RegistryJobConfig:
-    """What `jobs.registry` reads. other: of action=diff, what the version is told apart from, its parent by itself."""
+    """Settings of `jobs.registry`. other: for action=diff, the version to compare with; by default the parent."""
 
     action: str = "list"
     version: str | None = None
@@ -72,21 +72,21 @@ class RegistryJobConfig:
 
 @dataclass
 class SweepReportConfig:
-    """What `jobs.sweep_report` reads. folder: of a sweep, in which each run has one of its own."""
+    """Settings of `jobs.sweep_report`. folder: of a sweep, with one subfolder per run."""
 
     folder: str = "???"
 
 
-# as Faiss holds its settings
+# Faiss stores its settings as int32
 MAX_INT32 = 2**31 - 1
 
 
 @dataclass
 class CollectConfig:
-    """What `jobs.collect` reads. base: (M, D) .npy corpus. queries: .npy (Q, D) or Parquet with query_embedding.
+    """Settings of `jobs.collect`. base: (M, D) .npy corpus. queries: .npy (Q, D) or Parquet with query_embedding.
 
     hnsw_ef_search: the ef_search grid of an HNSW index. ivf_n_probes: the n_probes grid of an IVF index of ivf_nlist
-    cells, of which auto leaves out what is more than the cells. An empty grid leaves that index out.
+    cells; with auto, values above the number of cells are dropped. An empty grid leaves that index out.
     """
 
     base: str = "???"
@@ -118,7 +118,7 @@ class CollectConfig:
         least_ef = min(self.hnsw_ef_search, default=self.top_k)
         bound = f"at least top_k={self.top_k}, below which Faiss searches with top_k"
         check("hnsw_ef_search", self.hnsw_ef_search, least_ef >= self.top_k, bound, "raise it or lower top_k")
-        # a table of both indexes marks the parameter that an index lacks with 1
+        # in a table of both indexes, 1 marks the parameter that a row's index does not have
         same = 1 in self.hnsw_ef_search and 1 in self.ivf_n_probes
         check("hnsw_ef_search", self.hnsw_ef_search, not same, "free of 1 where ivf_n_probes has 1", "leave one 1 out")
         check_seed(self.seed)
@@ -126,18 +126,18 @@ class CollectConfig:
         check("hnsw_ef_search", self.hnsw_ef_search, not both_empty, "non-empty where ivf_n_probes is", "give a grid")
 
 
-# mean quality of every config that is not planted as a pattern's best
+# mean quality of every config that is not a pattern's planted best
 PLANTED_QUALITY = 0.5
 
 
 @dataclass
 class SynthesizeConfig:
-    """What `jobs.synthesize` reads: n rows, dim, planted patterns, configs, effect of the best config, noise.
+    """Settings of `jobs.synthesize`: n rows, dim, planted patterns, configs, effect of the best config, noise.
 
     effect: how much higher the quality of a pattern's best config is; 0 plants a world in which all configs are equal.
     spread: standard deviation of an embedding around its pattern's centre, as a share of the centre's norm.
     quality_noise: standard deviation of quality within a cell. bad_fraction: share of rows planted as bad.
-    chunk_rows: rows of a Parquet row group, which is what memory grows with.
+    chunk_rows: rows of a Parquet row group; memory grows with this.
     """
 
     out: str = "synthetic"
@@ -160,7 +160,7 @@ class SynthesizeConfig:
         check("effect", self.effect, 0 <= self.effect <= 0.4, "in [0, 0.4]", "lower it")
         check_nonnegative("spread", self.spread)
         best = PLANTED_QUALITY + self.effect
-        # no distribution on [0, 1] of mean m has a standard deviation over sqrt(m (1 - m))
+        # a distribution on [0, 1] with mean m has a standard deviation of at most sqrt(m (1 - m))
         widest = math.sqrt(best * (1 - best))
         bound = f"in (0, {widest:.3f}), as effect={self.effect:g} allows"
         check("quality_noise", self.quality_noise, 0 < self.quality_noise < widest, bound, "lower it, or effect")
@@ -177,15 +177,15 @@ PEERS = ("faiss", "scikit-learn", "scikit-learn-intelex", "SuperKMeans", "plain 
 
 @dataclass
 class BenchmarkConfig:
-    """What `jobs.benchmark` reads: the sizes of the bank, and how long and on what it is measured.
+    """Settings of `jobs.benchmark`: the sizes of the bank, and what is measured for how long.
 
-    patterns: sizes of the bank. distinct_queries: in all rounds together. batch: queries of a batch. threads: that ask
-    at once. Of the suites cluster, seed and whole: points are emb, gauss, blobs or .npy files, of at most n rows each,
-    clusters the numbers of them, iterations those of Lloyd, peers what is measured beside ours. Of the suite growth:
-    rows, at 1,024 clusters, and clusters, at n rows, that grow. Of the suite decisions: sets are folders of full
-    tables, cost_weights those of the utility, logs how queries were logged, sizes how many (0: all), and each round is
-    another seed. Of the suites roofline and gpu: rows, clusters and dims of the points, and the seconds that the suite
-    gpu may take. all: every suite but gpu.
+    patterns: sizes of the bank. distinct_queries: in all rounds together. batch: queries per batch. threads: concurrent
+    clients. Suites cluster, seed and whole: points are emb, gauss, blobs or .npy files, of at most n rows each;
+    clusters: numbers of clusters; iterations: of Lloyd; peers: other implementations to measure. Suite growth:
+    growth_rows at 1,024 clusters, growth_clusters at n rows. Suite decisions: sets are folders of full tables;
+    cost_weights: of the utility; logs: how queries were logged; sizes: how many queries (0: all); each round uses
+    another seed. Suites roofline and gpu: gpu_rows, gpu_clusters and gpu_dim of the points; gpu_budget_s: most seconds
+    of the suite gpu. The suite all is every suite except gpu.
     """
 
     suite: str = "lookup"
@@ -270,7 +270,7 @@ JOBS: dict[str, type] = {
 
 
 def register_schemas() -> None:
-    """Puts every schema into Hydra's store as GROUP/schema and JOB_schema, and the `rb_sample` resolver."""
+    """Adds every schema to Hydra's store as GROUP/schema and JOB_schema, and registers the `rb_sample` resolver."""
     store = ConfigStore.instance()
     for group, section in SECTIONS.items():
         store.store(group=group, name="schema", node=section)
@@ -280,14 +280,14 @@ def register_schemas() -> None:
 
 
 def to_object(composed: DictConfig) -> Any:
-    """The checked dataclass of a composed config. Raises ConfigError with the key that is wrong."""
+    """The validated dataclass of a composed config. Raises ConfigError naming the wrong key."""
     try:
         settings = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         cause = error.__cause__ or error.__context__
         if isinstance(cause, ConfigError):
             raise cause from None
-        # what cannot be interpolated, as a variable that the environment lacks, does not name its setting
+        # a failed interpolation, e.g. of a missing environment variable, does not name the setting by itself
         raise ConfigError(
             f"{error.full_key}: {str(error).splitlines()[0]}; give the setting a value, or mend what it refers to"
         ) from error
@@ -296,7 +296,7 @@ def to_object(composed: DictConfig) -> Any:
 
 
 def _refuse_unknown(settings: Any, prefix: str = "") -> None:
-    """Raises ConfigError for a key that no dataclass has: `+judge.foo=1` makes Hydra add one in spite of the schema."""
+    """Raises ConfigError for unknown keys: `+judge.foo=1` makes Hydra add one despite the schema."""
     known = [f.name for f in fields(settings)]
     for name, value in vars(settings).items():
         check(f"{prefix}{name}", value, name in known, f"one of {', '.join(known)}", "drop it, or mend its name")

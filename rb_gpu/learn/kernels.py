@@ -1,8 +1,8 @@
-"""Row kernels on the CPU, compiled by numba: distances of rows, and how rows are coded.
+"""Row kernels on the CPU, compiled by numba: distances between rows, and the coding of rows.
 
 Suffixes: T points of one tile, C centroids of one block (padded to whole masks), D dims, P dims of the code.
 Every kernel releases the GIL; workers are Python threads that own disjoint rows or columns. An array whose address a
-kernel takes is an argument: one of its own numba frees after its last use by name.
+kernel takes must be an argument: numba frees a local array after its last use by name.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ ROUNDOFF = 2.0**-24
 
 
 def _squared_difference(lanes: int) -> Any:
-    """A function that sums squared differences of two rows, so many at a time."""
+    """A function that sums squared differences of two rows, `lanes` numbers at a time."""
     kind = ir.VectorType(FLOAT, lanes)
 
     @intrinsic
     def add(_context: Any, x: Any, c: Any, dims: Any) -> Any:
-        """The sum of the rows at these addresses; dims is a multiple of lanes."""
+        """The sum over the rows at these addresses; dims is a multiple of lanes."""
 
         def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
             zero = ir.Constant(kind, [0.0] * lanes)
@@ -64,7 +64,7 @@ _of_many, _of_some = _squared_difference(LANES), _squared_difference(WIDTH)
 
 @intrinsic
 def _of_few(_context: Any, x: Any, c: Any, dims: Any) -> Any:
-    """The sum of squared differences of two rows at these addresses, of fewer numbers than a vector has."""
+    """The sum of squared differences of two rows at these addresses, for fewer dims than a vector has numbers."""
     kind, places = ir.VectorType(FLOAT, WIDTH), ir.VectorType(INT, WIDTH)
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -81,8 +81,8 @@ def _of_few(_context: Any, x: Any, c: Any, dims: Any) -> Any:
 
 @compiled(fastmath=SUMS)
 def squared_distance(x_ND: Any, i: int, c_KD: Any, j: int) -> Any:
-    """||x − c||² of two rows in float32, from differences: a copy is at 0 exactly. Its relative error is at most
-    (D + 2)·2^-24. Rows are not given as slices: to make one takes as long as the distance of a few dims.
+    """||x − c||² of two rows in float32, from differences, so that a copy is at exactly 0. The relative error is at
+    most (D + 2)·2^-24. Rows are passed by index: making a slice takes as long as a distance in few dims.
     """
     dims, begun = x_ND.shape[1], 0
     total = np.float32(0)
@@ -101,7 +101,7 @@ def squared_distance(x_ND: Any, i: int, c_KD: Any, j: int) -> Any:
 
 @compiled()
 def nearer(x_ND: Any, i: int, c_KD: Any, one: int, other: int) -> Any:
-    """Sign of ||x − one||² − ||x − other||² of rows in float64: −1, 0 or 1."""
+    """Sign of ||x − one||² − ||x − other||² in float64: −1, 0 or 1."""
     to_one, to_other = 0.0, 0.0
     for t in range(x_ND.shape[1]):
         x = np.float64(x_ND[i, t])
@@ -112,8 +112,8 @@ def nearer(x_ND: Any, i: int, c_KD: Any, one: int, other: int) -> Any:
 
 @compiled()
 def nearest_of_two(x_ND: Any, i: int, c_KD: Any, label: int, best: Any, other: int, slack: Any) -> Any:
-    """Label and d2 of the nearer of two rows of c, of which the first lies at `best`: float64 decides between such as
-    float32 cannot tell apart, and of equal ones the lower label stays.
+    """Label and d2 of the nearer of two rows of c, where `best` is the squared distance to the first. float64 decides
+    where float32 cannot tell them apart; of equally near ones the lower label wins.
     """
     d2 = squared_distance(x_ND, i, c_KD, other)
     closer = d2 < best
@@ -125,14 +125,14 @@ def nearest_of_two(x_ND: Any, i: int, c_KD: Any, label: int, best: Any, other: i
 
 @compiled()
 def own_distances(x_ND: Any, start: int, stop: int, centroids_KD: Any, labels_N: Any, d2_N: Any) -> None:
-    """d2 of rows start to stop, float32, to the centroid of each point's label, written in place."""
+    """Writes d2 (float32) of rows start to stop to the centroid of each point's label."""
     for i in range(start, stop):
         d2_N[i] = squared_distance(x_ND, i, centroids_KD, labels_N[i])
 
 
 @compiled()
 def widen(start: int, stop: int, labels_N: Any, moved_K: Any, more: float, d2_N: Any) -> None:
-    """D2 of rows start to stop, in place, to no less than those to centroids that moved so far from where they were."""
+    """Raises d2 of rows start to stop in place to upper bounds after each centroid moved by moved_K."""
     for i in range(start, stop):
         far = (np.sqrt(d2_N[i]) + moved_K[labels_N[i]]) * np.float32(more)
         d2_N[i] = far * far
@@ -140,7 +140,7 @@ def widen(start: int, stop: int, labels_N: Any, moved_K: Any, more: float, d2_N:
 
 @compiled(fastmath=SUMS)
 def centre_rows(x_TD: Any, middle_D: Any, out_TD: Any, half_T: Any) -> None:
-    """X − middle into out (T, D), and half its squared norm into half (T,), both float32."""
+    """Writes x − middle to out (T, D) and half its squared norm to half (T,), both float32."""
     for i in range(x_TD.shape[0]):
         total = np.float32(0)
         for t in range(x_TD.shape[1]):
@@ -154,11 +154,11 @@ def centre_rows(x_TD: Any, middle_D: Any, out_TD: Any, half_T: Any) -> None:
 def code_rows(
     y_TP: Any, zero: int, square_T: Any, code_TP: Any, scale_T: Any, norm_T: Any, error_T: Any
 ) -> None:  # fmt: skip
-    """Rows of y (T, P) to codes of eight bits with y ≈ scale·(code − zero), which is 0 from dim P on; norm is that of
-    these, error no less than that of what they leave of y, and square the squared norm of y.
+    """Codes rows of y (T, P) in eight bits, with y ≈ scale·(code − zero); dims beyond P are coded as 0. norm is the
+    norm of the decoded row, error an upper bound on that of y minus the decoded row, square the squared norm of y.
     """
     more = np.float32(1 + 2 * (y_TP.shape[1] + 4) * ROUNDOFF)
-    # the largest is found among bits without a sign, whose order is that of numbers: this can be done in vectors
+    # compare bit patterns without the sign: they are ordered like the magnitudes, and integers vectorise
     bits_TP = y_TP.view(np.int32)
     for i in range(y_TP.shape[0]):
         largest = np.int32(0)
@@ -183,7 +183,9 @@ def code_rows(
 
 @compiled()
 def nearer_halves(x_ND: Any, start: int, stop: int, halves_2KD: Any, labels_N: Any, half_N: Any, d2_N: Any) -> None:
-    """Of the halves 2l and 2l + 1 of each point's cluster l, the nearer, and its squared distance; start to stop."""
+    """Writes the nearer of the halves 2l and 2l + 1 of each point's cluster l and its squared distance, rows start to
+    stop.
+    """
     for i in range(start, stop):
         left = 2 * labels_N[i]
         to_left = squared_distance(x_ND, i, halves_2KD, left)

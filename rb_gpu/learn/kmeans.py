@@ -1,6 +1,6 @@
-"""Exact k-means: what callers use, and how their points are checked and opened.
+"""Exact k-means: the public functions, and the validation and set-up of their input points.
 
-Suffixes: N points here, K clusters, D dims.
+Suffixes: N points on this rank, K clusters, D dims.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class KMeansResult:
-    """centroids (K, D) and labels (N,) int64, as the input came (NumPy or torch); inertia is Σ w·||x − c||².
+    """Centroids (K, D) and labels (N,) int64, both NumPy or torch as x was; inertia is Σ w·||x − c||².
 
-    Centroids are float64 where x is float64 or of integers of 32 or 64 bits, else float32. n_iter counts Lloyd's
-    updates. Labels are the exact assignment to these centroids. K may be less than asked for: never more than the
-    distinct points. computed_share: of all distances, those computed in full (1 on a GPU).
+    Centroids are float64 where x is float64 or a 32- or 64-bit integer type, else float32. n_iter counts Lloyd updates.
+    Labels are the exact assignment to these centroids. K may be less than requested, because it never exceeds the
+    number of distinct points. computed_share is the share of all point-centroid distances that were computed in full
+    (1 on a GPU).
     """
 
     centroids: Any
@@ -78,27 +79,28 @@ def kmeans(
     engine: str = "auto",
     precision: str = "tf32",
 ) -> KMeansResult:
-    """Clusters the rows of x (N, D), NumPy or torch, of real numbers, into min(k, distinct rows) clusters.
+    """Clusters the rows of x (N, D), a NumPy or torch array of real numbers, into min(k, distinct rows) clusters.
 
-    init: "k-means++" (Arthur & Vassilvitskii 2007, true D² sampling; doubled centroids are repaired, and centroids move
-    with momentum, Polyak 1964, until they settle) or a (k, D) array to start from (then these are Lloyd's iterations
-    alone, n_init is 1 and nothing is repaired; a row without weight is drawn anew). epsilon: stop where the centroids'
-    way to their means, as a root mean square over the points, is at most this, in units of the data's median distance
-    to its middle. metric: "l2", or "cosine": rows are normalised and centroids kept on the unit sphere.
-    weight: (N,) >= 0; a cluster whose points weigh less than 2^-40 of all weight on the mean keeps the centroid that it
-    began with. memory_budget: bytes of x that may lie on a GPU (None: what is free there); larger data stay on the host
-    and travel in chunks.
+    init: "k-means++" (Arthur & Vassilvitskii 2007, true D² sampling; poor seeds are repaired by merging and splitting,
+    and centroids move with momentum, Polyak 1964, until they settle) or a (k, D) array of initial centroids (plain
+    Lloyd iterations, n_init is 1 and nothing is repaired; a row that attracts no weight is re-seeded).
+    epsilon: stop once the root mean square distance over the points between a centroid and its cluster's mean is at
+    most this, in units of the data's median distance to its median. metric: "l2", or "cosine": rows are normalised and
+    centroids kept on the unit sphere.
+    weight: (N,) >= 0; a cluster whose points have a mean weight below 2^-40 of the total keeps its previous centroid.
+    memory_budget: bytes of x that may lie on a GPU (None: what is free there); larger data stay on the host and are
+    streamed in chunks.
     code_budget: bytes that codes of the points may take on the host (None: a quarter of what is free; 0: none).
-    ranks: the processes that hold the other rows; labels are then of the rows here. checkpoint: where to go on from, if
-    the same call was cut off. warm: up to k centroids of an earlier clustering, the same on all ranks, with which the
-    first of the n_init runs begins; k-means++ draws what they lack, and what is stale in them is repaired like bad
-    luck. engine: of the assignment on CUDA: triton, whose labels are exact, torch, or auto, triton where it runs;
-    precision: of triton's coarse products, tf32, bf16 or ieee.
+    ranks: the processes that hold the other rows; labels are then those of this rank's rows. checkpoint: where an
+    interrupted run of the same call is resumed from. warm: up to k centroids of an earlier clustering, the same on all
+    ranks, as seeds of the first of the n_init runs; k-means++ draws the missing ones, and repair replaces stale ones
+    like any poor seed. engine: how points are assigned on CUDA: triton (exact labels), torch, or auto, which is triton
+    where it runs. precision: of triton's coarse products: tf32, bf16 or ieee.
 
-    Distances are of float32: for l2, x of float64 or of integers of 32 or 64 bits is first taken about its median, as
-    its digits may all lie in an offset, and x whose largest number lies outside [2^-40, 2^40] is scaled by a power of
-    two; init and warm with it, and back afterwards. x is only read, and never copied if it is float32 within these
-    bounds and, for cosine, of norm 1.
+    Distances are float32. For l2, x of float64 or of 32- or 64-bit integers is first centred on its median, since a
+    large offset would otherwise take all of float32's digits, and x whose largest magnitude lies outside [2^-40, 2^40]
+    is scaled by a power of two. init and warm are transformed alike, and results are transformed back. x is never
+    modified, nor copied on its device if it is contiguous float32 within these bounds and, for cosine, of norm 1.
 
     The same seed gives the same bits on one kind of device, whatever the budgets, threads and ranks. Raises ValueError
     on a bad argument, ConfigError where the device is missing.
@@ -143,7 +145,7 @@ def kmeans(
 def kmeans_plus_plus(
     x: Array, k: int, seed: int = 0, metric: str = "l2", device: str = "auto", weight: Array | None = None
 ) -> tuple[Any, Any]:
-    """k-means++ seeds (K, D) and each point's nearest of them (N,) int64; arguments and dtypes as those of `kmeans`."""
+    """k-means++ seeds (K, D) and each point's nearest seed (N,) int64; arguments and dtypes as in `kmeans`."""
     [k] = checked_counts(k=k)
     with _opened(x, weight, metric, device, None, None, None) as opened:
         assignment, shard = opened.assignment, opened.shard
@@ -155,7 +157,7 @@ def kmeans_plus_plus(
 
 @dataclass(frozen=True)
 class _Opened:
-    """Points that are ready to be clustered; typical is their median distance to the middle, in their frame."""
+    """Points that are ready to be clustered; typical is their median distance to their median, in frame units."""
 
     points: Points
     assignment: Assignment | DeviceAssignment
@@ -184,7 +186,7 @@ def _opened(
     engine = resolve_engine(engine, where)
     with ExitStack() as stack:
         stack.enter_context(full_precision())
-        # before anything else that torch would do by threads of its own, which a process forked off later lacks
+        # start the workers before torch starts threads of its own, which a process forked later would lack
         crew = stack.enter_context(workers()) if where.type == "cpu" else None
         weight_N, weight_scale = checked_weight(weight, len(given_ND), ranks)
         if memory_budget is None and where.type == "cuda":
@@ -216,7 +218,7 @@ def _on_sphere(points: Points, crew: Workers | None, budget: int | None) -> Poin
 
 
 def _as_given(x: Array, tensor: Tensor) -> Any:
-    """The tensor as x came: on its device, or as NumPy."""
+    """The tensor in the form of x: on x's device, or as NumPy."""
     return tensor.to(x.device) if isinstance(x, Tensor) else tensor.cpu().numpy()
 
 
@@ -225,7 +227,7 @@ def _digest(centroids_KD: Tensor | None) -> str:
 
 
 def nearest(x_ND: Tensor, centroids_KD: Tensor, device: torch.device, engine: str = "auto") -> tuple[Tensor, Tensor]:
-    """The exact nearest centroid of each point (N,) int64, and its squared distance (N,) float32, on the host.
+    """The exact nearest centroid of each point (N,) int64 and its squared distance (N,) float32, both on the host.
 
     x (N, D) and centroids (K, D) are float32 on the host. engine: as in `kmeans`.
     """
@@ -243,7 +245,7 @@ def nearest(x_ND: Tensor, centroids_KD: Tensor, device: torch.device, engine: st
 
 
 def _middle(shard: Shard) -> tuple[Tensor, float]:
-    """Per-dimension median, and the median distance to it: from evenly spaced rows, and unmoved by outliers."""
+    """Per-dimension median and the median distance to it, from evenly spaced rows; both are robust to outliers."""
     sample_SD = shard.sample(MIDDLE_ROWS)
     middle_D = median_of(sample_SD)
     distance_S = (sample_SD - middle_D).norm(dim=1)

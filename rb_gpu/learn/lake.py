@@ -1,4 +1,4 @@
-"""Opens one version of a Delta Lake table or a Lance dataset as sources; their packages come with the extra lake."""
+"""Opens one version of a Delta Lake table or a Lance dataset as sources; needs the packages of the extra `lake`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGES = {"delta": ("deltalake", "deltalake"), "lance": ("lance", "pylance")}
 
 
 def open_delta(path: str, store: Store, key: str) -> tuple[list[Source], int]:
-    """The files of a Delta table, oldest first, and the version that they are.
+    """The files of a Delta table, oldest first, and the version that was opened.
 
     Partition columns are filled in. Raises DataError, and ConfigError without the package.
     """
@@ -37,9 +37,9 @@ def open_delta(path: str, store: Store, key: str) -> tuple[list[Source], int]:
             f"{key}={path} uses what the package deltalake cannot read ({first_line(error)}); rewrite it without, "
             "e.g. REORG TABLE ... APPLY (PURGE) for deletion vectors"
         ) from error
-    # a path is a URI in the log, in which what partitions encoded is encoded again
+    # the log stores paths as URIs, which encode partition values a second time
     added = {unquote(one["path"]): one for one in pa.table(table.get_add_actions(flatten=True)).to_pylist()}
-    # the log tells the newest file first
+    # the log lists the newest file first
     fragments = sorted(dataset.get_fragments(), key=lambda one: (added[one.path]["modification_time"], one.path))
     return [_delta_file(path, dataset.schema, one, added[one.path], key) for one in fragments], version
 
@@ -47,9 +47,9 @@ def open_delta(path: str, store: Store, key: str) -> tuple[list[Source], int]:
 def _delta_file(
     path: str, schema: pa.Schema, fragment: ds.ParquetFileFragment, added: dict[str, Any], key: str
 ) -> Source:
-    """schema: the table's. added: what its log says of the file, `partition.NAME` among it.
+    """schema: of the table. added: the log's entry about the file, including `partition.NAME` columns.
 
-    The file is read as plain Parquet is, since a scan of the dataset takes several times the memory.
+    The file is read as plain Parquet, because scanning it as a dataset takes several times the memory.
     """
     name = f"{path}/{fragment.path}"
     try:
@@ -60,7 +60,7 @@ def _delta_file(
             "newer data.version"
         ) from error
 
-    # a column that came later is in some files only, as it would be in plain Parquet
+    # a column that was added later is in some files only, and treated as in plain Parquet
     constants = {c: pa.scalar(added[f"partition.{c}"], schema.field(c).type) for c in schema.names
                  if f"partition.{c}" in added and c not in file.schema.names}  # fmt: skip
     return replace(with_constants(file, constants), name=name)
@@ -74,7 +74,7 @@ def open_lance(path: str, store: Store, key: str) -> tuple[list[Source], int]:
 
 def _lance_fragment(path: str, schema: pa.Schema, fragment: Any) -> Source:
     rows = fragment.count_rows()
-    # a fragment has no parts of its own, but any span of its rows can be read
+    # a fragment has no groups of its own, but any range of its rows can be read
     groups = [min(BATCH_ROWS, rows - start) for start in range(0, rows, BATCH_ROWS)]
 
     def batches(columns: list[str], rows: int, wanted: range) -> Iterator[pa.RecordBatch]:
@@ -82,18 +82,18 @@ def _lance_fragment(path: str, schema: pa.Schema, fragment: Any) -> Source:
         last = first + sum(groups[i] for i in wanted)
         try:
             for start in range(first, last, rows):
-                # asked for more at once, Lance reads up to 2 GiB ahead
+                # if more is requested at once, Lance reads up to 2 GiB ahead
                 yield from fragment.to_batches(
                     columns=columns, batch_size=rows, offset=start, limit=min(rows, last - start)
                 )
-        except (ValueError, RuntimeError) as error:  # as Lance tells of damage, of which readers know by OSError
+        except (ValueError, RuntimeError) as error:  # Lance reports damage so; readers expect OSError
             raise OSError(first_line(error)) from error
 
     return Source(f"{path}/data/{fragment.data_files()[0].path}", schema, groups, batches)
 
 
 def pinned(data: DataConfig, ranks: Ranks) -> DataConfig:
-    """The settings with the versions that rank 0 finds, so that all ranks read the same while writers go on."""
+    """The settings with rank 0's current versions filled in, so that all ranks read the same while writers go on."""
     if data.format not in VERSIONED or data.path is None:
         return data
     version, queries_version = data.version, data.queries_version
@@ -121,13 +121,13 @@ def _package(kind: str) -> Any:
 
 
 def _errors(package: Any) -> tuple[type[Exception], ...]:
-    """What the package raises where a table is not what it should be."""
+    """The exceptions that the package raises for a damaged or missing table."""
     own = (package.exceptions.DeltaError,) if package.__name__ == "deltalake" else ()
     return (OSError, ValueError, RuntimeError, *own)
 
 
 def _open(path: str, store: Store, key: str) -> tuple[Any, int]:
-    """The DeltaTable or LanceDataset of the version asked for, and the number of that version."""
+    """The DeltaTable or LanceDataset of the requested version, and that version's number."""
     package, options = _package(store.format), _storage_options(path, store.s3)
     try:
         if store.format == "delta":
@@ -150,7 +150,7 @@ def _open(path: str, store: Store, key: str) -> tuple[Any, int]:
 
 
 def _storage_options(path: str, s3: S3Config) -> dict[str, str] | None:
-    """In the words of the crate object_store, which both packages use."""
+    """Options as named by the Rust crate object_store, which both packages use."""
     if not path.startswith("s3://"):
         return None
     options = {"aws_endpoint": s3.endpoint, "aws_region": s3.region}

@@ -1,13 +1,13 @@
-"""Agglomerative linkage of up to 65,536 leaves without a matrix of their distances.
+"""Agglomerative linkage of up to 65,536 leaves without a distance matrix.
 
-Two clusters that are each other's nearest may join at once, whatever the others do, where the linkage is reducible: a
-cluster that two others made is no nearer to a third than the nearer one of them was (Bruynooghe 1978, Murtagh 1983). So
-many pairs join in one round. For the same reason what a cluster was once told of the others bounds from below what any
-of them, or whatever they have become, costs now: each keeps a short list of the nearest, and all others are gone
-through again only once it is exhausted.
+A linkage is reducible if a merged cluster is no nearer to a third one than the nearer of its two parts was. Two
+clusters that are each other's nearest may then join at once, whatever the others do (Bruynooghe 1978, Murtagh 1983), so
+that many pairs join per round. Also, lower bounds on the distances to two clusters give one on the distance to their
+union, so that old bounds can be updated rather than recomputed: each cluster keeps a short list of its nearest ones,
+and all clusters are scanned again only when that list is exhausted.
 
-Suffixes: P leaves, S slots (a cluster lives in the slot of its first leaf), G clusters asked about, L entries of a
-list, E of two lists, J joins.
+Suffixes: P leaves, S slots (a cluster lives in the slot of its first leaf), G queried clusters, L entries of a list,
+E entries of two lists, J joins.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ Slots = npt.NDArray[np.signedinteger]
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
-# entries of a list: with more, a list is exhausted less often, and takes longer to be made
+# entries of a list: a longer list is exhausted less often but takes longer to make
 LISTED = 32
-# lists of which every entry meets every other at a time
+# lists whose entries are compared pairwise in one step
 MEETING = 1024
 
 
 class Linkage(Protocol):
-    """A reducible linkage, whose costs are 0 or more, and infinite where two clusters may not join.
+    """A reducible linkage. Costs are >= 0, and infinite where two clusters may not join.
 
-    lists: for slots (G,), the slots (G, L) of the nearest clusters, a lower bound on what joining each costs, and one
-    (G,) on what any other does; infinite where there is none. The asked one itself may be among them. exact: with
-    bounds that fall short of the costs by no more than float64's rounding.
-    cost: of pairs of slots; at_once: how many of a slot's are asked for at a time. join: of pairs (J,), the first slot
-    takes the second one's cluster in. of_both: a lower bound for the two of a pair together, of one for each.
+    lists: for slots (G,), the slots (G, L) of the nearest clusters, a lower bound on the cost of joining each, and one
+    bound (G,) for all other clusters; infinite where there is none. The queried slot itself may be among them. exact:
+    the bounds fall short of the costs by float64 rounding at most.
+    cost: the costs of pairs of slots; at_once: how many entries of a slot are evaluated per step. join: for pairs (J,),
+    the first slot absorbs the second one's cluster. of_both: combines lower bounds for two clusters into one for their
+    union.
     """
 
     at_once: int
@@ -51,7 +52,7 @@ class Linkage(Protocol):
 
 @dataclass(frozen=True)
 class Merges:
-    """A dendrogram: at step i the clusters of leaves left[i] and right[i] join at height[i], the cost of it."""
+    """A dendrogram: step i joins the clusters of leaves left[i] and right[i] at height[i], the cost of the join."""
 
     left: Rows
     right: Rows
@@ -59,10 +60,10 @@ class Merges:
 
 
 def join_nearest(linkage: Linkage, leaves: int) -> Merges:
-    """Joins mutual nearest clusters until none may join; steps in the order of their heights.
+    """Joins mutually nearest clusters until none may join; returns the steps in order of height.
 
-    The steps, sorted, are those of the greedy algorithm. A cluster whose nearest one has joined another is asked again
-    only once a third one waits for its answer: its own partner can only have gone farther away.
+    The sorted steps are those of the greedy algorithm. A cluster whose nearest one has joined another is queried again
+    only once some third cluster depends on its answer, since its own nearest can only have moved farther away.
     """
     nearest = _Nearest(linkage, leaves)
     near_S, cost_S = np.full(leaves, -1), np.full(leaves, np.inf)
@@ -79,7 +80,7 @@ def join_nearest(linkage: Linkage, leaves: int) -> Merges:
         if not len(mutual) and not len(waited_for):
             waited_for = np.flatnonzero(alive_S & ~known_S)
             if not len(waited_for) and len(own):
-                # a circle of costs that differ by rounding alone
+                # only costs that differ by rounding can form a cycle: join its cheapest pair
                 mutual = own[[cost_S[own].argmin()]]
         kept, gone = np.minimum(mutual, near_S[mutual]), np.maximum(mutual, near_S[mutual])
         steps.append((kept, gone, cost_S[mutual]))
@@ -95,12 +96,12 @@ def join_nearest(linkage: Linkage, leaves: int) -> Merges:
 
 
 class _Nearest:
-    """The nearest cluster of each slot's.
+    """The nearest cluster of each slot's cluster.
 
-    near_SL, low_SL: the entries of its list, and bounds from below on their costs; known_SL: which are the costs
-    themselves. rest_S: a bound on all others' costs, -inf where there is no list. now_S: the slot of the cluster that
-    each has become part of. grown_S: after how many joins the slot's cluster last grew; seen_S: after how many its list
-    was last brought up to date.
+    near_SL, low_SL: the entries of each list, and lower bounds on their costs; known_SL: which bounds are exact costs.
+    rest_S: a lower bound on all other clusters' costs, -inf where there is no list. now_S: the slot of the cluster that
+    each slot's cluster is part of now. grown_S: the number of joins when a slot's cluster last grew; seen_S: that
+    number when its list was last updated.
     """
 
     def __init__(self, linkage: Linkage, leaves: int) -> None:
@@ -113,11 +114,11 @@ class _Nearest:
         self._grown_S, self._seen_S = (np.zeros(leaves, dtype=np.int32) for _ in range(2))
 
     def of(self, slots_G: Rows) -> tuple[Rows, Floats]:
-        """For slots (G,), the slot of the nearest cluster and what joining it costs; -1 and inf where none may join."""
+        """For slots (G,), the slot of the nearest cluster and the cost of joining it; -1 and inf if none may join."""
         for part in _parts(slots_G):
             self._update(part)
         near_G, cost_G, spent_G = self._read(slots_G)
-        # what is exhausted as soon as it was made holds what float32 cannot tell apart
+        # a list that is exhausted although it is fresh holds entries that float32 cannot tell apart
         for exact in (False, True):
             again = np.flatnonzero(spent_G)
             if len(again):
@@ -134,7 +135,7 @@ class _Nearest:
         self._known_SL[slots_G], self._seen_S[slots_G] = False, self._joins
 
     def _update(self, slots_G: Rows) -> None:
-        """Brings lists up to what has joined since: entries that are one cluster now become one entry."""
+        """Updates lists after joins: entries that belong to one cluster now become a single entry."""
         grown_GL = self._grown_S[self._now_S[self._near_SL[slots_G]]] > self._seen_S[slots_G, None]
         self._seen_S[slots_G] = self._joins
         slots_G = slots_G[grown_GL.any(1)]
@@ -144,15 +145,15 @@ class _Nearest:
         alone_GL = same_GLL.sum(2) == 1
         low_GL = self._linkage.of_both.reduce(np.where(same_GLL, low_GL[:, None, :], low_GL[:, :, None]), axis=2)
         low_GL[same_GLL.argmax(2) != np.arange(LISTED)] = np.inf
-        # what an entry has joined is none of the list
+        # this entry's cluster has joined one outside the list, for which only the rest bound is known
         low_GL = np.where(grown_GL & alone_GL, self._linkage.of_both(low_GL, rest_G[:, None]), low_GL)
         low_GL[grown_GL & (low_GL >= rest_G[:, None])] = np.inf
         self._near_SL[slots_G], self._low_SL[slots_G] = near_GL, low_GL
         self._known_SL[slots_G] &= ~grown_GL
 
     def _read(self, slots_G: Rows, trusted: bool = False) -> tuple[Rows, Floats, Flags]:
-        """The nearest and its cost, by the lists, and which of these are exhausted. trusted: nothing outside a list is
-        nearer than its nearest.
+        """The nearest cluster and its cost according to the lists, and which lists are exhausted. trusted: assume that
+        no cluster outside a list is nearer than the nearest on it.
         """
         near_G, cost_G, spent_G = np.full(len(slots_G), -1), np.full(len(slots_G), np.inf), np.zeros(len(slots_G), bool)
         left = np.arange(len(slots_G))
@@ -175,7 +176,7 @@ class _Nearest:
         return near_G, cost_G, spent_G
 
     def join(self, kept_J: Rows, gone_J: Rows) -> None:
-        """The first slot of each pair takes the second one's cluster in."""
+        """The first slot of each pair absorbs the second one's cluster."""
         self._linkage.join(kept_J, gone_J)
         self._joins += 1
         takes_S = np.arange(len(self._now_S))
@@ -188,13 +189,13 @@ class _Nearest:
             self._merge(kept, gone)
 
     def _merge(self, kept_J: Rows, gone_J: Rows) -> None:
-        """The lists of two clusters become that of both."""
+        """Combines the lists of two joined clusters."""
         of_both = self._linkage.of_both
         near_JL, low_JL, rest_J = self._near_SL[kept_J], self._low_SL[kept_J], self._rest_S[kept_J, None]
         other_JL, high_JL, over_J = self._near_SL[gone_J], self._low_SL[gone_J], self._rest_S[gone_J, None]
         same_JLL = _same(near_JL, low_JL, other_JL, high_JL)
         beside_JL = np.where(same_JLL.any(2), np.where(same_JLL, high_JL[:, None, :], -np.inf).max(2), over_J)
-        # what is no entry does not become one
+        # unused entries (infinite bounds) stay unused
         low_JL = np.where(np.isinf(low_JL), np.inf, of_both(low_JL, beside_JL))
         high_JL = np.where(np.isinf(high_JL) | same_JLL.any(1), np.inf, of_both(high_JL, rest_J))
         near_JE, low_JE = np.concatenate([near_JL, other_JL], 1), np.concatenate([low_JL, high_JL], 1)
@@ -207,18 +208,18 @@ class _Nearest:
 
 
 def _parts(slots_G: Rows) -> list[Rows]:
-    """So many slots at a time that every entry of a list may meet every other."""
+    """Slots in parts small enough for pairwise comparisons of all their list entries."""
     return [slots_G[start : start + MEETING] for start in range(0, len(slots_G), MEETING)]
 
 
 def _same(near_GL: Slots, low_GL: Floats, other_GL: Slots, high_GL: Floats) -> Flags:
-    """(G, L, L) which entries of one list are those of the other."""
+    """(G, L, L) bool: which entries of one list equal which entries of the other."""
     both_GLL = np.isfinite(low_GL)[:, :, None] & np.isfinite(high_GL)[:, None, :]
     return np.asarray(both_GLL & (near_GL[:, :, None] == other_GL[:, None, :]))
 
 
 def _first(low_GL: Floats, count: int) -> tuple[Rows, Rows]:
-    """Rows and columns of the `count` least numbers of each row, but for infinite ones."""
+    """Row and column indices of the `count` least numbers of each row, without infinite ones."""
     column = low_GL.argpartition(count - 1, 1)[:, :count] if count > 1 else low_GL.argmin(1)[:, None]
     row, place = np.nonzero(np.isfinite(np.take_along_axis(low_GL, column, 1)))
     return row, column[row, place]

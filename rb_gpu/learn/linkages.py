@@ -1,7 +1,7 @@
-"""Ward's linkage and complete linkage, in float32 with a proven bound wherever it can tell, in float64 where not.
+"""Ward's linkage and complete linkage: float32 with proven error bounds where that suffices, else float64.
 
-Suffixes: P leaves, A clusters that live, or their leaves, C those clusters, G clusters asked about, L entries of a
-list, J joins, R rows of a tile, D dims.
+Suffixes: P leaves, A living clusters (Ward) or their leaves (Complete), C living clusters, G queried clusters,
+L entries of a list, J joins, R rows of a tile, D dims.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from rb_gpu.learn.linkage import LISTED
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-# clusters that no longer live are left out once they are more than this share
+# merged-away clusters are removed from the arrays once they exceed this share
 DEAD = 0.25
-# columns that are looked at together before they are looked at one by one
+# columns per group: only groups with a small minimum are searched column by column
 GROUP = 64
-# shares of the largest weight, and bounds about 1, that float32 holds without loss
+# the least weight, as a share of the largest, and the least bound that float32 represents without loss
 LEAST = 1e-30
 
 
 class Ward:
     """Ward's linkage (Ward 1963) of weighted points: joining a and b costs w_a·w_b / (w_a + w_b)·‖c_a − c_b‖².
 
-    x_PD: the leaves. weight_P: theirs, > 0. O(P²·D) time, O(P·D) memory.
+    x_PD: the leaves; weight_P: their weights, > 0. Takes O(P²·D) time and O(P·D) memory.
     """
 
     at_once = 8
     of_both: np.ufunc = np.minimum
 
     def __init__(self, x_PD: Floats, weight_P: Floats, device: torch.device) -> None:
-        # distances stay, and rounding shrinks, where the origin lies amid the points
+        # centring changes no distance and reduces rounding
         centre_AD = x_PD - x_PD.mean(0)
         weight_P = np.maximum(weight_P, np.finfo(np.float64).tiny)
-        # powers of two, so that nothing is rounded: float32 holds squares of numbers about 1
+        # scale by powers of two, which is exact, to about 1: float32 then represents the squares
         self._unit = 2.0 ** np.ceil(np.log2(float(np.abs(centre_AD).max()) or 1.0))
         self._heaviest = 2.0 ** np.ceil(np.log2(weight_P.max()))
         self._centre_AD = torch.from_numpy(centre_AD / self._unit).to(device)
@@ -52,7 +52,7 @@ class Ward:
         exact = exact or self._exact_only
         x_AD = self._centre_AD if exact else self._coarse_AD
         device, entries = x_AD.device, min(LISTED, len(x_AD))
-        # |fl(a·b) − a·b| <= D·2^-24·(‖a‖² + ‖b‖²) / 2 (Higham 2002, 3.1); twice that, and the roundings around it
+        # |fl(a·b) − a·b| <= D·2^-24·(‖a‖² + ‖b‖²) / 2 (Higham 2002, 3.1); twice that, plus the other roundings
         error = 0.0 if exact else (x_AD.shape[1] + 16) * 2.0**-23
         norm2_A = ((1.0 - error) * self._norm2_A).to(x_AD.dtype)
         inverse_A = (1.0 / self._weight_A).to(x_AD.dtype)
@@ -101,9 +101,10 @@ class Ward:
 
 
 class Complete:
-    """Complete linkage by cosine: two clusters are as near as their least similar leaves, and join over `threshold`.
+    """Complete linkage by cosine: two clusters are as similar as their least similar leaves, and may join only if that
+    exceeds `threshold`.
 
-    unit_PD: the leaves, of norm 1. A cost is one minus the cosine. O(P·D) memory.
+    unit_PD: the leaves, of norm 1. A cost is one minus the cosine. Takes O(P·D) memory.
     """
 
     at_once = 1
@@ -123,8 +124,8 @@ class Complete:
         return label_P
 
     def _arrange(self) -> None:
-        """Leaves as columns: the first of every cluster, those with most leaves first, then the second of those that
-        have one, and so on; so that the least of a cluster is the least of slices.
+        """Orders leaves as columns: first one leaf of every cluster, largest clusters first, then a second leaf of each
+        cluster that has one, and so on, so that the minimum over a cluster is a minimum of slices.
         """
         slots = np.flatnonzero(self._lives_S)
         sizes = np.array([len(self._members[slot]) for slot in slots])
@@ -146,7 +147,7 @@ class Complete:
             self._arrange()
         x_AD = self._rows(self._leaf_A, exact) if exact else self._coarse_AD
         entries = min(LISTED, len(self._slot_C))
-        # |fl(a·b) − a·b| <= D·2^-24·‖a‖·‖b‖ (Higham 2002, 3.1), and the rounding of both
+        # |fl(a·b) − a·b| <= D·2^-24·‖a‖·‖b‖ (Higham 2002, 3.1), plus the rounding of a and b
         error = 0.0 if exact else (x_AD.shape[1] + 4) * 2.0**-24
         near_GL = np.empty((len(slots_G), entries), dtype=np.int64)
         low_GL, rest_G = np.empty((len(slots_G), entries)), np.full(len(slots_G), np.inf)
@@ -162,7 +163,7 @@ class Complete:
         return near_GL, low_GL, rest_G
 
     def _least(self, slots_G: Rows, x_AD: torch.Tensor) -> torch.Tensor:
-        """(G, C) the least cosine of any leaf of a slot's cluster with any of a column's."""
+        """(G, C) the least cosine between any leaf of a slot's cluster and any leaf of a column's cluster."""
         rows = np.concatenate([self._members[slot] for slot in slots_G])
         group = np.repeat(np.arange(len(slots_G)), [len(self._members[slot]) for slot in slots_G])
         exact = x_AD.dtype == torch.float64
@@ -177,7 +178,7 @@ class Complete:
         return self._layered(lowest_GA)
 
     def _layered(self, least_GA: torch.Tensor) -> torch.Tensor:
-        """(G, C) the least of each cluster's leaves."""
+        """(G, C) the minimum over the leaves of each cluster, from columns of leaves."""
         best, start = least_GA[:, : self._widths[0]], self._widths[0]
         for width in self._widths[1:]:
             torch.minimum(best[:, :width], least_GA[:, start : start + width], out=best[:, :width])
@@ -201,7 +202,7 @@ class Complete:
 
 
 def least(x_RA: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` least numbers of each row, and their columns: they lie in the groups whose least are least."""
+    """The `count` least numbers of each row and their columns: only groups with the least minima can contain them."""
     columns = x_RA.shape[1]
     groups = columns // GROUP
     if groups <= 2 * count:

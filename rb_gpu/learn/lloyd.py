@@ -1,6 +1,7 @@
-"""Lloyd's iterations with re-seeding of empty clusters, repair and restarts, over points whose assignment is held.
+"""Lloyd's iterations with momentum, re-seeding of empty clusters, repair and restarts.
 
-Suffixes: N points here, K clusters, D dims.
+The points' current assignment is kept in an `Assignment` (CPU) or `DeviceAssignment` (GPU) and updated in place.
+Suffixes: N points on this rank, K clusters, D dims.
 """
 
 from __future__ import annotations
@@ -31,21 +32,22 @@ from rb_gpu.learn.workers import Workers
 log = logging.getLogger(__name__)
 
 MAX_REPAIRS = 20
-# updates between repairs at first: Lloyd's iterations take many to divide one cluster between two centroids, and what
-# they have to divide shows after few
+# updates between the early rounds of repair: Lloyd's iterations take many to split one cluster between two
+# centroids, but which clusters need splitting shows after a few
 EARLY = 2
-# and the share of the inertia that such a round saves where another follows: momentum is sooner at what smaller ones do
+# another such early round follows only if the last one reduced the inertia by this share: momentum reaches smaller
+# gains sooner than repairs do
 WORTH_A_ROUND = 3e-3
-# the update after which the way to assign is chosen anew: centroids are means by then
+# the assignment method is chosen again after this update: by then the centroids are means, no longer data points
 CHOOSE_AGAIN = 2
-# share of its last move that a centroid makes again beyond its mean, at first, lost with each update, and at the least:
-# at first it carries over shallow minima, later along flat valleys
+# share of its last move by which a centroid overshoots its mean: the initial value, the decrease per update and the
+# minimum. A high value carries centroids over shallow minima at first, a lower one along flat valleys later.
 MOMENTUM, MOMENTUM_LOST, LEAST_MOMENTUM = 0.9, 0.01, 0.5
 
 
 @dataclass(frozen=True)
 class Run:
-    """Centroids (K, D) float32 on the device, their inertia, the updates that led to them, and whether they stay."""
+    """Centroids (K, D) float32 on the device, their inertia, the updates so far, and whether they converged."""
 
     centroids_KD: Tensor
     inertia: float
@@ -55,8 +57,8 @@ class Run:
 
 @dataclass
 class Progress:
-    """Where a solve stands: the restart, the best run before it, the repairs so far and the run before the last one;
-    until: the update at which repairs come at the latest.
+    """Where a solve stands: the restart's number, the best run of earlier restarts, the repairs so far, and the run
+    before the last repair; until: the update at which iterations stop for a repair at the latest.
     """
 
     attempt: int = 0
@@ -68,8 +70,8 @@ class Progress:
 
 @dataclass
 class Course:
-    """How centroids move: where they were before the last update (K, D), the updates before the course began, the
-    momentum it began with, and whether they only go to their means from now on.
+    """How centroids move: their position before the last update (K, D), the update count when the course began, the
+    momentum it began with, and whether updates are plain means (no momentum) from now on.
     """
 
     previous_KD: Tensor
@@ -80,7 +82,7 @@ class Course:
 
 @dataclass
 class Solver:
-    """k-means over one set of points. least_shift is in units of x; settings name what else the result depends on."""
+    """k-means over one set of points. least_shift: in units of x; settings: all else the result depends on."""
 
     points: Assignment | DeviceAssignment
     shard: Shard
@@ -98,9 +100,8 @@ class Solver:
     _fingerprint: str = ""
 
     def best(self, k: int, start: Tensor | None, n_init: int, warm: Tensor | None = None) -> Run:
-        """The run of least inertia among n_init from drawn seeds, or the one from `start`; its assignment is held.
-
-        warm: what the seeds of the first run begin with.
+        """Returns the run of least inertia among n_init with drawn seeds, or the one from `start`; points hold its
+        assignment afterwards. warm: seeds to begin the first run with.
         """
         self._plain = start is not None
         resumed = self._resumed()
@@ -135,22 +136,22 @@ class Solver:
         return self._lloyd(seeds_KD, 0)
 
     def _assign_first(self, centroids_KD: Tensor) -> None:
-        """The assignment to centroids of which some may be copies: a point takes the first, the others stay empty."""
+        """Assigns points to centroids that may include duplicates: the first copy takes the points."""
         _, which_K = torch.unique(centroids_KD, dim=0, return_inverse=True)
         rows_K = torch.arange(len(which_K), device=which_K.device)
         first_K = torch.full_like(rows_K, len(rows_K)).scatter_reduce(0, which_K, rows_K, "amin")
         kept_U = first_K[first_K < len(rows_K)].sort().values
         self.points.reset()
-        # a point compared with many copies would be so in float64
+        # comparing a point with copies would fall back to float64 for every tie, so they are left out
         self.points.assign(centroids_KD[kept_U])
         self.points.labels_N.copy_(kept_U[self.points.labels_N])
 
     def _lloyd(self, centroids_KD: Tensor, n_iter: int, course: Course | None = None) -> Run:
-        """Lloyd's iterations from centroids whose assignment is held; after, that to those returned is.
+        """Iterates from centroids whose assignment the points hold; afterwards they hold that of the returned ones.
 
-        With momentum (Polyak 1964, the heavy ball: the mean plus a share of the last move), which ends in fewer updates
-        and at less inertia, until nothing changes; the last go to the means alone, as all do from a start that was
-        given. course: where iterations that were cut off go on.
+        Each update moves a centroid to its mean plus a share of its last move (momentum; Polyak 1964, the heavy ball),
+        which converges in fewer updates and to a lower inertia. Once nothing changes, or at the last update, plain
+        means follow; with a given start all updates are plain. course: the state of interrupted iterations to resume.
         """
         sums, converged = self._held_sums(len(centroids_KD)), False
         first = self._progress.before is None
@@ -172,7 +173,7 @@ class Solver:
                 norm_K = means_KD.norm(dim=1, keepdim=True)
                 means_KD = means_KD / norm_K.clamp(min=torch.finfo(torch.float64).tiny)
                 lost_K = lost_K | (norm_K[:, 0] < 1e-12)
-            # a cluster without mass, or whose members cancel out on the sphere, has no mean: it stays where it was
+            # a cluster without mass, or whose members cancel out on the sphere, has no mean: its centroid stays
             means_KD = torch.where(lost_K[:, None], centroids_KD.double(), means_KD)
             squared_shift = ((means_KD - centroids_KD).square().sum(1) * mass_K).sum() / mass_K.sum()
             updated_KD = means_KD.float()
@@ -186,12 +187,12 @@ class Solver:
                 choose(self.points, centroids_KD)
             self.points.assign(centroids_KD, moved_K.sqrt())
             changed_any = sums.update(self.points.labels_N)
-            # all that the host must know, at once: each time it asks, a GPU runs dry
+            # one transfer for all that the host needs: a GPU runs dry at each synchronisation
             told = torch.stack([squared_shift, changed_any.double(), sums.empties().sum().double()]).tolist()
             shift, changed, empty = told[0] ** 0.5, told[1], int(told[2])
             step("Lloyd", n_iter, self.max_iter, "updates")
             still = shift <= self.least_shift or self.shard.ranks.largest(changed) == 0
-            # the first update carries nothing, as the last ones
+            # the first update of a course has no momentum yet, so it may converge like the last ones
             converged = still and (course.settling or n_iter == course.began + 1)
             course.settling = course.settling or still
             if self.checkpoint is not None and not converged and n_iter % self.checkpoint.every == 0:
@@ -200,8 +201,9 @@ class Solver:
         return Run(centroids_KD, self._inertia(), n_iter, converged)
 
     def _repaired(self, run: Run) -> Run:
-        """The run after as many rounds of exchanges and Lloyd's iterations as lower its inertia within max_iter: rounds
-        of EARLY updates, while they are worth it, then such as converge.
+        """Alternates exchanges and Lloyd's iterations while they lower the inertia, within max_iter; returns the best.
+
+        First come short rounds of EARLY updates, while they are worth it, then rounds that run to convergence.
         """
         progress = self._progress
         while True:
@@ -228,7 +230,7 @@ class Solver:
         k, labels_N, shard = len(centroids_KD), self.points.labels_N, self.shard
         if k < 3:
             return None
-        # the first of independent exponential clocks with rates w·D² draws one member per cluster by D²
+        # the first of independent exponential clocks with rates w·D² samples one member per cluster in proportion to it
         rate_N = shard.weight_N.double() * self.points.d2_N
         uniform_N = torch.rand(shard.count, dtype=torch.float64, generator=self.generator, device=shard.device)
         uniform_N = uniform_N[shard.first : shard.first + len(rate_N)].clamp_(min=1e-300)
@@ -240,15 +242,16 @@ class Solver:
         return normalise_(moved_KD) if moved_KD is not None and self.on_sphere else moved_KD
 
     def _held_sums(self, k: int) -> ClusterSums:
-        """The sums of the labels that the last update was of; by difference, so they outlive restarts."""
+        """The cluster sums of the last update's labels; kept across restarts, as they are updated by difference."""
         if self._sums is None or len(self._sums.mass_K) != k:
             self._sums = ClusterSums(self.shard, self.peak_N, k, self.crew)
         return self._sums
 
     def _filled(self, centroids_KD: Tensor, empty_K: Tensor) -> Tensor:
-        """The centroids (K, D), of which the empty are drawn anew as k-means++ would draw the last ones.
+        """The centroids (K, D) with the empty ones re-drawn as k-means++ would draw its last seeds.
 
-        Drawn by D², as the farthest points are outliers, which as centroids keep none but themselves.
+        They are sampled by D² rather than placed at the farthest points: those are outliers, and a centroid placed on
+        one would keep only that point.
         """
         self.points.settle(centroids_KD)
         k, empty_E = len(centroids_KD), torch.nonzero(empty_K).squeeze(1)
@@ -257,8 +260,8 @@ class Solver:
         labels_N.copy_(torch.where(labels_N < k, labels_N, empty_E[(labels_N - k).clamp_(min=0)]))
         filled_KD = centroids_KD.index_copy(0, empty_E[: len(drawn_ED)], drawn_ED)
         if self.shard.ranks.largest(float((self.shard.weight_N == 0).any())) > 0:
-            # what was drawn anew may have had such points, whose distances are to where it was; all ranks assign, as of
-            # centroids at one distance another may stay where points are not assigned anew
+            # a re-drawn cluster may still hold points of weight 0, whose distances refer to its old centroid; all ranks
+            # reassign, because ties may resolve differently on a rank that does not
             self.points.assign(filled_KD)
         return filled_KD
 
@@ -282,12 +285,12 @@ class Solver:
         checkpoint.save(tensors, facts, self._fingerprint)
 
     def _resumed(self) -> Run | None:
-        """The run that a checkpoint of these points and settings goes on to; None where there is none."""
+        """Resumes and finishes the run of a checkpoint of the same points and settings; None where there is none."""
         if self.checkpoint is None:
             return None
         ranks = self.shard.ranks
         x_ND = self.shard.x_ND
-        # what lies on a GPU would all at once be a second copy of it in the host's memory
+        # hash in tiles what lies on a GPU: moved at once, it would be a second copy in the host's memory
         on_host = x_ND.device.type == "cpu"
         spans = [slice(None)] if on_host else tiles(len(x_ND), x_ND.shape[1], x_ND.device)
         with block_threads() as pool:

@@ -1,5 +1,5 @@
-"""Columns of one value a file, which lie beside it: in the names of its folders, in a table's log, or in the rule that
-an absent parameter is the default's.
+"""Columns that are constant within a file and not stored in it: partition values from folder names or a table's log,
+and parameters that a file lacks, which then have the default's value.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from rb_gpu.learn.sources import Source
 
 log = logging.getLogger(__name__)
 
-# what Hive, Spark, pandas and DuckDB call the folder of nulls
+# the name that Hive, Spark, pandas and DuckDB give to the folder of nulls
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 def with_constants(source: Source, constants: Mapping[str, pa.Scalar]) -> Source:
-    """The source with columns, none of which it has, that hold one value in every row."""
+    """Adds constant columns to a source, which must not have them."""
     if not constants:
         return source
 
     def batches(columns: list[str], rows: int, groups: range) -> Iterator[pa.RecordBatch]:
-        # some column must tell how many rows there are
+        # at least one stored column is needed to know the number of rows
         stored = [name for name in columns if name not in constants] or source.schema.names[:1]
         for batch in source.batches(stored, rows, groups):
             n = batch.num_rows
@@ -42,8 +42,8 @@ def with_constants(source: Source, constants: Mapping[str, pa.Scalar]) -> Source
 
 
 def with_folders(source: Source, wanted: Sequence[str], key: str) -> Source:
-    """The source with those wanted columns that the folders of its file name, as in ef_search=64/part-0.parquet, and
-    that it does not hold itself. Raises DataError where a folder's value is not of its column's type.
+    """Adds those wanted columns that the file's folders name, as in ef_search=64/part-0.parquet, and that the file
+    itself lacks. Raises DataError where a folder's value is not of its column's type.
     """
     parts = [part.partition("=") for part in PurePosixPath(source.name).parts[:-1]]
     named = {unquote(name): unquote(value) for name, equals, value in parts if equals}
@@ -65,9 +65,9 @@ def with_folders(source: Source, wanted: Sequence[str], key: str) -> Source:
 def with_absent(
     sources: Sequence[Source], optional: Sequence[str], absent: Mapping[str, Any], key: str
 ) -> list[Source]:
-    """The sources, where a column that some have and others lack holds in these what it means to be absent: the value
-    of `absent`, or null where a row may have none. Other such columns stay as they are, with a warning: whoever began
-    to log costs or propensities trains on, and is told what to leave out to use them.
+    """Fills columns that some sources have and others lack: with the value of `absent`, or with null where that is
+    allowed. Other such columns are left as they are, i.e. treated as absent everywhere, with a warning: a service that
+    has just begun to log costs or propensities can train on, and the warning says which files to leave out to use them.
     """
     constants: list[dict[str, pa.Scalar]] = [{} for _ in sources]
     for name in optional:
@@ -89,7 +89,7 @@ def with_absent(
 
 
 def warn_of_near(sources: Sequence[Source], required: Sequence[str], optional: Sequence[str]) -> None:
-    """Of a column that no file has, where one that is not read has nearly its name, or a part of it as in `model`."""
+    """Warns if a column is missing from all files while an unread one has a similar name, or part of it as `model`."""
     there = {name for source in sources for name in source.schema.names}
     unread = {_letters(name): name for name in sorted(there - {*required, *optional})}
     shared = {part for column in required for part in column.split("_")}

@@ -1,4 +1,4 @@
-"""Learning: the only file that knows the order of the stages. training.py is the job around it.
+"""The learning pipeline: the only file that knows the order of the stages; training.py is the job around it.
 
 Suffixes: Q queries, N rows, K clusters, P leaves, D dims.
 """
@@ -47,13 +47,13 @@ from rb_gpu.router import FastGRNNRouter
 
 log = logging.getLogger(__name__)
 
-# how clustering keeps what it needs, which changes no bit of what it finds
+# cluster settings that affect only memory and checkpoints, not a bit of the result: stage keys ignore them
 HOW: dict[str, Any] = {"memory": "auto", "memory_budget": None, "checkpoint_every": 0}
 
 
 @dataclass(frozen=True)
 class LearnedBank:
-    """What `learn` returns. label_Q: leaf of each training query. seconds: wall time by stage."""
+    """What `learn` returns. label_Q: leaf of each training query. seconds: wall time of each stage."""
 
     data: BankData
     index: bytes | None
@@ -62,7 +62,7 @@ class LearnedBank:
     seconds: dict[str, float]
 
     def bank(self) -> ReasoningBank:
-        """The bank, ready to answer."""
+        """A bank that is ready to answer queries."""
         return ReasoningBank(self.data, self.index)
 
 
@@ -76,13 +76,13 @@ def learn(
     stages: Stages | None = None,
     watch: Watch | None = None,
 ) -> LearnedBank:
-    """The whole job without input or output: cluster, consolidate, sum, judge, build levels and index.
+    """Runs the whole job without input or output: cluster, consolidate, sum, judge, build hierarchy and index.
 
-    A pure function: same trajectories, config and device, same bits. ranks: processes that call `cluster_queries` on
-    the same trajectories and share its work. parent: a bank of the same metric, dim and embedder to go on from: its
-    centroids start the clustering, its patterns keep their ids, and what it knew of older rows is added (lineage.py,
-    past.py). first_id: the least id for a new pattern. stages: where a sweep's members find what others made. watch:
-    where seconds and memory are kept. Raises DataError, ConfigError.
+    It is a pure function: the same trajectories, config and device give the same bits. ranks: processes that call
+    `cluster_queries` on the same trajectories and share its work. parent: a bank of the same metric, dim and embedder
+    to continue from: its centroids seed the clustering, its patterns keep their ids, and its evidence from older rows
+    is added (lineage.py, past.py). first_id: the least id for a new pattern. stages: a cache of stage results that the
+    members of a sweep share. watch: records seconds and memory per stage. Raises DataError, ConfigError.
     """
     if parent is not None:
         unlike = differences(parent, config.cluster.metric, trajectories.x_QD.shape[1], config.data.embedder)
@@ -151,7 +151,7 @@ def _learned(
             pays, leaves = leaves.pays, making.gathered(drop_labels(leaves.label_Q, kept_P), trajectories)
             leaves = with_past(making.foretold(leaves, trajectories, objective, pays), past)
             beliefs = believed(leaves, objective, default, config)
-            # a test's correction counts all that were tested, those that went as well
+            # the multiplicity correction counts every test, including those of the pruned patterns
             verdicts = (
                 judge(leaves.evidence, trajectories.configs, objective, beliefs, judging, gone_p)
                 if judging.method == "eb"
@@ -192,7 +192,7 @@ def _learned(
 def _routed(
     lessons: Lessons, configs: ConfigTable, config: TrainConfig, device: torch.device
 ) -> tuple[FastGRNNRouter, dict[str, Any]]:
-    """The router as a service will load it, and how it learned."""
+    """The router as a service will load it, and the record of its training."""
     drawn = torch.Generator(device=device).manual_seed(config.seed)
     taught = train_router(lessons, configs, config.router, drawn, device)
     log.info("router: best of %d epochs is %d, validation loss %.4f", len(taught.valid_loss), taught.best_epoch,
@@ -202,7 +202,7 @@ def _routed(
 
 
 def _facts(data: BankData, trajectories: Trajectories, config: TrainConfig, issued: int) -> dict[str, Any]:
-    """What the manifest tells of the rows, the settings and what came of them. issued: verdicts for another config."""
+    """Manifest facts about rows, settings and result. issued: patterns whose verdict is not the default."""
     return {
         "index": {"kind": config.index.kind},
         "counts": {
@@ -227,14 +227,14 @@ def _searched(
     x_QD: torch.Tensor, leaves_PD: npt.NDArray[np.float32], trajectories: Trajectories, config: TrainConfig, top_k: int,
     device: torch.device,
 ) -> tuple[bytes | None, float]:  # fmt: skip
-    """The index of the leaves, None where there is none, and the lookup's similarity floor."""
+    """The serialized index of the leaves (None if index.kind is off), and the lookup's similarity floor."""
     asked = config.lookup.floor
     floor = similarity_floor(x_QD, leaves_PD, device, config.cluster.engine) if is_auto(asked) else float(asked)
     return build_index(leaves_PD, config.index, trajectories.x_QD, top_k, device), floor
 
 
 def rows_read(trajectories: Trajectories, config: TrainConfig) -> list[Any]:
-    """What tells the rows to learn from apart from others: the table's content, how many of it, in which metric."""
+    """Identifies the training rows in stage keys: the table's fingerprint, how many queries of it, and the metric."""
     newest = int(trajectories.query_time.max())
     return [trajectories.source.fingerprint, len(trajectories.query_id), newest, config.cluster.metric]
 
@@ -243,7 +243,7 @@ def choices_beside(
     names: Sequence[str], training: Trajectories, x_BD: npt.NDArray[np.float32], objective: Objective,
     config: TrainConfig,
 ) -> dict[str, Choice]:  # fmt: skip
-    """What each named one of config.BASELINE_NAMES picks for queries (B, D), as config ids of its training table."""
+    """What each named baseline of config.BASELINE_NAMES chooses for queries (B, D), as training config ids."""
     found: dict[str, Choice] = {}
     if not names:
         return found

@@ -1,7 +1,7 @@
-"""Products of a few points with 64 centroids at a time, left in a core's first cache: of int8 codes exactly, where this
-processor multiplies such at once (Intel's AMX tiles, VNNI), and of float32.
+"""Products of a few points with 64 centroids at a time, left in a core's first-level cache.
 
-numba chooses by the type of the points: int8 is for AMX, uint8 (128 more) for VNNI, float32 for all.
+int8 codes are multiplied exactly where the processor has instructions for it (Intel's AMX tiles, VNNI); float32 works
+everywhere. numba selects by the points' dtype: int8 means AMX, uint8 (offset by 128) VNNI, float32 the general case.
 Suffixes: C centroids padded to whole blocks of LANES, P dims of a code padded to whole steps of the product.
 """
 
@@ -27,14 +27,14 @@ from rb_gpu.learn.vectors import FLOAT, INT, LANES, WIDTH, address, alloca, call
 
 log = logging.getLogger(__name__)
 
-# points whose products are made at once; points and vectors of one step of the others than AMX
+# points per call; points per step of the products other than AMX's
 GROUP, POINTS = 32, 4
 _target: Callable[[], Any] = cpu_target.target_context.codegen
 FEATURES = frozenset(_target().magic_tuple()[2].split(","))
 VECTORS = 2 if "+avx512f" in FEATURES else 1
-# rows of a tile and bytes of each: all that AMX has
+# rows of an AMX tile and bytes of each row: the hardware's maximum
 _ROWS, _BYTES = 16, 64
-# arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): Linux gives the tiles' registers only to who asks
+# arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): Linux grants the tile registers only on request
 _ARCH_PRCTL, _ASK, _TILES = 158, 0x1023, 18
 _BYTE = ir.IntType(8)
 _NUMBERS = {torch.float32: FLOAT, torch.uint8: ir.IntType(32)}
@@ -42,7 +42,7 @@ _NUMBERS = {torch.float32: FLOAT, torch.uint8: ir.IntType(32)}
 
 @dataclass(frozen=True)
 class Product:
-    """How codes are multiplied: `depth` dims at once; how those of points are kept, and what stands for 0 in them."""
+    """How codes are multiplied: `depth` dims per step, the dtype of points' codes, and the value that represents 0."""
 
     name: str
     depth: int
@@ -54,15 +54,15 @@ class Product:
 
     @property
     def integers(self) -> bool:
-        """Whether codes are whole numbers from -127 to 127, with a scale."""
+        """Whether codes are integers from -127 to 127 with a scale."""
         return self.code != torch.float32
 
     def padded(self, width: int) -> int:
-        """Dims of a code that is stored for so many."""
+        """Stored dims of a code of this width."""
         return -(-width // self.depth) * self.depth
 
 
-# dims of codes whose product 32 bits hold
+# most dims of a code whose product cannot overflow 32 bits
 MOST_DIMS = 2**31 // 127**2
 FLOAT32 = Product("float32", 1, torch.float32)
 VNNI = Product("int8 (VNNI)", 4, torch.uint8, 128)
@@ -71,7 +71,7 @@ AMX = Product("int8 (AMX)", _BYTES, torch.int8)
 
 @cache
 def integer_product() -> Product | None:
-    """The fastest exact product of int8 codes that this processor, and what numba compiles for, have; None: none."""
+    """The fastest exact int8 product that both this processor and numba's target support; None if there is none."""
     if {"+amx-int8", "+avx512f"} <= FEATURES and sys.platform == "linux" and platform.machine() == "x86_64":
         if ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK, _TILES) == 0:
             return AMX
@@ -80,8 +80,8 @@ def integer_product() -> Product | None:
 
 
 def columns_of(code_CP: Tensor, product: Product) -> tuple[Tensor, Tensor]:
-    """Codes (C, P) of centroids as columns (C / WIDTH, P / beside, WIDTH, beside), four dims side by side where
-    they are integers; and what their sums begin with (C,): less what the zero of points adds, which is 0 but for VNNI.
+    """Codes (C, P) of centroids as columns (C / WIDTH, P / beside, WIDTH, beside), where integers have four dims side
+    by side; and the initial value of each sum (C,), which cancels the points' zero offset and is 0 except for VNNI.
     """
     if product is VNNI:
         code_CP = (code_CP ^ product.zero).view(torch.int8)
@@ -97,17 +97,17 @@ def _bytes(count: int) -> Any:
 
 
 def _add(builder: Any, code: torch.dtype, total: Any, point: Any, column: Any) -> Any:
-    """Total + the products of a point's dims with a column's."""
+    """Adds the products of a point's dims with a column's to total."""
     if code == torch.float32:
         return builder.fadd(total, builder.fmul(point, column, flags=("contract",)), flags=("contract",))
     return called(builder, "llvm.x86.avx512.vpdpbusd.512", total.type, [total, point, column])
 
 
 def _summed(builder: Any, code: torch.dtype, vectors: int, places: list[Any], steps: Any) -> list[list[Any]]:
-    """What so many vectors' sums begin with, plus their products with POINTS points, as vectors of WIDTH a point.
+    """The initial sums of `vectors` vectors plus their products with POINTS points, as vectors of WIDTH per point.
 
-    places: addresses of points, columns and begin, then bytes from a point and from a vector's columns to the next.
-    steps: of the product. All are whole numbers of 64 bits.
+    places: addresses of points, columns and initial sums, then the stride in bytes between points and between vectors'
+    columns. steps: of the product. All are 64-bit integers.
     """
     x, columns, begin, x_step, c_step = places
     vector = ir.VectorType(_NUMBERS[code], WIDTH)
@@ -128,12 +128,12 @@ def _summed(builder: Any, code: torch.dtype, vectors: int, places: list[Any], st
 
 
 def _spread(builder: Any, base: Any, step: Any, count: int, kind: Any) -> list[Any]:
-    """So many addresses from the base on, a step apart."""
+    """`count` addresses from base on, a step apart."""
     return [address(builder, base, builder.mul(step, _bytes(i)), kind) for i in range(count)]
 
 
 def write_sums(builder: Any, code: torch.dtype, vectors: int, places: list[Any], steps: Any) -> None:
-    """Writes sums (see `_summed`): places has, last, the addresses of out and the bytes of a row of it."""
+    """Writes sums (see `_summed`); places ends with the address of out and the bytes of one of its rows."""
     *places, out, o_step = places
     for i, row in enumerate(_summed(builder, code, vectors, places, steps)):
         start = builder.add(out, builder.mul(o_step, _bytes(i)))
@@ -142,8 +142,8 @@ def write_sums(builder: Any, code: torch.dtype, vectors: int, places: list[Any],
 
 
 def write_below(builder: Any, vectors: int, places: list[Any], steps: Any) -> None:
-    """Writes, a bit each, which float32 sums (see `_summed`) are at most their point's limit: places has, last, the
-    addresses of limits and of out and the bytes of a row of out.
+    """Writes one bit per float32 sum (see `_summed`): whether it is at most its point's limit. places ends with the
+    addresses of limits and of out and the bytes of one row of out.
     """
     *places, limits, out, o_step = places
     bits = ir.IntType(WIDTH)
@@ -156,7 +156,7 @@ def write_below(builder: Any, vectors: int, places: list[Any], steps: Any) -> No
 
 
 def _write_tiles(builder: Any, x: Any, x_step: Any, columns: Any, c_step: Any, out: Any, steps: Any) -> None:
-    """The products of GROUP points with two vectors of centroids, by AMX: two tiles of each, four of sums."""
+    """The products of GROUP points with two vectors of centroids, by AMX: two tiles for each, four for the sums."""
 
     def tile(name: str, *arguments: Any) -> None:
         wanted = [ir.Constant(_BYTE, a) if isinstance(a, int) else a for a in arguments]
@@ -185,11 +185,11 @@ def _write_tiles(builder: Any, x: Any, x_step: Any, columns: Any, c_step: Any, o
 
 @intrinsic
 def begin_products(_context: Any, sample: Any) -> Any:
-    """Before the first `group_products` of a thread; sample: a number of the points' type."""
+    """Must precede the first `group_products` of a thread; sample: a number of the points' dtype."""
 
     def generate(_context: Any, builder: Any, _signature: Any, _arguments: Any) -> None:
         if sample == types.int8:
-            # palette 1; for each of eight tiles the bytes of a row, then its rows (Intel SDM, LDTILECFG)
+            # palette 1; then for each of eight tiles the bytes of a row, then its rows (Intel SDM, LDTILECFG)
             shape = bytes([1]) + bytes(15) + bytes([_BYTES, 0]) * 8 + bytes(16) + bytes([_ROWS] * 8) + bytes(8)
             kind = ir.ArrayType(_BYTE, len(shape))
             place = alloca(builder, ir.Constant(kind, bytearray(shape)))
@@ -202,7 +202,7 @@ def begin_products(_context: Any, sample: Any) -> Any:
 
 @intrinsic
 def end_products(_context: Any, sample: Any) -> Any:
-    """After the last `group_products` of a thread."""
+    """Must follow the last `group_products` of a thread."""
 
     def generate(_context: Any, builder: Any, _signature: Any, _arguments: Any) -> None:
         if sample == types.int8:
@@ -215,8 +215,8 @@ def end_products(_context: Any, sample: Any) -> Any:
 def group_products(
     _context: Any, sample: Any, count: Any, x: Any, x_step: Any, columns: Any, c_step: Any, begin: Any, out: Any,
 ) -> Any:  # fmt: skip
-    """Products of GROUP points at x, of which `count` matter, with the LANES centroids whose columns are given, to out
-    (GROUP, LANES); see `write_sums`. x_step is also the bytes of a code.
+    """Writes products of GROUP points at x, of which `count` matter, with the LANES centroids of these columns, to out
+    (GROUP, LANES); see `write_sums`. x_step is also the number of bytes of a code.
     """
     code = {types.int8: torch.int8, types.uint8: torch.uint8, types.float32: torch.float32}[sample]
     signature = types.void(sample, *[types.uintp] * 7)

@@ -1,7 +1,7 @@
-"""How far a job is: stages with their seconds and memory, and steps inside them, as records of one logger.
+"""Progress of a job, as records of one logger: stages with their seconds and memory, and steps inside them.
 
-The logger `rb_gpu.progress` has no handler of its own and passes nothing on, so that a library call is silent; a job
-adds handlers that draw bars, print lines, or write events. Every record carries `event`, a dict that JSON can write.
+The logger `rb_gpu.progress` has only a null handler and does not propagate, so that library calls are silent; a job
+adds handlers that draw bars, print lines, or write events. Every record carries `event`, a JSON-serializable dict.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ channel.addHandler(logging.NullHandler())
 
 
 def tell(kind: str, **facts: Any) -> None:
-    """One event: kind is stage_start, stage_end or step. Costs next to nothing where nobody listens."""
+    """Emits one event: kind is stage_start, stage_end or step. Costs almost nothing if there are no handlers."""
     if len(channel.handlers) > 1:
         channel.info(kind, extra={"event": {"event": kind, **facts}})
 
 
 def step(task: str, done: int, total: int | None, unit: str) -> None:
-    """`done` of `total` units of a task are done; total is None where it is not known."""
+    """Reports that `done` of `total` units of a task are done; total is None where it is unknown."""
     tell("step", task=task, done=done, total=total, unit=unit)
 
 
 def peak_memory_mb() -> float:
-    """The most memory that this process has had resident so far, in MiB; 0 where the system does not tell."""
+    """The peak resident memory of this process so far, in MiB; 0 where the system does not report it."""
     if sys.platform == "win32":
         return 0.0
     import resource
@@ -51,7 +51,7 @@ def gpu_facts() -> dict[str, float]:
     torch.cuda.reset_peak_memory_stats()
     try:
         facts["gpu_utilisation_percent"] = float(torch.cuda.utilization())
-    # torch asks NVML by a package of its own, whose errors are plain exceptions; it has none of part of a GPU (MIG)
+    # torch queries NVML through another package, which raises plain exceptions and cannot measure a MIG slice
     except Exception as error:
         log.debug("no GPU utilisation (%s); pip install nvidia-ml-py where that is missing", error)
     return facts
@@ -59,7 +59,7 @@ def gpu_facts() -> dict[str, float]:
 
 @dataclass
 class Watch:
-    """Wall seconds of each stage, and the peak memory (MiB) of the process by its end; logged as it ends."""
+    """Wall seconds of each stage, and the process's peak memory (MiB) by its end; logged when the stage ends."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     memory_mb: dict[str, float] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Rows that a table cannot teach from: which, where and why. Suffix: N rows."""
+"""Bad rows, which learning must not use: which rows, in which file, and why. Suffix: N rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OFFENDERS_SHOWN = 5
 
 @dataclass
 class BadRows:
-    """Bad rows by reason, with where each one stands. parts: (file, rows in the file, their ids, reason)."""
+    """Bad rows by reason and position. parts: (file, row numbers in the file, their ids, reason)."""
 
     parts: list[tuple[str, npt.NDArray[np.int64], npt.NDArray[np.uint64], str]] = field(default_factory=list)
 
@@ -33,18 +33,18 @@ class BadRows:
 
     @property
     def rows(self) -> list[tuple[str, int, int, str]]:
-        """(file, row in the file, id, reason) of each one."""
+        """(file, row in the file, id, reason) of each bad row."""
         return list(self)
 
     def by_reason(self) -> dict[str, int]:
-        """How many bad rows each reason has, most first."""
+        """The number of bad rows per reason, most frequent first."""
         count: Counter[str] = Counter()
         for _, rows, _, reason in self.parts:
             count[reason] += len(rows)
         return dict(count.most_common())
 
     def add(self, file: str, rows: npt.NDArray[np.int64], ids: npt.NDArray[np.uint64], reason: str) -> None:
-        """Adds the given rows of one file under one reason."""
+        """Adds rows of one file under one reason."""
         if len(rows):
             self.parts.append((file, rows, ids, reason))
 
@@ -58,9 +58,9 @@ class BadRows:
                 writer.write_table(pa.table([pa.repeat(file, n), rows, ids, pa.repeat(reason, n)], schema))
 
     def check(self, total: int, max_bad_fraction: float, path: str) -> None:
-        """Raises DataError where no good row is left, or more than max_bad_fraction of the rows are bad."""
+        """Raises DataError where no good row is left, or where over max_bad_fraction of the rows are bad."""
         bad = len(self)
-        if bad < total and bad / total <= max_bad_fraction:  # a product would round 29 of 100 to over 0.29
+        if bad < total and bad / total <= max_bad_fraction:  # divide: the product 0.29 * 100 rounds to below 29
             return
         first = islice(self, OFFENDERS_SHOWN)
         shown = "; ".join(f"{Path(s).name} row {r} (id {i}): {why}" for s, r, i, why in first)

@@ -1,4 +1,4 @@
-"""Trajectory objects, as a service or a notebook holds them, to the columns that a table becomes."""
+"""Converts trajectory objects, as a service or a notebook holds them, to the columns of a table."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from rb_gpu.types import QueryTrajectory
 
 
 def from_trajectories(trajectories: Sequence[QueryTrajectory], params: ParamsConfig | None = None) -> Trajectories:
-    """Columns of trajectory objects, for a service or a notebook; cost and propensity where all have it.
+    """Trajectory objects as validated columns; cost and propensity are included only if all objects have them.
 
-    Raises DataError where there is none, or naming the first that breaks the rules of a table.
+    Raises DataError where there are no trajectories, or naming the first one that breaks the rules of a table.
     """
     if not trajectories:
         raise DataError("no trajectories were given; record some queries first")

@@ -1,7 +1,8 @@
-"""`dry_run=true`: what a job would read, take and publish, without writing anything.
+"""`dry_run=true`: reports what a job would read, need and publish, without writing anything.
 
-The table is read and checked whole, as the job would. Then a share of its queries goes through learning, and what that
-takes is scaled up: clustering by points times clusters, the rest by rows.
+The whole table is read and validated, as in the job. Then a sample of its queries goes through learning, and the
+measured times are scaled up: clustering by queries times clusters, judging by queries (up to landmarks.MAX_QUERIES);
+other stages are reported as measured on the sample.
 """
 
 from __future__ import annotations
@@ -26,17 +27,19 @@ from rb_gpu.registry import Registry
 
 log = logging.getLogger(__name__)
 
-# queries that rehearse: as many as are through in seconds, and enough to be clustered like the whole
+# queries in the sample: few enough for seconds, and enough to be clustered like the whole
 REHEARSING = 4000
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What `rehearse` found. seconds: of each stage of the whole job, load as it was, the others scaled up.
+    """The result of `rehearse`. seconds: of each stage up to the index and router: load as measured on the whole table,
+    clustering and judging scaled up, others as measured on the sample.
 
     columns: by name, whether the table has it. bad_rows: by reason, of total_rows. k: clusters. embedding_bytes: of all
-    queries, float32, which lie in a file where they exceed memory_budget (bytes). served: version that the gate would
-    compare with, parent: that ids would come from, None where there is none. removed: versions that would go.
+    queries as float32; they are put in a file if they exceed memory_budget (bytes). served: the version that the gate
+    would compare with; parent: the version that ids would be inherited from; None where there is none. removed: the
+    versions that would be deleted.
     """
 
     path: str
@@ -61,7 +64,7 @@ class Rehearsal:
 
 
 def rehearse(config: TrainConfig) -> Rehearsal:
-    """Raises RbGpuError for what would end the job: a table, settings or a parent that do not fit."""
+    """Rehearses a job. Raises RbGpuError for what would end it: a table, settings or a parent that do not fit."""
     registry, watch = Registry.open(**asdict(config.registry)), Watch()
     device = resolve_device(config.device.kind)
     room = Room(config.device.memory_budget if device.type == "cpu" else None, config.device.scratch)
@@ -104,7 +107,7 @@ def rehearse(config: TrainConfig) -> Rehearsal:
 
 
 def _some(training: Trajectories) -> Trajectories:
-    """At most REHEARSING queries, evenly over time, with all their rows."""
+    """At most REHEARSING queries, evenly spaced over time, with all their rows."""
     queries = len(training.query_id)
     chosen = np.zeros(queries, dtype=bool)
     chosen[np.linspace(0, queries - 1, min(queries, REHEARSING)).astype(np.int64)] = True

@@ -1,4 +1,4 @@
-"""Repairs what Lloyd's iterations cannot: two centroids that share one cluster while another centroid spans two.
+"""Repairs what Lloyd's iterations cannot: two centroids share one cluster while another centroid spans two clusters.
 
 Suffixes: N points, K clusters, D dims, T centroids of one tile.
 """
@@ -13,10 +13,10 @@ from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.devices import tiles
 from rb_gpu.learn.sums import ClusterSums, label_totals
 
-# a split must gain this many times what the merge costs: smaller exchanges are what Lloyd's iterations do by themselves
+# a split must gain this many times the cost of its merge: Lloyd's iterations make smaller exchanges by themselves
 LEAST_RATIO = 2.0
-# where no exchange does, the best alone is tried if it gains this share of all inertia and of the merge's cost, which
-# is overestimated where the points of a removed centroid scatter to several others
+# where no exchange does, the best one is still tried if its gain exceeds both of these shares, of the inertia and of
+# the merge's cost: that cost is overestimated where a removed centroid's points scatter to several others
 WORTH_TRYING, LEAST_COVERED = 1e-3, 0.5
 SPLIT_ITERATIONS = 4
 
@@ -29,19 +29,19 @@ def exchange(
     known_K: Tensor,
     halves: ClusterSums,
 ) -> Tensor | None:
-    """Centroids (K, D) in which cheap merges paid for gainful splits, or None where no exchange pays.
+    """Merges cheap pairs of clusters and splits gainful ones; returns centroids (K, D), or None where nothing pays.
 
-    Merging clusters i and j costs w_i·w_j/(w_i+w_j)·||c_i − c_j||² of inertia (Ward 1963); splitting one gains what a
-    2-means inside it saves, which starts from the plane through the centroid across the way to the member drawn (K, D;
-    known_K tells where there is one). The cheapest merges are matched with the most gainful splits while the gain is at
-    least LEAST_RATIO times the cost (compare Kaukoranta et al. 1998, split-and-merge); the caller keeps what lowers the
-    inertia. points hold the assignment to the centroids, mass_K (K,) float64 its weights; halves are the sums of 2K
-    labels that the 2-means needs.
+    Merging clusters i and j costs w_i·w_j/(w_i+w_j)·||c_i − c_j||² of inertia (Ward 1963). Splitting a cluster gains
+    what a 2-means inside it saves; that starts from the plane through the centroid perpendicular to the direction of
+    one drawn member (drawn_KD; known_K says which clusters have one). The cheapest merges are paired with the most
+    gainful splits while the gain is at least LEAST_RATIO times the cost (compare Kaukoranta et al. 1998,
+    split-and-merge); the caller keeps the result only if it lowers the inertia. points hold the assignment to the
+    centroids, mass_K (K,) float64 its weights; halves are the sums over 2K labels that the 2-means needs.
     """
     weighted_N = halves.weight_N.double() * points.d2_N
     before_K = label_totals(weighted_N, points.labels_N, len(centroids_KD), halves.ranks)
     cost_K, partner_K = _merge_costs(centroids_KD, mass_K)
-    # a split gains less than its cluster's inertia: where clusters lie far apart none pays, whatever it is
+    # a split cannot gain more than its cluster's inertia: where clusters lie far apart, none can pay for a merge
     if float(before_K.max()) <= LEAST_COVERED * float(cost_K.min()):
         return None
     gain_K, halves_2KD = _split_gains(points, before_K, centroids_KD, drawn_KD, known_K, halves)
@@ -54,7 +54,7 @@ def exchange(
     for cost, one, other in merges:
         if one in used or other in used:
             continue
-        # the lighter goes: the heavier may be the very one to split
+        # remove the lighter of the two: the heavier may be the very cluster to split
         removed, partner = (one, other) if masses[one] <= masses[other] else (other, one)
         while splits and splits[-1][1] in used:
             splits.pop()
@@ -64,11 +64,11 @@ def exchange(
             break
         used |= {removed, partner, split}
         mass = masses[removed] + masses[partner]
-        # a cluster may have points without weight alone: two such have no common mean, and the partner stays
+        # a cluster may hold only points of weight 0: two such have no common mean, so the partner stays where it is
         if mass > 0:
             merged_D = masses[removed] * centroids_KD[removed].double() + masses[partner] * centroids_KD[partner]
             out_KD[partner] = (merged_D / mass).float()
-        # where the partner itself is split, its halves take what the merge would have given it
+        # where the partner itself is split, its halves absorb the points of the removed cluster
         out_KD[split], out_KD[removed] = halves_2KD[2 * split], halves_2KD[2 * split + 1]
     return out_KD if used else None
 
@@ -81,9 +81,9 @@ def _split_gains(
     known_K: Tensor,
     halves: ClusterSums,
 ) -> tuple[Tensor, Tensor]:
-    """What a 2-means inside each cluster saves of its inertia (K,) float64, and its two centroids: rows 2i, 2i + 1."""
+    """Inertia saved by a 2-means inside each cluster (K,) float64, and its two centroids in rows 2i and 2i + 1."""
     k, ranks, weight_N = len(centroids_KD), halves.ranks, halves.weight_N.double()
-    # the plane through the centroid: from the centroid and a member itself, an outlier would be split off alone
+    # start symmetric about the centroid: starting from the centroid and a member would split off a lone outlier
     halves_2KD = torch.stack([2 * centroids_KD - drawn_KD, drawn_KD], dim=1).reshape(2 * k, -1)
     after_K = before_K
     half_N, d2_N = torch.empty_like(points.labels_N), torch.empty_like(points.d2_N)
@@ -97,9 +97,9 @@ def _split_gains(
 
 
 def _merge_costs(centroids_KD: Tensor, mass_K: Tensor) -> tuple[Tensor, Tensor]:
-    """Each cluster's cheapest merge (K,) float64, and with which other cluster (K,) int64."""
+    """The cost of each cluster's cheapest merge (K,) float64, and the cluster that it merges with (K,) int64."""
     k = len(centroids_KD)
-    # products cancel far from the origin, and what they leave of a small distance is no cost to decide by
+    # centre first: far from the origin, products cancel and leave too few digits of a small distance to decide by
     about_KD = centroids_KD - (mass_K @ centroids_KD.double() / mass_K.sum()).float()
 
     def harmonic(one: Tensor, other: Tensor) -> Tensor:

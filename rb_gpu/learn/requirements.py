@@ -1,4 +1,5 @@
-"""What an objective asks besides what it maximises, a floor of quality or a bound of cost or latency, and who keeps it.
+"""Constraints of an objective besides what it maximises (a floor on quality, a bound on cost or latency), and which
+configs and policies satisfy them.
 
 Suffix: C configs.
 """
@@ -16,12 +17,12 @@ from rb_gpu.evidence import OUTCOMES, Evidence
 from rb_gpu.learn.valuation import Outcomes
 from rb_gpu.objective import Objective
 
-if TYPE_CHECKING:  # which asks for what is here
+if TYPE_CHECKING:  # policy imports this module
     from rb_gpu.learn.policy import Evaluation, PolicyValue
 
 
 def keeping(root: Evidence, objective: Objective) -> npt.NDArray[np.bool_]:
-    """(C,) which configs keep it on the whole, from the evidence of all rows as one pattern."""
+    """(C,) which configs satisfy the constraint overall, where root is the evidence of all rows as one pattern."""
     quality_C = root.mean[0] @ objective.quality_direction
     if objective.kind == "floor":
         return np.asarray(quality_C >= objective.target)
@@ -36,10 +37,10 @@ def keeping(root: Evidence, objective: Objective) -> npt.NDArray[np.bool_]:
 def broken(
     objective: Objective, evaluation: Evaluation, rows: Outcomes, value: Callable[[Outcomes], Evaluation]
 ) -> dict[str, str]:
-    """What each policy that breaks it does, by name; a policy without a value is left out.
+    """By name, how each policy violates the constraint; policies that satisfy it, or without a value, are omitted.
 
-    A floor is broken where the quality is surely under it, a bound where cost or latency are over it. value: evaluates
-    the same policies on other rows.
+    A floor is violated if the quality is significantly below it, a bound if the cost or latency is above it. value:
+    evaluates the same policies on other outcomes.
     """
     known = {one.name: one for one in evaluation.values if one.unknown is None}
     if objective.kind == "floor":

@@ -1,7 +1,7 @@
-"""Where the embeddings of a table lie: in memory, or in a file that the system reads and writes by the page.
+"""Allocates the embeddings of a table: in memory, or in a memory-mapped file that the system pages in and out.
 
-A file takes what is beyond the budget, and what the processes of one node share. It has no name once it is open, so
-that a killed job leaves nothing. Suffixes: N rows, D dims, M rows that stay.
+A file is used beyond the memory budget, and for embeddings that the processes of one node share. It is unlinked once it
+is open, so that a killed job leaves nothing. Suffixes: N rows, D dims, M kept rows.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from rb_gpu.learn.row_kernels import permute_rows
 
 log = logging.getLogger(__name__)
 
-# share of the free memory that embeddings take where nothing else is said: as much again is left to the system's cache
+# default share of the free memory for embeddings: as much again is left to the system's cache
 MEMORY_SHARE = 0.5
 MOVE_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class Room:
-    """Gives matrices their place. budget: bytes of one that may lie in memory; None: half of what is free. scratch: the
-    folder of the files; None: the system's for temporary ones. ranks: the processes of this node, which make the same
-    calls; each then has the whole matrix, and the first of them alone changes the order of its rows.
+    """Allocates matrices. budget: bytes of one that may lie in memory; None: half of what is free. scratch: the folder
+    for files; None: the system's temporary folder. ranks: the processes of this node, which must make the same calls;
+    each then sees the whole matrix, and only the first of them reorders its rows.
     """
 
     budget: int | None = None
@@ -41,7 +41,7 @@ class Room:
     ranks: Ranks = field(default_factory=Ranks)
 
     def matrix(self, rows: int, dim: int) -> Matrix:
-        """A float32 matrix (rows, dim) of any content. Raises DataError where there is no room for its file."""
+        """An uninitialised float32 matrix (rows, dim). Raises DataError where there is no room for its file."""
         size = 4 * rows * dim
         budget = int(MEMORY_SHARE * free_memory()) if self.budget is None else self.budget
         if size <= budget and self.ranks.size == 1:
@@ -62,7 +62,7 @@ class Room:
         return np.asarray(mapped)
 
     def _file(self, folder: str, size: int) -> IO[bytes]:
-        """A file of that many bytes, which has no name any more; the same one in every rank."""
+        """An unlinked file of `size` bytes, the same one in every rank."""
         if self.ranks.size == 1:
             file: IO[bytes] = tempfile.TemporaryFile(prefix="rb_gpu-", dir=folder)  # noqa: SIM115 - as below
             _reserve(file, size)
@@ -81,7 +81,7 @@ class Room:
         return file
 
     def keep(self, x_ND: Matrix, rows_M: npt.NDArray[np.int64]) -> Matrix:
-        """The rows (M,), which ascend, moved to the front in place: a view of them. A copy would double the memory."""
+        """Moves the rows (M,), ascending, to the front in place, as a copy would double the memory; returns a view."""
         kept = len(rows_M)
         if kept and rows_M[-1] != kept - 1:
             if self.ranks.rank == 0:
@@ -90,20 +90,20 @@ class Room:
         return x_ND[:kept]
 
     def sort(self, x_ND: Matrix, order_N: npt.NDArray[np.int64]) -> None:
-        """Puts row order[i] into place i, in place; nothing is moved that is there already."""
+        """Reorders rows in place so that row order[i] comes to position i; rows already in place are not moved."""
         if self.ranks.rank == 0:
             permute_rows(x_ND, order_N.copy(), np.empty(x_ND.shape[1], np.float32))
         self.ranks.wait()
 
 
 def to_front(array: npt.NDArray[Any], rows_M: npt.NDArray[np.int64]) -> None:
-    """Moves the rows (M,), which ascend, to the front, in place."""
+    """Moves the rows (M,), which must ascend, to the front, in place."""
     for start in range(0, len(rows_M), MOVE_ROWS):
         array[start : min(start + MOVE_ROWS, len(rows_M))] = array[rows_M[start : start + MOVE_ROWS]]
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
-    """Takes the space now: a map of a full disk ends the process when it is written to."""
+    """Allocates the disk space now: writing to a map of a full disk would kill the process."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, size)
     else:

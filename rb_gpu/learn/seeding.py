@@ -1,4 +1,4 @@
-"""k-means++ by blocks: exactly distributed as one seed after the other, with one product a block.
+"""k-means++ in blocks: distributed exactly as sequential seeding, but with one matrix product per block of seeds.
 
 Suffixes: N points here, M candidates of one block, K seeds, D dims.
 """
@@ -13,11 +13,11 @@ from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.progress import step
 from rb_gpu.learn.shard import Shard
 
-# largest integer weight of one point in the D^2 draw: sums of 2^22 of them stay exact in int64
+# largest integer weight of one point in the D² draw: 2^22 of them still sum exactly in int64
 DRAW_BITS = 40
-# candidates of one block at most: what lies between each two of them is held, in float64
+# most candidates per block: their pairwise distances are held in float64
 MOST_CANDIDATES = 2048
-# of the squared norms: a smaller squared distance from a float64 product is that of a copy
+# relative to the squared norms: candidates whose float64 squared distance is below this are duplicates
 COPY = 1e-12
 
 
@@ -28,10 +28,10 @@ def seed_plus_plus(
     generator: torch.Generator,
     given_KD: Tensor | None = None,
 ) -> Tensor:
-    """k-means++ seeds (K, D) float32; `points` then holds the assignment to them.
+    """Draws k-means++ seeds (K, D) float32; `points` then hold the assignment to them.
 
-    Distributed exactly as those of the sequential algorithm (Arthur & Vassilvitskii 2007). Fewer than k seeds come back
-    where fewer distinct points have weight. given_KD: at most k seeds to begin with in place of one that is drawn.
+    They are distributed exactly as those of the sequential algorithm (Arthur & Vassilvitskii 2007). Fewer than k are
+    returned where fewer distinct points have weight. given_KD: at most k seeds to begin with, instead of a drawn one.
     """
     points.reset()
     seeds_KD = shard.points(_draw(shard.weight_N.double(), 1, shard, generator)) if given_KD is None else given_KD
@@ -42,10 +42,10 @@ def seed_plus_plus(
 def more_seeds(
     points: Assignment | DeviceAssignment, shard: Shard, seeds_KD: Tensor, k: int, generator: torch.Generator
 ) -> Tensor:
-    """The seeds to which `points` hold the assignment, and what k-means++ draws after them: up to k (K, D) float32.
+    """Extends seeds that `points` are already assigned to, up to k (K, D) float32, as k-means++ would.
 
     A block draws M candidates independently from w·D² as it stood before the block, and accepts each with probability
-    D²_now / D²_before. That is rejection sampling from D²_now: the same law as drawing one seed after the other.
+    D²_now / D²_before. That is rejection sampling from D²_now, the same law as drawing one seed after the other.
     """
     while len(seeds_KD) < k:
         count = min(len(seeds_KD), k - len(seeds_KD), MOST_CANDIDATES)
@@ -63,17 +63,17 @@ def more_seeds(
 
 
 def _draw(mass_N: Tensor, count: int, shard: Shard, generator: torch.Generator) -> Tensor:
-    """Independent rows (count,), counted over all ranks, with probability proportional to mass (N,) float64; none
-    where all masses are 0.
+    """Draws row numbers (count,) over all ranks, independently and with probability proportional to mass (N,) float64;
+    an empty tensor where all masses are 0.
 
-    The masses become integers: their running sum is exact, so that every device and any number of ranks draw the same
-    points, and a point of mass 0 is never drawn, not even from the end of the sum.
+    Masses are rounded up to integers so that their running sum is exact: every device and any number of ranks draw the
+    same points, and a point of mass 0 is never drawn, not even from the end of the sum.
     """
     largest = shard.ranks.largest(float(mass_N.max()))
     if not largest > 0:
         return torch.empty(0, dtype=torch.int64, device=mass_N.device)
     bits = min(DRAW_BITS, 62 - max(1, shard.count).bit_length())
-    # a positive mass never rounds to 0, or the last distinct points could not be drawn
+    # rounding up keeps a positive mass positive, or the last distinct points could not be drawn
     running_N = (mass_N / largest * 2**bits).ceil().to(torch.int64).cumsum(0)
     before, total = shard.ranks.place(int(running_N[-1]))
     uniform_M = torch.rand(count, dtype=torch.float64, generator=generator, device=mass_N.device)
@@ -84,7 +84,7 @@ def _draw(mass_N: Tensor, count: int, shard: Shard, generator: torch.Generator) 
 
 
 def _accept(candidates_MD: Tensor, before_M: Tensor, uniform_M: Tensor) -> Tensor:
-    """Indices of the candidates that pass: each with probability D²_now / D²_before, in the order drawn."""
+    """Indices of the accepted candidates, each accepted with probability D²_now / D²_before in the order drawn."""
     about_MD = candidates_MD.double() - candidates_MD.double().mean(0)
     norm_M = about_MD.square().sum(1)
     norms_MM = norm_M[:, None] + norm_M

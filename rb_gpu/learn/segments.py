@@ -1,7 +1,7 @@
 """Sums over the points of each label without atomics: points are sorted by label, and each label's run is summed.
 
-Integers add up to the same total in every order, so that runs may be cut anywhere: torch takes differences of running
-sums, a tile at a time; Triton sums pieces of runs and takes the differences of those.
+Integer sums are the same in every order, so runs may be cut anywhere: torch takes differences of running sums, tile by
+tile; Triton sums pieces of runs and takes differences of running sums over the pieces.
 
 Suffixes: N points, K labels, D dims, T points of one tile, P pieces of runs.
 """
@@ -15,17 +15,17 @@ from rb_gpu.learn.streaming import chunks
 
 
 def runs(labels_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The rows (N,) int64 sorted by label, and where each label's run begins, with the end of the last (K + 1,)."""
-    # a GPU sorts eight bits at a time: two rounds instead of four
+    """Row numbers (N,) int64 sorted by label, and where each label's run begins, plus the end of the last (K + 1,)."""
+    # a GPU sorts eight bits per round: int16 needs two rounds instead of four
     kind = torch.int16 if k <= torch.iinfo(torch.int16).max else torch.int32
     sorted_N, order_N = torch.sort(labels_N.to(kind), stable=True)
     return order_N, torch.searchsorted(sorted_N, torch.arange(k + 1, dtype=kind, device=labels_N.device))
 
 
 def differences(values_T: Tensor, bounds_K1: Tensor) -> Tensor:
-    """Sums (K, ...) of the values (T, ...) int64 between bounds (K + 1,)."""
-    # along the last axis, which many threads of a GPU sum together; along another each column is left to one of them
-    # (torch's ScanUtils.cuh): a third of a second for a million rows
+    """Sums (K, ...) of the values (T, ...) int64 between consecutive bounds (K + 1,)."""
+    # scan along the last axis, which many threads of a GPU do together; along any other axis torch leaves each column
+    # to a single thread (ScanUtils.cuh): a third of a second for a million rows
     running = torch.nn.functional.pad(values_T.movedim(0, -1).contiguous().cumsum(-1), (1, 0))
     return (running[..., bounds_K1[1:]] - running[..., bounds_K1[:-1]]).movedim(-1, 0).contiguous()
 
@@ -33,10 +33,10 @@ def differences(values_T: Tensor, bounds_K1: Tensor) -> Tensor:
 def run_sums(x_ND: Tensor, weight_N: Tensor, order_N: Tensor, bounds_K1: Tensor, engine: str) -> Tensor:
     """Σ round(x·weight) by label (K, D) int64, of points x (N, D) float32 and weights (N,) float64 in integer units.
 
-    order and bounds are what `runs` gave; all lie on one device.
+    order and bounds come from `runs`; all tensors lie on one device.
     """
     if engine == "triton":
-        # only CUDA builds of torch bring triton
+        # only CUDA builds of torch ship triton
         from rb_gpu.learn.triton_sums import piece_sums
 
         return piece_sums(x_ND, weight_N, order_N, bounds_K1)

@@ -1,4 +1,4 @@
-"""The rows that this process holds, among those of all ranks. Suffixes: N points here, M rows asked for, D dims."""
+"""The rows that this rank holds, among those of all ranks. Suffixes: N points here, M requested rows, D dims."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rb_gpu.learn.workers import Workers
 class Shard:
     """Points x (N, D) float32, on the host or the device, and weights (N,) float32 on the device.
 
-    first and count place them among the rows of all ranks, which is how every row is named outside this process.
-    budget: bytes of points that may lie on the device where they come from the host. engine: what sums them on a
-    device, triton or torch.
+    first is the global number of the first row here and count the number of rows on all ranks; outside this process
+    rows are known by their global number. budget: bytes of host points that may be copied to the device at once.
+    engine: what sums them on a device, triton or torch.
     """
 
     def __init__(
@@ -31,13 +31,13 @@ class Shard:
         return self.weight_N.device
 
     def here(self, rows_M: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the rows (M,), counted over all ranks, are here (M,) bool, and where (M,), 0 for the others."""
+        """Which of the global rows (M,) are here (M,) bool, and their local positions (M,), 0 for the others."""
         local_M = rows_M - self.first
         here_M = (local_M >= 0) & (local_M < len(self.x_ND))
         return here_M, torch.where(here_M, local_M, 0)
 
     def points(self, rows_M: Tensor) -> Tensor:
-        """The points (M, D) of rows counted over all ranks, on the device."""
+        """The points (M, D) of these global rows, on the device."""
         if self.ranks.size == 1:
             return self.x_ND[rows_M.to(self.x_ND.device)].to(self.device)
         here_M, local_M = self.here(rows_M)
@@ -46,14 +46,14 @@ class Shard:
         return self.ranks.total(out_MD)
 
     def values(self, of_N: Tensor, rows_M: Tensor) -> Tensor:
-        """The entries (M,) of a tensor over the points (N,), for rows counted over all ranks."""
+        """The entries (M,) at these global rows of a tensor over the points (N,)."""
         here_M, local_M = self.here(rows_M)
         out_M = torch.zeros(len(rows_M), dtype=of_N.dtype, device=of_N.device)
         out_M[here_M] = of_N[local_M[here_M]]
         return self.ranks.total(out_M)
 
     def first_of_each(self, clock_N: Tensor, labels_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The point (K, D) whose clock (N,) float64 is the least of its label, and which labels have a finite one."""
+        """The point (K, D) of each label with the least clock (N,) float64, and which labels have a finite clock."""
         least_K = torch.full((k,), torch.inf, dtype=clock_N.dtype, device=clock_N.device)
         least_K.scatter_reduce_(0, labels_N, clock_N, "amin")
         least_K = self.ranks.joined(least_K[None]).amin(0)
@@ -71,7 +71,7 @@ class Shard:
 
 
 def peaks(x_ND: Tensor, crew: Workers | None, device: torch.device, budget: int | None = None) -> tuple[Tensor, Tensor]:
-    """The largest |coordinate| and the norm of each row (N,) float32, on the device; NaN or infinity show in them."""
+    """The largest |coordinate| and the norm of each row (N,) float32, on the device; NaN or inf in x propagates."""
     peak_N, norm_N = torch.empty(2, len(x_ND), dtype=torch.float32, device=device).unbind()
     if crew is None:
         for tile, x_TD in chunks(x_ND, 2 * x_ND.shape[1], device, budget=budget):

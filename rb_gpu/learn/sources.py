@@ -1,4 +1,4 @@
-"""Opens what trajectories lie in: Parquet and Arrow IPC files on any Arrow filesystem, and SQLite logs."""
+"""Opens files of trajectories: Parquet and Arrow IPC on any Arrow filesystem, and SQLite logs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rb_gpu.trajectory_file import read_batches
 
 BATCH_ROWS = 65_536
 BUFFER_BYTES = 1 << 20
-# a request to a far store takes as long as this much of its answer
+# for remote stores: about as many bytes as are transferred in the latency of one request
 FAR_BUFFER_BYTES = 8 << 20
 PARQUET_SUFFIXES = (".parquet", ".pq")
 IPC_SUFFIXES = (".arrow", ".ipc", ".feather")
@@ -32,8 +32,9 @@ KNOWN_SUFFIXES = PARQUET_SUFFIXES + IPC_SUFFIXES + SQLITE_SUFFIXES
 
 @dataclass(frozen=True)
 class Source:
-    """One file: its schema, the rows of each group that can be read without the others (row groups of Parquet, batches
-    of Arrow), and batches of the groups asked for, restricted to the given columns, of at most the given rows.
+    """One file: its schema, the row counts of its groups, which can be read independently (row groups of Parquet,
+    batches of Arrow), and a function that yields batches of the requested groups, restricted to the given columns and
+    of at most the given number of rows.
 
     copy: copies embeddings out of a batch, like np.copyto.
     """
@@ -46,13 +47,13 @@ class Source:
 
     @property
     def rows(self) -> int:
-        """Rows of the file."""
+        """The number of rows of the file."""
         return sum(self.groups)
 
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive groups of one source, of which the first row is `row` of the file and `at` of the table."""
+    """Consecutive groups of one source, whose first row is number `row` in the file and number `at` in the table."""
 
     source: Source
     groups: range
@@ -61,12 +62,12 @@ class Span:
 
     @property
     def rows(self) -> int:
-        """Rows of the groups."""
+        """The number of rows of the groups."""
         return sum(self.source.groups[i] for i in self.groups)
 
 
 def share_out(sources: Sequence[Source], size: int) -> list[list[Span]]:
-    """What each of `size` readers reads: consecutive groups, each whole, of about as many rows."""
+    """Splits the sources among `size` readers: whole, consecutive groups with about as many rows each."""
     total = sum(source.rows for source in sources)
     shares: list[list[Span]] = [[] for _ in range(size)]
     at = 0
@@ -114,8 +115,8 @@ def open_parquet(filesystem: pyarrow.fs.FileSystem, name: str) -> Source:
     local = isinstance(filesystem, pyarrow.fs.LocalFileSystem)
 
     def batches(columns: list[str], rows: int, groups: range) -> Iterator[pa.RecordBatch]:
-        # opened anew: a table may have more files than a process may hold open;
-        # buffered, and not ahead: Arrow would read the whole column of a row group at once
+        # reopened here, because a table may have more files than a process may hold open;
+        # buffered rather than pre-buffered, with which Arrow would read the whole column of a row group at once
         with filesystem.open_input_file(name) as file:
             buffer = BUFFER_BYTES if local else FAR_BUFFER_BYTES
             parquet = pq.ParquetFile(file, metadata=metadata, buffer_size=buffer, pre_buffer=False)
@@ -126,7 +127,7 @@ def open_parquet(filesystem: pyarrow.fs.FileSystem, name: str) -> Source:
 
 
 class _Mapped:
-    """A local file as a memory map, of which nothing but what is used is read. where: the file, for messages."""
+    """A memory-mapped local file, of which only the parts in use are read. where: names the file in messages."""
 
     def __init__(self, name: str, where: str) -> None:
         self.name, self.where = name, where
@@ -138,14 +139,14 @@ class _Mapped:
         return file
 
     def copy(self, to_ND: Matrix, from_ND: npt.NDArray[np.floating[Any]]) -> None:
-        """Copies rows that lie in the map by reading them: faster than the map's page faults, and no page of it stays
-        among this process's memory.
+        """Copies rows that lie in the map by reading the file: this is faster than page faults, and no page of the map
+        stays in this process's memory.
         """
         offset = from_ND.ctypes.data - self.address
         if 0 <= offset < self.size and from_ND.dtype == to_ND.dtype and from_ND.flags.c_contiguous:
             try:
                 with open(self.name, "rb", buffering=0) as file:  # noqa: PTH123 - the same on every system
-                    # another file may have taken this one's name since it was mapped
+                    # another file may have taken this name since it was mapped
                     if os.path.samestat(os.fstat(file.fileno()), self.stat):
                         file.seek(offset)
                         if file.readinto(to_ND.data) == to_ND.nbytes:
@@ -164,8 +165,8 @@ def _open_ipc(filesystem: pyarrow.fs.FileSystem, name: str, key: str) -> Source:
 
     first, whole = reader([0]), reader([])
     schema = whole.schema
-    # asked for some columns, Arrow copies them; but asked for all, it unpacks all that are compressed,
-    # which are buffers of their own where the others are parts of the file
+    # if some columns are requested, Arrow copies them; if all are, it decompresses those that are compressed, into
+    # buffers of their own, while uncompressed ones stay parts of the mapped file
     mapped = local is not None and first.num_record_batches > 0 and _lies_in_file(first.get_batch(0).column(0))
     counter = whole if mapped else first
     counts = [counter.get_batch(i).num_rows for i in range(counter.num_record_batches)]
@@ -174,8 +175,8 @@ def _open_ipc(filesystem: pyarrow.fs.FileSystem, name: str, key: str) -> Source:
         opened = reader([] if mapped else [schema.get_field_index(c) for c in columns])
         for i in groups:
             batch = opened.get_batch(i).select(columns)
-            batch.validate(full=True)  # Arrow trusts the offsets in a file, and would read beyond its end
-            step = BATCH_ROWS if mapped else rows  # what is mapped takes no memory
+            batch.validate(full=True)  # Arrow trusts the offsets in a file and would read beyond its end
+            step = BATCH_ROWS if mapped else rows  # a mapped batch takes no memory
             for start in range(0, batch.num_rows, step):
                 yield batch.slice(start, step)
 
@@ -206,11 +207,11 @@ _LOG_TYPES: dict[str, pa.DataType] = {
 
 
 def _open_log(name: str) -> Source:
-    """A log whole in memory, since its writers may go on while it is read."""
+    """Reads a whole log into memory, since its writers may go on meanwhile."""
     logged = list(read_batches(name, rows=BATCH_ROWS))
     kinds = dict(_LOG_TYPES)
     for column in ("cost", "propensity"):
-        # every log has these columns: one that no row fills is absent, in one that some rows fill the others are bad
+        # every log has these columns: if no row has a value the column is absent, if some have, the other rows are bad
         if logged and all(np.isnan(columns[column]).all() for columns in logged):
             del kinds[column]
     batches = [_log_batch(columns, kinds) for columns in logged]
@@ -219,7 +220,7 @@ def _open_log(name: str) -> Source:
 
 
 def of_batches(name: str, schema: pa.Schema, held: Sequence[pa.RecordBatch]) -> Source:
-    """A source of batches in memory."""
+    """A source made of batches in memory."""
 
     def slices(columns: list[str], rows: int, groups: range) -> Iterator[pa.RecordBatch]:
         for i in groups:
@@ -238,7 +239,7 @@ def _log_batch(columns: dict[str, Any], kinds: dict[str, pa.DataType]) -> pa.Rec
 def guarded(
     source: Source, columns: list[str], rows: int, key: str, groups: range | None = None
 ) -> Generator[pa.RecordBatch]:
-    """The source's batches, of all groups if none are named; damage met while reading becomes a DataError."""
+    """The source's batches, of all groups if none are given; turns damage found while reading into a DataError."""
     try:
         yield from source.batches(columns, rows, range(len(source.groups)) if groups is None else groups)
     except (pa.ArrowException, OSError) as error:
@@ -246,9 +247,9 @@ def guarded(
 
 
 def ahead(batches: Generator[pa.RecordBatch]) -> Generator[pa.RecordBatch]:
-    """The batches, of which a thread reads the next one while the caller works on this one; no other is in memory.
+    """The same batches, with a thread that reads the next one while the caller works; only these two are in memory.
 
-    Raises what reading raises. The thread ends with the last batch, or when the caller closes this.
+    Re-raises what reading raises. The thread ends after the last batch, or when the caller closes the generator.
     """
     with closing(batches), ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
         coming = reader.submit(next, batches, None)
@@ -262,5 +263,5 @@ def _cut_short(where: str, error: Exception) -> DataError:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another package says, without the trace that some put below."""
+    """The first line of another package's error, without the trace that some append."""
     return (str(error).splitlines() or [type(error).__name__])[0]

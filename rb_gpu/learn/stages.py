@@ -1,7 +1,7 @@
-"""What stages made, kept for the members of a sweep: a stage that reads the same runs once.
+"""Caches stage results for the members of a sweep, so that a stage with the same inputs runs once.
 
-A key holds all that a stage reads: settings, and a digest of its data. A test trains with every setting changed in turn
-and demands the bits of a job of its own.
+A key contains all that a stage reads: settings, and a digest of its data. A test changes every setting in turn and
+requires the result to be bit-identical to that of a standalone job.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ log = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
 
-# a table may fill half of the memory, and what is foretold of every held-out query under every config a part of it; a
-# clustering takes eight bytes a query
+# results kept per stage: a table may fill half of the memory, and predictions for every held-out query under every
+# config a part of it; a clustering takes only eight bytes per query
 KEPT = {"load": 1, "outcomes": 1}
 OTHERS_KEPT = 4
 
 
 class Stages:
-    """Results of stages by what they read. Without `sharing` every call makes anew and nothing is held."""
+    """Stage results, keyed by what the stage read. Without `sharing` every call recomputes and nothing is kept."""
 
     def __init__(self, sharing: bool = False) -> None:
         self.sharing = sharing
         self._made: dict[str, OrderedDict[str, Any]] = {}
 
     def of(self, stage: str, read: Any, make: Callable[[], Made]) -> Made:
-        """What `make` returns, or returned when the stage last read the same; callers must not change it in place.
+        """Returns make(), or the cached result if the stage last read the same; callers must not modify it in place.
 
-        read: what JSON can write. The least recently used results go first.
+        read: a JSON-serializable description of all inputs. The least recently used results are evicted first.
         """
         if not self.sharing:
             return make()
@@ -58,16 +58,16 @@ class Stages:
 
 
 def digest(array: npt.NDArray[Any]) -> str:
-    """sha256 of an array's type, shape and content."""
+    """sha256 of an array's dtype, shape and content."""
     head = f"{array.dtype}{array.shape}".encode()
     return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def files_read(data: DataConfig) -> list[tuple[str, int, str]]:
-    """Name, size and time of change of every file that `data` names: what changes where one is written anew.
+    """Name, size and modification time of every file that `data` names; these change where a file is rewritten.
 
-    A SQLite log's newest rows lie in the file beside it. What a version of a Delta table or Lance dataset holds never
-    changes, and the version stands in the settings.
+    The newest rows of a SQLite log lie in the -wal file beside it. A version of a Delta table or Lance dataset never
+    changes, and the version is part of the settings, so such tables list nothing.
     """
     found: list[tuple[str, int, str]] = []
     if data.format in VERSIONED:

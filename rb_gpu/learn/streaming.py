@@ -1,12 +1,12 @@
-"""Points on the host, on their way to a GPU: chunk i + 1 is copied while chunk i is used.
+"""Streams points from the host to a GPU: chunk i + 1 is copied while chunk i is in use.
 
-There are two pinned buffers on the host, two on the device, and a stream of copies beside that of the computations.
-Events keep them apart: computations wait for their chunk's copy, a copy waits for the computations that read its
-buffer, and the host waits for the copy out of a pinned buffer before it fills that again. A copy from memory that is
-not pinned would hold up the host, and with it the computations that come next. Points may lie in a mapped file: the
-host then reads its pages while the GPU works.
+There are two pinned buffers on the host, two on the device, and a stream for copies besides the one for computations.
+Events order them: computations wait for the copy of their chunk, a copy waits for the computations that read its
+buffer, and the host waits for the copy out of a pinned buffer before refilling it. Copying from memory that is not
+pinned would block the host, and with it the next computations. Points may lie in a memory-mapped file: the host then
+reads its pages while the GPU works.
 
-Suffixes: N points, M rows asked for, D dims, T points of one chunk.
+Suffixes: N points, M requested rows, D dims, T points of one chunk.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor
 
 from rb_gpu.learn.devices import tile_rows
 
-# bytes of one chunk: a copy of so many runs at the bus's full rate, and four such buffers are little
+# bytes of one chunk: large enough for the bus's full rate, while four such buffers are still small
 CHUNK_BYTES = 64 * 2**20
 BUFFERS = 2
 
 
 class Streams(Protocol):
-    """Where buffers lie and how copies and computations wait for each other; an event is what a method returned."""
+    """Allocates buffers and orders copies and computations; an event is what one of the methods returned."""
 
     def pinned(self, rows: int, dim: int) -> Tensor:
-        """Host memory (rows, dim) float32 that the device reads by itself."""
+        """Pinned host memory (rows, dim) float32, which the device can read directly."""
         ...
 
     def buffer(self, rows: int, dim: int) -> Tensor:
@@ -36,32 +36,32 @@ class Streams(Protocol):
         ...
 
     def copy(self, into: Tensor, source: Tensor) -> None:
-        """Begins a copy, after those begun before."""
+        """Begins a copy, to run after all copies begun before."""
         ...
 
     def copied(self) -> Any:
-        """The event that all copies begun so far are done."""
+        """An event that fires when all copies begun so far are done."""
         ...
 
     def computed(self) -> Any:
-        """The event that all computations begun so far are done."""
+        """An event that fires when all computations begun so far are done."""
         ...
 
     def copies_wait(self, event: Any) -> None:
-        """Copies begun from here on come after the event."""
+        """Makes copies begun from here on wait for the event."""
         ...
 
     def computations_wait(self, event: Any) -> None:
-        """Computations begun from here on come after the event."""
+        """Makes computations begun from here on wait for the event."""
         ...
 
     def host_waits(self, event: Any) -> None:
-        """Returns once the event has come."""
+        """Blocks until the event has fired."""
         ...
 
 
 class CudaStreams:
-    """A stream of copies of its own beside the current stream, in which the caller computes."""
+    """A separate stream for copies; computations use the caller's current stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -69,7 +69,7 @@ class CudaStreams:
         self.computations: Any = torch.cuda.current_stream(device)
 
     def pinned(self, rows: int, dim: int) -> Tensor:
-        """See Streams.pinned. Torch keeps such memory for the next call, and does not give it out under a copy."""
+        """See Streams.pinned. Torch caches such memory, and does not reuse it while a copy is in progress."""
         return torch.empty(rows, dim, dtype=torch.float32, pin_memory=True)
 
     def buffer(self, rows: int, dim: int) -> Tensor:
@@ -110,11 +110,12 @@ def chunks(
     budget: int | None = None,
     streams: Callable[[torch.device], Streams] = CudaStreams,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the points x (N, D) float32, or of its rows (M,), each with those points (T, D) on the device.
+    """Yields slices of the points x (N, D) float32, or of its rows (M,), each with those points (T, D) on the device.
 
-    (T, width) float32 numbers fit one tile of the device. Points that are on the device already are views, or gathered;
-    those on the host come through two buffers of `budget` bytes together at most, and are overwritten once the next
-    chunk but one is asked for: use them in the current stream, and keep none.
+    A slice is short enough that (T, width) float32 numbers fit one tile of the device. Points already on the device are
+    yielded as views, or gathered by rows. Points on the host pass through two buffers of at most `budget` bytes
+    together; a chunk is overwritten once the next but one is requested, so use it in the current stream and do not keep
+    it.
     """
     count, dim = len(x_ND) if rows_M is None else len(rows_M), x_ND.shape[1]
     rows = tile_rows(width, device)
@@ -139,7 +140,7 @@ def _streamed(
     shape, used = (spans[0].stop, x_ND.shape[1]), min(BUFFERS, len(spans))
     pinned = [streams.pinned(*shape) for _ in range(used)]
     buffers = [streams.buffer(*shape) for _ in range(used)]
-    # the buffers' memory may be that of a tensor which computations under way still read
+    # a buffer may reuse the memory of a freed tensor that computations in progress still read
     streams.copies_wait(streams.computed())
     copied: list[Any] = []
 
@@ -161,12 +162,12 @@ def _streamed(
         for i, span in enumerate(spans):
             if i + 1 < len(spans):
                 if i > 0:
-                    # by the chunk before this one, from the buffer that the next one goes to
+                    # the previous chunk's computations read the buffer that the next chunk goes to
                     streams.copies_wait(computed)
                 send(i + 1)
             streams.computations_wait(copied[i])
             yield span, buffers[i % BUFFERS][: span.stop - span.start]
             computed = streams.computed()
     finally:
-        # an end before the last chunk leaves a copy under way, and gives its buffer back to the computations
+        # after an early end, a copy may be in progress into a buffer that is handed back to computations
         streams.computations_wait(streams.copied())

@@ -1,9 +1,10 @@
-"""Sums over points that are the same to the bit in every order: numbers become integers first.
+"""Sums over points that are bit-identical in every order of addition, because numbers are rounded to integers first.
 
-Threads, tiles, ranks and updates by difference then cannot change a result. A sum of absolute values S over all points
-is known beforehand, and one unit is 2^-62·S rounded up to a power of two: about 2^-62·N of a typical point.
+Threads, tiles, ranks and updates by difference therefore cannot change a result. An upper bound S on the sum of the
+absolute values is known beforehand, and one unit is 2^-61·S rounded up to a power of two, which is about 2^-61·N of a
+typical point.
 
-Suffixes: N points, K clusters, D dims, M points that moved, T points of one tile.
+Suffixes: N points, K clusters, D dims, M points that changed clusters, T points of one tile.
 """
 
 from __future__ import annotations
@@ -21,31 +22,31 @@ from rb_gpu.learn.shard import Shard
 from rb_gpu.learn.streaming import chunks
 from rb_gpu.learn.workers import Workers
 
-# sums stay below 2^62, which leaves a bit for what rounding adds
+# sums stay below 2^62, of which one bit is for what rounding adds
 SUM_BITS = 62
-# of the sums that workers have to themselves, all together; and the rows one of them takes at a time
+# upper bound on the workers' private sums, all together; and the rows that one worker takes at a time
 OWN_BYTES, OWN_ROWS = 2**26, 4096
-# a mean that rounding may have moved by more than this share of the largest coordinate is not taken
+# a mean is not used if rounding may have moved it by more than this share of the largest coordinate
 LEAST_PRECISION = 2.0**-20
 
 
 def unit_for(total: float) -> float:
-    """The power of two by which numbers are multiplied whose absolute values add up to at most `total`."""
+    """The power of two to multiply numbers by before rounding, if their absolute values sum to at most `total`."""
     if total <= 0:
         return 1.0
-    # the margin keeps totals that only rounding tells apart on one side of a power of two
+    # the margin keeps totals that differ only by rounding on the same side of a power of two
     return 2.0 ** (SUM_BITS - 1 - math.ceil(math.log2(total * (1 + 2**-20))))
 
 
 def exact_total(values_N: Tensor, ranks: Ranks) -> float:
-    """Σ values (N,) float64 >= 0 over all ranks."""
+    """Σ values over all ranks, for values (N,) float64 >= 0."""
     largest, (_, count) = ranks.largest(float(values_N.max()) if len(values_N) else 0.0), ranks.place(len(values_N))
     unit = unit_for(largest * count)
     return float(ranks.total((values_N * unit).round().to(torch.int64).sum()).item()) / unit
 
 
 def label_totals(values_N: Tensor, labels_N: Tensor, k: int, ranks: Ranks) -> Tensor:
-    """Σ values (N,) float64 >= 0 by label (K,) over all ranks, as float64."""
+    """Σ values by label over all ranks, (K,) float64, for values (N,) float64 >= 0."""
     largest, (_, count) = ranks.largest(float(values_N.max()) if len(values_N) else 0.0), ranks.place(len(values_N))
     unit = unit_for(largest * count)
     totals_K = torch.zeros(k, dtype=torch.int64, device=values_N.device)
@@ -54,13 +55,13 @@ def label_totals(values_N: Tensor, labels_N: Tensor, k: int, ranks: Ranks) -> Te
 
 
 class ClusterSums:
-    """Weighted sums of the points of each label; where reading them costs more, by those that changed theirs alone.
+    """Weighted sums of the points of each label, updated only by the points that changed label where reading is costly.
 
-    counts_K: the points of positive weight.
+    counts_K: the number of points of positive weight.
     """
 
     def __init__(self, shard: Shard, peak_N: Tensor, k: int, crew: Workers | None) -> None:
-        """peak_N: the largest |coordinate| of each point. crew: workers on the host; None sums on the device."""
+        """peak_N: the largest |coordinate| of each point. crew: the host's workers; None sums on the device."""
         self.x_ND, self.weight_N, self.ranks, self.crew = shard.x_ND, shard.weight_N, shard.ranks, crew
         self.budget, self.engine = shard.budget, shard.engine
         self.unit = unit_for(self.ranks.sum_of(float((peak_N.double() * self.weight_N).sum())))
@@ -72,7 +73,7 @@ class ClusterSums:
         self.labels_N = torch.full((len(self.x_ND),), -1, dtype=torch.int64, device=shard.device)
 
     def update(self, labels_N: Tensor) -> Tensor:
-        """Makes the sums those of these labels (N,) int64, none below 0, and says whether one differs from before."""
+        """Updates the sums to these labels (N,) int64, all >= 0; returns whether any differs from before."""
         if self.crew is not None:
             return self._move_by_workers(labels_N, self.crew)
         changed = (labels_N != self.labels_N).any()
@@ -84,7 +85,7 @@ class ClusterSums:
         return changed
 
     def _sum_runs(self, labels_N: Tensor) -> None:
-        """All points anew: on a device that holds them this takes less than to ask which of them moved."""
+        """Sums all points anew: on a device that holds them, this is cheaper than finding out which ones moved."""
         order_N, bounds_K1 = runs(labels_N, len(self.counts_K))
         weight_N = self.weight_N.double()
         units_N = (weight_N * self.weight_unit).round().to(torch.int64)
@@ -93,7 +94,7 @@ class ClusterSums:
         self.sums_KD = run_sums(self.x_ND, weight_N * self.unit, order_N, bounds_K1, self.engine)
 
     def _sum_differences(self, labels_N: Tensor) -> None:
-        """Only the points whose label changed: the others need not be read."""
+        """Adds and subtracts only the points whose label changed: the others need not be read."""
         rows_M = torch.nonzero(labels_N != self.labels_N).squeeze(1)
         old_M, new_M = self.labels_N[rows_M], labels_N[rows_M]
         weight_M, leaves_M = self.weight_N[rows_M].double(), old_M >= 0
@@ -104,7 +105,7 @@ class ClusterSums:
         self._move(rows_M, old_M, new_M)
 
     def _move_by_workers(self, labels_N: Tensor, crew: Workers) -> Tensor:
-        """The same by workers that share no number: each has sums of its own, or columns where those would be large."""
+        """The same by workers without shared writes: each has private sums, or a range of columns if too large."""
         x, weight, old, new = (t.numpy() for t in (self.x_ND, self.weight_N, self.labels_N, labels_N))
         rows_N = np.empty(len(new), np.int64)
         rows_M = rows_N[: changed_rows(old, new, rows_N)]
@@ -142,7 +143,7 @@ class ClusterSums:
         return self.ranks.total(self.counts_K.clone()) == 0
 
     def means(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Over all ranks: means (K, D) float64, masses (K,) float64, and which have none to speak of (K,)."""
+        """Over all ranks: means (K, D) float64, masses (K,) float64, and which means are too imprecise to use (K,)."""
         sums_KD, mass_K = self.ranks.total(self.sums_KD.clone()), self.ranks.total(self.mass_K.clone())
         counts_K = self.ranks.total(self.counts_K.clone())
         weights_K = mass_K.double() / self.weight_unit

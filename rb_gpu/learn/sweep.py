@@ -1,4 +1,4 @@
-"""What the members of a sweep came to: one small file in each run's folder, and their comparison."""
+"""Results of a sweep: one small file in each run's folder, and the comparison of the runs."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ log = logging.getLogger(__name__)
 
 RESULT_FILE = "result.json"
 NAN = float("nan")
-# pruned patterns take their rows with them, which moves the mean cost of the dearest config by less
+# cost references within this ratio count as equal: pruning drops rows, which shifts the dearest config's mean less
 SAME_COST = 1.01
 
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a sweep. folder: its name in the sweep's. error: why it has no value, None where it has one.
+    """One run of a sweep. folder: its name in the sweep's folder. error: why the run has no value; None if it has one.
 
-    utility: of the bank on held-out queries, low and high its 95 % interval; gain, gain_low, gain_high: over what is
-    served, which is `served` (champion or default). objective: what utility means, and of which queries and over which
-    default; cost_ref: the cost that judge.cost_weight is the price of, 1 where cost does not count. promote, reason:
-    what the gate would do. seconds: wall; memory_mb: peak of the process by the end of the run, MiB.
+    utility: of the bank on held-out queries, with 95 % interval [low, high]; gain, gain_low, gain_high: the gain over
+    the served policy, which `served` names (champion or default). objective: what defines the utility and the gain
+    (settings, held-out queries, default); runs are comparable only if it is equal. cost_ref: the cost that
+    judge.cost_weight refers to, 1 where cost does not count. promote, reason: the gate's decision. seconds: wall time;
+    memory_mb: peak memory of the process by the end of the run, MiB.
     """
 
     folder: str
@@ -59,13 +60,13 @@ class Member:
 
 
 def member_of(candidate: Candidate, folder: str, overrides: list[str], watch: Watch, seconds: float) -> Member:
-    """A run that ended well."""
+    """The record of a successful run."""
     evaluation, counts = candidate.evaluation, candidate.learned.data.facts["counts"]
     value, bank = evaluation.value("bank"), candidate.bank.data
     objective = bank.objective
     served = "champion" if "champion" in evaluation.bank_gains else "default"
     gain = evaluation.bank_gains[served]
-    # the latency that latency_weight refers to shifts utilities, and no gain
+    # latency_ref_us shifts all utilities alike, which leaves gains unchanged; cost_ref is compared with a tolerance
     meant = {k: v for k, v in asdict(objective).items() if k not in ("cost_ref", "latency_ref_us")}
     held_out = candidate.held_out
     meant |= {"default": held_out.configs[bank.default].as_dict(), "queries": digest(np.sort(held_out.query_id))}
@@ -78,12 +79,12 @@ def member_of(candidate: Candidate, folder: str, overrides: list[str], watch: Wa
 
 
 def write_member(sweep: Path, member: Member) -> None:
-    """Keeps it in its run's folder."""
+    """Writes the record to the run's folder."""
     (sweep / member.folder / RESULT_FILE).write_text(json.dumps(without_nan(asdict(member)), indent=1) + "\n")
 
 
 def read_members(sweep: Path) -> list[Member]:
-    """Every run of the sweep that left a result, in the order of their numbers. Raises DataError without any."""
+    """All runs of the sweep that left a result, in order of their numbers. Raises DataError if there are none."""
     found = []
     for path in sweep.glob(f"*/{RESULT_FILE}"):
         try:
@@ -99,14 +100,14 @@ def read_members(sweep: Path) -> list[Member]:
 
 
 def told_apart(members: Sequence[Member]) -> dict[str, str]:
-    """Of each run, by its folder, the settings that not all runs have."""
+    """For each run, by folder, the overrides that not all runs share."""
     common = set.intersection(*(set(one.overrides) for one in members))
     return {one.folder: " ".join(s for s in one.overrides if s not in common) or "(as configured)" for one in members}
 
 
 def best_of(members: Sequence[Member]) -> Member | None:
-    """The run of highest gain; None where none has a value, or where their gains are in different units, of different
-    queries, or over different defaults.
+    """The run of highest gain; None where no run has a value, or where their gains differ in units, queries or default
+    and so cannot be compared.
     """
     valued = [one for one in members if one.error is None and math.isfinite(one.gain)]
     if not valued or len({(one.objective, one.served) for one in valued}) > 1:
@@ -118,9 +119,10 @@ def best_of(members: Sequence[Member]) -> Member | None:
 
 
 def chosen_among(best: Member, members: Sequence[Member]) -> Member:
-    """The best with a wider interval: it was chosen because its gain on these very queries came out highest.
+    """The best run with a wider interval, because it was selected for the highest gain on these very queries.
 
-    Bonferroni's: 95 % for all runs at once, from the standard error that the interval of one run implies.
+    Bonferroni correction: simultaneous 95 % intervals for all runs, from the standard error that the interval of one
+    run implies.
     """
     runs = sum(one.error is None for one in members)
     half = stats.norm.isf(0.025 / runs) / Z_95
@@ -132,7 +134,7 @@ def chosen_among(best: Member, members: Sequence[Member]) -> Member:
 
 
 def verdict(members: Sequence[Member]) -> str:
-    """Which run is best and how sure that is, or why that cannot be said."""
+    """Which run is best and how certain that is, or why there is no answer."""
     valued, best = [one for one in members if one.error is None], best_of(members)
     if not valued:
         return "every run failed; the log in each one's folder says why"

@@ -1,4 +1,4 @@
-"""Plants trajectories whose truth is known, at any scale, in memory that does not grow with the number of rows.
+"""Generates trajectories with a planted, known truth, at any scale and in memory independent of the number of rows.
 
 Suffixes: N rows of one block, P patterns, C configs, D dims.
 """
@@ -24,14 +24,14 @@ from rb_gpu.params import PARAMETERS, SearchParams
 
 log = logging.getLogger(__name__)
 
-# one generator a block, so that a row depends on the seed and its number, never on chunk_rows
+# each block has its own generator, so that a row depends on the seed and its number, never on chunk_rows
 BLOCK_ROWS = 8192
 EF_STEPS = 8
 LEAST_EF = 16
 MOST_COSINE = 0.5
 SEPARATION_ROUNDS = 50
 COSINE_TILE = 1024
-# the largest pattern is at most this many times as frequent as the smallest
+# the largest ratio between the frequencies of two patterns
 SHARE_RATIO = 3.0
 RATED_SHARE = 0.05
 MEDIAN_LATENCY_US = 1000.0
@@ -39,7 +39,7 @@ LATENCY_SIGMA = 0.5
 COST_SIGMA = 0.25
 FIRST_TIMESTAMP = 1_700_000_000
 
-# reason of a bad row -> the column that is spoilt, and what it becomes in that row
+# reason of a bad row -> the corrupted column and the value that it gets
 BAD_VALUES: dict[str, tuple[str, float]] = {
     "embedding is NaN": ("query_embedding", math.nan),
     "embedding is zero": ("query_embedding", 0.0),
@@ -59,7 +59,7 @@ Columns = dict[str, npt.NDArray[Any]]
 class World:
     """The truth. centres_PD: float32 unit vectors. share_P: float64, sums to 1. best_P: int64 row of `configs`.
 
-    configs: the C arms. With effect 0 best_P names configs that are no better than the others.
+    configs: the C arms. If effect is 0, the configs named by best_P are no better than the others.
     """
 
     centres_PD: npt.NDArray[np.float32]
@@ -70,7 +70,7 @@ class World:
 
 @dataclass(frozen=True)
 class SynthesizeSummary:
-    """What was written under `out`: rows, how many of them are bad by reason, and the bytes of trajectories.parquet."""
+    """What was written under `out`: rows, bad rows by reason, and the size of trajectories.parquet in bytes."""
 
     out: Path
     rows: int
@@ -81,11 +81,11 @@ class SynthesizeSummary:
 def plant(config: SynthesizeConfig) -> World:
     """Draws the world of a seed. Every config is the best one of about equally many patterns.
 
-    Centres lie at a cosine of at most MOST_COSINE from each other where dim has room for it; a warning says where not.
+    Centres have a cosine of at most MOST_COSINE with each other if dim leaves room for that; else a warning says so.
     """
     rng = np.random.default_rng((config.seed, 0))
     share_P = rng.uniform(1.0, SHARE_RATIO, config.patterns)
-    # ef_search alone up to EF_STEPS configs, then with n_probes
+    # vary ef_search alone up to EF_STEPS configs, beyond that n_probes too
     configs = tuple(
         SearchParams(ef_search=LEAST_EF * 2 ** (c % EF_STEPS), n_probes=1 + c // EF_STEPS)
         for c in range(config.configs)
@@ -113,7 +113,7 @@ def _separate_centres(rng: np.random.Generator, patterns: int, dim: int) -> npt.
 
 
 def _too_close(centres_PD: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """Rows with an earlier row at more than MOST_COSINE, found in tiles because P x P may be large."""
+    """Rows that have a cosine over MOST_COSINE with an earlier row; computed in tiles because P x P may be large."""
     found = []
     for start in range(0, len(centres_PD), COSINE_TILE):
         cosine = centres_PD[start : start + COSINE_TILE] @ centres_PD[: start + COSINE_TILE].T
@@ -125,9 +125,9 @@ def blocks(config: SynthesizeConfig, world: World) -> Iterator[pa.RecordBatch]:
     """All rows in order, BLOCK_ROWS at a time: the columns of design section 4, then `pattern` and `bad`.
 
     precision = recall = quality, Beta-distributed with mean PLANTED_QUALITY, plus `effect` under the pattern's best
-    config, and standard deviation quality_noise: a Beta needs no clipping, which would move the means. The config is
-    drawn uniformly and latency and cost without regard to it. bad: the reason, null in a good row; a bad row is one
-    that a reader must refuse, and the row whose id a duplicate repeats is a good one before it.
+    config, and standard deviation quality_noise. A Beta needs no clipping, which would shift the means. The config is
+    drawn uniformly, and latency and cost are independent of it. bad: the reason, null in a good row; a bad row is one
+    that a reader must refuse, and a duplicate repeats the id of an earlier good row.
     """
     for block, start in enumerate(range(0, config.n, BLOCK_ROWS)):
         rng = np.random.default_rng((config.seed, 1 + block))
@@ -147,7 +147,7 @@ def _draw(config: SynthesizeConfig, world: World, rng: np.random.Generator, star
     noise_ND *= np.float32(config.spread / math.sqrt(config.dim))
     noise_ND += world.centres_PD[pattern_N]
     mean_N = PLANTED_QUALITY + config.effect * (arm_N == world.best_P[pattern_N])
-    # a + b of the Beta with this mean and standard deviation
+    # a + b of the Beta distribution with this mean and standard deviation
     weight_N = mean_N * (1 - mean_N) / config.quality_noise**2 - 1
     quality_N = rng.beta(mean_N * weight_N, (1 - mean_N) * weight_N)
     rating_N = np.rint(1 + 4 * quality_N)
@@ -173,13 +173,13 @@ def _draw(config: SynthesizeConfig, world: World, rng: np.random.Generator, star
 
 
 def _spoil(columns: Columns, rows_B: npt.NDArray[np.int64], first_bad: int) -> pa.Array:
-    """Spoils the given rows in place, one reason after the other from reason number first_bad on; their reasons."""
+    """Corrupts the given rows in place, cycling through the reasons from number first_bad on; returns the reasons."""
     n = len(columns["id"])
     reason_B = (first_bad + np.arange(len(rows_B))) % len(BAD_REASONS)
     is_good = np.ones(n, dtype=bool)
     is_good[rows_B] = False
     good_before_N = np.maximum.accumulate(np.where(is_good, np.arange(n), -1))
-    reason_B[good_before_N[rows_B] == -1] %= len(BAD_VALUES)  # no good row whose id could be repeated
+    reason_B[good_before_N[rows_B] == -1] %= len(BAD_VALUES)  # these have no earlier good row to duplicate
     for number, (column, value) in enumerate(BAD_VALUES.values()):
         columns[column][rows_B[reason_B == number]] = value
     repeated = rows_B[reason_B == len(BAD_VALUES)]
@@ -212,7 +212,7 @@ def _schema(dim: int) -> pa.Schema:
     )
 
 
-# few distinct values; a dictionary of the other columns would only be tried and dropped again
+# columns of few distinct values; on others Parquet would only try a dictionary and fall back
 _DICTIONARY = ["ef_search", "n_probes", "model_tier", "context_tokens", "temperature", "rating", "propensity"]
 _TRUTH = ["id", "pattern", "bad"]
 
@@ -231,7 +231,7 @@ def _batch(columns: Columns, world: World, bad: pa.Array) -> pa.RecordBatch:
 
 
 def synthesize(config: SynthesizeConfig) -> SynthesizeSummary:
-    """Writes OUT/trajectories.parquet and its truth: OUT/truth.parquet (id, pattern, bad) row by row, OUT/truth.npz.
+    """Writes OUT/trajectories.parquet and its truth: OUT/truth.parquet (id, pattern, bad of each row), OUT/truth.npz.
 
     truth.npz: centres (P, D) float32, share (P,) float64, best_NAME (P,) for each of the five search parameters, and
     effect. Equal settings give equal rows, whatever chunk_rows is. Raises ConfigError where OUT exists.
@@ -249,7 +249,7 @@ def synthesize(config: SynthesizeConfig) -> SynthesizeSummary:
 
 
 def _write(batches: Iterator[pa.RecordBatch], config: SynthesizeConfig, path: Path, truth_path: Path) -> dict[str, int]:
-    """Writes row groups of chunk_rows; how many bad rows there are by reason."""
+    """Writes row groups of chunk_rows; returns the number of bad rows by reason."""
     schema = _schema(config.dim)
     own = [name for name in schema.names if name not in _TRUTH or name == "id"]
     bad_rows: Counter[str] = Counter()
@@ -268,7 +268,7 @@ def _write(batches: Iterator[pa.RecordBatch], config: SynthesizeConfig, path: Pa
 
 
 def _regroup(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
-    """The same rows in tables of `rows` rows, the last one of what is left."""
+    """The same rows in tables of `rows` rows; the last table may be shorter."""
     held: list[pa.RecordBatch] = []
     room = rows
     for batch in batches:

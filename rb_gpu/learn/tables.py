@@ -1,6 +1,6 @@
-"""Reads trajectory tables into checked NumPy columns; bad rows are set aside by reason.
+"""Reads trajectory tables into validated NumPy columns and sets bad rows aside by reason.
 
-Only the columns of design section 4 and the numeric features that were asked for are read. Suffixes: N rows, D dims.
+Only the columns of design section 4 and the requested numeric features are read. Suffixes: N rows, D dims.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from rb_gpu.learn.quarantine import BadRows
 from rb_gpu.learn.room import Room, to_front
 from rb_gpu.learn.sources import BATCH_ROWS, Source, Span, ahead, guarded, share_out
 
-# the column of a table that no file has: the hashes of its embeddings, taken while each was in the cache
+# a column that no file has: the hashes of the embeddings, computed while each embedding was in the cache
 HASH = "embedding_hash"
-# of embeddings at a time; Arrow takes several times as much to read them from Parquet
+# bytes of embeddings per batch; Arrow needs several times as much memory to read them from Parquet
 CHUNK_BYTES = 3 << 21
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -50,9 +50,9 @@ Columns = dict[str, npt.NDArray[Any]]
 class Table:
     """Good rows of one or several files. model_tier: (N,) int32 codes into tier_names.
 
-    columns has only what every file holds. file_id: (N,) int32 index into `files`; file_row: (N,) int64 row in it.
-    source: what was read, for messages. total_rows: rows seen, bad ones too. room: where the embeddings lie.
-    version: of the table, None where it has none.
+    columns has only those that every file has. file_id: (N,) int32 index into `files`; file_row: (N,) int64 row number
+    in that file. source: names what was read, for messages. total_rows: rows read, including bad ones. room: where the
+    embeddings lie. version: of the table, None where it has none.
     """
 
     columns: Columns
@@ -66,7 +66,7 @@ class Table:
     version: int | None = None
 
     def refuse(self, mask: npt.NDArray[np.bool_], reason: str, key: str, bad: BadRows) -> None:
-        """Drops the rows of the mask as bad ones, in place: a copy would double the memory. key: column of the ids."""
+        """Drops the rows of the mask as bad, in place, since a copy would double the memory. key: the id column."""
         if not mask.any():
             return
         for file_id in np.unique(self.file_id[mask]):
@@ -80,10 +80,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a table is read. tiers: the configured tiers, another name is a bad row; None takes all. newest: keep the
-    rows of largest timestamp, of equal ones the last. key: the setting that messages name. unique: a repeated value in
-    this column, if it is read, is a bad row. room: where the embeddings lie, and the processes that share the reading.
-    store: how the table is stored. absent: what a column means in a file that lacks it, where other files have it.
+    """How a table is read. tiers: the configured tiers, where any other name makes a bad row; None accepts all. newest:
+    keep only this many rows of largest timestamp, of equal ones the last. key: the setting to name in messages. unique:
+    a column in which, if it is read, a repeated value is a bad row. room: where the embeddings lie, and the processes
+    that share the reading. store: how the table is stored. absent: the value of a column in a file that lacks it, if
+    other files have it.
     """
 
     tiers: Sequence[str] | None = None
@@ -98,10 +99,10 @@ class Reading:
 def read_table(
     path: str | Sequence[str], required: Sequence[str], optional: Sequence[str], bad: BadRows, reading: Reading
 ) -> Table:
-    """Reads the required and optional columns of every file of `path`, sets bad rows aside, and joins the rest.
+    """Reads the required and optional columns of all files of `path`, sets bad rows aside, and joins the rest.
 
-    Returns query_embedding as (N, D) float32, and HASH beside it. Raises DataError naming the file and the column:
-    missing file or column, a type that cannot be read, a dimension that differs between files, no rows.
+    Returns query_embedding as (N, D) float32, and HASH beside it. Raises DataError naming the file and the column for:
+    a missing file or column, an unreadable type, a dimension that differs between files, no rows.
     """
     sources, version = open_table(path, reading.store, reading.key)
     label = path if isinstance(path, str) else ", ".join(path)
@@ -116,7 +117,7 @@ def check_sources(
     bad: BadRows,
     reading: Reading,
 ) -> Table:
-    """`read_table` of opened sources."""
+    """`read_table` for opened sources."""
     key, room, ranks = reading.key, reading.room, reading.room.ranks
     sources = [with_folders(source, (*required, *optional), key) for source in sources]
     for source in sources:
@@ -160,7 +161,7 @@ def check_sources(
 
 
 def _rows_around(spans: Sequence[Span]) -> tuple[slice, slice]:
-    """The rows of the table before the spans, which are consecutive, and those in them."""
+    """The rows of the table before the spans, which are consecutive, and the rows within them."""
     if not spans:
         return slice(0, 0), slice(0, 0)
     first, last = spans[0].at, spans[-1]
@@ -182,11 +183,11 @@ class _Part:
 def _read_span(
     span: Span, part: _Part, keep_N: npt.NDArray[np.bool_], file_id: int, batch_rows: int, reading: Reading
 ) -> None:
-    """Adds the good rows of the span. keep_N: whether the span's rows, and those that follow, are wanted."""
+    """Adds the good rows of the span. keep_N: which of the rows from the span's first one on are wanted."""
     row, bad = 0, BadRows(part.bad_parts)
     wanted = [name for name in part.columns if name != HASH]
     batches = guarded(span.source, wanted, batch_rows, reading.key, span.groups)
-    # closed: the threads end with an error too
+    # closing: the reader thread must end on an error too
     with block_threads() as pool, closing(ahead(batches)) as coming:
         for batch in coming:
             keep = keep_N[row : row + batch.num_rows]
@@ -209,7 +210,7 @@ def _read_span(
 def _joined(
     part: _Part, reading: Reading, bad: BadRows
 ) -> tuple[Columns, npt.NDArray[np.int32], npt.NDArray[np.int64], list[str]]:
-    """The columns of all processes but the embeddings, file_id, file_row and the names of the tiers."""
+    """The columns of all processes except the embeddings, file_id, file_row and the names of the tiers."""
     n, ranks = part.filled, reading.room.ranks
     mine = {name: array[:n] for name, array in part.columns.items() if name != "query_embedding"}
     parts = ranks.gathered((mine, part.file_id[:n], part.file_row[:n], part.tier_names, part.bad_parts))
@@ -227,7 +228,7 @@ def _joined(
 
 
 def distinct(values: npt.NDArray[np.uint64]) -> bool:
-    """Whether no value is there twice: far sooner known than which ones are, and at once where they ascend."""
+    """Whether no value repeats; much faster than finding which do, and immediate where values ascend."""
     if (values[1:] > values[:-1]).all():
         return True
     ordered = np.sort(values)
@@ -255,7 +256,7 @@ def _common_dim(sources: Sequence[Source], key: str) -> int:
         dim = embedding_dim(source.schema.field("query_embedding").type, f"{key}={source.name}")
         if dim is None:
             batches = guarded(source, ["query_embedding"], _batch_rows(1024), key)
-            # a batch of nulls, or a whole file of them, tells nothing
+            # a batch of nulls, or a whole file of them, does not determine the dimension
             dim = next((d for batch in batches if (d := list_dim(batch.column(0)))), None)
         if dim is not None:
             dims.setdefault(dim, source.name)
@@ -280,8 +281,8 @@ def _check_batch(
     bad: BadRows,
     pool: Executor,
 ) -> npt.NDArray[np.bool_]:
-    """Decodes the batch into the arrays of `place`, and tells which rows are good; each bad one goes under its first
-    reason. rows: the batch's row numbers in the file.
+    """Decodes the batch into the arrays of `place` and returns which rows are good; a bad row is recorded under the
+    first reason that applies. rows: the batch's row numbers in the file.
     """
     good = np.ones(batch.num_rows, dtype=bool)
     ids = np.zeros(batch.num_rows, np.uint64)
@@ -297,7 +298,7 @@ def _check_batch(
         x_ND = place["query_embedding"]
         matrix, right_length = decode_embeddings(batch.column("query_embedding"), x_ND.shape[1])
         copying = Copying(matrix, x_ND, source.copy, pool)  # goes on while the other columns are checked
-    for name, out in place.items():  # not the batch's order: reasons go by the contract's, whatever the file's
+    for name, out in place.items():  # reasons apply in the contract's order, whatever the file's column order
         if name == HASH:  # taken with the embeddings
             continue
         column, where = batch.column(name), f"{reading.key}={source.name}: column {name}"

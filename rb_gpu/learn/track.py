@@ -1,6 +1,6 @@
-"""Tells MLflow or TensorBoard what a run came to.
+"""Reports the results of a run to MLflow or TensorBoard.
 
-The artifact is published before: a tracker out of reach undoes nothing.
+This happens after the artifact is published, so that an unreachable tracker undoes nothing.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from rb_gpu.learn.checks import check, check_choice
 log = logging.getLogger(__name__)
 
 KINDS = ("off", "mlflow", "tensorboard")
-# a longer value MLflow's server refuses
+# MLflow's server refuses longer values
 LONGEST_PARAM = 500
 
 
 @dataclass
 class TrackConfig:
-    """Where runs are tracked. uri: of MLflow's server or store (null: what MLFLOW_TRACKING_URI says). experiment: of
-    MLflow. folder: TensorBoard's log directory.
+    """Where runs are tracked. uri: MLflow's server or store (null: from MLFLOW_TRACKING_URI). experiment: MLflow's name
+    of the experiment. folder: TensorBoard's log directory.
     """
 
     kind: str = "off"
@@ -42,8 +42,8 @@ class TrackConfig:
 
 @dataclass(frozen=True)
 class Run:
-    """What is told of a run. settings: as nested dicts. metrics: numbers, those that are not finite are left out.
-    tags: words. files: kept beside it where the tracker keeps files.
+    """What is reported about a run. settings: nested dicts. metrics: numbers; those that are not finite are left out.
+    tags: strings. files: stored with the run if the tracker stores files.
     """
 
     name: str
@@ -62,19 +62,19 @@ def check_tracker(config: TrackConfig) -> None:
 
 
 def track(run: Run, config: TrackConfig) -> None:
-    """Tells the tracker. What it does not take is a warning."""
+    """Reports a run to the tracker. If that fails, it is only a warning."""
     if config.kind == "off":
         return
     try:
         (_to_mlflow if config.kind == "mlflow" else _to_tensorboard)(run, config)
     except ConfigError:
         raise
-    except Exception as error:  # of a server and a client of others, whose errors have no common ancestor
+    except Exception as error:  # clients and servers of other projects, whose errors have no common base class
         log.warning("track.kind=%s: the run was not tracked (%s); the artifact is what it was", config.kind, error)
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Settings by their whole keys."""
+    """Settings as pairs of dotted key and text."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")

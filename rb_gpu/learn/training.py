@@ -1,4 +1,4 @@
-"""The job around learning: load, learn, value on the newest queries, publish, and promote where the gate lets it.
+"""The job around learning: load, learn, evaluate on the newest queries, publish, and promote if the gate allows it.
 
 Suffixes: Q queries, D dims.
 """
@@ -45,13 +45,13 @@ from rb_gpu.registry import Registry
 
 log = logging.getLogger(__name__)
 
-# in the registry's folder: its lock keeps other jobs away from it
+# in the registry's folder, where the registry's lock keeps other jobs away from it
 CHECKPOINT_FILE = "kmeans.checkpoint"
 
 
 @dataclass(frozen=True)
 class Published:
-    """What `train` did: the artifact's folder, its manifest, the policy table and the gate's decision."""
+    """The result of `train`: the artifact's folder, its manifest, the policy table and the gate's decision."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -61,7 +61,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A bank with its value on the held-out queries, before anything is written."""
+    """A learned bank with its evaluation on the held-out queries, before anything is written."""
 
     learned: LearnedBank
     bank: ReasoningBank
@@ -75,10 +75,10 @@ class Candidate:
 def train(
     config: TrainConfig, quarantine: Path | None = None, stages: Stages | None = None, promote: bool = True
 ) -> Published | None:
-    """Loads, learns, evaluates, publishes, and promotes where the gate lets it. Raises RbGpuError.
+    """Loads, learns, evaluates, publishes, and promotes if the gate allows it. Raises RbGpuError.
 
-    Under torchrun every rank clusters its share of the queries, and the first does the rest; the others return None.
-    stages: of a sweep, whose work is used. promote: false leaves the choice to a person.
+    Under torchrun every rank clusters its share of the queries; rank 0 does the rest, and the others return None.
+    stages: a sweep's cache of stage results. promote: if false, the choice is left to a person.
     """
     with launched(resolve_device(config.device.kind)) as ranks, reproducible(config.device.deterministic):
         config = replace(config, data=pinned(config.data, ranks))
@@ -94,8 +94,10 @@ def train(
 
 
 def measure(config: TrainConfig, quarantine: Path | None, stages: Stages, watch: Watch) -> Candidate:
-    """What a job with these settings would publish, and what the gate would say of it; nothing is written to the
-    registry, which stays open to other jobs. What only a report shows is left out. Raises RbGpuError.
+    """What a job with these settings would publish, and what the gate would decide. Raises RbGpuError.
+
+    Nothing is written to the registry, which stays open to other jobs, and results that only the report shows are not
+    computed.
     """
     registry = Registry.open(**asdict(config.registry))
     data, cluster = pinned(config.data, Ranks()), replace(config.cluster, checkpoint_every=0)
@@ -104,13 +106,13 @@ def measure(config: TrainConfig, quarantine: Path | None, stages: Stages, watch:
 
 
 def _room(config: TrainConfig, ranks: Ranks) -> Room:
-    """device.memory_budget is of the GPU's memory where there is one; the host then takes what is free."""
+    """device.memory_budget limits GPU memory where there is a GPU; host memory then has the default limit of Room."""
     host = resolve_device(config.device.kind).type == "cpu"
     return Room(config.device.memory_budget if host else None, config.device.scratch, ranks.of_node())
 
 
 def _normalised(training: Trajectories, config: TrainConfig, node: Ranks) -> Trajectories:
-    """In place: these rows are the job's own, and with cosine only their directions are used from here on.
+    """Normalises in place for cosine: these rows belong to the job, and only their directions are used from here on.
 
     node: the processes that share the rows.
     """
@@ -126,7 +128,7 @@ def _checkpoint(config: TrainConfig) -> Checkpoint | None:
 
 
 def _loaded(config: TrainConfig, quarantine: Path | None, ranks: Ranks) -> tuple[Trajectories, Trajectories]:
-    """The rows to learn from, normalised where the metric is cosine, and those held out."""
+    """The training rows, normalised where the metric is cosine, and the held-out rows."""
     room = _room(config, ranks)
     everything = load(config.data, config.params, quarantine, room)
     training, held_out = split_by_time(everything, config.eval.holdout)
@@ -140,7 +142,7 @@ def _candidate(
     config: TrainConfig, registry: Registry, quarantine: Path | None, ranks: Ranks, stages: Stages, watch: Watch,
     brief: bool = False,
 ) -> Candidate:  # fmt: skip
-    """brief: without what neither the gate nor the policy table needs."""
+    """brief: skip what neither the gate nor the policy table needs."""
     with watch.stage("load"):
         files = files_read(config.data) if stages.sharing else []
         read = [files, asdict(config.data), asdict(config.params), config.eval.holdout, config.cluster.metric]
@@ -150,14 +152,14 @@ def _candidate(
     learned = learn(training, config, _checkpoint(config), ranks, parent, first_id, stages, watch)
     with watch.stage("evaluate"):
         bank = learned.bank()
-        # the default may be another than the table's, where the table did not tell
+        # learning may have settled on another default than the table's, if none was given
         held_out = replace(held_out, configs=replace(held_out.configs, default=bank.data.default))
         champion, refusals = champion_beside(registry, bank)
         single = best_single(bank.data.evidence, bank.data.objective)
         others = choices_beside(config.eval.baseline_names, training, held_out.x_QD, bank.data.objective, config)
         if learned.router is not None:
             others |= routed(learned.router, bank, held_out, config.router.steps)
-        # with them, what a model of the outcomes foretells, which costs more than all else here
+        # cached with the predictions of an outcome model, which cost more than all else in this stage
         rows = stages.of(
             "outcomes",
             [*read, bank.data.default, asdict(bank.data.objective)],
@@ -221,6 +223,6 @@ def _publish(candidate: Candidate, config: TrainConfig, registry: Registry, watc
 
 
 def package_versions() -> dict[str, str]:
-    """What ran."""
+    """The versions of Python and of the packages that determine a result."""
     names = ("rb_gpu", "torch", "numpy", "scipy", "pyarrow", "safetensors", "hydra-core")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -1,4 +1,4 @@
-"""Trajectories as columns: Q distinct queries, N rows that each try one config on one query.
+"""Trajectories as columns: Q distinct queries and N rows, each of which tried one config on one query.
 
 Suffixes: Q queries, N rows, D dims, C configs.
 """
@@ -36,7 +36,7 @@ QUERY_OPTIONAL = ("session",)
 
 @dataclass(frozen=True)
 class Source:
-    """What was read: files, rows seen, bad rows by reason, the good rows' fingerprint, versions (None: has none)."""
+    """What was read: files, row count, bad rows by reason, the good rows' fingerprint, versions (None: unversioned)."""
 
     path: str = ""
     files: tuple[str, ...] = ()
@@ -48,13 +48,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Columns of a checked table.
+    """Columns of a validated table.
 
     x_QD: float32 embeddings. query_row: (N,) int64 row in x_QD. query_id: (Q,) uint64. query_time: (Q,) int64, the
     newest timestamp of the query's rows. config_id: (N,) int64 row of `configs`. precision, recall: (N,) float32.
-    latency_us: (N,) int64. cost, propensity: (N,) float32, or None where not logged. rating: (N,) int8, 0 is none.
-    timestamp: (N,) int64 UTC seconds. id: (N,) uint64. auto_default: whether the default of `configs` was not given.
-    session: (Q,) uint64, 0 is none, or None where not logged. feature_QF: float32 columns of data.features, or None.
+    latency_us: (N,) int64. cost, propensity: (N,) float32, or None where not logged. rating: (N,) int8, 0 means none.
+    timestamp: (N,) int64 UTC seconds. id: (N,) uint64. auto_default: True if no default was configured. session: (Q,)
+    uint64, 0 means none, or None where not logged. feature_QF: float32 columns of data.features, or None.
     """
 
     x_QD: npt.NDArray[np.float32]
@@ -80,7 +80,7 @@ class Trajectories:
         return len(self.id)
 
     def select_queries(self, keep_Q: npt.NDArray[np.bool_]) -> Trajectories:
-        """The rows of the queries where keep_Q, with every row of each; ids of configs stay."""
+        """The queries where keep_Q is true, each with all of its rows; config ids do not change."""
         new_row = np.cumsum(keep_Q) - 1
         rows = keep_Q[self.query_row]
         per_row = ("config_id", "precision", "recall", "latency_us", "rating", "timestamp", "id", "cost", "propensity")
@@ -99,7 +99,7 @@ class Trajectories:
 
 
 def _rows_of(x_QD: npt.NDArray[np.float32], keep_Q: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
-    """The rows that stay: a view where they are consecutive, else a copy."""
+    """The kept rows: a view where they are consecutive, else a copy."""
     rows = np.flatnonzero(keep_Q)
     if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
         return x_QD[rows[0] : rows[-1] + 1]
@@ -109,8 +109,8 @@ def _rows_of(x_QD: npt.NDArray[np.float32], keep_Q: npt.NDArray[np.bool_]) -> np
 def split_by_time(trajectories: Trajectories, holdout: float) -> tuple[Trajectories, Trajectories]:
     """The oldest queries to learn from and the newest share `holdout` to evaluate on; a query is never on both sides.
 
-    Queries that share their newest timestamp keep the table's order. Of a loaded table, which is in the order of time,
-    both sides are views. Raises DataError where a side would be empty.
+    Queries with the same newest timestamp keep the table's order. For a loaded table, which is ordered by time, both
+    sides are views. Raises DataError where a side would be empty.
     """
     n = len(trajectories.query_id)
     newest = round(holdout * n)
@@ -127,9 +127,9 @@ def split_by_time(trajectories: Trajectories, holdout: float) -> tuple[Trajector
 def load(
     data: DataConfig, params: ParamsConfig, quarantine: Path | None = None, room: Room | None = None
 ) -> Trajectories:
-    """Reads, checks and joins the tables of `data`, queries in the order of their newest timestamp, whatever the order
-    of the rows; bad rows go to the quarantine file. room: where the embeddings lie, and the processes that share the
-    reading.
+    """Reads, validates and joins the tables of `data`, with queries ordered by their newest timestamp, whatever the
+    order of the rows; bad rows go to the quarantine file. room: where the embeddings lie, and the processes that share
+    the reading.
 
     Raises DataError naming file, column and remedy; ConfigError where the settings contradict the table.
     """
@@ -181,9 +181,9 @@ def load(
 def join(
     outcomes: Table, queries: Table | None, bad: BadRows, capacity: int | None, features: Sequence[str] = ()
 ) -> Columns:
-    """Rows with the row of their query: adds query_row (N,) and the queries' x_QD, hash_Q, query_id, query_time, and
-    session and features where they are there. What a query's rows tell of it apart from its time, the one of least id
-    tells.
+    """Joins rows to their queries: adds query_row (N,) and the queries' x_QD, hash_Q, query_id, query_time, and session
+    and features where present. If a query's rows carry its columns, those of the row of least id are used, except for
+    its time.
     """
     columns = outcomes.columns
     if queries is None:
@@ -229,7 +229,7 @@ def join(
 def assemble(
     columns: Columns, tier_names: Sequence[str], params: ParamsConfig, source: Source, features: Sequence[str] = ()
 ) -> Trajectories:
-    """Quantises parameters to configs, orders tiers, finds the default. Columns as `join` leaves them, or no hash_Q."""
+    """Quantises parameters to configs, orders tiers, finds the default. columns: from `join`; hash_Q may be missing."""
     n = len(columns["id"])
     given = {} if params.default == "auto" else dict(params.default)
     base = SearchParams(**given)
@@ -271,7 +271,7 @@ def _order_tiers(
     price: npt.NDArray[np.float64],
     latency_us: npt.NDArray[np.int64],
 ) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """Tiers cheapest first (by mean cost, those that cost the same by mean latency) and each row's index among them."""
+    """Tiers, cheapest first (by mean cost, then by mean latency), and the index of each row's tier among them."""
     if codes is None:
         tiers = [base.model_tier] if params.tiers == "auto" else list(params.tiers)
         if base.model_tier not in tiers:
@@ -301,7 +301,7 @@ def _with_default(
     price: npt.NDArray[np.float64],
     latency_us: npt.NDArray[np.int64],
 ) -> tuple[ConfigTable, npt.NDArray[np.int64]]:
-    """The table with its default row set: the configured one (added where it was never tried), or the most logged."""
+    """The table with its default set: the configured one (added if it was never tried), or the most logged one."""
     if not given:
         count = np.bincount(config_id, minlength=len(table))
         mean_price = np.bincount(config_id, weights=price, minlength=len(table)) / count
@@ -324,7 +324,7 @@ def _with_default(
 
 
 def _fingerprint(trajectories: Trajectories, hash_Q: npt.NDArray[np.uint64] | None) -> str:
-    """sha256 of every column; of the embeddings, of each row's hash, which the loader has taken or is taken here."""
+    """sha256 of every column; embeddings enter by their row hashes, which are computed here if the loader did not."""
     columns = {
         column.name: getattr(part, column.name)
         for part in (trajectories, trajectories.configs)

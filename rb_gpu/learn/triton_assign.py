@@ -1,25 +1,26 @@
 """The exact nearest centroid of every point on a GPU: coarse products in Triton, then float64 for what is in doubt.
 
-`nearest_kernel` streams tiles of centroids past a tile of points, keeps the two least bounds of each point in registers
-and writes a label and a distance: O(ND + KD) bytes of traffic, no N x K matrix. What it cannot decide it lists, and
-`settle_kernel` decides that in float64. Labels are those of float64 distances, of equal ones the lowest, whatever the
-precision and the shape of the blocks; two labels that are nearer than 2(D + 2)·2^-53 of the distance may be taken for
-each other, as by any float64 sum.
+`nearest_kernel` streams tiles of centroids past a tile of points, keeps each point's two least bounds in registers, and
+writes a label and a distance: O(ND + KD) bytes of traffic, no N x K matrix. Points that it cannot decide are listed,
+and `settle_kernel` decides them in float64. Labels are those of float64 distances, with ties going to the lowest label,
+whatever the precision and the block shape; labels whose distances differ by less than 2(D + 2)·2^-53 of the distance
+may be swapped, as in any float64 sum.
 
 The bound. With y = x − m and z = c − m about the middle m, the score ||z||²/2 − y·z orders the centroids as ||x − c||²
-does. The product sees codes ŷ and ẑ (tf32, bf16 or float32; rounded here, so that the tensor cores drop nothing):
+does. The product sees codes ŷ and ẑ (tf32, bf16 or float32; rounded here, so that the tensor cores truncate nothing):
     |y·z − ŷ·ẑ| <= ||y − ŷ||·||ẑ|| + ||y||·||z − ẑ||                                        (Cauchy and Schwarz)
-and both rests are taken from the numbers themselves. Adding the products up errs by at most ACCUMULATED·D·||ŷ||·||ẑ||:
-products of codes are exact in float32, and tensor cores add them aligned to the largest, cut to 24 bits or more (Fasi,
-Higham, Mikaitis & Pranesh 2021): less than 2^-23 of the sum of |terms| for each term, and as much again for each sum.
-What float32 rounds of y, z, ||z||²/2 and the score itself is at most 8·2^-24·||y||·||z|| + 2^-21·||z||²/2. So with
+and both residuals are computed from the numbers themselves. Summing the products errs by at most
+ACCUMULATED·D·||ŷ||·||ẑ||: products of codes are exact in float32, and tensor cores add them aligned to the largest, cut
+to 24 bits or more (Fasi, Higham, Mikaitis & Pranesh 2021): an error below 2^-23 of the sum of |terms| per term, and as
+much again for each sum. Float32 rounding of y, z, ||z||²/2 and the score itself adds at most
+8·2^-24·||y||·||z|| + 2^-21·||z||²/2. So with
     spread = largest ||z − ẑ||/||z|| + ACCUMULATED·D + 2^-21,   a = ||y − ŷ|| + spread·||y||,   both + (D + 64)·2^-23,
 every score is within e = a·||z|| + 2^-21·||z||²/2 of the coarse one. Norms are padded by √D·2^-50, so that e also
 covers products of numbers that are flushed to 0 (each errs by at most 2^-126). A point is decided where the least lower
-bound plus 2e is below every other lower bound; else all centroids below that sum are measured. Norms whose product
-leaves float32 decide nothing: then all are measured.
+bound plus 2e is below every other lower bound; else all centroids below that value are measured. Where a product of
+norms overflows float32, nothing is decided and all centroids are measured.
 
-Suffixes: N points, M new centroids, K centroids, D dims.
+Suffixes: N points, M new centroids (padded to whole blocks in `Coded`), K centroids, D dims, W padded dims of a code.
 """
 
 from __future__ import annotations
@@ -36,31 +37,31 @@ from rb_gpu.learn import triton_kernels as kernels
 from rb_gpu.learn.devices import LEAST_CAPABILITY
 from rb_gpu.learn.streaming import chunks
 
-# of D·||ŷ||·||ẑ||: what adding up may err; without tensor cores every sum rounds once
+# summation error as a share of D·||ŷ||·||ẑ||; without tensor cores every sum is rounded once
 ACCUMULATED = {"tf32": 2.0**-22, "bf16": 2.0**-22, "ieee": 2.0**-23}
-# tiles of centroids never reach beyond this many padded rows
+# the largest tile of centroids: codes are padded to a multiple of this, so that no tile reads beyond them
 LARGEST_BLOCK_K = 128
 BLACKWELL = (10, 0)
-# points of at most so many dims lie in shared memory while the centroids pass
+# up to this many dims, points stay in shared memory while the centroids stream past
 HELD_DIMS = 128
-# dims at a time without tensor cores, whose products are written out one by one
+# dims per step without tensor cores, where products are unrolled
 IEEE_DIMS = 16
-# columns of the sums of squares: part of the result's bits
+# columns of the sums of squares: they determine the order of summation and thus the result's bits
 SUM_COLUMNS = 32
 SETTLE_SHAPE = {"BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_D": 32}
 SETTLE_PROGRAMS = 1024
-# points whose tiles keep a whole card busy: what is fastest on fewer need not be so on these
+# from this many points on a whole GPU is busy: the fastest block shape may differ from that for fewer points
 MANY_POINTS = 2**17
 
 
 def width_of(dims: int) -> int:
-    """Dims that a code is padded to: a power of two where points are held, else whole blocks of 64."""
+    """Dims that a code is padded to: a power of two up to HELD_DIMS, above that whole blocks of 64."""
     return max(16, triton.next_power_of_2(dims)) if dims <= HELD_DIMS else -(-dims // 64) * 64
 
 
 def block_shapes() -> list[Any]:
-    """What is timed: tiles of points and of centroids that fill the tensor cores without spilling registers."""
-    # of two stages, the first is the one that an L4's shared memory holds of 128 dims in tf32
+    """The autotuner's candidates: tiles of points and centroids that fill the tensor cores without register spills."""
+    # the first shape with two stages is the one that fits an L4's shared memory at 128 dims in tf32
     shapes = [(64, 64, HELD_DIMS, 4, 2), (64, 64, HELD_DIMS, 4, 3), (128, 64, HELD_DIMS, 8, 3),
               (128, 128, HELD_DIMS, 8, 2), (64, 64, 32, 4, 3), (128, 64, 32, 8, 3), (128, 128, 32, 8, 3),
               (32, 64, IEEE_DIMS, 4, 3)]  # fmt: skip
@@ -73,7 +74,7 @@ def block_shapes() -> list[Any]:
 def shapes_within(
     configs: list[Any], width: int, precision: str, shared: int, capability: tuple[int, int]
 ) -> list[Any]:
-    """Of the block shapes, those for codes of this width that fit so many bytes of shared memory, and the registers.
+    """The block shapes for codes of this width that fit `shared` bytes of shared memory, and the registers.
 
     Raises ConfigError where none does.
     """
@@ -83,7 +84,7 @@ def shapes_within(
         held = d == HELD_DIMS
         if (precision == "ieee") != (d == IEEE_DIMS) or (precision != "ieee" and held != (width <= HELD_DIMS)):
             continue
-        # the products of a held 128 x 128 tile leave Blackwell's special memory into registers all at once
+        # on Blackwell, the products of a held 128 x 128 tile move from tensor memory into registers all at once
         if held and k == LARGEST_BLOCK_K and capability >= BLACKWELL:
             continue
         d = min(d, width)
@@ -105,7 +106,7 @@ def settle_shape(width: int, precision: str) -> dict[str, int]:
 
 
 def _fitting(configs: list[Any], _arguments: dict[str, Any], **meta: Any) -> list[Any]:
-    """As Triton's autotuner asks: those for the current device."""
+    """Triton's early_config_prune callback: keeps the shapes that fit the current device."""
     properties = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())
     shared = properties["max_shared_mem"]
     return shapes_within(configs, meta["WIDTH"], meta["PRECISION"], shared, torch.cuda.get_device_capability())
@@ -119,10 +120,10 @@ nearest_kernel = triton.autotune(
 
 @dataclass(frozen=True)
 class Coded:
-    """New centroids as the kernels read them, padded to whole blocks by ones that are infinitely far.
+    """New centroids as the kernels read them, padded to whole blocks by infinitely far ones.
 
-    code (M, WIDTH); low, slack and norm (M,) float32: the half squared norm less its slack, the slack, the padded norm;
-    limits (3,): spread, what norms grow by, the largest norm.
+    code (M, WIDTH); low, slack and norm (M,) float32: half the squared norm less its slack, the slack, the padded norm;
+    limits (3,): spread, a growth factor that covers rounding of norms, the largest norm.
     """
 
     code_MW: Tensor
@@ -148,7 +149,7 @@ def coded(new_MD: Tensor, middle_D: Tensor, precision: str) -> Coded:
     grown = 1 + (dims + 64) * 2.0**-23
     spread = ((rest_M / norm_M).max() + ACCUMULATED[precision] * dims + 2.0**-21) * grown
     low_M = (half_M * (1 - 2.0**-21)).float()
-    # whose norm leaves float32 is never excluded
+    # a centroid whose norm overflows float32 is never excluded
     low_M = torch.where(low_M.isinf(), -torch.inf, low_M)
     low_M[count:] = torch.inf
     norm_M[count:] = 0
@@ -157,7 +158,7 @@ def coded(new_MD: Tensor, middle_D: Tensor, precision: str) -> Coded:
 
 
 def _code(z_MW: Tensor, precision: str) -> Tensor:
-    """As `triton_kernels._code`."""
+    """The same rounding as `triton_kernels._code`."""
     if precision == "bf16":
         return z_MW.bfloat16()
     return ((z_MW.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32) if precision == "tf32" else z_MW
@@ -169,9 +170,9 @@ def lower_exactly(
 ) -> None:  # fmt: skip
     """Lowers d2 (N,) float32 and labels (N,) int64 in place by the centroids (K, D) float32 from row `first` on.
 
-    Labels below 0 are of points that know no centroid yet. x (N, D) float32 may lie on the host, and then comes in
-    chunks; the rest is on the device. precision: tf32, bf16 or ieee, of the coarse products. budget: bytes of points
-    from the host that may lie on the device.
+    A negative label means that no centroid is known yet. x (N, D) float32 may lie on the host, from where it is
+    streamed in chunks; the rest is on the device. precision: of the coarse products: tf32, bf16 or ieee. budget: bytes
+    of host points that may be copied to the device at once.
     """
     codes = coded(centroids_KD[first:], middle_D, precision)
     for tile, x_TD in chunks(x_ND, 4 * x_ND.shape[1], middle_D.device, budget=budget):
@@ -194,7 +195,7 @@ def _lower(
     launch(
         nearest_kernel, lambda meta: (triton.cdiv(count, meta["BLOCK_N"]),),
         *read, codes.slack_M, codes.norm_M, codes.limits_3, *written,
-        # shapes are timed once for each power of two of centroids, for few points and for many
+        # classes by which shapes are tuned: few or many points, and powers of two of centroids
         count, new, int(count >= MANY_POINTS), max(new, LARGEST_BLOCK_K).bit_length(), first, codes.pad,
         2 * (dims + 16) * 2.0**-24, dims * 2.0**-120, **shared,
     )  # fmt: skip
@@ -206,12 +207,12 @@ def _lower(
 
 
 def launch(kernel: Any, grid: Any, *arguments: Any, **meta: Any) -> None:
-    """Runs a kernel; in Triton's interpreter, which times nothing, in the first block shape for its dims."""
+    """Launches a kernel; Triton's interpreter, which cannot tune, uses the first block shape that fits the dims."""
     if triton.knobs.runtime.interpret:
         if kernel is nearest_kernel:
             [shape, *_] = shapes_within(kernel.configs, meta["WIDTH"], meta["PRECISION"], 2**40, LEAST_CAPABILITY)
             kernel, meta = kernel.fn, {**meta, **shape.kwargs}
         meta.pop("enable_fp_fusion", None)
-        # it would multiply the bits of bf16 numbers; as float32 their products are the same
+        # the interpreter would multiply the bit patterns of bf16; as float32 the products are the same
         arguments = tuple(a.float() if getattr(a, "dtype", None) == torch.bfloat16 else a for a in arguments)
     kernel[grid](*arguments, **meta)

@@ -1,7 +1,7 @@
-"""Triton kernels of the assignment: coarse bounds on the tensor cores, then float64 for what they leave in doubt.
+"""Triton kernels of the assignment: coarse bounds on the tensor cores, then float64 for points left in doubt.
 
-`triton_assign` prepares the arguments, launches, and proves the bounds. Suffixes: N points of a tile, K centroids, D
-dims; in kernels BLOCK_N points, BLOCK_K centroids and BLOCK_D dims are looked at together.
+`triton_assign` prepares the arguments, launches the kernels, and proves the bounds. Suffixes: N points of a tile, K
+centroids, D dims; a kernel processes BLOCK_N points, BLOCK_K centroids and BLOCK_D dims together.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def _code(y, PRECISION: tl.constexpr):
-    """What the product sees of float32 numbers: bf16, tf32 (the nearest number of 11 bits, as float32), or all."""
+    """What the product sees of float32 numbers: bf16, tf32 (11 significant bits, kept as float32), or unchanged."""
     if PRECISION == "bf16":
         code = y.to(tl.bfloat16)
     elif PRECISION == "tf32":
@@ -24,7 +24,7 @@ def _code(y, PRECISION: tl.constexpr):
 
 @triton.jit
 def _centred(x_ptr, middle_ptr, row, alive, start, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Coordinates x − middle (BLOCK_N, BLOCK) float32, of dims start and on; 0 outside."""
+    """Coordinates x − middle (BLOCK_N, BLOCK) float32 of dims from start on; 0 outside."""
     dim = start + tl.arange(0, BLOCK)
     inside = alive[:, None] & (dim < D)[None, :]
     x = tl.load(x_ptr + row[:, None] * D + dim[None, :], mask=inside, other=0.0)
@@ -55,7 +55,7 @@ def _lower_bounds(
     first, D: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, HELD: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Lower bounds (BLOCK_N, BLOCK_K) of the scores of centroids first and on."""
+    """Lower bounds (BLOCK_N, BLOCK_K) of the scores of centroids from `first` on."""
     column = first + tl.arange(0, BLOCK_K)
     code_ptrs = code_ptr + column.to(tl.int64)[None, :] * WIDTH
     if HELD:
@@ -75,10 +75,10 @@ def _squared_distance(
     x_ptr, centroid_ptr, row, label, alive, D: tl.constexpr, BLOCK: tl.constexpr,
     KIND: tl.constexpr,
 ):  # fmt: skip
-    """||x − c||² of each point and the centroid of its label, from differences in KIND.
+    """||x − c||² of each point and the centroid of its label, from differences in dtype KIND.
 
-    The order of the sum is the same whatever the shape of the block and the number of threads: column by column over
-    the dims, then a tree over BLOCK columns.
+    The order of summation does not depend on the block shape or the number of threads: column by column over the dims,
+    then a tree over BLOCK columns.
     """
     total = tl.zeros([row.shape[0], BLOCK], KIND)
     for start in range(0, D, BLOCK):
@@ -92,8 +92,8 @@ def _squared_distance(
 
 @triton.jit
 def _tree(total, WIDTH: tl.constexpr):
-    """The sum over the second axis, of 1 to 32 columns, by halves."""
-    # written out, as Triton 3.4 knows no function that calls itself
+    """The sum over the second axis (1 to 32 columns), by repeated halving."""
+    # unrolled, because Triton 3.4 has no recursive functions
     for level in tl.static_range(5):
         if WIDTH >> level > 1:
             left, right = tl.split(tl.reshape(total, [total.shape[0], WIDTH >> (level + 1), 2]))
@@ -101,7 +101,7 @@ def _tree(total, WIDTH: tl.constexpr):
     return tl.reshape(total, [total.shape[0]])
 
 
-# counts change from call to call; a kernel of its own for each that is 1, or whole sixteens, would be compiled for long
+# counts vary between calls: specialising on 1 or multiples of 16 would compile a kernel for each, which takes long
 @triton.jit(do_not_specialize=["n", "k", "n_class", "k_class", "first_label"])
 def nearest_kernel(
     x_ptr, middle_ptr, centroid_ptr, code_ptr, low_ptr, slack_ptr, norm_ptr,
@@ -110,9 +110,9 @@ def nearest_kernel(
     SUM_BLOCK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Lowers labels and d2 where the bounds decide, and lists the rows where they do not, with their limits.
+    """Lowers labels and d2 where the bounds decide; elsewhere lists the row and its limit for `settle_kernel`.
 
-    n_class and k_class are what block shapes are chosen by, see `triton_assign`.
+    n_class and k_class are the keys by which block shapes are tuned, see `triton_assign`.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     alive = row < n
@@ -132,10 +132,10 @@ def nearest_kernel(
         second = tl.minimum(tl.maximum(least, here), tl.minimum(second, other))
         nearest = tl.where(here < least, start + at, nearest)
         least = tl.minimum(least, here)
-    # twice the error, and what rounding may add to it
+    # twice the error, with room for its own rounding
     doubled = 2.0 * (a * tl.load(norm_ptr + nearest) + tl.load(slack_ptr + nearest))
     upper = least + doubled * 1.001 + tl.abs(least) * 2.0**-21
-    # NaN must not pass: every comparison says what is sure
+    # comparisons are written to be true only where the result is certain, so that NaN decides nothing
     tame = norm * tl.load(limits_ptr + 2) < 1e37
     sure = tame & (upper < second)
     label = tl.load(labels_ptr + row, mask=alive, other=-1)
@@ -164,9 +164,9 @@ def settle_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, SUM_BLOCK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Decides the listed rows: of the centroids that the limit does not exclude, the nearest in float64.
+    """Decides the listed rows: the nearest in float64 of the centroids that the limit does not exclude.
 
-    The grid is fixed, so that the host need not know how many rows there are: each program takes every so many.
+    The grid is fixed, so that the host need not know the number of rows: each program strides through the list.
     """
     count = tl.load(count_ptr)
     HELD: tl.constexpr = BLOCK_D == WIDTH
@@ -187,9 +187,9 @@ def settle_kernel(
                 BLOCK_K, BLOCK_D,
             )  # fmt: skip
             column = start + tl.arange(0, BLOCK_K)
-            # written so that a bound or a limit that is no number excludes nothing
+            # written so that a NaN bound or limit excludes nothing
             wanted = tl.where(low > limit[:, None], 0, 1) * (column < k)[None, :] * alive[:, None]
-            # ascending, so that of equally near ones the first stays
+            # in ascending order, so that the lowest of equally near labels wins
             candidate = tl.min(tl.where(wanted > 0, column[None, :], k), axis=1)
             while tl.min(candidate, axis=0) < k:
                 there = candidate < k
@@ -223,7 +223,7 @@ def piece_kernel(
         row = tl.load(order_ptr + place, mask=alive, other=0)
         x = tl.load(x_ptr + row[:, None] * D + dim[None, :], mask=alive[:, None] & (dim < D)[None, :], other=0.0)
         units = x.to(tl.float64) * tl.load(weight_ptr + row, mask=alive, other=0.0)[:, None]
-        # to the nearest integer, of two the even one; from 2^52 on there are only integers
+        # round half to even; from 2^52 on every float64 is an integer
         size = tl.abs(units)
         size = tl.where(size < 4503599627370496.0, (size + 4503599627370496.0) - 4503599627370496.0, size)
         total += tl.where(units < 0, -size, size).to(tl.int64)

@@ -1,4 +1,4 @@
-"""Sums of runs in Triton: the points are read once, and pieces of runs keep the programs equally busy.
+"""Sums of runs in Triton: points are read once, and runs are cut into pieces so that all programs are equally busy.
 
 Suffixes: N points, K labels, D dims, P pieces of runs.
 """
@@ -13,13 +13,13 @@ from rb_gpu.learn.segments import differences
 from rb_gpu.learn.triton_assign import launch
 from rb_gpu.learn.triton_kernels import piece_kernel
 
-# points of one piece: enough to hide what a program costs, few enough that a large cluster keeps all of them busy
+# points of one piece: enough to amortise a program, few enough that one large cluster occupies all of them
 PIECE = 256
 SUM_SHAPE = {"BLOCK_N": 8, "BLOCK_D": 128}
 
 
 def piece_sums(x_ND: Tensor, weight_N: Tensor, order_N: Tensor, bounds_K1: Tensor) -> Tensor:
-    """As `segments.run_sums`. The number of pieces is bounded beforehand, so that the host need not know it."""
+    """As `segments.run_sums`. An upper bound on the number of pieces is used, so that the host need not wait for it."""
     counts_K = bounds_K1.diff()
     pieces_K = (counts_K + PIECE - 1) // PIECE
     ends_K = pieces_K.cumsum(0)
@@ -30,7 +30,7 @@ def piece_sums(x_ND: Tensor, weight_N: Tensor, order_N: Tensor, bounds_K1: Tenso
     stop_P = torch.where(alive_P, torch.minimum(start_P + PIECE, bounds_K1[label_P + 1]), start_P)
     sums_PD = torch.empty(len(piece_P), x_ND.shape[1], dtype=torch.int64, device=x_ND.device)
     block = min(SUM_SHAPE["BLOCK_D"], triton.next_power_of_2(x_ND.shape[1]))
-    # a product that is not rounded before it becomes an integer is not the CPU's
+    # no fused multiply-add: without rounding the product before it is converted, results would differ from the CPU's
     launch(
         piece_kernel, (len(piece_P), triton.cdiv(x_ND.shape[1], block)),
         x_ND, weight_N, order_N, start_P, stop_P, sums_PD,

@@ -1,4 +1,4 @@
-"""The typed settings of versions: which one a training goes on from, which are kept, and which may be served."""
+"""The typed settings of versions: which one a training continues from, which are kept, and which may be served."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from rb_gpu.registry import VERSION
 
 @dataclass
 class GateConfig:
-    """A candidate is promoted where the 95 % lower bound of its gain over what is served now exceeds min_gain, and
+    """When a candidate is promoted. The 95 % lower bound of its gain over what is served now must exceed min_gain.
 
-    max_p95_latency_ratio: its p95 latency is at most so many times that of what is served; max_harm_rate: of the
-    patterns in which it acts, at most this share is surely harmed, or no more than under the champion; min_coverage: at
-    least this share of the held-out queries is near a pattern; max_drift: they are told from training queries with at
-    most this AUC (0.5: not at all, 1: always); min_rows: so many held-out rows tried what it picks.
+    max_p95_latency_ratio: largest p95 latency relative to what is served; max_harm_rate: of the patterns in which it
+    acts, the largest share that may be surely harmed, unless the champion harms at least as large a share;
+    min_coverage: least share of the held-out queries that are near a pattern; max_drift: largest AUC of a classifier
+    that separates held-out from training queries (0.5: indistinguishable, 1: perfectly separated); min_rows: least
+    number of held-out rows that tried what the candidate picks.
     """
 
     min_gain: float = -0.005
@@ -38,7 +39,7 @@ class GateConfig:
 
 @dataclass
 class RegistryConfig:
-    """Where artifacts live, how many versions stay, and the file of the key that signs them (null: none does)."""
+    """Where artifacts are stored, how many versions are kept, and the file of the signing key (null: unsigned)."""
 
     path: str = "artifacts"
     keep: int = 10
@@ -52,7 +53,7 @@ class RegistryConfig:
 
 @dataclass
 class RetrainConfig:
-    """What a training goes on from. parent: champion (what is served, where there is something), none, or a version."""
+    """What a training continues from. parent: champion (what is served, if anything), none, or a version."""
 
     parent: str = "champion"
 

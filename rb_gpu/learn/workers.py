@@ -1,4 +1,4 @@
-"""One worker per core over tiles of rows, each with products of one thread: tiles then stay in a core's own cache."""
+"""One worker thread per core over tiles of rows, each multiplying on one thread: tiles stay in the core's own cache."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from rb_gpu.learn.devices import own_threads, set_own_threads
 
 
 class Workers:
-    """As many threads as torch would use, the caller's among them, whose products of torch take one thread each.
+    """As many threads as torch would use, the caller's included; torch products inside each use a single thread.
 
-    `each` gives them tiles; what they write must not depend on which does.
+    `each` hands out tiles; what is written must not depend on which worker gets which tile.
     """
 
     def __init__(self) -> None:
         with own_threads():
             self.count = torch.get_num_threads()
             set_own_threads(1)
-            # a thread's own setting too: what has not called torch's loops would start as many as there are cores
+            # torch's thread count is per thread: without this, a new thread would use one per core
             self._pool = ThreadPoolExecutor(
                 max(1, self.count - 1), "rb_gpu-kmeans", initializer=set_own_threads, initargs=(1,)
             )
-            # all must have set it before `own_threads` puts back what others begin with
+            # all must have set their count before `own_threads` restores the value that new threads begin with
             started = threading.Barrier(self.count)
             try:
                 for _ in range(1, self.count):
@@ -36,7 +36,7 @@ class Workers:
                 started.abort()
 
     def each(self, n: int, step: int, work: Callable[[int, int, int], None]) -> None:
-        """work(worker, start, stop) over all slices of n rows; the first error is raised when all have stopped."""
+        """Runs work(worker, start, stop) over all slices of n rows; raises the first error after all have stopped."""
         if n <= step:
             if n > 0:
                 work(0, 0, n)
@@ -60,7 +60,7 @@ class Workers:
             future.result()
 
     def close(self) -> None:
-        """Ends the threads and gives torch its own number of them back, which the thread that made these must do."""
+        """Ends the threads and restores torch's thread count; must be called from the thread that created them."""
         self._pool.shutdown()
         with own_threads():
             set_own_threads(self.count)
@@ -68,7 +68,7 @@ class Workers:
 
 @contextmanager
 def workers() -> Iterator[Workers]:
-    """Workers, while torch's own products use one thread each; its setting comes back afterwards."""
+    """Workers, with torch's own products limited to one thread each until they are closed."""
     crew = Workers()
     try:
         yield crew
