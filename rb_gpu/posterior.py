@@ -120,7 +120,7 @@ def pool(
         total = _add(precision, parent, groups)
         up = np.divide(_add(precision * mean, parent, groups), total, out=np.zeros(total.shape), where=total > 0)
         mean, var = up, np.divide(1.0, total, out=np.full(total.shape, np.inf), where=total > 0)
-    root_var = var[0]
+    root_var = var[0].copy()
     if tested:
         doubtful = ~differs(mean[0], root_var)
         mean[0, doubtful] = 0.0

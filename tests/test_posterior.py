@@ -103,6 +103,14 @@ def test_a_cell_without_rows_gets_its_neighbours_belief():
     assert 0 < var[2, 0] < 1e-3
 
 
+def test_a_margin_of_its_own_is_the_error_of_a_difference_though_a_test_finds_none():
+    # it was a thousandth of that: what the test shrank was the very array that had been kept aside
+    effect, variance = 0.01 * np.random.default_rng(0).normal(size=(30, 3)), np.full((30, 3), 0.01)
+    mean, var, root = pool(effect, variance, [], tested=True)
+    np.testing.assert_allclose(root, 0.01 / 30)
+    assert (np.abs(mean) < 1e-6).all() and (var < 1e-4 * root).all()
+
+
 def test_two_level_posterior_is_the_oracles():
     effect, variance = np.array([[0.5], [0.1], [-0.2], [0.3]]), np.full((4, 1), 0.05)
     tau2 = oracles.paule_mandel(effect[:, 0].tolist(), variance[:, 0].tolist())

@@ -108,6 +108,18 @@ def test_hindsight_takes_two_tries_of_every_query(tries):
         assert (best[1:] == rows.utility.reshape(50, CONFIGS)[1:].argmax(1)).all()
 
 
+def test_hindsight_weighs_a_configs_tries_together():
+    # the luckiest of all rows decided, so that a config that was tried often seemed best; nor are its tries two configs
+    rows = full(queries=2)
+    kept = np.array([0, 0, 1, CONFIGS, CONFIGS])
+    some = replace(rows, **{name: getattr(rows, name)[kept] for name in PER_ROW if getattr(rows, name) is not None})
+    assert oracle(some) is None
+    kept[-1] = CONFIGS + 1
+    some = replace(rows, **{name: getattr(rows, name)[kept] for name in PER_ROW if getattr(rows, name) is not None})
+    some = replace(some, utility=np.array([0.0, 1.0, 0.6, 0.2, 0.3]))
+    assert oracle(some).tolist() == [1, 1]
+
+
 def test_a_config_that_no_row_tried_leaves_its_policy_without_a_value():
     rows = rows_of()
     kept = rows.config_id != 3

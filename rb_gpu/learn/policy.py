@@ -126,12 +126,14 @@ def best_single(evidence: Evidence, objective: Objective) -> int:
 
 
 def oracle(rows: Outcomes) -> Choice | None:
-    """The best config of each query in hindsight; None unless every query has at least two rows."""
-    if (np.bincount(rows.query_row, minlength=rows.queries) < 2).any():
+    """The config of highest mean utility on each query; None unless every query ran under at least two configs."""
+    configs = len(rows.configs)
+    cell, inverse, count = np.unique(rows.query_row * configs + rows.config_id, return_inverse=True, return_counts=True)
+    query, config = np.divmod(cell, configs)
+    if (np.bincount(query, minlength=rows.queries) < 2).any():
         return None
-    order = np.lexsort((-rows.utility, rows.query_row))
-    first = np.flatnonzero(np.diff(rows.query_row[order], prepend=-1))
-    return rows.config_id[order[first]]
+    order = np.lexsort((-np.bincount(inverse, rows.utility) / count, query))
+    return np.asarray(config[order[np.flatnonzero(np.diff(query[order], prepend=-1))]])
 
 
 def evaluate(
