@@ -28,7 +28,7 @@ def run(config: TrainConfig) -> int:
         return 0
     check_tracker(config.track)
     published = train(config, run_folder() / "quarantine.parquet")
-    if published is None:  # a rank that only shared the work
+    if published is None:  # this rank only shared the work; rank 0 publishes
         return 0
     track(run_of(published, config), config.track)
     evaluation, counts = published.evaluation, published.manifest["counts"]

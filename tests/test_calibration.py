@@ -103,7 +103,7 @@ def test_of_many_queries_the_held_out_means_error_is_added_to_the_confidences():
 def test_gains_of_few_queries_are_drawn_from_those_of_their_config_or_of_all():
     # 0.2 cancels: deviations are about the mean
     few = LEAST_GAINS - 1
-    away = np.r_[np.zeros(few), 0.2 + np.tile([0.1] * 9 + [-0.9], 4)]  # whatever is expected of all of a config's
+    away = np.r_[np.zeros(few), 0.2 + np.tile([0.1] * 9 + [-0.9], 4)]  # 0.2 cancels: deviations are about the mean
     config, leaf = np.repeat([0, 1], [few, 40]), np.r_[np.full(few, 8), np.arange(40) // 5]
     lead = np.array([*[0.05] * 7, -0.05, 0.02])
     found = _of_few(lead, np.zeros(9), away, config, leaf, 0)

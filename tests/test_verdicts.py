@@ -244,8 +244,8 @@ def test_grades():
 
 
 def one_good_pattern_in_ten(seed: int = 0) -> Trajectories:
-    """In the first of ten patterns config 1 is a little better than the default with certainty, config 2 much better
-    without.
+    """In the first of ten patterns, config 1 is slightly better than the default with little noise, and config 2 is
+    much better with much noise.
     """
     rng = np.random.default_rng(seed)
     rows = table(seed, n=1800)
