@@ -1,4 +1,4 @@
-"""Speed and memory beside peers, in one run.
+"""Measures speed and memory next to other libraries, all in one run.
 
 python -m jobs.benchmark suite=lookup
 python -m jobs.benchmark suite=cluster points=[emb,gauss] clusters=[256,1024]
@@ -35,7 +35,7 @@ Suite = tuple[
 
 
 def no_picture(_result: dict[str, Any], _path: Path) -> bool:
-    """The table says it all."""
+    """The plot function of suites that have no plot: draws nothing and returns False."""
     return False
 
 
@@ -55,7 +55,10 @@ SUITES: dict[str, Suite] = {
 
 
 def run(config: BenchmarkConfig) -> int:
-    """Measures, prints the tables, and keeps them as JSON and as pictures; 1 where ours failed or has wrong labels."""
+    """Runs the suites, prints their tables, and writes the results as JSON and PNG into the run's folder.
+
+    Returns 1 if a measurement of rb_gpu failed or its GPU labels exceed the error bound, else 0.
+    """
     folder, right = run_folder(), True
     for name in [name for name in SUITES if name != "gpu"] if config.suite == "all" else [config.suite]:
         measure, tables, plot = SUITES[name]

@@ -1,4 +1,4 @@
-"""Makes real trajectories: searches a corpus under a grid of configs.
+"""Makes real trajectories by searching a corpus under a grid of configs.
 
 python -m jobs.collect base=base.npy queries=queries.npy out=collected
 python -m jobs.collect base=base.npy queries=queries.parquet hnsw_ef_search=[16,32,64] ivf_n_probes=[]
@@ -13,7 +13,7 @@ from .common import job
 
 
 def run(config: CollectConfig) -> int:
-    """Collects and prints what every config did on the mean, and its median latency."""
+    """Runs the searches and prints each config's mean precision, recall and cost, and its median latency."""
     summary = collect(config)
     print(
         f"{summary.out}: {summary.queries} queries x {len(summary.configs)} configs = {summary.rows} rows, "

@@ -1,4 +1,4 @@
-"""Columns of text, as wide as the terminal at most."""
+"""Formats tables as aligned text columns that fit the width of the terminal."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ GAP = "  "
 
 
 def terminal_width() -> int:
-    """Columns of the terminal that is written to; where it is a file or a pipe, there is no end to a line."""
+    """Width of the terminal in characters; sys.maxsize if the output goes to a file or a pipe."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
 
 
 def render(head: Sequence[str], rows: Sequence[Sequence[str]], room: int | None = None) -> str:
-    """Columns aligned: the first to the left, the others to the right. Where a line of `room` columns is too narrow,
-    those that do not fit follow below, each time with the first. room: None is the terminal's.
+    """A table as text, with the first column left-aligned and the others right-aligned.
+
+    Columns that do not fit into `room` characters continue in blocks below, each of which repeats the first column.
+    room: width in characters; None uses the width of the terminal.
     """
     lines = [list(head), *map(list, rows)]
     width = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -33,7 +35,7 @@ def render(head: Sequence[str], rows: Sequence[Sequence[str]], room: int | None 
 
 
 def _blocks(width: Sequence[int], room: int) -> Iterator[list[int]]:
-    """The columns after the first, in runs that fit beside it."""
+    """Splits the columns after the first into runs that fit next to the first column."""
     block: list[int] = []
     taken = width[0]
     for column in range(1, len(width)):
@@ -46,10 +48,10 @@ def _blocks(width: Sequence[int], room: int) -> Iterator[list[int]]:
 
 
 def number(value: float, form: str, unit: str = "") -> str:
-    """The number in the given form, or a dash where it is not known."""
+    """The number formatted with the format spec `form`, or a dash if it is not finite (unknown)."""
     return f"{value:{form}}{unit}" if math.isfinite(value) else "-"
 
 
 def amount(value: float, digits: int = 3) -> str:
-    """To `digits` significant ones as the report writes it, or a dash where it is not known."""
+    """The number with `digits` significant digits, as in the report, or a dash if it is not finite (unknown)."""
     return short(value, digits) if math.isfinite(value) else "-"

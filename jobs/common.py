@@ -1,4 +1,4 @@
-"""What every job does alike: schemas into Hydra's store, a folder of its own, one-line errors, exit codes."""
+"""What all jobs share: registering the Hydra schemas, the run's folder, one-line error messages and exit codes."""
 
 from __future__ import annotations
 
@@ -38,17 +38,20 @@ def job(
     member: Callable[[DictConfig], float | None] | None = None,
     finish: Callable[[], int] | None = None,
 ) -> Callable[[], None]:
-    """The entry point of the job whose settings are conf/NAME.yaml. The task takes them and returns an exit code. doc:
-    the docstring of its module, with which its manual page begins.
+    """Makes the entry point of the job whose settings are in conf/NAME.yaml.
 
-    An error that a user can mend is one line on the log and exit code 1; anything else is a traceback. member, finish:
-    of a job that sweeps (--multirun), what each run does, whose number a sweeper maximises, and what follows the last.
+    task: takes the settings and returns an exit code. doc: docstring of the job's module, the start of its --help page.
+    member, finish: for a job that supports sweeps (--multirun): `member` runs one setting and returns the number that
+    the sweeper maximises, `finish` runs after the last member and returns an exit code.
+
+    An error that the user can fix (RbGpuError) becomes one line in the log and exit code 1; any other exception is a
+    traceback.
     """
     register_schemas()
     quiet = False
 
     def run(composed: DictConfig) -> float | None:
-        # Faiss tells at every import which of its builds the processor cannot run
+        # at every import Faiss logs which of its builds the processor cannot run
         logging.getLogger("faiss.loader").setLevel(logging.WARNING)
         try:
             with claimed(run_folder()), shown(run_folder(), quiet):
@@ -59,7 +62,7 @@ def job(
             log.error("%s", error)
             code = EXIT_ERROR
         except BrokenPipeError:
-            # who reads the output has seen enough, as `head` does; what is still buffered goes nowhere
+            # the reader closed the pipe, as `head` does; what is still buffered goes to /dev/null
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = EXIT_ERROR
         if code:
@@ -70,7 +73,7 @@ def job(
 
     def main() -> None:
         nonlocal quiet
-        # Hydra knows no flags but its own, and none between settings
+        # Hydra rejects flags that it does not know, and its own if they stand between settings
         quiet = QUIET in sys.argv
         given = [argument for argument in sys.argv[1:] if argument not in (QUIET, *MULTIRUN)]
         sys.argv = [sys.argv[0], *["-m"] * bool(set(sys.argv) & MULTIRUN), *given]
@@ -85,14 +88,14 @@ def job(
             sys.exit(f"{error}")
         with ExitStack() as stack:
             if is_dry(sys.argv[1:]):
-                # Hydra would keep settings and a log of every run
+                # Hydra writes settings and a log for every run, and a dry run must leave nothing behind
                 nowhere = stack.enter_context(tempfile.TemporaryDirectory(prefix="rb_gpu-dry-"))
                 sys.argv += [f"hydra.run.dir={nowhere}", f"hydra.sweep.dir={nowhere}"]
             stack.enter_context(lazy_help())
             try:
                 composing()
             except SystemExit as ended:
-                # a sweeper that gave up, as Optuna's where every run failed: what they came to is shown all the same
+                # a sweeper may give up, as Optuna's does if every run failed; show the results of the members anyway
                 if ended.code and finish is not None:
                     finish()
                 raise
@@ -105,8 +108,10 @@ def job(
 
 @contextmanager
 def lazy_help() -> Iterator[None]:
-    """From Python 3.14 argparse reads an option's help when it is added, of which Hydra 1.3 has one that is no text
-    before it is shown (facebookresearch/hydra#3121); inside this it does not.
+    """Turns off argparse's check of help texts inside the block.
+
+    Since Python 3.14 argparse checks an option's help as soon as it is added, and one of Hydra 1.3's is an object that
+    only becomes text when it is shown (facebookresearch/hydra#3121).
     """
     check = getattr(argparse.ArgumentParser, "_check_help", None)
     if check is None:
@@ -120,14 +125,14 @@ def lazy_help() -> Iterator[None]:
 
 
 def run_folder() -> Path:
-    """The folder of this run, in which Hydra keeps its settings and log."""
+    """The folder of this run, where Hydra writes its settings and log."""
     return Path(HydraConfig.get().runtime.output_dir)
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Holds a run's folder for one job. Raises ConfigError where another one writes into it now."""
-    # ranks of torchrun may share a folder
+    """Locks a run's folder inside the block. Raises ConfigError if another job is writing into it."""
+    # the ranks of torchrun may share a folder, so that each has its own lock file
     with (folder / f".lock{os.environ.get('RANK', '')}").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

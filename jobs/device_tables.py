@@ -1,4 +1,4 @@
-"""Tables of the suites about GPUs, for a terminal."""
+"""Terminal tables for the results of the benchmark suites roofline and gpu."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHOWN = [
 
 
 def roofline_tables(result: dict[str, Any]) -> str:
-    """The suite roofline: milliseconds that seeding and one iteration take at least, by card and shape."""
+    """Table of the suite roofline: lower bounds in milliseconds of seeding and of one iteration, by card and shape."""
     said = []
     for card in result["cards"]:
         rows = []
@@ -42,7 +42,9 @@ def _milliseconds(value: float) -> str:
 
 
 def gpu_tables(result: dict[str, Any]) -> str:
-    """The suite gpu: the card, labels beside the CPU's, iterations by contestant, clusterings and jobs by size."""
+    """Tables of the suite gpu: the card, labels compared with the CPU's, iterations by contestant, then clusterings and
+    jobs by size.
+    """
     known, card = result["machine"], result["card"]
     out = [
         f"{known['card']}, {known['memory_bytes'] / 1e9:.0f} GB, driver {known['driver']}, CUDA {known['cuda']}, torch "

@@ -1,4 +1,4 @@
-"""How a job shows where it is: bars on a terminal, lines elsewhere, and events.jsonl in the run's folder."""
+"""Shows a job's progress: bars on a terminal, log lines elsewhere, and always events.jsonl in the run's folder."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rb_gpu.learn.progress import channel
 
 EVENTS_FILE = "events.jsonl"
-# seconds between two lines, and between two events, of one task
+# minimum seconds between two log lines, and between two events, of the same task
 LINE_SECONDS, EVENT_SECONDS = 10.0, 0.5
 
-# columns of a terminal from which on a line has a bar and a rate
+# terminal width in characters from which a line has room for a full bar and a rate
 WIDE = 72
 
 log = logging.getLogger("rb_gpu")
 
 
 class Events(logging.Handler):
-    """Writes every event as a line of JSON with its time; of the steps of a task, one in EVENT_SECONDS and the last."""
+    """Writes each event as one line of JSON with its time. Of a task's steps it writes one per EVENT_SECONDS and the
+    last.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -34,26 +36,26 @@ class Events(logging.Handler):
         self._due: dict[str, float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes one."""
+        """Writes one event."""
         event = _event(record)
         if event["event"] != "step" or _is_due(self._due, event, record.created, EVENT_SECONDS):
             self._file.write(json.dumps({"time": round(record.created, 3), **event}) + "\n")
 
     def close(self) -> None:
-        """Ends the file."""
+        """Closes the file."""
         self._file.close()
         super().close()
 
 
 class Lines(logging.Handler):
-    """Logs a line on a task that takes longer than LINE_SECONDS, and one after each such time."""
+    """Logs a progress line every LINE_SECONDS for a task that takes longer than that."""
 
     def __init__(self) -> None:
         super().__init__()
         self._due: dict[str, float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Logs one, where it is due."""
+        """Logs a line if one is due."""
         event = _event(record)
         if event["event"] == "stage_start":
             self._due.clear()
@@ -68,13 +70,13 @@ class Lines(logging.Handler):
 
 
 class Bars(logging.Handler):
-    """A live bar for each task of the stage that runs, with rate and remaining time; between stages there is none, so
-    that what a job prints is not written over.
+    """Draws a live bar for each task of the running stage, with its rate and remaining time. Between stages there are
+    no bars, so that they do not overwrite what the job prints.
     """
 
     def __init__(self, console: Console) -> None:
         super().__init__()
-        # where all does not fit the bar shrinks and the rate goes: a cut time would tell nothing
+        # on a narrow terminal the bar shrinks and the rate is dropped, so that the times are not cut off
         wide = console.width >= WIDE
         columns = ("{task.fields[amount]:>22}", *(["{task.fields[rate]:>12}"] if wide else []))
         bar = BarColumn(max(4, min(32, console.width - (WIDE - 7 if wide else WIDE - 20))))
@@ -85,7 +87,7 @@ class Bars(logging.Handler):
         self._tasks: dict[str, Any] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Moves, adds or clears bars."""
+        """Adds, advances or clears bars."""
         event = _event(record)
         if event["event"] == "stage_start":
             self._clear()
@@ -97,7 +99,7 @@ class Bars(logging.Handler):
             self._step(event)
 
     def close(self) -> None:
-        """Ends the display, also of a stage that failed."""
+        """Removes the bars, also those of a stage that failed."""
         self._clear()
         super().close()
 
@@ -120,7 +122,7 @@ class Bars(logging.Handler):
 
 
 class _Beside(logging.StreamHandler[Any]):
-    """Log lines above live bars: through the console that draws them."""
+    """Prints log lines above the live bars, through the console that draws the bars."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -132,7 +134,7 @@ class _Beside(logging.StreamHandler[Any]):
 
 @contextmanager
 def shown(folder: Path, quiet: bool) -> Iterator[None]:
-    """Shows a job's progress meanwhile. quiet: warnings and errors only; events are written all the same."""
+    """Shows a job's progress inside the block. quiet: show only warnings and errors; events are still written."""
     root = logging.getLogger()
     with ExitStack() as stack:
         handlers: list[logging.Handler] = [Events(folder / EVENTS_FILE)]

@@ -1,4 +1,4 @@
-"""What an artifact is worth on a table that it did not see.
+"""Evaluates an artifact on a table that it did not learn from.
 
 python -m jobs.evaluate data.path=newer.parquet
 python -m jobs.evaluate data.path=newer.parquet eval.baselines=all training.path=older.parquet
@@ -14,7 +14,7 @@ from .tables import evaluation_tables, tradeoff_table
 
 
 def run(config: EvaluateConfig) -> int:
-    """Evaluates and prints the policy table, and quality over cost where cost is known."""
+    """Evaluates the artifact, and prints the policy table and, if costs are known, the quality-cost curve."""
     evaluation = evaluate_artifact(config, run_folder() / "quarantine.parquet")
     print(f"\n{config.artifact} on {evaluation.queries:,} queries ({evaluation.grade} values):\n")
     print(evaluation_tables(evaluation))

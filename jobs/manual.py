@@ -1,4 +1,4 @@
-"""A job's manual page, made of its docstring and of conf/, and the nearest setting where one was mistyped."""
+"""Builds a job's --help page from its docstring and the comments of conf/, and suggests settings for mistyped ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rb_gpu.params import PARAMETERS
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 DEFAULT = "params.default"
-# columns of a page, and where what a setting means begins
+# width of a page in characters, and the column at which the description of a setting begins
 WIDTH, INDENT = 118, 38
 GROUP = re.compile(r"- /?(\w+)(?:@(\w+))?: *\"?(\w+)\"?(?: *# *(.*))?")
 ENDING = """
@@ -30,7 +30,7 @@ settings given as lists with commas.  --hydra-help: Hydra's own flags.  Anything
 
 
 def page(name: str, doc: str) -> str:
-    """The manual page of the job whose settings are conf/NAME.yaml. doc: its module's docstring."""
+    """The manual page of the job whose settings are in conf/NAME.yaml. doc: the docstring of the job's module."""
     main = CONF / f"{name}.yaml"
     own = dict(_settings(main, "")).values()
     parts = [doc.strip(), "\n".join(["Settings, as KEY=VALUE, with their defaults:", "", *own])]
@@ -40,7 +40,7 @@ def page(name: str, doc: str) -> str:
             continue
         others = options_of(name, group)
         choice = f", {group}={' | '.join(others)}" if len(others) > 1 else ""
-        # what only some options know stands once; an option that sets other sections too is of its own
+        # list a setting that only some options have once; leave out options that set other sections too
         entries: dict[str, str] = {}
         for one in dict.fromkeys([option, *others]):
             path = CONF / group / f"{one}.yaml"
@@ -51,7 +51,7 @@ def page(name: str, doc: str) -> str:
 
 
 def options_of(name: str, group: str) -> list[str]:
-    """The options of a group that the job has a place for: one that sets other sections too may need more of them."""
+    """The options of a group that the job can use: one that also sets other sections needs a job that has them."""
     has = {field.name for field in fields(JOBS[name])} | {"defaults"}
     texts = {path.stem: path.read_text() for path in sorted((CONF / group).glob("*.yaml"))}
     return [
@@ -61,8 +61,8 @@ def options_of(name: str, group: str) -> list[str]:
 
 
 def _groups(main: Path) -> Iterator[tuple[str, str | None, str, str | None]]:
-    """The groups of a job's defaults list: where one stands if not under its own name, the option that stands without
-    being asked, and what the comment behind says.
+    """The groups in a job's defaults list: (group, the key it is placed under if not its own name, the default option,
+    the comment after it).
     """
     listed = main.read_text().split("\ndefaults:", 1)[1]
     for line in listed.splitlines()[1:]:
@@ -74,13 +74,13 @@ def _groups(main: Path) -> Iterator[tuple[str, str | None, str, str | None]]:
 
 
 def _settings(path: Path, prefix: str) -> Iterator[tuple[str, str]]:
-    """Each setting of a file by its whole key, and its lines of a page: what the comments behind, above and under it
-    say, unit included.
+    """Yields each setting of a file: its full key and its lines on the page. The description joins the comments above
+    the setting, after it, and on the indented lines below it.
     """
     key, value, said, ahead, section = "", "", "", "", ""
     for line in [*path.read_text().split("  - _self_\n", 1)[1].splitlines(), "hydra:"]:
         text = line.strip()
-        if line.startswith("#"):  # of the setting that follows
+        if line.startswith("#"):  # describes the setting that follows
             ahead += f" {text[1:].strip()}"
         elif text.startswith("#"):
             said += f" {text[1:].strip()}"
@@ -106,7 +106,7 @@ def _entry(setting: str, said: str) -> str:
 
 
 def known_keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """Every key of a schema, sections among them."""
+    """Every key of a schema, including those of its sections."""
     for field in fields(schema):
         yield f"{prefix}{field.name}"
         inner = field.default_factory
@@ -115,12 +115,12 @@ def known_keys(schema: type, prefix: str = "") -> Iterator[str]:
 
 
 def check_keys(name: str, arguments: Sequence[str]) -> None:
-    """Raises ConfigError for a KEY=VALUE whose key the job does not have, with the nearest that it has.
+    """Raises ConfigError for a KEY=VALUE whose key the job does not have, and suggests the nearest key that it has.
 
-    Hydra would refuse it too, without saying which was meant. What it alone understands is left to it.
+    Hydra would reject it too, but without a suggestion. Arguments in syntax that only Hydra understands are left to it.
     """
     known = set(known_keys(JOBS[name]))
-    # Hydra's flags take values of their own
+    # Hydra's flags may contain "=" too
     given = [one for one in arguments if "=" in one and not one.startswith("-")]
     own_options = any(one.startswith(("--config-dir", "-cd")) for one in arguments)
     for argument in given:
@@ -133,7 +133,7 @@ def check_keys(name: str, arguments: Sequence[str]) -> None:
         plain = not (override.is_add() or override.is_delete() or key.split(".")[0] == "hydra")
         if plain and not own_options and (CONF / key).is_dir() and isinstance(override.value(), str):
             _check_option(argument, override.value(), options_of(name, key))
-        # below a mapping, such as params.default, the setting's own check decides
+        # keys inside a mapping such as params.default are checked by the setting itself
         if not plain or any(key == one or (key.startswith(f"{one}.") and one not in _sections(known)) for one in known):
             continue
         near = _nearest(key, known)
@@ -150,8 +150,8 @@ def _check_option(argument: str, given: Any, options: list[str]) -> None:
 
 
 def _check_default(argument: str, key: str, value: Any) -> None:
-    """Raises ConfigError where params.default is not given whole, or a parameter of it is mistyped: what Hydra says of
-    either leads astray.
+    """Raises ConfigError if params.default is set key by key, or has a mistyped parameter. Hydra's own messages for
+    these two mistakes are misleading.
     """
     if key.startswith(f"{DEFAULT}."):
         raise ConfigError(f"{argument}: {DEFAULT} is given whole; write {DEFAULT}='{{{key.split('.')[2]}: ...}}'")
@@ -163,7 +163,7 @@ def _check_default(argument: str, key: str, value: Any) -> None:
 
 
 def is_dry(arguments: Sequence[str]) -> bool:
-    """Whether dry_run=true is among them."""
+    """Whether the arguments contain dry_run=true, in any spelling that Hydra reads as true."""
     given = [one for one in arguments if one.startswith("dry_run=")]
     return any(OverridesParser.create().parse_override(one).value() is True for one in given)
 
@@ -173,8 +173,9 @@ def _sections(known: set[str]) -> set[str]:
 
 
 def _nearest(key: str, known: set[str]) -> str | None:
-    """The setting of the same last name elsewhere, else one of the same section whose name holds its, else the one most
-    like it, else one whose name holds its.
+    """The setting that was probably meant, in this order of preference: one with the same last name in another section,
+    one in the same section whose name contains the given one, the most similar key, one anywhere whose name contains
+    the given one.
     """
     section, _, last = key.rpartition(".")
     names = {one: one.rpartition(".") for one in sorted(known)}

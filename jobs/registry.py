@@ -1,4 +1,4 @@
-"""What was published, what is served, and how to change it.
+"""Lists and inspects published versions, and changes which one is served.
 
 python -m jobs.registry action=list
 python -m jobs.registry action=promote version=20261128T030000-4c69fd
@@ -19,7 +19,7 @@ from .versions import difference, listing, statistics, tree
 
 
 def run(config: RegistryJobConfig) -> int:
-    """Does the action and prints what it did."""
+    """Performs the action and prints its result."""
     registry = Registry.open(**asdict(config.registry))
     version = config.version or CHAMPION
     if config.action == "list":
@@ -36,7 +36,7 @@ def run(config: RegistryJobConfig) -> int:
         folder = registry.folder(version)
         print(f"{folder.name}: {len(verify_artifact(folder, registry.hmac_key)['files'])} files are whole")
     else:
-        if not registry.path.is_dir():  # which locking it would make
+        if not registry.path.is_dir():  # taking the lock would create it
             raise RegistryError(f"registry.path={registry.path} is no folder; give the one that jobs.train made")
         with registry.locked():
             if config.action == "promote":
@@ -50,7 +50,9 @@ def run(config: RegistryJobConfig) -> int:
 
 
 def _changes(registry: Registry, version: str) -> list[str]:
-    """In what a version's queries are other than the champion's, which a service would not notice."""
+    """How a version's metric, dimension and embedder differ from the champion's. A service would not notice such a
+    change by itself.
+    """
     known = dict(registry.manifests())
     served, new = (known.get(one or "") for one in (registry.champion(), version))
     if served is None or new is None:
@@ -63,7 +65,7 @@ def _changes(registry: Registry, version: str) -> list[str]:
 
 
 def _difference(registry: Registry, version: str, other: str | None) -> str:
-    """`other` is the version's parent where it is left out."""
+    """The comparison of a version with `other`, by default its parent. Raises RegistryError if it has none."""
     after, manifest = load_artifact(registry.folder(version), registry.hmac_key)
     named = other or manifest.get("parent")
     if named is None:

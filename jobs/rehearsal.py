@@ -1,4 +1,4 @@
-"""What `dry_run=true` shows."""
+"""The text that `dry_run=true` prints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHOWN_CONFIGS = 20
 
 
 def told(found: Rehearsal, config: TrainConfig) -> str:
-    """The table, the settings, what the job would take, and what it would write."""
+    """Describes the table, the resolved settings, the time and memory the job would need, and what it would publish."""
     bad = sum(found.bad_rows.values())
     reasons = "".join(f"\n  {count:,}: {reason}" for reason, count in found.bad_rows.items())
     logged = ", ".join(name if there else f"no {name}" for name, there in found.columns.items())

@@ -1,4 +1,4 @@
-"""The table of a sweep, from the folders of its runs.
+"""Rebuilds the table of a sweep from the folders of its runs.
 
 python -m jobs.sweep_report folder=outputs/train-sweep/2026-11-28_03-00-00_000000
 python -m jobs.sweep_report folder=night1
@@ -22,15 +22,18 @@ TABLE_FILE, PAGE_FILE = "sweep.txt", "sweep.html"
 
 
 def run(config: SweepReportConfig) -> int:
-    """Prints the table and keeps it in the folder."""
+    """Prints the table and writes it into the sweep's folder."""
     folder = Path(config.folder)
     print(show(folder, read_members(folder)))
     return 0
 
 
 def show(folder: Path, members: Sequence[Member]) -> str:
-    """The table, and which run is best, with where it and a page that draws it were written."""
-    # the file is read elsewhere than on this terminal
+    """Writes the table and an HTML page with plots into the sweep's folder.
+
+    Returns the table with the best run, followed by the paths of both files.
+    """
+    # the file may be read on other terminals, so that its lines are not fitted to this one
     (folder / TABLE_FILE).write_text(f"{_told(members, sys.maxsize)}\n")
     (folder / PAGE_FILE).write_text(render_sweep(folder.resolve().name, members))
     return f"{_told(members, terminal_width())}\n\n{folder / TABLE_FILE} and {PAGE_FILE}"

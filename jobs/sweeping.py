@@ -1,4 +1,6 @@
-"""A sweep: members of one process share stages, none is published, and the best is offered at the end."""
+"""Sweeps of jobs.train. The members run in one process and share stages that have equal inputs; none is published, and
+at the end the best one that passes the gate is published as a candidate.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,10 @@ log = logging.getLogger("rb_gpu")
 
 
 class Sweep:
-    """The members that ran in this process. rehearsed: of each dry run, whether it could be trained. valued: whether a
-    sweeper was told a number so far.
+    """The members that ran in this process.
+
+    configs: settings of each member by its folder. folder: folder of the sweep, None before the first member.
+    rehearsed: for each dry run, whether it could be trained. valued: whether the sweeper has got a number so far.
     """
 
     def __init__(self) -> None:
@@ -42,15 +46,17 @@ class Sweep:
         self.valued = False
 
     def member(self, composed: DictConfig) -> float | None:
-        """Runs one member and keeps its result. Returns its utility, which a sweeper maximises; None where it failed or
-        has none: the others go on. What is only rehearsed has 0. Raises SystemExit where all trials of a sweeper that
-        knows their number have none.
+        """Runs one member and stores its result in the member's folder.
+
+        Returns the utility, which the sweeper maximises: 0 for a dry run, None if the member failed or has no utility
+        (the other members still run). Raises SystemExit after the last trial of a sweeper with n_trials if no trial
+        had a utility.
         """
         value = self._value_of(composed)
         self.valued = self.valued or value is not None
         hydra = HydraConfig.get()
         if not self.valued and hydra.job.num + 1 == hydra.sweeper.get("n_trials"):
-            # asked for the best trial of none, Optuna would end in a traceback
+            # Optuna would end in a traceback when it looks for the best of no trials
             raise SystemExit(EXIT_ERROR)
         return value
 
@@ -85,7 +91,7 @@ class Sweep:
         except RbGpuError as error:
             log.error("%s", error)
             member = Member(folder.name, settings, error=str(error))
-        except Exception as error:  # a defect must not take the other members with it; its traceback is in their log
+        except Exception as error:  # a defect must not end the other members; the traceback is in this member's log
             log.exception("run %s failed", folder.name)
             member = Member(folder.name, settings, error=f"{type(error).__name__}: {error}")
         write_member(folder.parent, member)
@@ -93,8 +99,8 @@ class Sweep:
         return None if math.isnan(member.utility) else member.utility
 
     def _began(self, folder: Path) -> None:
-        """Raises ConfigError before the first member where the sweep's folder has runs of an earlier one, which would
-        be compared with this one's.
+        """Notes the sweep's folder. Raises ConfigError before the first member if the folder holds runs of an earlier
+        sweep, which would be compared with the runs of this one.
         """
         if self.folder is None and any(folder.parent.glob(f"*/{RESULT_FILE}")):
             raise ConfigError(
@@ -104,8 +110,10 @@ class Sweep:
         self.folder = folder.parent
 
     def finish(self) -> int:
-        """Shows all members and publishes the best as a candidate, which a person may promote. Returns the exit code:
-        an error where every member failed, also of those that were only rehearsed.
+        """Prints the table of all members and publishes the best as a candidate, for a person to promote.
+
+        Returns the exit code: EXIT_ERROR if every member failed (dry runs included), EXIT_REFUSED if the gate refuses
+        the best, else 0.
         """
         if self.folder is None:
             return EXIT_ERROR if self.rehearsed and not any(self.rehearsed) else 0
@@ -117,7 +125,7 @@ class Sweep:
         if not best.promote:
             print(f"not offered: {best.reason}")
             return EXIT_REFUSED
-        logging.getLogger("rb_gpu.learn").setLevel(logging.WARNING)  # what it logs stood there when its run came
+        logging.getLogger("rb_gpu.learn").setLevel(logging.WARNING)  # the member's own run has logged the same already
         published = train(self.configs[best.folder], stages=self.stages, promote=False)
         if published is not None:
             place = self.configs[best.folder].registry.path

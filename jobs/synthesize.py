@@ -1,4 +1,4 @@
-"""Plants trajectories whose truth is known, at any scale.
+"""Generates trajectories at any scale whose true best configs are known.
 
 python -m jobs.synthesize n=1000000 dim=384 out=synthetic
 python -m jobs.synthesize effect=0 out=null_world
@@ -13,7 +13,7 @@ from .common import job
 
 
 def run(config: SynthesizeConfig) -> int:
-    """Plants and prints what was written."""
+    """Generates the table and prints what was written."""
     summary = synthesize(config)
     bad = "; ".join(f"{reason}: {n}" for reason, n in sorted(summary.bad_rows.items())) or "none"
     print(f"{summary.out}: {summary.rows} rows, {summary.n_bytes / 2**20:.0f} MiB, bad rows: {bad}")

@@ -1,4 +1,4 @@
-"""Tables for a terminal."""
+"""Terminal tables for evaluations and for the results of the benchmark suites."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from .columns import amount, number, render
 
 
 def evaluation_tables(evaluation: Evaluation) -> str:
-    """The policy table, the estimators side by side where values are estimated, and why a policy has none."""
+    """The policy table, then the estimators side by side if values are estimated, and the reason for each policy that
+    has no value.
+    """
     out = [policy_table(evaluation)]
     if any(value.estimates for value in evaluation.values):
         out.append(_estimator_table(evaluation))
@@ -25,10 +27,11 @@ def evaluation_tables(evaluation: Evaluation) -> str:
 
 
 def policy_table(evaluation: Evaluation) -> str:
-    """What each policy is worth on held-out queries, and the bank's gain over each with its 95 % interval.
+    """The value of each policy on held-out queries, and the bank's gain over it with a 95 % interval.
 
-    harm: of the patterns in which it acts, those that look worse than under the default; sure harm: those that surely
-    are. regret to the oracle where there is one, else ess, of how many equal rows the value is.
+    harm: share of the patterns in which the policy deviates from the default whose estimated gain over the default is
+    negative; sure harm: share whose gain is significantly negative. If there is an oracle, the table shows the share of
+    the oracle's gap that is closed and the regret; else ess, the effective sample size of the value's weights.
     """
     known = any(value.name == "oracle" for value in evaluation.values)
     head = (
@@ -77,7 +80,9 @@ def _estimator_table(evaluation: Evaluation) -> str:
 
 
 def tradeoff_table(tradeoffs: Tradeoffs) -> str:
-    """Quality over cost: the bank under every weight of cost, and the single configs that no mix of others beats."""
+    """Quality over cost: the bank at every cost weight, and the single configs on the convex hull, which no mix of
+    other configs beats.
+    """
     rows = [(f"bank, cost weight {one.name}", one) for one in tradeoffs.bank]
     rows += [(one.name, one) for one in tradeoffs.configs if one.on_hull]
     areas = [
@@ -92,7 +97,7 @@ def tradeoff_table(tradeoffs: Tradeoffs) -> str:
 
 
 def lookup_tables(result: dict[str, Any]) -> str:
-    """The suite lookup: p50 with recall by size and contestant, then the batch, the threads and a new process."""
+    """Tables of the suite lookup: p50 and recall by bank size and contestant; batches, threads and a new process."""
     sizes = result["sizes"]
     names = list(sizes[0]["rows"])
     names.sort(key=lambda name: not name.startswith("ours"))
@@ -131,7 +136,7 @@ def lookup_tables(result: dict[str, Any]) -> str:
 
 
 def cluster_tables(result: dict[str, Any]) -> str:
-    """The suites cluster, seed and whole: seconds with inertia over ours, by data, k and contestant."""
+    """Table of the suites cluster, seed and whole: seconds and inertia relative to ours, by data, k and contestant."""
     facts = result["machine"]
     iterations = f"{result['settings']['iterations']} Lloyd iterations"
     what = {"seed": "seeding", "whole": "whole calls, each as it comes", "cluster": iterations}[result["suite"]]
@@ -166,7 +171,7 @@ def cluster_tables(result: dict[str, Any]) -> str:
 
 
 def growth_tables(result: dict[str, Any]) -> str:
-    """The suite growth: milliseconds of an iteration at every size, and the exponent that fits them."""
+    """Tables of the suite growth: milliseconds of an iteration at every size, and the exponent of the fitted power."""
     said = []
     for one in result["series"]:
         other = "clusters" if one["axis"] == "points" else "points"
@@ -178,7 +183,7 @@ def growth_tables(result: dict[str, Any]) -> str:
 
 
 def load_tables(result: dict[str, Any]) -> str:
-    """The suite load: embeddings a second by format, beside memcpy, pyarrow and the list column; and memory."""
+    """Table of the suite load: GB/s by format, speed relative to memcpy, pyarrow and the list column; peak memory."""
     settings = result["settings"]
     rows = [
         (
@@ -203,8 +208,8 @@ def load_tables(result: dict[str, Any]) -> str:
 
 
 def decision_tables(result: dict[str, Any]) -> str:
-    """The suite decisions: gains over the best single config with 95 % intervals, how often the bank leads, what a mean
-    recall costs, and what a floor of recall costs and keeps.
+    """Tables of the suite decisions: gains over the best single config with 95 % intervals, how often each method
+    leads, the cost of a given mean recall, and the cost and recall under a recall floor.
     """
     seeds = f"means of {result['settings']['rounds']} seeds"
     out = [_gain_table(result["cases"], seeds)] if result["cases"] else []
@@ -215,7 +220,7 @@ def decision_tables(result: dict[str, Any]) -> str:
 
 
 def router_tables(result: dict[str, Any]) -> str:
-    """The suite router: gains over the best single config, and what each router weighs and takes."""
+    """Tables of the suite router: gains over the best single config; each router's size, latency and training time."""
     names = [name for name in result["cases"][0]["methods"] if name not in ("best single config", "default")]
     rows = []
     for case in result["cases"]:
@@ -233,7 +238,7 @@ def router_tables(result: dict[str, Any]) -> str:
 
 
 def sweep_tables(result: dict[str, Any]) -> str:
-    """The suite sweep: seconds of one job, and of sweeps with how many times as long they take."""
+    """Table of the suite sweep: seconds of one job and of each sweep, and the ratio of the two."""
     rows = []
     for case in result["cases"]:
         for name, taken in case["seconds"].items():

@@ -1,4 +1,4 @@
-"""What a tracker is told of a training, and of a member of a sweep."""
+"""What is reported to an experiment tracker about a training and about a member of a sweep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from rb_gpu.learn.training import Published
 
 
 def run_of(published: Published, config: TrainConfig) -> Run:
-    """Values of every policy, gains of the bank, counts, seconds and memory by stage; the report beside them."""
+    """The tracker's run for a published training: the value of every policy, the bank's gains, counts, seconds and
+    memory by stage as metrics, and the report as an attached file.
+    """
     manifest, evaluation = published.manifest, published.evaluation
     metrics: dict[str, float] = {}
     for value in evaluation.values:
@@ -34,7 +36,7 @@ def run_of(published: Published, config: TrainConfig) -> Run:
 
 
 def run_of_member(member: Member, sweep: str, config: TrainConfig) -> Run:
-    """The numbers of its row in the sweep's table."""
+    """The tracker's run for a sweep member: the numbers of its row in the sweep's table."""
     known = ("utility", "low", "high", "gain", "gain_low", "gain_high", "seconds", "memory_mb", "patterns", "verdicts")
     tags = {"sweep": sweep, "overrides": " ".join(member.overrides), "error": member.error or ""}
     metrics = {name: float(getattr(member, name)) for name in known}

@@ -1,4 +1,5 @@
-"""Trajectories in, artifact out: loads, clusters, judges, values on the newest queries, publishes and promotes.
+"""Trains on trajectories: loads, clusters, judges, evaluates on the newest queries, publishes an artifact and promotes
+it if the gate allows.
 
 python -m jobs.train data=files data.path='logs/*.parquet' judge.cost_weight=0.1
 python -m jobs.train data=files data.path='logs/*.parquet' dry_run=true
@@ -21,13 +22,13 @@ from .tracked import run_of
 
 
 def run(config: TrainConfig) -> int:
-    """Trains and prints what the bank is worth; 3 where the gate refused to serve it."""
+    """Trains and prints the held-out value of the bank. Returns 3 if the gate refused to promote it, else 0."""
     if config.dry_run:
         print(told(rehearse(config), config))
         return 0
     check_tracker(config.track)
     published = train(config, run_folder() / "quarantine.parquet")
-    if published is None:  # a rank that only shared the work
+    if published is None:  # this rank only shared the work; rank 0 publishes
         return 0
     track(run_of(published, config), config.track)
     evaluation, counts = published.evaluation, published.manifest["counts"]

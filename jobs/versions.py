@@ -1,4 +1,4 @@
-"""What a terminal shows of published versions: their list, two of them side by side, and the tree of one's patterns."""
+"""Terminal tables about published versions: the list of all, a comparison of two, and the pattern tree of one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from rb_gpu.registry import CHAMPION, Registry
 
 from .columns import amount, number, render
 
-# rows of the longer lists; the counts beside them are of all
+# rows shown of a long list; the printed counts are over the whole list
 LISTED = 20
 
 
 def listing(registry: Registry) -> str:
-    """Every version, oldest first, which one is served, and whether that is there."""
+    """The table of all versions, oldest first, with the one that is served marked. A note says so if the champion's
+    folder is missing.
+    """
     champion = registry.champion()
     rows = []
     for version, manifest in registry.manifests():
@@ -48,7 +50,9 @@ def listing(registry: Registry) -> str:
 
 
 def statistics(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The statistics of a bank (reference section 8) as far as held-out queries tell them; a service counts its own."""
+    """The bank statistics of the reference document's section 8, computed on held-out queries. A running service counts
+    its own.
+    """
     counts, evaluation = manifest.get("counts") or {}, manifest.get("evaluation") or {}
     bank = next((value for value in evaluation.get("values", []) if value["name"] == "bank"), {})
     return {
@@ -61,7 +65,7 @@ def statistics(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def difference(before: BankData, after: BankData) -> str:
-    """Two versions side by side, and what became of the patterns and verdicts of the first."""
+    """Two versions side by side, and what became of the first one's patterns and verdicts in the second."""
     found = compare(before, after)
     parts = [
         _heads(before, after, found),
@@ -99,7 +103,7 @@ def _day(timestamp: int | None) -> str:
 
 
 def _held_out(before: BankData, after: BankData) -> str:
-    """Policies of both versions' policy tables, in the order of the later one."""
+    """The policy tables of both versions side by side, in the order of the later version's table."""
     sides = [one.facts.get("evaluation") or {} for one in (before, after)]
     values = [{value["name"]: value for value in side.get("values", [])} for side in sides]
     form: tuple[tuple[str, Callable[[float], str]], ...] = (
@@ -164,7 +168,7 @@ def _more(listed: Sequence[object]) -> str:
 
 
 def tree(data: BankData) -> str:
-    """The patterns of all levels below each other, those of most support first, with the verdicts of the leaves."""
+    """The pattern hierarchy as an indented tree, siblings in order of decreasing support, with the leaves' verdicts."""
     arrays = data.arrays
     order = np.lexsort((arrays["pattern_id"], -arrays["support"]))
     children: dict[int, list[int]] = {}
@@ -189,7 +193,7 @@ def tree(data: BankData) -> str:
 
 
 def _branches(children: dict[int, list[int]], above: int, indent: str) -> Iterator[tuple[str, int]]:
-    """Rows in the order of printing, each with the lines that lead to it."""
+    """Yields (prefix, row) in printing order; the prefix holds the tree lines that lead to the row."""
     below = children.get(above, [])
     for row in below:
         last = row == below[-1]

@@ -1,4 +1,7 @@
-"""Run by .ci/run where only the base install is: `python tests/base_lookup.py ARTIFACT`. Exits with 1 on a failure."""
+"""Checks the light side in an environment that has only the base install.
+
+.ci/run calls it as `python tests/base_lookup.py ARTIFACT`. Exits with 1 if a check fails.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Banks and artifacts that the tests of the light side share; none of them needs torch, except `learned`."""
+"""Banks, artifacts and fixtures that the tests share; only `learned` and `pages` need torch."""
 
 from __future__ import annotations
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, and the jobs that they start, take a core each
+if "PYTEST_XDIST_WORKER" in os.environ:  # parallel workers, and the jobs that they start, use one core each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from dataclasses import replace
@@ -33,20 +33,22 @@ LOOKUP = LookupSettings(top_k=3, beta=8.0, floor=0.5, min_probability=0.8, likel
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # the others are of the CPU, or pretend: device=auto would take a real GPU in them and in the jobs that they start
+    # all other tests run on the CPU or simulate a GPU: hide a real one, which device=auto would use in them and in jobs
     if config.option.markexpr.strip() != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # of two workers none is to begin with the longest test as the other ends
+    # slow tests first, so that no worker starts a long test when the other is about to finish
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def make_bank(
     leaves: int = 12, configs: int = 5, dim: int = 16, seed: int = 0, rows: int = 40, objective: Objective = OBJECTIVE
 ) -> BankData:
-    """A bank that eb judged, by NumPy alone: cells with random means, and one better config in two of three leaves."""
+    """A bank judged by empirical Bayes, made with NumPy alone: random cell means, and one better config in two of three
+    leaves.
+    """
     rng = np.random.default_rng(seed)
     default = 1 % configs
     evidence = _evidence(rng, leaves, configs, rows, default)
@@ -149,7 +151,7 @@ def _evidence(rng: np.random.Generator, leaves: int, configs: int, rows: int, de
 
 
 def queries_near(data: BankData, count: int, seed: int = 1, noise: float = 0.3) -> np.ndarray:
-    """Queries (count, D): most around a leaf, every eighth anywhere."""
+    """Queries (count, D) float32: most are near a random leaf, every eighth is anywhere."""
     rng = np.random.default_rng(seed)
     near = data.arrays["centroids"][rng.integers(data.leaves, size=count)]
     near = near + noise * rng.normal(size=near.shape) / np.sqrt(data.dim / 4)
@@ -158,7 +160,7 @@ def queries_near(data: BankData, count: int, seed: int = 1, noise: float = 0.3) 
 
 
 def trajectory(trajectory_id: int, query: np.ndarray, **fields: Any) -> QueryTrajectory:
-    """A trajectory under the default parameters."""
+    """A trajectory with default parameters and outcomes; `fields` override them."""
     values: dict[str, Any] = {"precision": 0.5, "recall": 0.25, "latency_us": 1000, "timestamp": 1_700_000_000}
     return QueryTrajectory(trajectory_id, query, fields.pop("params", SearchParams()), **values | fields)
 
@@ -175,7 +177,7 @@ def bank(data: BankData) -> ReasoningBank:
 
 @pytest.fixture
 def artifact(data: BankData, tmp_path: Path) -> Path:
-    """A published artifact of the test's own, to read or to damage."""
+    """A published artifact for this test alone, which it may read or damage."""
     folder = tmp_path / "registry" / "20260101T000000-000000"
     write_artifact(folder, data, {"report.html": b"<p>"})
     return folder
@@ -183,7 +185,7 @@ def artifact(data: BankData, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    """Versions A, which is served, and B, which prefers other configs."""
+    """A registry with version A, which is the champion, and version B, which prefers other configs."""
     for version, seed in ((A, 0), (B, 5)):
         write_artifact(tmp_path / "artifacts" / version, make_bank(seed=seed), {})
     registry = Registry(tmp_path / "artifacts")
@@ -193,13 +195,15 @@ def registry(tmp_path: Path) -> Registry:
 
 @pytest.fixture
 def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For what the field says little of: its regressions are most of a training's time."""
+    """Fits the field on few queries, for tests that do not look at it: its regressions dominate the training time."""
     monkeypatch.setattr("rb_gpu.learn.landmarks.MAX_QUERIES", FEW_QUERIES)
 
 
 @pytest.fixture(scope="session")
 def learned() -> SimpleNamespace:
-    """What `learn` makes of 4000 rows, 8 planted patterns and 5 configs: bank, trajectories, config, planted best."""
+    """The result of `learn` on 4,000 rows with 8 planted patterns and 5 configs: bank, trajectories, config, the
+    patterns' centres, and the planted best config of each.
+    """
     pytest.importorskip("torch")
     from rb_gpu.learn import learn
     from rb_gpu.learn.config import ClusterConfig, DeviceConfig, TrainConfig
@@ -230,7 +234,7 @@ def learned() -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Reports of two real trainings."""
+    """Reports of real trainings (report_pages.Pages)."""
     pytest.importorskip("torch")
     from report_pages import make_pages
 

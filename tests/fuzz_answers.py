@@ -1,4 +1,4 @@
-"""What the fuzzer asks of an artifact, and what it takes for a wrong answer; it knows the public interface only."""
+"""The fuzzer's oracle: calls everything on an artifact and checks the answers, by the public interface only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rb_gpu"
 
 
 class WrongAnswerError(Exception):
-    """An answer that no bank may give."""
+    """Raised for an answer that no bank may give."""
 
 
 def require(ok: bool, what: str) -> None:
@@ -24,7 +24,11 @@ def require(ok: bool, what: str) -> None:
 
 
 def try_artifact(folder: Path, mutant: Mutant, tradeoff: bool) -> tuple[bool, list[str]]:
-    """Whether it loads, with its index where it has one; and all other exceptions than ArtifactError, wrong answers."""
+    """Loads the artifact, with its index if it has one, and queries it.
+
+    Returns whether it loaded, and descriptions of all wrong answers and of exceptions other than ArtifactError.
+    tradeoff: also look up with a trade-off.
+    """
     wrong: list[str] = []
     for search in ("auto", "index") if INDEX in mutant.files else ("auto",):
         unvouched = mutant.must_refuse & ({BANK, INDEX} if search == "index" else {BANK})
@@ -64,7 +68,7 @@ def _wrong(during: str, error: Exception) -> list[str]:
 
 
 def ask(bank: ReasoningBank, tradeoff: bool) -> None:
-    """Every kind of lookup, every view."""
+    """Calls every kind of lookup and every view of the bank, and checks the answers."""
     configs, dim = list(bank.configs), bank.dim
     for params in configs:
         check_params(params, bank)
@@ -72,7 +76,7 @@ def ask(bank: ReasoningBank, tradeoff: bool) -> None:
     ids = set(bank.patterns)
     centroid = bank.patterns[min(ids)].centroid
     if 0 < np.linalg.norm(centroid.astype(np.float64)) < 1e30:
-        queries[0] = centroid  # surely near a pattern
+        queries[0] = centroid  # at least one query is near a pattern
     for query in queries:
         answer = bank.optimized_params(query)
         require(answer.config_id is not None and 0 <= answer.config_id < len(configs), "config_id out of range")

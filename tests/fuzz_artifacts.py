@@ -1,10 +1,10 @@
-"""Mutated artifacts: refused with ArtifactError, or loaded and right. Nothing else may happen to a service.
+"""Fuzzes artifacts: a mutated artifact must be refused with ArtifactError, or load and give right answers.
 
     python -m tests.fuzz_artifacts --mutants 100000 --seed 0 --jobs 2
     python -m tests.fuzz_artifacts --seed 0 --only 1234 --keep /tmp/mutant
 
-A mutant is a bug where another exception than ArtifactError comes, an answer is wrong, the process dies, it takes more
-than MAX_SECONDS, or memory grows by more than twice the files' size and SLACK. Exits with 1 on any.
+A mutant reveals a bug if an exception other than ArtifactError is raised, an answer is wrong, the process dies, it
+takes more than MAX_SECONDS, or memory grows by more than twice the files' size plus SLACK. Exits with 1 on any bug.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from fuzz_mutations import MUTATIONS, kind_of, mutant
 
 from rb_gpu import FastGRNNRouter, ReasoningBank
 
-MAX_SECONDS = 2.0  # of one core; a mutant that waits instead is killed after WAIT_SECONDS
+MAX_SECONDS = 2.0  # CPU time; a mutant that blocks instead is killed after WAIT_SECONDS of wall time
 WAIT_SECONDS = 10.0
-SLACK = 8 * 2**20  # allocator, error texts, modules that an error path imports
-GUARD = 2**30  # more address space than this is refused to a worker, and the refusal counts as a bug
+SLACK = 8 * 2**20  # bytes for the allocator, error texts and modules that an error path imports
+GUARD = 2**30  # bytes of address space that a worker may add; an allocation beyond fails, which counts as a bug
 CHUNK = 750
-EVERY_TRADEOFF = 10  # a trade-off costs more than all other lookups together
+EVERY_TRADEOFF = 10  # trade-offs are tried on every tenth mutant: one costs more than all other lookups together
 
 
 @dataclass
 class Found:
-    """What came of the mutants: counts by (kind, verdict); bugs by (kind, what) with the indices that show them."""
+    """The results: counts by (mutation kind, verdict), and by (kind, bug) the indices of the mutants that show it."""
 
     verdicts: Counter[tuple[str, str]] = field(default_factory=Counter)
     bugs: dict[tuple[str, str], list[int]] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Found:
 
 @dataclass
 class Fuzzer:
-    """Mutants of one seed, tried in forked workers."""
+    """Tries the mutants of one seed in forked workers."""
 
     bases: list[Mutant]
     folder: Path
@@ -87,11 +87,15 @@ class Fuzzer:
             culprit, died = self._culprit(todo, at, died)
             yield from (record for record in records if record[0] != culprit)
             yield culprit, kind_of(self.seed, culprit)[0], "BUG", [died]
-            # where an earlier one spoiled the memory, the one that died of it is still to be tried
+            # if an earlier mutant corrupted the memory, the one that died of it still has to be tried
             todo = todo[at + (culprit == todo[at]) :]
 
     def _culprit(self, todo: Sequence[int], at: int, died: str) -> tuple[int, str]:
-        """The mutant that kills a worker of its own; or, where an earlier one spoils the memory, how many it takes."""
+        """The mutant that killed a worker, and how.
+
+        Prefers one that kills a fresh worker alone. Otherwise earlier mutants corrupted the memory, and the description
+        says how many of them it takes, found by bisection.
+        """
         for index in {todo[at], todo[max(0, at - 1)]}:
             alone = self._worker([index])[1]
             if alone:
@@ -106,7 +110,7 @@ class Fuzzer:
         return todo[at], f"{died}, only after {fewest - 1} others"
 
     def _worker(self, indices: Sequence[int]) -> tuple[list[tuple[int, str, str, list[str]]], str]:
-        """Records of the mutants that were finished, and how the worker died ('' where it did not)."""
+        """Records of the finished mutants, and how the worker died ('' if it did not)."""
         place = Path(tempfile.mkdtemp(dir=self.folder))
         child = os.fork()
         if child == 0:
@@ -142,8 +146,8 @@ class Fuzzer:
 
 
 def try_measured(folder: Path, made: Mutant, tradeoff: bool) -> tuple[str, list[str]]:
-    """Verdict and bugs of a mutant that lies in `folder`, its time and memory included."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
+    """Verdict and bugs of the mutant in `folder`, including excessive time and memory."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
     before, started = _memory("VmRSS"), time.process_time()
     signal.setitimer(signal.ITIMER_PROF, 2 * MAX_SECONDS)
     signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
@@ -169,7 +173,7 @@ def _memory(name: str) -> int:
 def _prepare_worker(place: Path, bases: list[Mutant]) -> None:
     import faiss
 
-    faiss.omp_set_num_threads(1)  # a forked process has none of its parent's threads
+    faiss.omp_set_num_threads(1)  # a forked process does not inherit its parent's threads
     logging.disable()
     stack = os.open(place / "stack", os.O_WRONLY | os.O_CREAT)
     os.dup2(stack, 2)
@@ -177,7 +181,7 @@ def _prepare_worker(place: Path, bases: list[Mutant]) -> None:
     for number in (signal.SIGPROF, signal.SIGALRM):
         faulthandler.register(number, stack, all_threads=False, chain=True)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # what the first load and the first lookups bring into memory is no mutant's
+    # warm up, so that memory taken by the first load and first lookups is not counted against a mutant
     for base in bases:
         base.write(place / "warm")
         for search in ("auto", "index") if INDEX in base.files else ("auto",):

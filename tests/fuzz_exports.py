@@ -1,9 +1,9 @@
-"""Mutated exports: refused with ArtifactError, or imported and right.
+"""Fuzzes exports: a mutated export must be refused with ArtifactError, or be imported correctly.
 
     python -m tests.fuzz_exports --mutants 5000 --seed 0
 
-What is imported must fit the published schema, answer every lookup, and come out again as it went in. Exits with 1
-where anything else happens, another exception among it.
+What is imported must fit the published JSON schema, answer every lookup, and be exported again unchanged. Exits with 1
+if anything else happens, including any other exception.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ MORE = ["inf", "-inf", "nan", "Infinity", "0.5", [None], [[]], [[1]], {"id": 1},
 
 
 def place(rng: Rng, document: Any) -> tuple[Any, Any]:
-    """A container within the document and a key of it, nearer to the top than by an even draw."""
+    """A random container inside the document and one of its keys; places near the top are more likely than under a
+    uniform draw.
+    """
     inner = document
     while True:
         key = pick(rng, inner if isinstance(inner, dict) else range(len(inner)))
@@ -45,7 +47,7 @@ def place(rng: Rng, document: Any) -> tuple[Any, Any]:
 
 
 def mutate(rng: Rng, text: str) -> tuple[str | bytes, str]:
-    """Another content of the file, and what was done to it."""
+    """A mutated content of the file, and a description of the mutation."""
     action = pick(
         rng, ["value", "value", "value", "value", "remove", "add", "swap", "shuffle", "repeat", "text", "cut"]
     )
@@ -85,7 +87,7 @@ def mutate(rng: Rng, text: str) -> tuple[str | bytes, str]:
 
 
 def judge(path: Path, validator: Any, tradeoff: bool) -> tuple[str, str]:
-    """Refused or imported, and what is wrong about it."""
+    """Whether the export was "refused" or "imported", and what is wrong ('' if nothing is)."""
     try:
         bank = ReasoningBank.from_export(path)
     except ArtifactError:
@@ -102,13 +104,15 @@ def judge(path: Path, validator: Any, tradeoff: bool) -> tuple[str, str]:
             return "imported", "it comes out otherwise"
         if bank.next_pattern_id <= max(bank.patterns):
             return "imported", "an id would be given again"
-    except Exception as error:  # any is the find
+    except Exception as error:  # any exception here is a bug
         return "imported", repr(error)
     return "imported", ""
 
 
 def run(mutants: int, seed: int, folder: Path, more: tuple[ReasoningBank, ...] = ()) -> tuple[Counter[str], list[str]]:
-    """How many were refused and imported, and all that is wrong. more: banks to mutate besides those made here."""
+    """Numbers of refused and imported mutants, and descriptions of all bugs. more: banks to mutate besides the two made
+    here.
+    """
     texts = []
     for bank in (*(ReasoningBank(make_bank(leaves, 3, 4, seed)) for leaves in (1, 5)), *more):
         bank.export(folder / "base.json")

@@ -1,4 +1,4 @@
-"""The artifacts that the fuzzer starts from, and their files as it mutates them: links, forged hashes, headers."""
+"""The fuzzer's starting artifacts, and the operations on their files: odd file types, forged hashes, headers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rb_gpu.router_file import write_router
 MANIFEST, BANK, INDEX, ROUTER = "manifest.json", "bank.safetensors", "index.faiss", "router.safetensors"
 INDEX_KINDS = ("flat", "hnsw", "ivf", "cagra")
 
-# Folder entries that are no plain file; TARGET of a link is resolved inside the mutant's folder
+# Folder entries that are not plain files: kinds of links and their targets, inside the mutant's folder if relative
 LINKS = {
     "link to itself": "{name}",
     "link inside": "copy",
@@ -37,14 +37,14 @@ LINKS = {
     "link to a terminal": "/dev/tty",
     "link to the folder": ".",
 }
-# what a job never writes, but Faiss reads: factory strings, and lists that lie in another file
+# indexes that Faiss can read but no job writes: factory strings, and inverted lists in another file ("on disk")
 FOREIGN = ("SQ8", "IVF4,SQ8", "HNSW4,SQ8", "PCA4,Flat", "IDMap,Flat", "Flat,RFlat", "on disk")
 OTHERS = ("fifo", "folder", "socket", "missing", "sparse", "null device")
 
 
 @dataclass(frozen=True)
 class Odd:
-    """What stands in a file's place; content is what a link leads to."""
+    """What replaces a file: one of LINKS or OTHERS. content: what a link leads to."""
 
     kind: str
     content: bytes = b""
@@ -54,8 +54,8 @@ class Odd:
 class Mutant:
     """An artifact's files after a mutation.
 
-    must_refuse: files whose content the manifest does not vouch for. foreign: by name, indexes over its leaves that no
-    job writes. foreign_files: files that lead Faiss outside the folder.
+    must_refuse: files whose content does not match the manifest. foreign: indexes over the artifact's leaves that no
+    job writes, by name. foreign_files: files that would make Faiss read outside the folder.
     """
 
     base: str
@@ -81,13 +81,13 @@ class Mutant:
         return content
 
     def replace(self, name: str, content: bytes | Odd) -> None:
-        """Without the manifest's consent."""
+        """Replaces a file without updating the manifest, so that loading must fail if the content differs."""
         if content != self.files.get(name) and name != MANIFEST:
             self.must_refuse.add(name)
         self.files[name] = content
 
     def forge(self, name: str, content: bytes) -> None:
-        """With the right size and sha256 in the manifest."""
+        """Replaces a file and writes its right size and sha256 into the manifest."""
         self.files[name] = content
         manifest = self.manifest()
         manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
@@ -98,7 +98,7 @@ class Mutant:
         return sum(len(c if isinstance(c, bytes) else c.content) for c in self.files.values())
 
     def write(self, folder: Path) -> None:
-        """Files are made anew, never overwritten, since a bank may have mapped what stood there."""
+        """Writes the files into a new folder; never overwrites any, because a bank may have mapped the old ones."""
         folder.mkdir()
         for name, content in self.files.items():
             if isinstance(content, bytes):
@@ -131,7 +131,7 @@ def _write_odd(path: Path, odd: Odd) -> None:
 
 
 def bases(folder: Path, seed: int = 0) -> list[Mutant]:
-    """Artifacts of 12 to 40 leaves: one without an index, one with a router, and one of each kind of index."""
+    """Artifacts with 12 to 40 leaves: one without an index, one with a router, and one with each kind of index."""
     made = []
     for i, kind in enumerate(("off", "router", *INDEX_KINDS)):
         leaves, dim = (12, 24, 40, 28, 16, 32)[i], (8, 16, 8, 8, 16, 8)[i]
@@ -157,12 +157,12 @@ def index_of(kind: str, leaves: np.ndarray) -> bytes:
     from rb_gpu.learn.index import build_index
 
     if kind == "cagra":
-        # a job builds it on a GPU; what it writes is what the CPU can build as well
+        # a job builds it on a GPU, but what it writes is an index that the CPU can build too
         index = faiss.IndexHNSWCagra(leaves.shape[1], 4, faiss.METRIC_INNER_PRODUCT)
         index.add(leaves)
         return bytes(faiss.serialize_index(index).tobytes())
     config = IndexConfig(kind=kind, m=4, ef_construction=16, ef_search=8, nlist=4, nprobe=2)
-    # an index is tuned on queries where build_index takes them
+    # the index is tuned on queries if this version of build_index takes them
     tuning = [leaves, 3] if "top_k" in inspect.signature(build_index).parameters else []
     content = build_index(leaves, config, *tuning)
     assert content is not None
@@ -170,7 +170,7 @@ def index_of(kind: str, leaves: np.ndarray) -> bytes:
 
 
 def foreign_indexes(lists: Path, leaves: np.ndarray) -> dict[str, bytes]:
-    """Indexes over the same leaves that Faiss reads and no job writes."""
+    """Indexes over the same leaves that Faiss can read but no job writes, by name (FOREIGN)."""
     import faiss
 
     made = {}
@@ -183,7 +183,7 @@ def foreign_indexes(lists: Path, leaves: np.ndarray) -> dict[str, bytes]:
             outside = faiss.OnDiskInvertedLists(4, index.code_size, str(lists))  # the index does not own it
             index.replace_invlists(outside)
         ids = [np.arange(len(leaves))] if name.startswith("IDMap") else []
-        with _silence():  # of how Faiss grows a file
+        with _silence():  # Faiss prints when it grows a file
             (index.add_with_ids if ids else index.add)(leaves, *ids)
         made[name] = bytes(faiss.serialize_index(index).tobytes())
     return made
@@ -197,14 +197,14 @@ def _silence() -> Iterator[None]:
     try:
         yield
     finally:
-        ctypes.CDLL(None).fflush(None)  # what C holds back would come out after all
+        ctypes.CDLL(None).fflush(None)  # otherwise C's buffered output would still appear later
         os.dup2(kept, 1)
         os.close(kept)
         os.close(nowhere)
 
 
 def router_bytes(rng: np.random.Generator, dim: int) -> bytes:
-    """A router of random weights, as floats or bytes, whole or thinned."""
+    """A router with random weights, stored as floats or bytes, dense or sparse."""
     sizes = {"F": 2, "I": dim + 2, "H": 4, "R": 2, "S": 2, "V": 2, "X": 3, "E": 3, "N": 2, "C": 5, "1": 1}
     arrays = {
         name: np.asarray(rng.normal(size=[sizes[axis] for axis in axes]), np.float32)
@@ -231,7 +231,7 @@ def join(header: Any, buffer: bytes) -> bytes:
 
 
 def arrays_of(content: bytes) -> dict[str, np.ndarray]:
-    """Writable arrays, by this file's own parser, since the package's is what is tested."""
+    """The arrays of a safetensors file, writable; parsed by this module, since the package's parser is under test."""
     header, buffer = split(content)
     types = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "U64": "<u8", "U32": "<u4", "U8": "u1"}
     made = {}

@@ -1,4 +1,7 @@
-"""Mutations of index.faiss that the manifest vouches for: by field, so that small ones get their share."""
+"""Mutations of index.faiss with a matching manifest.
+
+Fields are drawn by name, so that small fields are mutated as often as large arrays.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,7 @@ class _Reader:
 
 
 def fields_of(content: bytes) -> dict[str, list[tuple[int, int]]]:
-    """(offset, width) of every field by name; of a damaged index as far as it can be read."""
+    """(offset, width) of every field by name; of a damaged index, those up to the point where reading fails."""
     reader = _Reader(content)
     readers = {b"IHNs": reader.hnsw, b"IHc2": reader.cagra, b"IwFl": reader.ivf}
     with contextlib.suppress(EOFError):
@@ -94,7 +97,7 @@ def fields_of(content: bytes) -> dict[str, list[tuple[int, int]]]:
 
 
 def set_field(rng: Rng, content: bytes, leaves: int) -> tuple[bytes, str]:
-    """A hostile, neighbouring or merely other number in a field that is drawn by name."""
+    """Writes a hostile, neighbouring or merely different number into a field that is drawn by name."""
     fields = fields_of(content)
     name = pick(rng, fields)
     start, width = pick(rng, fields[name])
@@ -107,7 +110,7 @@ def set_field(rng: Rng, content: bytes, leaves: int) -> tuple[bytes, str]:
 
 
 def mislead(rng: Rng, content: bytes, leaves: int) -> tuple[bytes, str]:
-    """The graph's upper links, or its entry, lead to a leaf that may have no links on that level."""
+    """Makes the graph's upper links, or its entry point, lead to a leaf that may have no links on that level."""
     fields = fields_of(content)
     if "neighbors" not in fields:
         return set_field(rng, content, leaves)
@@ -125,7 +128,7 @@ def mislead(rng: Rng, content: bytes, leaves: int) -> tuple[bytes, str]:
 
 
 def overwrite(rng: Rng, content: bytes) -> tuple[bytes, str]:
-    """A hostile integer anywhere, aligned or not."""
+    """Writes a hostile integer anywhere, aligned or not."""
     width = int(pick(rng, [1, 4, 8]))
     start = int(rng.integers(max(1, len(content) - width)))
     value = pick(rng, INTEGERS[:-1]) % 2 ** (8 * width)
@@ -146,7 +149,7 @@ def _places(content: bytes, code: bytes) -> Iterator[int]:
 
 
 def index_bytes(rng: Rng, m: Mutant, others: list[Mutant]) -> None:
-    """Fields of a Faiss index, its type codes, indexes of other artifacts, and other kinds of index."""
+    """Mutates fields, links, bytes or type codes of the index, or replaces it by another one, which may be foreign."""
     kept = [other for other in others if INDEX in other.files]
     content = m.content(INDEX) if INDEX in m.files else pick(rng, kept).content(INDEX)
     leaves = int.from_bytes(content[8:16], "little")

@@ -1,4 +1,4 @@
-"""Mutations of manifest.json: its values, the files that it names, its text."""
+"""Mutations of manifest.json: of its values, of the files that it names, and of its text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = [
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    deep = len(path) > 20  # a value of the mutator's own
+    deep = len(path) > 20  # inside a value that the mutator itself has inserted
     inner = (
         ()
         if deep
@@ -36,7 +36,7 @@ def manifest_value(rng: Rng, m: Mutant, _: list[Mutant]) -> None:
         inner: Any = manifest
         for key in above:
             inner = inner[key]
-        value, action = deepcopy(pick(rng, VALUES)), int(rng.integers(6))  # the next one may change it
+        value, action = deepcopy(pick(rng, VALUES)), int(rng.integers(6))  # the next mutation may change the copy
         if action == 0:
             inner.pop(last)
         elif action == 1 and isinstance(inner, dict):

@@ -1,4 +1,7 @@
-"""What the fuzzer does to an artifact; every mutation takes a generator and the mutant that it changes."""
+"""The fuzzer's mutations of an artifact.
+
+Each takes a random generator, the mutant that it changes in place, and the other artifacts.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ FLOATS = [
 ]  # fmt: skip
 
 
-# Files as they are, without the manifest's consent
+# Mutations of files that leave the manifest as it was
 
 
 def bits(rng: Rng, m: Mutant, _: list[Mutant]) -> None:
@@ -51,7 +54,7 @@ def odd_file(rng: Rng, m: Mutant, _: list[Mutant]) -> None:
     m.what = f"{name} is a {kind}"
     content = m.content(name)
     if rng.integers(2) and name != MANIFEST:
-        # the size that lstat sees, and the hash of what a reader would see
+        # the manifest gets the size that lstat reports; its hash already matches what a reader would see
         sizes = {"sparse": 2**40, "fifo": 0, "socket": 0, "folder": 40, "link inside": 4}
         manifest = m.manifest()
         manifest["files"][name]["size"] = sizes.get(kind, len(content))
@@ -59,7 +62,7 @@ def odd_file(rng: Rng, m: Mutant, _: list[Mutant]) -> None:
     m.replace(name, Odd(kind, content))
 
 
-# Contents that the manifest vouches for
+# Mutations whose size and hash match the manifest
 
 
 def forged_bits(rng: Rng, m: Mutant, _: list[Mutant]) -> None:
@@ -85,7 +88,7 @@ def forged_swap(rng: Rng, m: Mutant, others: list[Mutant]) -> None:
 
 
 def header(rng: Rng, m: Mutant, _: list[Mutant]) -> None:
-    """Something in the header of a safetensors file that its format forbids, or allows and nobody writes."""
+    """Mutates the header of a safetensors file into something that the format forbids, or that nobody writes."""
     name = ROUTER if ROUTER in m.files and rng.integers(3) == 0 else BANK
     fields, buffer = split(m.content(name))
     tensor = pick(rng, [key for key in fields if key != "__metadata__"])
@@ -161,7 +164,7 @@ HEADER_ACTIONS = (
 
 
 def values(rng: Rng, m: Mutant, _: list[Mutant]) -> None:
-    """Numbers of one to three arrays: single ones, a row, all, scaled, shuffled."""
+    """Changes the numbers of one to three arrays: single ones, a row, all, scaled or shuffled."""
     name = ROUTER if ROUTER in m.files and rng.integers(4) == 0 else BANK
     content, told = m.content(name), []
     arrays = arrays_of(content)
@@ -195,13 +198,13 @@ def values(rng: Rng, m: Mutant, _: list[Mutant]) -> None:
         told.append(f"{key} {action} {value}")
     m.what = f"{name}: " + "; ".join(told)
     start = len(content) - len(split(content)[1])
-    # in the file's own order, and without its header's being written again
+    # arrays in the file's own order, and with its original header
     order = sorted(((e["data_offsets"][0], k) for k, e in split(content)[0].items() if k != "__metadata__"))
     m.forge(name, content[:start] + b"".join(arrays[key].tobytes() for _start, key in order))
 
 
 def axes(rng: Rng, m: Mutant, _: list[Mutant]) -> None:
-    """An axis that is shorter, longer or empty in all arrays or in one."""
+    """Makes an axis shorter, longer or empty, in all arrays or in one."""
     arrays, axis = arrays_of(m.content(BANK)), pick(rng, "APUCDOB")
     only = pick(rng, [None, None, pick(rng, [name for name, (_, axes) in ARRAYS.items() if axis in axes])])
     old = next(arrays[name].shape[a.index(axis)] for name, (_, a) in ARRAYS.items() if axis in a)
@@ -219,7 +222,7 @@ def axes(rng: Rng, m: Mutant, _: list[Mutant]) -> None:
 
 
 Mutation = Callable[[Rng, Mutant, list[Mutant]], None]
-# a mutation and how often it is drawn
+# each mutation with its weight in the random draw
 MUTATIONS: dict[str, tuple[Mutation, int]] = {
     "bits": (bits, 6), "length": (length, 6), "swap": (swapped, 4), "odd file": (odd_file, 6),
     "manifest value": (manifest_value, 16), "manifest files": (manifest_files, 6), "manifest text": (manifest_text, 6),
@@ -229,14 +232,14 @@ MUTATIONS: dict[str, tuple[Mutation, int]] = {
 
 
 def kind_of(seed: int, index: int) -> tuple[str, Rng]:
-    """The mutation of that number, and the generator for the rest of it."""
+    """The kind of mutation number `index`, and the generator for its remaining choices."""
     rng = np.random.default_rng([seed, index])
     weights = np.array([weight for _, weight in MUTATIONS.values()], float)
     return list(MUTATIONS)[rng.choice(len(weights), p=weights / weights.sum())], rng
 
 
 def mutant(bases: list[Mutant], seed: int, index: int) -> Mutant:
-    """The mutant of that number; it depends on nothing else."""
+    """Mutant number `index` of a seed; it depends on nothing else, so that it can be made again."""
     kind, rng = kind_of(seed, index)
     base = bases[rng.integers(len(bases))]
     if kind == "index" and INDEX not in base.files and rng.integers(8):

@@ -1,4 +1,4 @@
-"""Hostile values, and what all mutations share."""
+"""Hostile values, and helpers that all mutations share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def pick(rng: Rng, options: Any) -> Any:
 
 
 def flip(rng: Rng, content: bytes, among: int | None = None) -> bytes:
-    """One bit, a few, or one in a hundred, among the first bytes or all."""
+    """Flips one bit, a few, or one in a hundred, in the first `among` bytes or in all."""
     if not content:
         return content
     among = min(among or len(content), len(content))

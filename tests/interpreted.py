@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, beside float64; run by test_triton.py, in a process of its own."""
+"""Tests of the Triton kernels in Triton's interpreter against float64; test_triton.py runs them in a new process."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def normal(*size: int, seed: int = 0) -> torch.Tensor:
 
 
 def cases() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Points and centroids: those of the CPU's tests, odd shapes, near ties, and numbers at the ends of float32."""
+    """Points and centroids by name: those of the CPU's tests, odd shapes, near ties, numbers near float32's limits."""
     found = {name: (x[-90:], c[-70:]) for name, (x, c) in shapes().items() if name != "many dimensions"}
     x = normal(80, 20)
     for n, k, dims in ((1, 1, 1), (1, 200, 5), (65, 1, 7), (70, 66, 385), (129, 130, 128)):
         found[f"{n} x {k} x {dims}"] = (normal(n, dims), normal(k, dims, seed=1))
-    # differences that coarse products cannot see, in both orders, and one that float32 distances cannot
+    # differences that coarse products cannot resolve, in both orders, and one that float32 distances cannot
     near = torch.cat([x[:40], x[:40] + 1e-5 * normal(40, 20, seed=2), x[:40].flip(0)])
     found |= {
         "near ties": (x, near[torch.randperm(120, generator=torch.Generator().manual_seed(3))]),
@@ -54,7 +54,7 @@ def assigned(
     return points
 
 
-# the others only change the bound
+# the cases for the other precisions, which only change the bound
 FEW = ("plain", "duplicates", "near ties", "70 x 66 x 385", "an outlier of 1e30")
 
 
@@ -110,7 +110,7 @@ def test_the_torch_engine_differs_only_within_its_bound():
 
 
 def listed(monkeypatch: pytest.MonkeyPatch, x: torch.Tensor, centroids: torch.Tensor, precision: str) -> float:
-    """The share of the points that the coarse products leave in doubt."""
+    """The share of points whose nearest centroid the coarse products leave in doubt."""
     counts = []
     real = triton_assign.launch
 
@@ -147,7 +147,7 @@ def test_block_shapes_do_not_change_a_bit(monkeypatch):
 
 
 def test_block_shapes_timed_on_few_points_are_not_those_of_many(monkeypatch):
-    # those of the first small table were kept, on disk too, and ran every large one
+    # regression: shapes tuned on the first small table were cached, on disk too, and used for every large one
     asked = []
     monkeypatch.setattr(triton_assign, "launch", lambda kernel, grid, *given, **_: asked.append((kernel, given)))
     for n in (1000, 2000, triton_assign.MANY_POINTS, 2 * triton_assign.MANY_POINTS):
@@ -177,7 +177,7 @@ def scores_kernel(
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_score_is_within_its_bounds(precision):
-    # the proof in triton_assign, put to the test in exact arithmetic
+    # checks the proof in triton_assign numerically, in float64
     for seed in range(25):
         g = torch.Generator().manual_seed(seed)
         dims = int(torch.randint(1, 90, (1,), generator=g))
@@ -239,7 +239,7 @@ def test_kmeans_by_triton_comes_to_the_bits_of_the_host_and_waits_once_an_iterat
     assert waits_of(5, x) - waits_of(2, x) <= 3
 
 
-# what is in the kernel, what stands there instead, and the case that must tell
+# by name: the kernel's code, the faulty code that replaces it, and the case that must fail
 FAULTS = {
     "of equal ones the last": ("(d2 < best)", "(d2 <= best)", "duplicates"),
     "products are believed": ("least + doubled * 1.001", "least + 0.0 * doubled", "near ties"),
@@ -253,7 +253,7 @@ FAULTS = {
 
 
 def plant(old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of the kernels with a fault runs from here on."""
+    """Replaces the kernels by a copy with a fault, until monkeypatch is undone."""
     source = Path(triton_kernels.__file__).read_text()
     assert old in source
     path = folder / "planted_kernels.py"
@@ -267,7 +267,7 @@ def plant(old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def right(case: str) -> bool:
-    """Whether a case comes out as brute force has it."""
+    """Whether the labels of a case agree with brute force."""
     if case == "65th":
         x, centroids = normal(30, 20), torch.cat([normal(64, 20, seed=1) + 9, normal(1, 20, seed=2)])
     else:

@@ -1,7 +1,7 @@
-"""Worlds whose truth is known: of the queries on which a bank acts, on how many is its choice better than the default,
-and how sure was it?
+"""Measures the calibration of a bank's confidence on synthetic data whose truth is known: when the bank deviates from
+the default on a query, how often is its choice really better, and how confident was it?
 
-`python -m tests.known_worlds --worlds 20` prints the expected calibration error of every kind of world and log.
+`python -m tests.known_worlds --worlds 20` prints the expected calibration error for every kind of world and log.
 Suffixes: Q queries, N rows, B fresh queries, K clusters, D dims, C configs.
 """
 
@@ -28,7 +28,7 @@ from rb_gpu.learn.trajectories import Source, Trajectories, assemble
 Floats = npt.NDArray[np.float64]
 
 CONFIGS, DEFAULT, DIM, CLUSTERS = 6, 2, 32, 40
-# of a config's worth from place to place, of configs on the whole, and of one row
+# standard deviations: of a config's value between places, of configs' overall values, and of one row's noise
 SPREAD, LEVEL, NOISE = 0.06, 0.03, 0.15
 KINDS = ("by cluster", "by direction", "by both")
 LOGS = ("uniform", "70 % on the default", "every config")
@@ -37,14 +37,14 @@ FRESH_QUERIES, BINS = 3000, 10
 
 
 class Acted(NamedTuple):
-    """Of the queries on which a bank acts: its confidence, and whether its choice is worth more than the default."""
+    """For the queries on which a bank deviates from the default: its confidence, and whether its choice is better."""
 
     confidence: Floats
     better: npt.NDArray[np.bool_]
 
 
 def truth(kind: str, rng: np.random.Generator) -> tuple[Callable[[int], Floats], Callable[[Floats], Floats]]:
-    """Draws embeddings (B, D), and what every config is worth on them (B, C)."""
+    """Two functions: one draws embeddings (B, D), the other gives the true value (B, C) of every config on them."""
     centre_KD = rng.normal(size=(CLUSTERS, DIM))
     level_C = LEVEL * rng.normal(size=CONFIGS)
     cluster_KC = SPREAD * rng.normal(size=(CLUSTERS, CONFIGS))
@@ -63,7 +63,7 @@ def truth(kind: str, rng: np.random.Generator) -> tuple[Callable[[int], Floats],
 
 
 def logged(x_QD: Floats, worth_QC: Floats, log: str, rng: np.random.Generator) -> Trajectories:
-    """One config a query, with its propensity, or every config."""
+    """A log with one config per query and its propensity, or with every config on every query."""
     queries = len(x_QD)
     propensity_C = np.full(CONFIGS, 1.0 / CONFIGS)
     if log == "70 % on the default":
@@ -86,7 +86,7 @@ def logged(x_QD: Floats, worth_QC: Floats, log: str, rng: np.random.Generator) -
 
 
 def acted(kind: str, log: str, queries: int, seed: int) -> Acted:
-    """What the bank of one world says of fresh queries, and the truth."""
+    """Trains a bank in one world, and compares its answers on fresh queries with the truth."""
     rng = np.random.default_rng([seed, queries, KINDS.index(kind), LOGS.index(log)])
     draw, worth = truth(kind, rng)
     x_QD = draw(queries)
@@ -102,7 +102,7 @@ def acted(kind: str, log: str, queries: int, seed: int) -> Acted:
 
 
 def calibration_error(worlds: list[Acted]) -> tuple[float, float, float]:
-    """Mean confidence, share of better choices, and the expected calibration error over bins of as many queries."""
+    """Mean confidence, share of better choices, and expected calibration error over BINS bins of equal size."""
     confidence, better = (np.concatenate(part) for part in zip(*worlds, strict=True))
     if not len(confidence):
         return float("nan"), float("nan"), float("nan")
@@ -112,7 +112,7 @@ def calibration_error(worlds: list[Acted]) -> tuple[float, float, float]:
 
 
 def quietly() -> None:
-    """One thread for each of the processes that share the cores, and no word of each learning."""
+    """Initialises a worker process: one thread, because the workers share the cores, and no log of each training."""
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
 

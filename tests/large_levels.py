@@ -1,8 +1,8 @@
-"""Seconds and memory of merging leaves and of building the levels above them, at 65,536 patterns.
+"""Measures time and memory of merging leaves and of building the hierarchy, at 65,536 patterns.
 
-`python -m tests.large_levels --patterns 65536 --dim 128` runs each case in a process of its own, so that its peak of
-resident memory is its own. Leaves are noise around so many centres, their supports are log-normal; in a "cone" all
-leaves hang together by cosines over the threshold, yet few are near all others.
+`python -m tests.large_levels --patterns 65536 --dim 128` runs each case in a new process, which measures its own peak
+of resident memory. Leaves are noise around a number of centres, and their supports are log-normal. In a "cone", chains
+of cosines over the threshold connect all leaves, but few leaves are near all others.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from rb_gpu.learn.hierarchy import build_hierarchy, consolidate, level_counts
 
 THRESHOLD = 0.95
-# centres, and the noise around them as a share of their norm
+# number of centres (0: one per 16 patterns), and the noise around them relative to their norm
 SHAPES = {"far": (256, 1.0), "groups": (0, 0.15), "cone": (1, 0.25)}
 
 
 def leaves(patterns: int, dim: int, shape: str) -> np.ndarray:
-    """(P, D) leaves of norm 1."""
+    """(P, D) leaf centroids of norm 1."""
     rng = np.random.default_rng(0)
     centres, noise = SHAPES[shape]
     centre = rng.normal(size=(centres or patterns // 16, dim)).astype(np.float32)
@@ -34,7 +34,7 @@ def leaves(patterns: int, dim: int, shape: str) -> np.ndarray:
 
 
 def measure(case: str, patterns: int, dim: int) -> str:
-    """One case, and what it took."""
+    """Runs one case; returns a line with its seconds, its peak memory over that at the start, and what it found."""
     stage, _, shape = case.partition(", ")
     x, device = leaves(patterns, dim, shape), torch.device("cpu")
     support = np.exp(np.random.default_rng(1).normal(size=patterns))

@@ -1,8 +1,9 @@
-"""Nights of a service that retrains: its traffic drifts, a new kind of query comes, a config turns bad, the embedder
-changes for a night. Whose ids stay, what is served, and what that is worth beside the best single config in hindsight.
+"""Simulates a service that retrains every night, while its traffic drifts, a new kind of query appears, a config turns
+bad, and the embedder changes for one night. It measures which pattern ids stay stable, what is served, and its value
+relative to the best single config in hindsight.
 
-`python -m tests.nights --nights 30` prints a line a night. The truth is known, so values have no noise but the sample
-of queries. What is served in a night was learned before it.
+`python -m tests.nights --nights 30` prints one line per night. The truth is known, so that the only noise in a value is
+the sample of queries. What is served in a night was learned before that night.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ DEFAULT, BAD = 1, 2
 EFFECT, FALL, NOISE = 0.12, 0.3, 0.1
 EXPLORED = 0.3
 NEW_SHARE = 0.25
-# of queries around their kind's centre, as a share of its norm: at 0.6 kinds come apart into several leaves
+# noise of queries around the centre of their kind, relative to its norm; at 0.6 a kind splits into several leaves
 SPREAD = 0.3
 DRIFT = 0.03
 WINDOW = 6
@@ -41,7 +42,7 @@ DAY = 86_400
 
 @dataclass(frozen=True)
 class Schedule:
-    """The nights in which things happen."""
+    """The nights from which the new kinds of query come and the config is bad, and the one with another embedder."""
 
     population: int = 10
     bad_config: int = 15
@@ -50,9 +51,12 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Night:
-    """patterns: leaves learned. same: of the planted kinds that came for two nights before, the share whose nearest
-    leaf has the id that it had in the parent. gain, low, high: true value of what was served in the night less that of
-    its best single config, with a 95 % interval. champion: what is served after it. next_id, lineage: of the manifest.
+    """What happened in one night.
+
+    patterns: number of leaves learned. same: share of the planted kinds, those known for two nights, whose nearest leaf
+    kept the id of the nearest leaf in the champion before. gain, low, high: true value of what was served minus that of
+    the night's best single config, with a 95 % interval. champion: the version served afterwards. next_id, lineage:
+    from the manifest.
     """
 
     number: int
@@ -69,7 +73,7 @@ class Night:
 
 
 class Service:
-    """The truth, and the queries of a night under the policy that is served."""
+    """The simulated world: the true quality of every config, and the queries that arrive each night."""
 
     def __init__(self, seed: int, schedule: Schedule, spread: float) -> None:
         self.rng, self.schedule, self.spread = np.random.default_rng(seed), schedule, spread
@@ -82,7 +86,7 @@ class Service:
         return x / np.linalg.norm(x, axis=1, keepdims=True)
 
     def known(self, night: int) -> np.ndarray:
-        """The centres of the kinds of query that come in a night."""
+        """The centres of the kinds of query that arrive in a night."""
         return self.centres[: CENTRES if night < self.schedule.population else None]
 
     def night(self, night: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +102,9 @@ class Service:
         return (x @ self.turn if night == self.schedule.embedder else x).astype(np.float32), quality
 
     def log(self, path: Path, night: int, x: np.ndarray, quality: np.ndarray, served: np.ndarray) -> None:
-        """Writes what the service logs: mostly what it serves, at times any config, and with what probability."""
+        """Writes the service's log: mostly the served config, with probability EXPLORED a random one; propensities are
+        logged.
+        """
         rows, configs = quality.shape
         propensity = np.full((rows, configs), EXPLORED / configs)
         propensity[np.arange(rows), served] += 1.0 - EXPLORED
@@ -125,7 +131,7 @@ class Service:
 def simulate(
     nights: int, rows: int, folder: Path, seed: int, schedule: Schedule, spread: float = SPREAD
 ) -> Iterator[Night]:
-    """One night after the other; each trains on the log of the last WINDOW nights, of one embedder."""
+    """Yields the nights in order; each trains on the logs of the last WINDOW nights that have the same embedder."""
     service, registry = Service(seed, schedule, spread), folder / "artifacts"
     logs: list[Path] = []
     for number in range(nights):
@@ -139,7 +145,7 @@ def simulate(
         half = 1.96 * difference.std() / np.sqrt(rows)
         path = folder / f"night{number}.parquet"
         service.log(path, number, x, quality, served)
-        # the embedder's change is taken back the day after, and its log thrown away
+        # the change of the embedder is reverted the day after, and that night's log is thrown away
         window = [path] if changed else [*logs, path][-WINDOW:]
         logs = logs if changed else window
         config = TrainConfig(
@@ -193,7 +199,7 @@ def main() -> None:
             )
             sys.stdout.flush()
     same = [one.same for one in every if np.isfinite(one.same)]
-    # until a first champion the default runs, which nobody claims to be the best config
+    # before the first champion the default runs, which need not be the best config
     first = next((one.number for one in every if one.promoted), len(every))
     worse = [one.number for one in every if one.high < 0 and one.number > first]
     total = np.mean([one.gain for one in every])

@@ -1,4 +1,4 @@
-"""Worlds in which no config beats the default, and in how many of them a bank acts all the same.
+"""Measures false positives: in how many synthetic worlds in which no config beats the default a bank deviates from it.
 
 `python -m tests.null_worlds --worlds 300` prints the share for each kind of world.
 """
@@ -29,7 +29,9 @@ KINDS = (
 
 
 def world(kind: str, rows: int, rng: np.random.Generator) -> Trajectories:
-    """A log of one config per row with propensities; quality depends on the query alone, but for one bad config."""
+    """A log with one config per row and its propensity. Quality depends only on the query, except in the two kinds with
+    a bad config and with a better default.
+    """
     times = next((n for n in (5, 20) if f"run {n} times" in kind), 1)
     query = np.arange(rows) // times
     x = rng.normal(size=(query[-1] + 1, DIM)).astype(np.float32)
@@ -62,7 +64,7 @@ def world(kind: str, rows: int, rng: np.random.Generator) -> Trajectories:
 
 
 def acts(kind: str, rows: int, seed: int) -> bool:
-    """Whether the bank of one world leaves the default on any training query."""
+    """Whether the bank of one world deviates from the default on any training query."""
     trajectories = world(kind, rows, np.random.default_rng([seed, KINDS.index(kind)]))
     config = TrainConfig(judge=JudgeConfig(latency_weight=0.0, cost_weight=0.0), seed=seed)
     config.index.kind = "off"

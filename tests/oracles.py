@@ -1,8 +1,9 @@
-"""A scalar reading of the reference document, against which the fast implementation is tested.
+"""Slow scalar implementations of the reference document's formulas, against which the fast implementation is tested.
 
 "Reference" is the SONA ReasoningBank document, "design" is this project's design page. Nothing of rb_gpu is imported.
-Plain loops in float64 where the reference has float32: pass values that float32 holds, and compare with a tolerance;
-where a test sits on a rounding or voting tie, use weights that are exact in binary, since sums are in the given order.
+The loops compute in float64 where the reference has float32: pass values that float32 can represent, and compare with
+a tolerance. If a test depends on a tie in rounding or voting, use weights that are exact in binary, because sums are
+taken in the order given.
 """
 
 from __future__ import annotations
@@ -61,12 +62,12 @@ class Moments(NamedTuple):
 
 
 def f1(p: float, r: float) -> float:
-    """F1 with 1e-6 in the denominator, which reference section 5 selects by: just below F1, 0 where both are 0."""
+    """F1 with 1e-6 added to the denominator, by which reference section 5 selects: just below F1; 0 if both are 0."""
     return 2.0 * p * r / (p + r + 1e-6)
 
 
 def f1_exact(p: float, r: float) -> float:
-    """F1 without the 1e-6, 0 where both are 0 (design section 7, Evidence)."""
+    """F1 without the 1e-6; 0 if both are 0 (design section 7, Evidence)."""
     return 0.0 if p + r == 0.0 else 2.0 * p * r / (p + r)
 
 
@@ -83,12 +84,15 @@ def round_half_away(value: float) -> int:
 
 
 def snap(value: float, tried: Sequence[float]) -> float:
-    """The tried value nearest to `value`, the smaller of two equally near ones (design section 9 row 2)."""
+    """The tried value nearest to `value`; of two equally near ones the smaller (design section 9 row 2)."""
     return min(sorted(set(tried)), key=lambda t: abs(t - value))
 
 
 def vote(names: Sequence[str], weights: Sequence[float], order: Sequence[str]) -> str:
-    """The name of largest summed weight; on ties the one that comes first in `order` (tiers, cheapest first)."""
+    """The name with the largest sum of weights; ties go to the one that comes first in `order` (tiers, cheapest first).
+
+    Raises KeyError for a name that `order` lacks, ValueError without votes.
+    """
     totals = dict.fromkeys(order, 0.0)
     for name, weight in zip(names, weights, strict=True):
         totals[name] += weight  # a name outside `order` is a KeyError
@@ -102,7 +106,7 @@ def vote(names: Sequence[str], weights: Sequence[float], order: Sequence[str]) -
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
-    """Sum of w * x over the sum of w; the unweighted mean where all weights are 0 (design section 9 row 10)."""
+    """Sum of w * x over the sum of w; the unweighted mean if all weights are 0 (design section 9 row 10)."""
     total = weighted = plain = 0.0
     for value, weight in zip(values, weights, strict=True):
         total += weight
@@ -115,7 +119,7 @@ def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
 
 
 def squared_distance(a: Sequence[float], b: Sequence[float]) -> float:
-    """The square of reference section 4's `euclidean_distance`, which it names without giving."""
+    """The square of reference section 4's `euclidean_distance`, which the reference uses but does not define."""
     total = 0.0
     for x, y in zip(a, b, strict=True):
         total += (float(x) - float(y)) ** 2
@@ -123,12 +127,13 @@ def squared_distance(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def kmeans_plus_plus(points: Points, k: int, uniform: Sequence[float]) -> tuple[list[list[float]], list[int]]:
-    """D^2 seeding (reference section 4); returns (centroids, indices of the points they are).
+    """D^2 seeding (reference section 4); returns (centroids, indices of the points that they are).
 
-    `uniform` has k numbers in [0, 1). The reference's `gen_range` is read as floor(uniform[0] * n); each later one
-    gives the threshold uniform * total, and the first point whose cumulative sum of d^2 reaches it (>=) is taken. To
-    the letter: where all distances are 0, or the uniform is 0, that is point 0, whatever its distance (design section
-    9 row 12). Total and cumulative sum run in the same order here, so that a uniform below 1 is always reached.
+    `uniform` has k numbers in [0, 1). The reference's `gen_range` is read as floor(uniform[0] * n). Each later number
+    gives the threshold uniform * total, and the first point whose cumulative sum of d^2 reaches it (>=) is taken. As in
+    the reference, if all distances are 0 or the uniform number is 0, that is point 0, whatever its distance (design
+    section 9 row 12). The total and the cumulative sum are added in the same order here, so that the threshold of a
+    uniform number below 1 is always reached.
     """
     indices = [int(uniform[0] * len(points))]
     for u in uniform[1:k]:
@@ -160,11 +165,12 @@ def lloyd(
 ) -> tuple[list[list[float]], list[int], int]:
     """Lloyd's iteration (reference section 4): (centroids, labels, n_iter), n_iter counting assignment steps.
 
-    It stops, before the update, when no assignment changed; epsilon is unused, as there. Undefined: an empty cluster
-    (`compute_centroids` isn't given) is read as keeping its centroid; the design re-seeds it instead. When max_iter
-    ends the loop the labels are those before the last update, as written (`assign` gives the matching ones; the design
-    wants those). `to_the_letter` also starts from the reference's all-zero assignments: a first step that gives every
-    point to cluster 0, always so for k = 1, then counts as converged and leaves the seed instead of the mean.
+    It stops before the update if no assignment changed; epsilon is unused, as in the reference. The reference does not
+    define `compute_centroids` for an empty cluster; here such a cluster keeps its centroid (the design re-seeds it
+    instead). If max_iter ends the loop, the labels are those before the last update, as in the reference; the design
+    wants labels that match the final centroids, which `assign` gives. `to_the_letter` also starts from the reference's
+    all-zero assignments: if the first step assigns every point to cluster 0, as always for k = 1, that counts as
+    converged, and the result is the seed instead of the mean.
     """
     current = [[float(v) for v in c] for c in centroids]
     labels = [0 if to_the_letter else -1] * len(points)
@@ -187,7 +193,7 @@ def inertia(points: Points, centroids: Points, labels: Sequence[int]) -> float:
 
 
 def cosine(a: Sequence[float], b: Sequence[float]) -> float:
-    """Cosine similarity (reference section 7, not given there); 0 where a norm is 0."""
+    """Cosine similarity (used but not defined in reference section 7); 0 if a norm is 0."""
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     norms = math.sqrt(float(x @ x)) * math.sqrt(float(y @ y))
     return float(x @ y) / norms if norms > 0.0 else 0.0
@@ -202,11 +208,12 @@ def _labels(clusters: Sequence[Sequence[int]], n: int) -> list[int]:
 
 
 def complete_linkage(points: Points, threshold: float) -> list[int]:
-    """Consolidation by complete linkage (design section 9 row 13); labels numbered by first member.
+    """Consolidation by complete linkage (design section 9 row 13); labels are numbered by first member.
 
-    Reference section 7 merges every pair with cosine > 0.95 from a stale list; read as: the two clusters whose least
-    similar pair of members is most similar merge first, while that cosine is > threshold (strict); ties go to the pair
-    with the lowest first members. Cosines are of the original points, not of merged centroids.
+    Reference section 7 merges every pair with cosine > 0.95 from a list that goes stale. Here the similarity of two
+    clusters is that of their least similar pair of members; the most similar clusters merge first, while that cosine is
+    > threshold (strict). Ties go to the pair with the lowest first members. Cosines are between the original points,
+    not merged centroids.
     """
     similarity = [[cosine(a, b) for b in points] for a in points]
     clusters = [[i] for i in range(len(points))]
@@ -223,11 +230,12 @@ def complete_linkage(points: Points, threshold: float) -> list[int]:
 
 
 def ward(points: Points, weights: Sequence[float], n_clusters: int) -> list[int]:
-    """Weighted Ward (reference section 7, `Linkage::Ward`; weights of support: design section 7); labels as above.
+    """Weighted Ward linkage (reference section 7, `Linkage::Ward`; weighted by support: design section 7).
 
-    The pair of least w_a * w_b / (w_a + w_b) * |c_a - c_b|^2 merges, the lower one on ties, to the weighted mean, until
-    n_clusters are left. The reference's `clusters_at_level` is undefined; a count of clusters is the design's reading.
-    Points are taken as they are: nothing is normalised, neither before nor after a merge.
+    The pair with the least w_a * w_b / (w_a + w_b) * |c_a - c_b|^2 merges into its weighted mean, until n_clusters are
+    left; ties go to the pair with the lowest indices. The reference does not define `clusters_at_level`; the design
+    reads it as a number of clusters. Points are not normalised, neither before nor after a merge. Labels are numbered
+    by first member.
     """
     clusters = [([i], [float(v) for v in p], float(w)) for i, (p, w) in enumerate(zip(points, weights, strict=True))]
     while len(clusters) > n_clusters:
@@ -249,10 +257,12 @@ def ward(points: Points, weights: Sequence[float], n_clusters: int) -> list[int]
 
 
 def create_pattern(trajectories: Sequence[Trajectory], pattern_id: int = 0, now: int = 0) -> dict[str, Any]:
-    """`create_pattern_from_cluster` (reference section 4): weights p * r, confidence their mean, auto, 2048 tokens.
+    """`create_pattern_from_cluster` (reference section 4): weights p * r, their mean as confidence, tier auto, 2048
+    tokens.
 
-    Zero total weight, 0 / 0 in the reference, takes the unweighted mean (design section 9 row 10). The centroid, an
-    argument there, is the mean embedding, as it is after convergence; `now` stands for the clock. Latency divides down.
+    If the total weight is 0, which is 0 / 0 in the reference, the means are unweighted (design section 9 row 10). The
+    centroid, an argument in the reference, is the mean embedding, as it is after convergence. `now` replaces the clock.
+    The mean latency is rounded down.
     """
     n = len(trajectories)
     weights = [product(t.precision, t.recall) for t in trajectories]
@@ -286,12 +296,12 @@ def create_pattern_corrected(
     pattern_id: int = 0,
     now: int = 0,
 ) -> dict[str, Any]:
-    """`create_pattern` with design section 9 rows 2, 5, 10 and section 7's Pattern paragraph.
+    """`create_pattern` as corrected by design section 9 rows 2, 5, 10 and section 7's Pattern paragraph.
 
-    Tier by quality-weighted vote (ties: first in `tiers`; one vote each where all weights are 0), context snapped to a
-    value tried in the cluster. `quality` replaces `confidence`, which needs verdicts, and stays the mean of p * r.
-    Undefined: whether "quality-weighted" means p * r or the configured quality; the weights are the `quality` argument,
-    p * r unless told. Recency weights are not applied.
+    The tier is chosen by quality-weighted vote (ties: first in `tiers`; one vote each if all weights are 0), and the
+    context is snapped to a value tried in the cluster. The key `quality` replaces `confidence`, which needs verdicts;
+    it is still the mean of p * r. The design does not say whether "quality-weighted" means p * r or the configured
+    quality: the weights are the `quality` argument, p * r by default. Recency weights are not applied.
     """
     pattern = create_pattern(trajectories, pattern_id, now)
     weights = [quality(t.precision, t.recall) for t in trajectories]
@@ -312,7 +322,9 @@ def create_pattern_corrected(
 
 
 def weighted_moments(values: Sequence[float], weights: Sequence[float]) -> Moments:
-    """n, sum w, sum w^2, weighted mean and M2 in two passes (design section 7, Evidence); zeros where sum w is 0."""
+    """n, sum w, sum w^2, weighted mean and M2 in two passes (design section 7, Evidence); mean and M2 are 0 if sum w
+    is 0.
+    """
     sum_w = sum_w2 = sum_wx = m2 = 0.0
     for x, w in zip(values, weights, strict=True):
         sum_w += w
@@ -325,7 +337,7 @@ def weighted_moments(values: Sequence[float], weights: Sequence[float]) -> Momen
 
 
 def _mean_and_variance(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample variance; exact for equal values, so that rounding can't pass for spread."""
+    """Mean and sample variance; the variance of equal values is exactly 0, so that rounding cannot pass for spread."""
     if min(values) == max(values):
         return values[0], 0.0
     mean = sum(values) / len(values)
@@ -335,8 +347,8 @@ def _mean_and_variance(values: Sequence[float]) -> tuple[float, float]:
 def welch(a: Sequence[float], b: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
     """Welch's t of mean(a) - mean(b) - margin and the Welch-Satterthwaite degrees of freedom.
 
-    `welch_t_test` is named in reference section 5, not given. Undefined: fewer than two values on a side, or no
-    variance on both; read as NaN (design section 9 row 9), also where the means differ.
+    Reference section 5 uses `welch_t_test` without defining it. Fewer than two values on a side, or zero variance on
+    both sides, give NaN (design section 9 row 9), even if the means differ.
     """
     if len(a) < 2 or len(b) < 2:
         return math.nan, math.nan
@@ -362,7 +374,9 @@ def welch_one_sided(a: Sequence[float], b: Sequence[float], margin: float = 0.0)
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values (design section 7). NaN stays NaN and isn't counted: undefined there."""
+    """Holm's step-down adjusted p-values (design section 7). NaN stays NaN and does not count as a test; the design
+    does not define this case.
+    """
     order = sorted((i for i in range(len(p)) if not math.isnan(p[i])), key=lambda i: p[i])
     adjusted, running = [math.nan] * len(p), 0.0
     for rank, i in enumerate(order):
@@ -372,7 +386,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def benjamini_hochberg(p: Sequence[float]) -> list[float]:
-    """Benjamini-Hochberg's step-up adjusted p-values (design section 7). NaN stays NaN and isn't counted."""
+    """Benjamini-Hochberg's step-up adjusted p-values (design section 7). NaN stays NaN and does not count as a test."""
     order = sorted((i for i in range(len(p)) if not math.isnan(p[i])), key=lambda i: p[i])
     adjusted, running = [math.nan] * len(p), 1.0
     for rank in range(len(order), 0, -1):
@@ -387,10 +401,11 @@ def judge_reference(
 ) -> dict[str, Any] | None:
     """`VerdictJudge::judge` (reference section 5) to the letter, with its flaws (design section 9 rows 6 to 8).
 
-    Undefined, and how it is read: `ParamKey` is all five parameters exactly; equal mean F1, which the reference leaves
-    to the order of a hash map, goes to the configuration seen first; `welch_t_test` is two-sided, so a best group that
-    is significantly worse than the whole gets a verdict too; a NaN p gives None (design row 9), and so does a best
-    group of zero mean F1, whose consistency is 0 / 0. A default of quality 0 gives the improvement None, not infinity.
+    Where the reference is undefined: `ParamKey` is read as all five parameters exactly. Equal mean F1, which the
+    reference leaves to the order of a hash map, goes to the config seen first. `welch_t_test` is two-sided, so that a
+    best group that is significantly worse than the whole also gets a verdict. A NaN p-value gives None (design row 9),
+    and so does a best group with zero mean F1, whose consistency would be 0 / 0. A default with quality 0 gives the
+    improvement None instead of infinity.
     """
     if len(trajectories) < min_samples:
         return None
@@ -427,9 +442,9 @@ def judge_reference(
 
 
 def paule_mandel(effects: Sequence[float], variances: Sequence[float]) -> float:
-    """Paule and Mandel's tau^2 (design section 7, `eb`): the root of Q(tau^2) = k - 1, by bisection.
+    """Paule and Mandel's tau^2 (design section 7, `eb`): the root of Q(tau^2) = k - 1, found by bisection.
 
-    0 where Q(0) <= k - 1 or k < 2. Variances must be finite and positive; leaving out other cells is up to the caller.
+    0 if Q(0) <= k - 1 or k < 2. Variances must be finite and positive; the caller leaves out other cells.
     """
     if len(effects) < 2:
         return 0.0
@@ -458,8 +473,9 @@ def empirical_bayes_posterior(
 ) -> tuple[float, float]:
     """Normal posterior (mean, variance) of one cell's effect (design section 7, `eb`).
 
-    No prior spread (tau^2 = 0) gives the prior; an infinite variance of one side gives the other side; both 0 or both
-    infinite is undefined and read as NaN. The prior mean counts as known: uncertainty of it goes in prior_variance.
+    A prior variance of 0 (tau^2 = 0) gives the prior; an infinite variance on one side gives the other side. If both
+    are 0 or both infinite, the result is undefined and NaN here. The prior mean is taken as known exactly; its
+    uncertainty must be included in prior_variance.
     """
     if variance == prior_variance and (variance == 0.0 or math.isinf(variance)):
         return math.nan, math.nan
@@ -477,12 +493,12 @@ def empirical_bayes_posterior(
 def interpolate(
     matches: Sequence[tuple[Params, float, float]], tiers: Sequence[str], tried_contexts: Sequence[int]
 ) -> tuple[Params, float] | None:
-    """Weighted mean of (params, similarity, quality) matches (reference section 3), by design section 9 rows 1, 2, 4.
+    """Weighted mean of (params, similarity, quality) matches (reference section 3, design section 9 rows 1, 2, 4).
 
-    weight = max(similarity, 0) * quality, the reference's similarity * confidence with its confidence named quality;
-    from zero, rounded once, tier by vote, context snapped. Counts are clamped to >= 1 and temperature to [0, 2]; a mean
-    of valid settings is inside anyway. Returns the params and the reference's confidence, total weight / matches;
-    None, for the default, where there is no match or no weight.
+    weight = max(similarity, 0) * quality, which is the reference's similarity * confidence with its confidence renamed
+    quality. Sums start from zero, results are rounded once, the tier is chosen by vote, the context is snapped. Counts
+    are clamped to >= 1 and temperature to [0, 2], where a mean of valid settings is anyway. Returns the params and the
+    reference's confidence, total weight / matches; or None, meaning the default, without any match or weight.
     """
     weights = [max(similarity, 0.0) * quality for _, similarity, quality in matches]
     if not sum(weights) > 0.0:
@@ -499,9 +515,10 @@ def interpolate(
 
 
 def blend(router: Params, bank_params: Params, confidence: float, max_influence: float = 0.3) -> Params:
-    """Reference section 6: above confidence 0.5 temperature and context go confidence * 0.3 of the way to the bank's.
+    """Reference section 6: above confidence 0.5, temperature and context go confidence * 0.3 of the way to the bank's.
 
-    Context is truncated, as there: even equal contexts may come out one token short. ef_search, n_probes and tier stay.
+    The context is truncated as in the reference, so that even equal contexts may come out one token short. ef_search,
+    n_probes and tier stay the router's.
     """
     if not confidence > 0.5:
         return router
@@ -522,7 +539,7 @@ def blend_ramped(
     """`blend` with design section 9 row 19's ramp and section 7's snapped context.
 
     "0.3 * confidence ramped from confidence 0.5" is read as 0.3 * confidence * (confidence - 0.5) / 0.5: 0 at 0.5 and
-    0.3 at 1. Where nothing is blended the router's context stays, tried or not: undefined there.
+    0.3 at 1. If nothing is blended the router's context stays, whether it was tried or not; the design does not say.
     """
     if not confidence > 0.5:
         return router
@@ -545,9 +562,9 @@ def fastgrnn_cell(
     zeta: float,
     nu: float,
 ) -> list[float]:
-    """One step of FastGRNN (Kusupati et al. 2018); reference section 6 names the router only.
+    """One step of FastGRNN (Kusupati et al. 2018), which reference section 6 names without defining it.
 
-    W is (H, D), U is (H, H), both shared by gate and candidate; zeta and nu are raw, before their sigmoid.
+    W is (H, D), U is (H, H), both shared by the gate and the candidate; zeta and nu are given before their sigmoid.
     """
 
     def sigmoid(v: float) -> float:

@@ -1,7 +1,8 @@
-"""Tensors that say they are on a GPU, computed on the CPU: what mixes them with the host's is refused, as a GPU would,
-and what makes the host wait for them is counted.
+"""Simulates a GPU: tensors that report a CUDA device but are computed on the CPU. Operations that mix them with host
+tensors are refused, as on a GPU, and operations that make the host wait for the device are counted.
 
-Real values flow, so that code whose course depends on them runs to its end, which torch's FakeTensorMode cannot do.
+Tensors hold real values, so that code with data-dependent control flow runs to its end, unlike under torch's
+FakeTensorMode.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from rb_gpu.learn import devices, streaming
 
 aten = torch.ops.aten
 GPU = torch.device("cuda", 0)
-# the host must know a value, or a size that depends on values, before it goes on
+# operations for which the host must wait, for a value or for a size that depends on values
 WAITS = {
     aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
     aten.bincount.default, aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default,
     aten.repeat_interleave.Tensor,
 }  # fmt: skip
-# which torch refuses on a GPU where sums must add up in one order; cumsum only of floats, bincount
-# only of weights
+# operations that torch refuses on a GPU under deterministic algorithms; cumsum only for floats, bincount only with
+# weights
 UNORDERED = {
     aten.median.dim, aten.nanmedian.dim, aten.kthvalue.default, aten.histc.default, aten.put_.default,
     aten.cumsum.default,
@@ -36,18 +37,18 @@ INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, 
 
 
 class MixedError(RuntimeError):
-    """One operation was given tensors of the host and of the device."""
+    """Raised if one operation gets tensors of both the host and the device."""
 
 
 class OnDevice(torch.Tensor):
-    """A tensor that says it is on cuda:0 and whose values lie in `held`, on the CPU."""
+    """A tensor that reports the device cuda:0, with its values in `held`, on the CPU."""
 
     held: torch.Tensor
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> OnDevice:
         options = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
-        # torch itself takes it for the host's, as a build without CUDA knows no other
+        # internally it has the host's device, because a build of torch without CUDA has no other
         made = torch.Tensor._make_wrapper_subclass(cls, held.shape, device=held.device, **options)
         made.held = held.detach()
         return made
@@ -68,10 +69,12 @@ class OnDevice(torch.Tensor):
 
 
 class Operations(TorchDispatchMode):
-    """Runs every operation on the values held. waits: how often the host waited, by operation. unordered: what torch
-    would have refused, or was not asked, to do in one order. raced: how many were written to one place, of which
-    threads leave any. serial: running sums that one thread of a GPU makes of a
-    whole column, by their shape.
+    """Runs every operation on the held values, and records what would be slow or nondeterministic on a GPU.
+
+    waits: how often the host waited, by operation. unordered: operations that torch would refuse under deterministic
+    algorithms, or that ran without that mode. raced: number of indexed writes beyond the first to the same place, where
+    any of the threads may win. serial: shapes of cumulative sums along a dimension other than the last, for which a GPU
+    uses one thread per column.
     """
 
     def __init__(self) -> None:
@@ -83,7 +86,7 @@ class Operations(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and what torch would import to say so takes a second
+        return False  # nothing is compiled here, and torch's own check would import modules for a second
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -91,7 +94,7 @@ class Operations(TorchDispatchMode):
         there = {id(t.held): t for t in tensors if isinstance(t, OnDevice)}
         if not there:
             return func(*args, **kwargs)
-        # what a GPU takes from the host beside its own tensors: single numbers, and indices into them
+        # a GPU operation may also take from the host: single numbers, and indices into its tensors
         allowed = args[1] if func in INDEXING and isinstance(args[0], OnDevice) else ()
         here = [
             tuple(t.shape)
@@ -130,7 +133,7 @@ class Operations(TorchDispatchMode):
 
 
 class Devices(TorchFunctionMode):
-    """Moves tensors between the host and the device, and makes them there."""
+    """Intercepts calls that move tensors between the host and the device or create them on the device."""
 
     def __init__(self, operations: Operations) -> None:
         super().__init__()
@@ -165,13 +168,13 @@ class Devices(TorchFunctionMode):
 
 
 class Drawing(torch.Generator):
-    """A generator of the host that may be asked for on any device."""
+    """A host generator that can be created for any device."""
 
     def __new__(cls, device: object = "cpu") -> Drawing:
         return super().__new__(cls)
 
 
-# operations take and give tensors, and flat lists of them: torch's walks through any tree took most of the time
+# operations take and return tensors and flat lists of them; torch's general tree traversal took most of the time
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
     for value in values:
         if isinstance(value, torch.Tensor):
@@ -191,13 +194,13 @@ def _told(value: Any, there: dict[int, OnDevice]) -> Any:
         return type(value)(_told(one, there) for one in value)
     if not isinstance(value, torch.Tensor):
         return value
-    # what was changed in place is the tensor that was given
+    # an operation in place returns the tensor that it was given
     return there[id(value)] if id(value) in there else OnDevice(value)
 
 
 @contextmanager
 def pretended(memory: int = 2**36) -> Iterator[Operations]:
-    """device=cuda is there meanwhile. memory: bytes of it that are free."""
+    """Makes device=cuda available inside the block, by simulation. memory: free bytes of the device."""
     straight = {
         "__init__": lambda self, device: setattr(self, "device", device),
         "pinned": lambda self, rows, dim: torch.empty(rows, dim),
@@ -218,7 +221,7 @@ def pretended(memory: int = 2**36) -> Iterator[Operations]:
         for name in ("max_memory_allocated", "reset_peak_memory_stats", "utilization"):
             patch.setattr(torch.cuda, name, lambda: 0)
         patch.setattr(torch, "Generator", Drawing)
-        # modules then hold the tensors that they were moved to
+        # makes Module.to replace parameters by the moved tensors instead of changing them in place
         patch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
         for name, function in straight.items():
             patch.setattr(streaming.CudaStreams, name, function)

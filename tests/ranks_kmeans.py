@@ -1,5 +1,5 @@
-"""Run in test_distributed: k-means on this rank's rows, case after case; rank 0 writes what all found, or rank 1 dies
-of it.
+"""One rank of test_distributed: runs k-means on this rank's rows for each case. Rank 0 writes the joint result; in the
+case "die", rank 1 exits instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rb_gpu.learn.kmeans import kmeans
 
 def main() -> None:
     k, seed, *cases = sys.argv[1:]
-    # gloo stands in for NCCL where they pretend to be on GPUs
+    # gloo replaces NCCL for ranks on simulated GPUs
     with launched(torch.device("cpu")) as ranks:
         for case in cases:
             metric, device, folder = case.split(":", 2)

@@ -1,4 +1,4 @@
-"""Reports of real trainings on small planted tables, for the tests that read them and for those that look at them."""
+"""Reports of real trainings on small planted tables, for tests that parse them or open them in a browser."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Pages:
-    """promoted: the report of a first training. refused: of a second one with a champion, a router, and a gate that
-    nothing passes. plain: of one by Welch's tests, without costs and propensities. bank, manifest: of the first.
+    """Paths of three reports. promoted: of a first training. refused: of a second training, with a champion, a router,
+    and a gate that nothing passes. plain: of a training with Welch's tests, without costs and propensities. bank,
+    manifest: those of the first training.
     """
 
     promoted: Path
@@ -37,12 +38,12 @@ class Pages:
     manifest: dict[str, Any]
 
     def facts(self) -> dict[str, Any]:
-        """The first one's facts, to change at will."""
+        """A copy of the first training's manifest, which a test may change."""
         return copy.deepcopy(self.manifest)
 
 
 def make_pages(folder: Path) -> Pages:
-    """Trains three times."""
+    """Trains three times. Raises ValueError unless the first training is promoted and the second refused."""
     synthesize(SynthesizeConfig(out=str(folder / "planted"), n=8000, dim=32, patterns=24, configs=6, seed=1))
     table = pq.read_table(folder / "planted/trajectories.parquet")
     pq.write_table(table.drop_columns(["cost", "propensity"]), folder / "plain.parquet")
@@ -73,7 +74,7 @@ def make_pages(folder: Path) -> Pages:
 def page_of(
     bank: ReasoningBank, facts: dict[str, Any], version: str = "20260101T000000-000000", promoted: bool = True
 ) -> str:
-    """The report of any bank, with queries at random around its leaves."""
+    """The report (HTML) of any bank, with random queries around its leaves."""
     rng = np.random.default_rng(0)
     centroids, support = (bank.data.arrays[name][: bank.data.leaves] for name in ("centroids", "support"))
     label = rng.integers(bank.data.leaves, size=500)

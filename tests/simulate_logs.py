@@ -1,6 +1,7 @@
-"""Worlds in which every policy's value is known, and logs of one config per query drawn from them.
+"""Measures the coverage of confidence intervals: evaluates policies on logs of one config per query, drawn from worlds
+in which every policy's true value is known.
 
-`python -m tests.simulate_logs --logs 500` prints how many of the 95 % intervals of held-out values hold the truth.
+`python -m tests.simulate_logs --logs 500` prints how many of the 95 % intervals of held-out values contain the truth.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ QUALITY = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
 
 
 def world(queries: int, rng: np.random.Generator) -> Trajectories:
-    """A full table: dearer configs find more, but not on every query, and queries differ far more than configs do."""
+    """A full table in which more expensive configs find more, but not on every query, and in which quality varies far
+    more between queries than between configs.
+    """
     x = rng.normal(size=(queries, DIM)).astype(np.float32)
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     place = np.arange(CONFIGS) / (CONFIGS - 1)
@@ -45,7 +48,9 @@ def world(queries: int, rng: np.random.Generator) -> Trajectories:
 
 
 def choices(x: np.ndarray) -> dict[str, np.ndarray]:
-    """A default, a fixed config, and a policy that picks dearer configs on what looks hard."""
+    """The choices (Q,) of three policies: a default, a fixed config, and one that picks more expensive configs for
+    queries that look hard.
+    """
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     bank = np.digitize(unit[:, 0] + 0.5 * unit[:, 2], (-0.4, 0.1, 0.5)) + 1
     return {"default": np.zeros(len(x), int), "best single config": np.full(len(x), 2), "bank": bank}
@@ -53,7 +58,9 @@ def choices(x: np.ndarray) -> dict[str, np.ndarray]:
 
 @dataclass
 class Coverage:
-    """Logs whose interval holds the truth, logs with one, logs in all, and the sum of their widths."""
+    """Counts for one quantity: logs whose interval contains the truth (held), logs that have an interval (known), and
+    all logs; width: sum of the intervals' widths.
+    """
 
     held: int = 0
     known: int = 0
@@ -72,22 +79,23 @@ class Coverage:
         return self.held / self.known if self.known else float("nan")
 
     def plausible(self, share: float, level: float) -> bool:
-        """Whether intervals that hold the truth with this probability come to as few, or as many, in 1 - level of
-        runs or more."""
+        """Whether the coverage is consistent with the probability `share`: a two-sided binomial test does not reject it
+        at the significance level 1 - level.
+        """
         return bool(stats.binomtest(self.held, self.known, share).pvalue >= 1.0 - level)
 
 
 @cache
 def truths() -> dict[str, float]:
-    """Value of every policy of `choices`, by 400,000 queries."""
+    """The value of every policy of `choices`, computed on 400,000 queries."""
     table = world(400_000, np.random.default_rng(2**32))
     quality = table.precision.astype(np.float64).reshape(-1, CONFIGS)
     return {name: float(quality[np.arange(len(quality)), pick].mean()) for name, pick in choices(table.x_QD).items()}
 
 
 def coverage(log: str, queries: int, logs: int, seed: int = 0) -> dict[str, Coverage]:
-    """Of the bank's value, and of its gain over the default and over the single config; every log is a new sample of
-    queries, outcomes and choices.
+    """Coverage of the intervals of the bank's value, and of its gains over the default and over the single config.
+    Every log is a new sample of queries, outcomes and logged choices.
     """
     truth = truths()
     found = {name: Coverage() for name in ("value of bank", "gain over default", "gain over best single config")}

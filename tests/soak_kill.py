@@ -1,11 +1,11 @@
-"""Trainings that are killed at random moments: does the champion go on to answer, and does the next one succeed?
+"""Kills trainings at random moments: does the champion keep answering, and does the next training succeed?
 
     python tests/soak_kill.py --kills 200
 
 Half of the kills come anywhere in a training, half while it publishes, promotes and removes the oldest version. After
-each the champion must load and answer to the bit as before, or be a new version that is whole; the next training must
-succeed with no hand laid on, and leave nothing temporary behind. Trainings are forked from one process that has
-imported what they need, so that most of their time is theirs. Exits with 1 where anything of it failed.
+each kill the champion must load and give bit-identical answers, or be a new, complete version. The next training must
+succeed without manual repair and leave no temporary files behind. Trainings are forked from one process that has
+imported everything already, so that kills rarely hit imports. Exits with 1 if any of this fails.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import faiss  # noqa: F401 - before the forks, as all that a training imports
+import faiss  # noqa: F401 - imported before the forks, like everything that a training needs
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -45,13 +45,13 @@ from rb_gpu.learn.version_config import GateConfig, RegistryConfig
 
 ROWS, DIM, CENTRES = 3000, 16, 12
 EF_SEARCH = (16, 64, 256)
-# of a kill that came too late to be one
+# label of a kill that came after the training had ended
 LATE = "too late"
 QUERIES = np.random.default_rng(1).normal(size=(64, DIM)).astype(np.float32)
 
 
 def write_log(path: Path) -> None:
-    """Queries around CENTRES centres, each best served by one config."""
+    """Writes a table of queries around CENTRES centres; each centre has one best config."""
     rng = np.random.default_rng(0)
     kind, config = rng.integers(CENTRES, size=ROWS), rng.integers(len(EF_SEARCH), size=ROWS)
     x = rng.normal(size=(CENTRES, DIM))[kind] + 0.2 * rng.normal(size=(ROWS, DIM))
@@ -70,7 +70,7 @@ def write_log(path: Path) -> None:
 
 
 def settings(folder: Path) -> TrainConfig:
-    """A short training that is always promoted."""
+    """The settings of a short training that is always promoted."""
     return TrainConfig(
         data=DataConfig(path=str(folder / "log.parquet")),
         params=ParamsConfig(default={"ef_search": 64}),
@@ -84,7 +84,7 @@ def settings(folder: Path) -> TrainConfig:
 
 
 def start(config: TrainConfig) -> int:
-    """The process of a training; it ends with 0 where its version was promoted."""
+    """Forks a training and returns its process id; it exits with 0 if its version was promoted."""
     child = os.fork()
     if child:
         return child
@@ -97,8 +97,9 @@ def start(config: TrainConfig) -> int:
 
 
 def killed(config: TrainConfig, seconds: float, only_publishing: bool) -> bool:
-    """Whether a training was still at it when it was killed, so many seconds after its start or its first temporary
-    file.
+    """Starts a training and kills it after `seconds`; returns whether it was still running then.
+
+    only_publishing: count the seconds from the training's first temporary file instead of its start.
     """
     child = start(config)
     while only_publishing and not is_publishing(Path(config.registry.path)):
@@ -111,7 +112,7 @@ def killed(config: TrainConfig, seconds: float, only_publishing: bool) -> bool:
 
 
 def finished(config: TrainConfig) -> tuple[int, float, float]:
-    """Exit code of a training, the seconds it took, and those from its first temporary file on."""
+    """Runs a training to its end: its exit code, its seconds, and the seconds since its first temporary file."""
     begun = time.monotonic()
     child, publishing = start(config), None
     while True:
@@ -125,22 +126,22 @@ def finished(config: TrainConfig) -> tuple[int, float, float]:
 
 
 def is_publishing(registry: Path) -> bool:
-    """Whether a version is being written."""
+    """Whether a version is being written, judged by its temporary folder."""
     return any(registry.glob(".tmp-2*"))
 
 
 def answers(folder: Path) -> dict[str, list[object]]:
-    """What a version says to QUERIES. Raises ArtifactError where it is damaged."""
+    """A version's answers to QUERIES. Raises ArtifactError if it is damaged."""
     return {name: column.tolist() for name, column in
             ReasoningBank.load(folder, search="exact").optimized_params_batch(QUERIES).items()}  # fmt: skip
 
 
 def soak(folder: Path, kills: int, seed: int) -> tuple[Counter[str], list[str]]:
-    """Kills that came at each stage, and what went wrong."""
+    """Numbers of kills by the stage that they hit, and descriptions of everything that went wrong."""
     rng, stages, wrong = random.Random(seed), Counter[str](), []
     write_log(folder / "log.parquet")
     config, registry = settings(folder), Registry(folder / "artifacts")
-    finished(config)  # compiles what is compiled
+    finished(config)  # warms up: compiles the numba kernels
     code, whole, tail = finished(config)
     if code:
         return stages, [f"a training that nothing disturbed ended with {code}"]
@@ -173,7 +174,7 @@ def soak(folder: Path, kills: int, seed: int) -> tuple[Counter[str], list[str]]:
 
 
 def main() -> int:
-    """Runs it all and prints what came."""
+    """Runs the soak and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)

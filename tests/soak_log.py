@@ -1,13 +1,13 @@
-"""The trajectory log under many writers that are killed: is every acknowledged record there, once, and how long does
-record() keep its caller?
+"""Stresses the trajectory log with many writers that are killed: is every acknowledged record there exactly once, and
+how long does record() block its caller?
 
     python tests/soak_log.py                                  4 processes x 4 threads x 50,000 records
     python tests/soak_log.py --records 2000 --kill-every 1    a short one
 
-Every thread records as fast as it can and votes for the records of the next process. After each CHUNK it flushes and
-writes down that these are acknowledged; a process that was killed goes on behind them, and so sends again what it did
-not know to be kept. Exits with 1 where a record or a vote is missing, doubled or another's, or the 99th percentile of
-record() is over --p99-us (0: not looked at).
+Every thread records as fast as it can, and votes for the records of the next process. After each CHUNK it flushes and
+notes these records as acknowledged. A killed process resumes after them, and so sends again whatever was not
+acknowledged. Exits with 1 if a record or a vote is missing, duplicated or wrong, or if the 99th percentile of record()
+exceeds --p99-us (0: not checked).
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from rb_gpu.trajectory_log import TrajectoryLog
 from rb_gpu.types import QueryTrajectory, UserFeedback
 
 CHUNK, DIM = 500, 128
-# latencies of record() in ns, as they are appended to a file
+# dtype of the latencies of record(), in ns, that are appended to a file
 NS = np.dtype("int64")
 
 
 def rating_of(trajectory_id: int) -> int:
-    """The vote that is given for an id, from 1 to 5."""
+    """The vote, from 1 to 5, that is given to the record with this id."""
     return 1 + trajectory_id % 5
 
 
 def work(log: TrajectoryLog, folder: Path, options: argparse.Namespace, process: int, thread: int) -> None:
-    """Records one thread's share, from the first chunk that is not acknowledged."""
+    """Records one thread's share, starting at the first chunk that is not acknowledged."""
     first = (process * options.threads + thread) * options.records
     voted = ((process + 1) % options.processes * options.threads + thread) * options.records
     acknowledged = folder / f"acknowledged-{process}-{thread}"
@@ -60,7 +60,7 @@ def work(log: TrajectoryLog, folder: Path, options: argparse.Namespace, process:
                 taken.append(time.perf_counter_ns() - start)
                 if kept:
                     break
-                time.sleep(0.01)  # the queue is full: the caller is told, and tries again
+                time.sleep(0.01)  # record() returned False because the queue is full: try again
             while not log.record_feedback(voted + i, UserFeedback(rating_of(voted + i))):
                 time.sleep(0.01)
         if log.flush(60):
@@ -71,7 +71,7 @@ def work(log: TrajectoryLog, folder: Path, options: argparse.Namespace, process:
 
 
 def worker(folder: Path, options: argparse.Namespace, process: int) -> None:
-    """One process: all its threads on one log."""
+    """Runs one process: all of its threads write to the same log."""
     log = TrajectoryLog(folder / "log.sqlite", dim=DIM)
     threads = [
         threading.Thread(target=work, args=(log, folder, options, process, thread)) for thread in range(options.threads)
@@ -84,12 +84,12 @@ def worker(folder: Path, options: argparse.Namespace, process: int) -> None:
 
 
 def chunks(folder: Path, process: int) -> int:
-    """How many chunks of a process are acknowledged."""
+    """Number of acknowledged chunks of a process."""
     return sum(path.stat().st_size for path in folder.glob(f"acknowledged-{process}-*"))
 
 
 def drive(folder: Path, options: argparse.Namespace) -> int:
-    """Starts the processes, kills one of them every now and then and starts it again; how often it killed."""
+    """Starts the processes, and every now and then kills one and restarts it. Returns the number of kills."""
     command = [sys.executable, __file__, *sys.argv[1:], "--folder", str(folder), "--worker"]
     running = {process: subprocess.Popen([*command, str(process)]) for process in range(options.processes)}
     before = dict.fromkeys(running, 0)
@@ -105,7 +105,7 @@ def drive(folder: Path, options: argparse.Namespace) -> int:
                     running[process] = subprocess.Popen([*command, str(process)])
                 else:
                     raise RuntimeError(f"process {process} ended with {one.returncode}")
-        # only what got on since its start: a slow machine would never come to an end
+        # kill only processes that made progress since their start; otherwise a slow machine would never finish
         at_work = [process for process in sorted(running) if chunks(folder, process) > before[process]]
         if at_work and time.monotonic() > next_kill:
             running[rng.choice(at_work)].kill()
@@ -114,7 +114,7 @@ def drive(folder: Path, options: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Runs it all and prints what came."""
+    """Runs the soak and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--threads", type=int, default=4)

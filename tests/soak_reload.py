@@ -1,8 +1,8 @@
-"""Readers at full speed while the champion is switched: every answer is wholly one artifact's, and none is late.
+"""Switches the champion under readers at full speed: every answer must come entirely from one artifact, and none late.
 
     python tests/soak_reload.py --seconds 60 --reloads 500 --threads 8
 
-Every tenth switch is to a corrupt artifact, which must change nothing. Prints the p99 of a lookup without and with
+Every tenth switch is to a corrupt artifact, which must have no effect. Prints the p99 of a lookup without and with
 reloads; exits with 1 on a wrong answer or an exception in a reader.
 """
 
@@ -28,7 +28,7 @@ from conftest import make_bank, queries_near
 from rb_gpu import OptimizedParams, ReasoningBank, write_artifact
 from rb_gpu.bank_data import BankData
 
-TARGET = 3.0  # p99 during reloads, as a multiple of the quiet one
+TARGET = 3.0  # p99 during reloads, as a multiple of the p99 without
 CORRUPT_EVERY = 10
 SLICES = 10
 FIGURES = ("confidence", "expected_quality", "expected_gain")
@@ -36,7 +36,7 @@ FIGURES = ("confidence", "expected_quality", "expected_gain")
 
 @dataclass
 class Soak:
-    """What the readers saw."""
+    """What the readers observed."""
 
     latencies: dict[str, list[list[float]]] = field(default_factory=lambda: {"quiet": [], "reloads": []})
     answers: dict[str, int] = field(default_factory=lambda: {"a": 0, "b": 0})
@@ -46,13 +46,13 @@ class Soak:
     served: str = "a"
 
     def ratios(self) -> list[float]:
-        """p99 with reloads over the quiet one, of every pair of slices."""
+        """p99 with reloads over p99 without, for each pair of adjacent time slices."""
         pairs = zip(self.latencies["reloads"], self.latencies["quiet"], strict=True)
         return [float(np.percentile(busy, 99) / np.percentile(quiet, 99)) for busy, quiet in pairs]
 
 
 def two_banks(leaves: int, dim: int) -> dict[str, BankData]:
-    """Banks over the same leaves that agree in nothing else: config, tier, pattern id, expected quality."""
+    """Two banks with the same leaf centroids whose answers differ in everything: config, tier, pattern id, quality."""
     made = {}
     for number, name in enumerate(("a", "b")):
         one = make_bank(leaves, 5, dim, seed=3)
@@ -62,7 +62,7 @@ def two_banks(leaves: int, dim: int) -> dict[str, BankData]:
         arrays["config_ef_search"] += np.uint32(number + 1)
         arrays["expected_quality"] = arrays["expected_quality"] / np.float32(4) + np.float32(number)
         tiers = tuple(f"{name}-{tier}" for tier in one.tiers)
-        if number:  # the best config is another one
+        if number:  # makes another config the best one
             for key in ("score", "probability", "gain", "expected_quality"):
                 arrays[key] = np.ascontiguousarray(np.roll(arrays[key], 1, axis=1))
             default = (one.default + 1) % 5
@@ -73,7 +73,7 @@ def two_banks(leaves: int, dim: int) -> dict[str, BankData]:
 
 
 def publish(folder: Path, leaves: int, dim: int) -> None:
-    """a, b, copies of both with a flipped bit, and the link that is served."""
+    """Writes the artifacts a and b, copies of both with a flipped bit, and the link "champion"."""
     for name, data in two_banks(leaves, dim).items():
         write_artifact(folder / name, data, {})
         shutil.copytree(folder / name, folder / f"{name}-corrupt")
@@ -91,7 +91,7 @@ def switch(folder: Path, name: str) -> None:
 
 
 class Expected:
-    """The two possible answers to each query, worked out before anything is switched."""
+    """The two possible answers to each query, computed before anything is switched."""
 
     def __init__(self, folder: Path, queries: np.ndarray) -> None:
         banks = {name: ReasoningBank.load(folder / name) for name in ("a", "b")}
@@ -111,10 +111,12 @@ class Expected:
 
 
 def run(seconds: float, reloads: int, threads: int, leaves: int = 200, dim: int = 64) -> Soak:
-    """Half of the time quiet, half with reloads, in slices by turns, since other work on the machine comes and goes."""
+    """Runs readers without and with reloads, in alternating time slices, so that other load on the machine affects both
+    alike.
+    """
     soak, lock = Soak(), threading.Lock()
     level = logging.getLogger("rb_gpu").level
-    logging.getLogger("rb_gpu").setLevel(logging.CRITICAL)  # that a corrupt artifact is refused is what is wanted
+    logging.getLogger("rb_gpu").setLevel(logging.CRITICAL)  # refusals of corrupt artifacts are expected
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     try:
         publish(folder, leaves, dim)

@@ -1,14 +1,14 @@
-"""The service under load while its artifact changes: no 5xx, no lost trajectory, no wrong end.
+"""Puts the service under load while its artifact changes: no 5xx, no lost trajectory, a clean shutdown.
 
     python tests/soak_serve.py --seconds 60
     python tests/soak_serve.py --seconds 5 --schemathesis /tmp/venv/bin/st
 
-wrk (Debian's package) asks at full speed; meanwhile the champion is switched, to a corrupt version now and then, bodies
-are malformed or break off, trade-offs are new, and trajectories are posted, the last of them while SIGTERM comes. Exits
-with 1 where a status of 500 or more or a traceback came, a trajectory that was accepted is not in the log exactly once,
-wrk's requests were not all answered, or SIGTERM does not end the service with code 0. --schemathesis checks the
-service against its own OpenAPI instead of by wrk; its check positive_data_acceptance is left out, since a JSON schema
-cannot say that a vector must not have norm 0.
+wrk (Debian's package) sends requests at full speed. Meanwhile the champion is switched, sometimes to a corrupt version;
+clients send malformed bodies, disconnect in the middle of one, or ask for new trade-offs; and trajectories are posted,
+the last of them during SIGTERM. Exits with 1 if there is a status of 500 or more or a traceback, an accepted trajectory
+is not in the log exactly once, a request of wrk got no answer, or SIGTERM does not end the service with code 0.
+--schemathesis checks the service against its own OpenAPI document instead of running wrk; its check
+positive_data_acceptance is left out, because a JSON schema cannot say that a vector must not have norm 0.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ MALFORMED = [b"", b"{", b"[" * 9999, b'{"query":[NaN]}', b"\xff", b'{"query":[' 
 
 
 class Drive:
-    """What goes on beside wrk, until `stop`."""
+    """The disturbances that run next to wrk until `stop` is set, each in a thread."""
 
     def __init__(self, registry: Registry, port: int, query: list[float]) -> None:
         self.registry, self.port, self.query = registry, port, query
@@ -62,7 +62,7 @@ class Drive:
         self.failures: list[str] = []
 
     def switch(self) -> None:
-        """Another champion every 50 ms, each tenth time a corrupt one, by the link alone."""
+        """Switches the champion every 50 ms by replacing the link, every tenth time to a corrupt version."""
         while not self.stop.wait(0.05):
             self.switches += 1
             version = CORRUPT if self.switches % 10 == 0 else (A, B)[self.switches % 2]
@@ -71,7 +71,7 @@ class Drive:
             link.replace(self.registry.path / "champion")
 
     def malform(self) -> None:
-        """Bodies that no one should send."""
+        """Posts malformed bodies with random content types."""
         rng = random.Random(0)
         while not self.stop.wait(0.005):
             path = rng.choice(["optimized_params", "optimized_params/batch", "similar", "trajectories", "feedback"])
@@ -79,7 +79,7 @@ class Drive:
             self._post(f"/v1/{path}", rng.choice(MALFORMED), kind)
 
     def hang_up(self) -> None:
-        """Clients that leave in the middle of their body."""
+        """Connects as a client that disconnects in the middle of its body."""
         head = b"POST /v1/similar HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{"
         while not self.stop.wait(0.05):
             with socket.create_connection(("127.0.0.1", self.port)) as sock:
@@ -88,14 +88,14 @@ class Drive:
             self.hung_up += 1
 
     def weigh(self) -> None:
-        """Trade-offs that were never asked for, for each of which the bank is judged anew."""
+        """Asks for new trade-offs, for each of which the service has to judge the bank again."""
         rng = random.Random(1)
         while not self.stop.wait(0.5):
             body = json.dumps({"query": self.query, "tradeoff": rng.random()}).encode()
             self._post("/v1/optimized_params", body, "application/json")
 
     def record(self) -> None:
-        """Trajectories by tens, until the service is gone; those of an answer 202 must be in the log."""
+        """Posts ten trajectories at a time until the service is gone; those answered with 202 must be in the log."""
         start = status = 0
         while status or not self.ending.is_set():
             time.sleep(0.002)
@@ -133,7 +133,7 @@ class Drive:
 
 
 def wait_until_ready(port: int, process: subprocess.Popen[bytes]) -> None:
-    """Raises RuntimeError where the service ends before it listens."""
+    """Waits until the service listens. Raises RuntimeError if it exits before."""
     while process.poll() is None:
         with socket.socket() as sock:
             if sock.connect_ex(("127.0.0.1", port)) == 0:
@@ -143,7 +143,7 @@ def wait_until_ready(port: int, process: subprocess.Popen[bytes]) -> None:
 
 
 def load(seconds: int, port: int, folder: Path, query: np.ndarray) -> str:
-    """wrk's report, raw bodies for one half of the time and JSON for the other."""
+    """wrk's report; requests have raw bodies in the first half of the time and JSON bodies in the second."""
     bodies = {"application/octet-stream": query.tobytes(), "application/json": json.dumps({"query": query.tolist()})}
     report = ""
     for kind, body in bodies.items():
@@ -157,7 +157,7 @@ def load(seconds: int, port: int, folder: Path, query: np.ndarray) -> str:
 
 
 def check(port: int, folder: Path, schemathesis: str) -> str:
-    """schemathesis's report."""
+    """The end of schemathesis's report."""
     command = [
         schemathesis, "run", f"http://127.0.0.1:{port}/openapi.json", "--max-examples", "200",
         "--exclude-checks", "positive_data_acceptance",
@@ -167,7 +167,7 @@ def check(port: int, folder: Path, schemathesis: str) -> str:
 
 
 def main() -> int:
-    """Runs it all and prints what came."""
+    """Runs the soak and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--schemathesis")

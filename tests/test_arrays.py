@@ -1,4 +1,6 @@
-"""What torch lacks, beside SciPy and by definition; CuPy's part by a module with its names that is NumPy."""
+"""The array functions that torch lacks, compared with SciPy and their definitions. CuPy is replaced by a module with
+its function names that is NumPy.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def test_weighted_quantiles_are_those_of_repeated_values():
     values, weight = rng.permutation(50).astype(float), rng.integers(0, 5, 50)
     repeated = np.sort(np.repeat(values, weight))
     for level in (0.05, 0.5, 0.95, 1.0):
-        # the least value by which the share of the weight lies
+        # the smallest value at or below which lies the given share of the weight
         expected = repeated[max(0, int(np.ceil(level * len(repeated) - 1e-9)) - 1)]
         assert weighted_quantiles(values, weight, (level,))[0] == expected
     assert np.isnan(weighted_quantiles(values[:0], weight[:0], (0.5, 0.9))).tolist() == [True, True]
@@ -52,7 +54,7 @@ def test_on_a_gpu_it_is_cupy_or_an_error_with_the_line_that_cures_it(monkeypatch
     with pytest.raises(ConfigError, match=r"cupy is not installed; pip install 'rb_gpu\[gpu\]'"):
         on_gpu()
     fake = {name: ModuleType(name) for name in ("cupy", "cupyx", "cupyx.scipy", "cupyx.scipy.special")}
-    # those that CuPy has, and no other
+    # only functions that CuPy has
     for name in ("where", "argsort", "cumsum", "searchsorted", "minimum", "asarray", "full", "from_dlpack"):
         setattr(fake["cupy"], name, getattr(np, name))
     fake["cupyx"].scipy, fake["cupyx.scipy"].special = fake["cupyx.scipy"], fake["cupyx.scipy.special"]

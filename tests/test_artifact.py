@@ -1,4 +1,6 @@
-"""The artifact's files: written whole or not at all, and refused with a reason where anything in them is wrong."""
+"""An artifact's files are written completely or not at all, and loading one with any fault raises an error that names
+the reason.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def forge(folder: Path, name: str, content: bytes) -> None:
-    """Replaces a file and makes the manifest vouch for it."""
+    """Replaces a file and updates its size and hash in the manifest."""
     (folder / name).write_bytes(content)
     entry = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
     edit_manifest(folder, lambda manifest: manifest["files"].update({name: entry}))
@@ -64,7 +66,7 @@ def test_round_trip_is_exact(data: BankData, artifact: Path) -> None:
 
 
 def test_a_bank_that_was_loaded_and_changed_is_written_as_it_is_now(artifact: Path) -> None:
-    # its facts are the old manifest, which used to overwrite version, lookup and tiers in the new one
+    # regression: facts is the old manifest, which overwrote the version, lookup and tiers of the new one
     loaded, _ = load_artifact(artifact)
     changed = replace(loaded, lookup=replace(loaded.lookup, top_k=1))
     manifest = write_artifact(artifact.with_name("other"), changed, {})
@@ -74,7 +76,8 @@ def test_a_bank_that_was_loaded_and_changed_is_written_as_it_is_now(artifact: Pa
 
 @pytest.mark.parametrize("failing", range(5))
 def test_full_disk_leaves_nothing(data: BankData, tmp_path: Path, monkeypatch: Any, failing: int) -> None:
-    # bank, report, manifest, the temporary folder, and the parent: after the rename the artifact used to stay
+    # regression: the syncs of the bank, report, manifest, temporary folder and parent may each fail; after a failure of
+    # the last one, which follows the rename, the artifact stayed
     calls = iter(range(5))
     sync = os.fsync
 
@@ -224,7 +227,7 @@ def test_a_link_is_refused_even_if_the_manifest_has_its_size(artifact: Path, tmp
 
 
 def test_a_pipe_in_place_of_the_manifest_does_not_hang(artifact: Path) -> None:
-    # it used to be opened, and a reader of a pipe waits for a writer
+    # regression: the pipe was opened, and a reader of a pipe waits for a writer
     (artifact / "manifest.json").unlink()
     os.mkfifo(artifact / "manifest.json")
     refused(artifact, "no plain file")
@@ -232,7 +235,8 @@ def test_a_pipe_in_place_of_the_manifest_does_not_hang(artifact: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "..", "", "a\0b", "\ud800", "sub/x", ".hidden"])
 def test_the_manifest_cannot_name_files_elsewhere(artifact: Path, name: str) -> None:
-    # load_artifact did not look at the names; a NUL or a lone surrogate left verify_artifact as ValueError
+    # regression: load_artifact did not check the names, and verify_artifact raised ValueError for a NUL or lone
+    # surrogate
     edit_manifest(artifact, lambda m: m["files"].update({name: {"sha256": "0" * 64, "size": 0}}))
     refused(artifact, "names the file")
     with pytest.raises(ArtifactError):
@@ -277,7 +281,7 @@ MANIFESTS: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("key", "value"), MANIFESTS, ids=lambda x: str(x)[:30])
 def test_a_wrong_setting_is_refused(artifact: Path, key: str, value: Any) -> None:
-    # most of these used to pass and to fail in the first lookup, or to leave the loader as another exception
+    # regression: most of these passed and failed only in the first lookup, or raised another exception in the loader
     def edit(manifest: dict[str, Any]) -> None:
         *above, last = key.split(".")
         for name in above:
@@ -303,7 +307,7 @@ def cut(name: str, index: Any) -> Callable[[Arrays], None]:
     return lambda arrays: arrays.update({name: np.ascontiguousarray(arrays[name][index])})
 
 
-# the bank of `data`: leaves 0..11, level 1 is 12..14, level 2 is 15; 5 configs, 2 tiers
+# the bank of the fixture `data`: leaves 0..11, level 1 is 12..14, level 2 is 15; 5 configs, 2 tiers
 FORGERIES: dict[str, Callable[[Arrays], Any]] = {
     "array is missing": lambda arrays: arrays.pop("gain"),
     "array is unknown": lambda arrays: arrays.update(extra=np.zeros(1)),
@@ -379,7 +383,7 @@ def test_a_wrong_array_with_the_right_hash_is_refused(
     value=st.sampled_from([0.0, -0.0, -1.0, 1.0, 3.0, 2.0**31, 2.0**62, 1e30, 1e300, np.nan, np.inf, -np.inf]),
 )
 def test_a_bank_that_passes_the_checks_answers(data: BankData, name: str, seed: int, value: float) -> None:
-    """Whatever number stands anywhere: either it is refused, or no lookup, view or trade-off fails."""
+    """Any number anywhere either is refused, or breaks no lookup, view or trade-off."""
     arrays = {key: array.copy() for key, array in data.arrays.items()}
     rng = np.random.default_rng(seed)
     with np.errstate(all="ignore"):

@@ -1,4 +1,4 @@
-"""The assignment is that of float64 brute force on every shape and every way to compute it."""
+"""Labels of the assignment equal those of float64 brute force, for every shape of data and every way to compute."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ from rb_gpu.learn.workers import Workers, workers
 
 
 def brute_force(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """(N, K) squared distances in float64, from differences."""
+    """(N, K) squared distances in float64, computed from differences."""
     rows = [(x[i : i + 64, None].double() - centroids[None].double()).square().sum(2) for i in range(0, len(x), 64)]
     return torch.cat(rows)
 
 
-# what this machine can run: all that a lesser one could choose, too
+# the integer products that this machine can run, including those that a lesser machine would choose
 INTEGERS = [p for p in (AMX, VNNI) if p is integer_product() or (p is VNNI and "+avx512vnni" in FEATURES)]
 PRODUCTS = [FLOAT32, *INTEGERS]
 
 
 def bases(x: torch.Tensor, middle: torch.Tensor) -> list[Basis | None]:
-    """Every way to assign; None is all products at once."""
+    """Every way to assign; None computes all products at once."""
     dims = x.shape[1]
     widths = sorted({1, dims // 3, dims // 2, dims} - {0}) if dims <= 100 else [1, 32, 96]
     found = [Basis(middle), *principal_bases(x, middle, widths, FLOAT32)]
@@ -55,14 +55,14 @@ def bases(x: torch.Tensor, middle: torch.Tensor) -> list[Basis | None]:
 
 
 def uneven(seed: int, n: int, k: int, dims: int, scale: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points and centroids whose dims differ in spread by orders of magnitude, away from the origin."""
+    """Points and centroids whose dimensions differ in spread by orders of magnitude, far from the origin."""
     g = torch.Generator().manual_seed(seed)
     spread = torch.rand(dims, generator=g).pow(6) * 2.0 ** (scale / 2)
     return tuple(torch.randn(rows, dims, generator=g) * spread + offset for rows in (n, k))
 
 
 def using(way: str | Product, x: torch.Tensor, crew: Workers, code_budget: int = 0) -> Assignment:
-    """An assignment by all products at once ("direct"), or by tiles of such products."""
+    """An assignment that computes all products at once (way "direct"), or tiles of the given product."""
     points = Assignment(x, x.mean(0), crew, code_budget)
     points.use(None if way == "direct" else Basis(x.mean(0), product=way))
     return points
@@ -70,7 +70,7 @@ def using(way: str | Product, x: torch.Tensor, crew: Workers, code_budget: int =
 
 @compiled()
 def multiplied(code_NP, columns, begin_C, count, product_GL):
-    """The products of all codes with all columns, group by group, as `bounded` reads them."""
+    """The products of all codes with all columns, computed group by group, as `bounded` reads them."""
     out = np.zeros((count, len(begin_C)), np.float64)
     begin_products(code_NP[0, 0])
     step = code_NP.strides[0]
@@ -87,7 +87,7 @@ def multiplied(code_NP, columns, begin_C, count, product_GL):
 
 
 def shapes() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Points and centroids of many kinds."""
+    """Points and centroids of many kinds, by name."""
     g = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> torch.Tensor:
@@ -131,7 +131,7 @@ def test_labels_are_those_of_float64_brute_force(name, kept):
             np.testing.assert_allclose(points.d2_N, truth.min(1).values, rtol=1e-4)
             distances = points.d2_N.clone() if distances is None else distances
             assert torch.equal(points.d2_N, distances), f"{name}: {basis} tells other distances"
-            # from any other labels it comes to the same
+            # the result does not depend on the labels before
             points.labels_N.copy_(torch.randint(len(centroids), (len(x),)))
             points.assign(centroids)
             assert torch.equal(points.labels_N, truth.argmin(1)), f"{name} again: {basis}"
@@ -143,7 +143,7 @@ def test_labels_are_those_of_float64_brute_force(name, kept):
     st.floats(-30, 30), st.sampled_from([0.0, 1e-6, 1.0, 300.0]), st.sampled_from([FLOAT32, AMX, VNNI]),
 )  # fmt: skip
 def test_no_bound_exceeds_the_true_distance(seed, n, k, dims, scale, offset, product):
-    # the proof in `coarse`, put to the test: every lower bound, in exact arithmetic, is below the float64 distance
+    # checks the proof in `coarse`: every lower bound, evaluated exactly, is below the float64 distance
     x, c = uneven(seed, n, k, dims, scale, offset)
     middle = x.mean(0)
     width = max(1, dims // 2)
@@ -168,7 +168,7 @@ def test_no_bound_exceeds_the_true_distance(seed, n, k, dims, scale, offset, pro
     st.floats(-30, 30), st.sampled_from([0.0, 1e-6, 1.0, 300.0]), st.floats(0, 1),
 )  # fmt: skip
 def test_all_products_at_once_never_lose_the_nearest(seed, n, k, dims, scale, offset, near):
-    # centroids that are near copies of each other are told apart by float64 alone
+    # only float64 can tell centroids apart that are near copies of each other
     x, c = uneven(seed, n, k, dims, scale, offset)
     g = torch.Generator().manual_seed(seed)
     copied = torch.rand(k, generator=g) < near
@@ -224,8 +224,8 @@ def test_centroids_that_come_one_after_the_other_end_where_all_at_once_do(way, k
     st.sampled_from([0, 10**9]),
 )  # fmt: skip
 def test_centroids_that_move_need_not_be_compared_with_all_points(seed, n, k, dims, scale, offset, steps, gaps):
-    # the centroids go on by ever other steps, some of them; what is known of the last is only a bound. Half the way
-    # from each to the next is known or not, though it may take as long as what it saves
+    # some of the centroids move by each of the given steps; bounds remain from earlier places. GAPS=0 and 10^9 force
+    # the distances between centroids to be used or not, even where computing them takes longer than they save
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assign, "GAPS", gaps)
         patch.setattr(differences, "GAPS", gaps)
@@ -255,7 +255,7 @@ def moved_and_compared(seed, n, k, dims, scale, offset, steps):
             points.settle(now)
             anew.assign(now)
             assert torch.equal(points.d2_N, anew.d2_N), way
-            # elsewhere, and on from there: bounds of before must be forgotten
+            # move back and then forward again: bounds from before must be forgotten
             points.assign(c)
             anew.reset()
             anew.assign(c)
@@ -267,7 +267,7 @@ def moved_and_compared(seed, n, k, dims, scale, offset, steps):
 @pytest.mark.parametrize("dims", [1, 2, 5])
 @pytest.mark.parametrize("seed", range(4))
 def test_bounds_hold_where_centroids_come_straight_at_the_points(seed, dims):
-    # on a line each centroid comes as much nearer as it moves, which is all that the bounds allow for
+    # on a line a centroid can come nearer by exactly its movement, which is the most that the bounds allow for
     g = torch.Generator().manual_seed(seed)
     x, c = torch.rand(2000, dims, generator=g), torch.rand(5, dims, generator=g)
     with workers() as crew:
@@ -287,7 +287,8 @@ def test_bounds_hold_where_centroids_come_straight_at_the_points(seed, dims):
 
 
 def test_a_point_that_stays_where_it_is_need_not_be_read():
-    # far apart clusters, of which every point is its own bound: no distance is taken but where the codes leave a doubt
+    # in clusters far apart, bounds alone decide every label: no distance is computed except where the codes leave a
+    # doubt
     g = torch.Generator().manual_seed(0)
     c = torch.randn(70, 40, generator=g) * 100
     x = c.repeat(5, 1) + torch.randn(350, 40, generator=g)
@@ -350,7 +351,7 @@ def test_the_twin_for_a_gpu_agrees():
             here.assign(centroids)
         there = DeviceAssignment(x, x.median(0).values)
         there.assign(centroids)
-        # plain float32 products may take one of two that are nearly as near
+        # plain float32 products may pick either of two centroids that are almost equally near
         np.testing.assert_allclose(there.d2_N, here.d2_N, rtol=1e-3, atol=1e-6, err_msg=name)
         halves = torch.cat([centroids, centroids.flip(0)])[: 2 * len(centroids)]
         ours, theirs = ((torch.empty(len(x), dtype=torch.int64), torch.empty(len(x))) for _ in range(2))
@@ -361,7 +362,7 @@ def test_the_twin_for_a_gpu_agrees():
 
 
 def test_every_way_that_may_be_chosen_gives_the_same_labels(monkeypatch, caplog):
-    # what costs least depends on the machine: here it is decided
+    # the cheapest way depends on the machine; here the test chooses it
     g = torch.Generator().manual_seed(0)
     x = torch.randn(3000, 30, generator=g) @ torch.randn(30, 96, generator=g)
     monkeypatch.setattr(choice, "SMALL_WORK", 0)
@@ -405,8 +406,9 @@ def test_what_a_trial_takes_is_known_unless_it_is_hopeless():
 
 @pytest.mark.parametrize("k", [64, 1000, 1024, 2048, 4096])
 def test_a_trial_is_of_points_that_are_no_centroids(k):
-    # centroids before any seed are evenly spaced points; the trial's were the same ones, each at 0 from its own, and
-    # 32 of 384 axes seemed enough: k-means++ on 117,659 embeddings took 3.2 s in place of .6, on 4,096 clusters 6.9 s
+    # regression: before any seed, centroids are evenly spaced points, and the trial used the same points, each at
+    # distance 0 from its own centroid, so that 32 of 384 axes seemed enough: k-means++ on 117,659 embeddings took 3.2 s
+    # instead of 0.6 s, and 6.9 s with 4,096 clusters
     x = torch.randn(40_960, 4, generator=torch.Generator().manual_seed(0))
     with workers() as crew:
         centroids = x[:: len(x) // k][:k]
@@ -417,7 +419,8 @@ def test_a_trial_is_of_points_that_are_no_centroids(k):
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
 @pytest.mark.parametrize("width", [1, 2, 3, 24, 64, 65, 384, 4096])
 def test_products_of_codes_are_exact(product, width):
-    # the largest codes, whose products add up to more than 16 bits in pairs; rows that are no whole group; scales of 1
+    # the largest codes, whose pairwise sums of products exceed 16 bits; a number of rows that fills no whole group;
+    # scales of 1
     g, largest = torch.Generator().manual_seed(width), 127 if product.integers else 15
     x, c = (torch.randint(-largest, largest + 1, (rows, width), generator=g).float() for rows in (71, 130))
     x[:, 0], c[:, 0] = largest, -largest
@@ -433,7 +436,7 @@ def test_products_of_codes_are_exact(product, width):
 
 @pytest.mark.parametrize("features", ["+amx-int8,+avx512f,+avx512vnni", "+amx-int8,+avx512f", "+avx512vnni", "+avx2"])
 def test_tiles_that_linux_refuses_are_not_used(monkeypatch, caplog, features):
-    # to use them all the same would end the process
+    # using the tiles without permission would kill the process
     monkeypatch.setattr(products, "FEATURES", frozenset(features.split(",")))
     monkeypatch.setattr(products.sys, "platform", "linux")
     monkeypatch.setattr(products.platform, "machine", lambda: "x86_64")
@@ -457,7 +460,7 @@ def test_codes_whose_product_could_overflow_are_not_tried(monkeypatch):
 
 @pytest.mark.parametrize("way", ["direct", *PRODUCTS], ids=str)
 def test_squared_distances_that_overflow_find_no_centroid_that_is_none(way):
-    # what pads a block of 64 is infinitely far, as far as these
+    # the padding of a block of 64 centroids is infinitely far away, and so are these centroids in float32
     x = torch.rand(200, 30, generator=torch.Generator().manual_seed(0)) * 4e18
     with workers() as crew:
         points = using(way, x, crew, 2**40)
@@ -468,7 +471,7 @@ def test_squared_distances_that_overflow_find_no_centroid_that_is_none(way):
 
 @pytest.mark.parametrize("way", ["direct", *PRODUCTS], ids=str)
 def test_float32_ties_are_decided_in_float64(way):
-    # two centroids whose distances round to the same float32; the second is nearer by 1e-9 of it
+    # two centroids whose distances round to the same float32; the second is nearer by a relative 1e-9
     x = torch.tensor([[1.0, 0.0]])
     far, near = torch.tensor([3.0, 0.0]), torch.tensor([3.0 - 2**-22, 2**-11 * 1.2])
     d2 = (x[0].double() - torch.stack([far, near]).double()).square().sum(1)
@@ -497,7 +500,7 @@ def test_kernels_without_a_place_for_their_cache_still_run(monkeypatch, caplog):
     "module", [bounded, differences, direct, kernels, row_kernels], ids=lambda module: module.__name__
 )
 def test_kernels_take_the_address_of_arguments_alone(module):
-    # numba frees an array after its last use by name: bounds of all products were once written to memory that was free
+    # regression: numba frees an array after its last use by name, so that the bounds were once written to freed memory
     for function in ast.walk(ast.parse(inspect.getsource(module))):
         if isinstance(function, ast.FunctionDef):
             arguments = {argument.arg for argument in function.args.args}

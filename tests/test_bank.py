@@ -1,4 +1,4 @@
-"""Lookup, feedback and reload of a bank, against scalar readings of the design."""
+"""Lookup, feedback and reload of a bank, compared with scalar implementations of the design."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PARAMETERS = ("ef_search", "n_probes", "model_tier", "context_tokens", "temperat
 
 
 def nearest_leaves(data: BankData, query: np.ndarray) -> list[tuple[float, int]]:
-    """(cosine, row) of the top_k leaves, best first, in float64."""
+    """(cosine, row) of the top_k nearest leaves, best first, in float64."""
     unit = query.astype(np.float64) / np.linalg.norm(query.astype(np.float64))
     leaves = data.arrays["centroids"][: data.leaves].astype(np.float64)
     cosines = [(float(unit @ leaf / np.linalg.norm(leaf)), row) for row, leaf in enumerate(leaves)]
@@ -42,13 +42,13 @@ def nearest_leaves(data: BankData, query: np.ndarray) -> list[tuple[float, int]]
 
 
 def scalar_vote(data: BankData, query: np.ndarray) -> dict[str, Any]:
-    """Design section 7, Lookup, one number at a time."""
+    """The vote of design section 7, Lookup, computed one number at a time."""
     near = [(cosine, row) for cosine, row in nearest_leaves(data, query) if cosine >= data.lookup.floor]
     if near:
         weights = [math.exp(data.lookup.beta * cosine) for cosine, _ in near]
         voters = [(weight / sum(weights), row) for weight, (_, row) in zip(weights, near, strict=True)]
     else:
-        voters = [(1.0, data.leaves)]  # the row for what is not known
+        voters = [(1.0, data.leaves)]  # the row for queries near no pattern
 
     def mixed(name: str, config: int) -> float:
         return sum(weight * float(data.arrays[name][row, config]) for weight, row in voters)
@@ -87,7 +87,7 @@ def test_vote_equals_its_scalar_reading(seed: int) -> None:
     expected = [scalar_vote(data, query) for query in queries]
     for name in expected[0]:
         np.testing.assert_allclose(batch[name], [row[name] for row in expected], rtol=1e-4, atol=1e-6, err_msg=name)
-    # the test has all kinds of answers before it
+    # the test covers all kinds of answers
     assert set(batch["config_id"]) >= {data.default} and len(set(batch["config_id"])) >= 4
     none_near = [nearest_leaves(data, query)[0][0] < data.lookup.floor for query in queries]
     assert 5 < sum(none_near) < 150
@@ -125,7 +125,7 @@ def test_what_is_sure_is_no_more_than_sure_and_what_is_just_at_the_floor_is_near
         for floor in (-1.0, 1.0)
     )
     queries = np.random.default_rng(0).normal(size=(200, data.dim)).astype(np.float32)
-    # shares of float32 add up to just over 1
+    # float32 shares can add up to slightly more than 1
     assert max(wide.optimized_params(query).confidence for query in queries) == 1.0
     assert wide.optimized_params_batch(queries)["confidence"].max() == 1.0
     alike = 2.0 * arrays["centroids"][: data.leaves]
@@ -135,7 +135,8 @@ def test_what_is_sure_is_no_more_than_sure_and_what_is_just_at_the_floor_is_near
 
 @pytest.mark.parametrize(("told", "expected"), [(1.25, 1.0), (-0.25, 0.0), (0.75, 0.75)])
 def test_expected_quality_is_a_share(data: BankData, told: float, expected: float) -> None:
-    # what a leaf and the field say adds up to more than 1: 415 of the sample's 8,000 queries were told so, up to 1.113
+    # regression: the leaf's quality plus the field's shift exceeded 1; 415 of the sample's 8,000 queries got such
+    # qualities, up to 1.113
     arrays = {name: array.copy() for name, array in data.arrays.items()}
     arrays["expected_quality"][:] = told
     bank, queries = ReasoningBank(replace(data, arrays=arrays)), queries_near(data, 60)
@@ -153,7 +154,7 @@ def test_expected_quality_is_a_share(data: BankData, told: float, expected: floa
 
 @pytest.mark.parametrize("length", [1e-25, 1e-9, 0.3, 7.0, 1e9, 1e25])
 def test_the_length_of_a_query_changes_nothing(data: BankData, length: float) -> None:
-    # of queries near a pattern, and of those that the floor says are near none
+    # both for queries near a pattern and for queries that the floor declares near none
     bank = ReasoningBank(replace(data, lookup=replace(data.lookup, floor=0.5)))
     for query in np.concatenate([queries_near(data, 50), np.random.default_rng(0).normal(size=(50, data.dim))]):
         unit = (query / np.linalg.norm(query)).astype(np.float32)
@@ -224,11 +225,11 @@ def test_similar_patterns_come_best_first(bank: ReasoningBank) -> None:
         expected = nearest_leaves(data, query)
         assert [m.pattern.id for m in matches] == [int(data.arrays["pattern_id"][row]) for _, row in expected]
         np.testing.assert_allclose([m.similarity for m in matches], [cosine for cosine, _ in expected], atol=1e-6)
-    assert len(bank.find_similar_patterns(query, k=99)) == data.leaves  # and no pattern of a level above
+    assert len(bank.find_similar_patterns(query, k=99)) == data.leaves  # and no pattern of a higher level
 
 
 def test_similarity_is_at_most_1(bank: ReasoningBank) -> None:
-    # rounding used to give 1.0000001
+    # regression: rounding gave 1.0000001
     best = [bank.find_similar_patterns(c * scale, 1)[0] for c in bank.data.arrays["centroids"][:12] for scale in (1, 3)]
     assert max(match.similarity for match in best) <= 1.0
     assert min(match.similarity for match in best) > 0.999999
@@ -283,7 +284,7 @@ def test_interpolation_that_meets_a_tried_config_knows_what_it_is_worth(data: Ba
             arrays["centroids"][0], mode="interpolate"
         )
         assert answer.config_id == config
-        # the default's own probability used to be its confidence
+        # regression: its confidence was the default's own probability
         assert answer.confidence == (0 if config == data.default else 0.875)
 
 
@@ -296,7 +297,7 @@ def test_tradeoff_equals_training_with_those_weights(learned: SimpleNamespace) -
     from rb_gpu.learn.stages import Stages
 
     bank, queries = learned.bank.bank(), learned.trajectories.x_QD[:300]
-    stages = Stages(sharing=True)  # of its own: the bank's are not among them
+    stages = Stages(sharing=True)  # stages of its own, so that those of the bank are not reused
     usual = bank.optimized_params_batch(queries)
     assert (usual["config_id"] == bank.optimized_params_batch(queries, Tradeoff(0.02, 0.2))["config_id"]).all()
     for tradeoff, weights in ((1.5, (0.0, 1.5)), (Tradeoff(0.3, 0.1), (0.3, 0.1)), (0, (0.0, 0.0))):
@@ -325,7 +326,7 @@ def test_a_margin_that_was_given_stays_under_another_tradeoff(learned: SimpleNam
 
 
 @pytest.mark.parametrize(("cost", "meant"), [
-    (0.1, Tradeoff(0.0, 0.5)),  # any cost at all, however small, and though some config has none
+    (0.1, Tradeoff(0.0, 0.5)),  # any cost, however small, although some config has none
     (0.0, Tradeoff(0.5, 0.0)),
 ])  # fmt: skip
 def test_a_number_weighs_cost_where_any_was_logged_else_latency(data: BankData, cost: float, meant: Tradeoff) -> None:
@@ -355,7 +356,7 @@ def test_tradeoffs_are_worked_out_once_and_forgotten_some_day(bank: ReasoningBan
     assert len(bank._state.tradeoffs) <= vote.REMEMBERED_TRADEOFFS
 
 
-# 1e300 used to overflow in warnings, and to be answered
+# regression: 1e300 overflowed with warnings, and was answered
 @pytest.mark.parametrize("tradeoff", [-1, math.nan, math.inf, 1e300, 1.1e6, "cost", [0.5], True])
 def test_a_tradeoff_that_is_no_weight_is_refused(bank: ReasoningBank, tradeoff: Any) -> None:
     with pytest.raises(ValueError, match="give"):
@@ -388,7 +389,7 @@ BAD_QUERIES: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("query", "reason"), BAD_QUERIES, ids=lambda x: repr(x)[:24])
 @pytest.mark.filterwarnings("error")
 def test_a_bad_query_is_a_value_error_that_says_why(bank: ReasoningBank, query: Any, reason: str) -> None:
-    # strings used to be read as numbers, and imaginary parts to be dropped
+    # regression: strings were read as numbers, and imaginary parts were dropped
     lookups = [bank.optimized_params, bank.find_similar_patterns, lambda q: bank.optimized_params(q, 0.5)]
     lookups += [
         lambda q: bank.optimized_params(q, mode="interpolate"),
@@ -414,7 +415,7 @@ def test_one_bad_row_refuses_the_batch(bank: ReasoningBank, row: int) -> None:
 
 
 def test_a_query_of_a_batch_does_not_change_the_answers_of_others(bank: ReasoningBank) -> None:
-    # float32 cannot square the long ones, so that their tile is scaled otherwise
+    # float32 cannot square the long queries, so that their tile is scaled differently
     queries = queries_near(bank.data, 3000)
     expected = bank.optimized_params_batch(queries)
     queries[[7, 2500]] *= 1e25
@@ -452,7 +453,7 @@ def test_any_array_of_numbers_will_do(bank: ReasoningBank) -> None:
 
 
 def test_an_l2_bank_of_large_centroids_answers_by_cosine(data: BankData) -> None:
-    # norms used to overflow float32, and every cosine was 0
+    # regression: norms overflowed float32, and every cosine was 0
     queries = queries_near(data, 50)
     for scale in (np.float32(1e30), np.float32(1e-30)):
         arrays = data.arrays | {"centroids": data.arrays["centroids"] * scale}
@@ -501,7 +502,7 @@ def test_a_bank_says_what_it_is_and_is_not_pickled(bank: ReasoningBank) -> None:
 
 
 def test_temperatures_come_back_as_they_were_asked_for(bank: ReasoningBank) -> None:
-    # float32's .7 was answered as 0.699999988079071
+    # regression: float32's 0.7 was answered as 0.699999988079071
     params = SearchParams(64, 8, "auto", 2048, 0.7)
     assert ConfigTable.from_params([params], ["auto"], 0)[0] == params
     answers = bank.optimized_params_batch(bank.data.arrays["centroids"][:5])
@@ -518,7 +519,7 @@ def test_unknown_patterns_are_key_errors(bank: ReasoningBank) -> None:
 
 
 def test_a_pattern_cannot_be_changed(bank: ReasoningBank) -> None:
-    # its centroid used to be a writable window into the bank
+    # regression: the centroid was a writable view into the bank
     with pytest.raises(ValueError, match="read-only"):
         bank.patterns[100].centroid[0] = 7
 
@@ -536,7 +537,7 @@ def test_what_was_planted_is_recommended(learned: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("rating", [5.0, np.float32(3), 0, 6, True, "5", None])
 def test_a_rating_is_an_integer(rating: Any) -> None:
-    # 5.0 used to be taken, which the contract does not
+    # regression: 5.0 was accepted, which the interface does not allow
     with pytest.raises(ValueError, match=r"is not an integer in \[1, 5\]"):
         UserFeedback(rating)
     assert UserFeedback(np.int64(5)).score == 1
@@ -552,7 +553,7 @@ def test_one_vote_per_trajectory(bank: ReasoningBank) -> None:
     assert bank.satisfaction(pattern) == (alpha + 1, beta)
     for rating in (5, 1, 3):
         assert bank.record_feedback(7, UserFeedback(rating)) is False
-    assert bank.record_feedback(8, UserFeedback(1)) is False  # a trajectory of another process
+    assert bank.record_feedback(8, UserFeedback(1)) is False  # a trajectory that another process recorded
     bank.record_trajectory(trajectory(7, centroid))
     assert bank.record_feedback(7, UserFeedback(1)) is False
     assert bank.satisfaction(pattern) == (alpha + 1, beta)
@@ -580,7 +581,7 @@ def test_old_trajectories_are_forgotten(bank: ReasoningBank, monkeypatch: Any) -
 
 
 def test_a_search_that_finds_nothing_votes_for_no_pattern(bank: ReasoningBank) -> None:
-    # row -1 used to be the last pattern of the highest level
+    # regression: row -1 was read as the last pattern of the highest level
     class Nothing:
         name = "nothing"
 
@@ -604,7 +605,7 @@ def test_the_log_keeps_trajectories_and_votes(data: BankData, tmp_path: Path) ->
     bank.record_trajectory(trajectory(2, data.arrays["centroids"][1]))
     bank.record_feedback(2, UserFeedback(5))
     bank.record_feedback(2, UserFeedback(1))
-    bank.record_feedback(99, UserFeedback(3))  # of another process: kept for its trajectory
+    bank.record_feedback(99, UserFeedback(3))  # recorded by another process: the vote is kept for its trajectory
     bank.close()
     with TrajectoryLog(tmp_path / "log.sqlite") as other:
         other.record(trajectory(99, data.arrays["centroids"][2]))
@@ -614,7 +615,7 @@ def test_the_log_keeps_trajectories_and_votes(data: BankData, tmp_path: Path) ->
 
 
 def test_what_the_log_refused_is_counted_nowhere(data: BankData, tmp_path: Path) -> None:
-    # a vote that the log did not take used to be counted here and lost there, and so was a trajectory's rating
+    # regression: a vote that the log refused was counted here but lost there, and so was a trajectory's rating
     bank = ReasoningBank(data, log=tmp_path / "log.db")
     assert bank.record_trajectory(trajectory(1, data.arrays["centroids"][0]))
     before, pattern_id = bank.stats(), int(data.arrays["pattern_id"][0])
@@ -645,7 +646,7 @@ def test_stats_count_what_happened(bank: ReasoningBank) -> None:
     assert stats.avg_recommendation_confidence == pytest.approx(confidence / 40)
     gain = sum(a.expected_gain for a in answers) + float(batch["expected_gain"].sum())
     assert gain > 0 and stats.avg_expected_gain == pytest.approx(gain / 40)
-    # what was never tried is expected to gain nothing that is known
+    # an answer that was never tried has no known expected gain, and does not change the mean
     bank.optimized_params(queries[0], mode="interpolate")
     assert bank.stats().avg_expected_gain * 41 == pytest.approx(gain)
     unmeasured = ReasoningBank(replace(bank.data, facts={}))
@@ -662,7 +663,7 @@ def test_a_refused_query_is_not_counted(bank: ReasoningBank) -> None:
 
 
 def test_the_quality_of_a_default_that_never_ran_is_unknown(data: BankData) -> None:
-    # it was told to be 0, and with a field .04
+    # regression: it was reported as 0, and with a field as 0.04
     arrays = {name: array.copy() for name, array in data.arrays.items()}
     arrays["evidence_rows"][:, data.default] = 0
     arrays["probability"][: data.leaves // 2] = 0
@@ -735,7 +736,7 @@ def test_a_mended_artifact_is_taken(registry: Registry, monkeypatch: Any) -> Non
 
 
 def test_votes_end_with_the_artifact_that_they_were_for(registry: Registry) -> None:
-    # they used to count for whatever pattern of the new artifact had the same id
+    # regression: they counted for any pattern of the new artifact that had the same id
     bank = ReasoningBank.load(registry.path / "champion")
     bank.record_trajectory(trajectory(1, bank.data.arrays["centroids"][0]))
     bank.record_trajectory(trajectory(2, bank.data.arrays["centroids"][0]))
@@ -748,7 +749,8 @@ def test_votes_end_with_the_artifact_that_they_were_for(registry: Registry) -> N
 
 
 def test_a_switch_while_an_artifact_is_read_mixes_nothing(tmp_path: Path, monkeypatch: Any) -> None:
-    # the index used to be read through the link once more: that of the new version beside the bank of the old one
+    # regression: the index was read through the link a second time, so that the new version's index stood beside the
+    # old version's bank
     from rb_gpu import source as module
 
     registry, load_artifact = Registry(tmp_path), module.load_artifact
@@ -818,7 +820,7 @@ def test_lookups_during_reloads_see_whole_artifacts_only(registry: Registry) -> 
 
 
 def test_a_slow_reload_does_not_bring_back_what_a_later_one_replaced(registry: Registry, monkeypatch: Any) -> None:
-    # reloads used to run side by side, and the last to end won
+    # regression: reloads ran concurrently, and the last one to end won
     from rb_gpu import bank as module
 
     bank, state = ReasoningBank.load(registry.path / "champion"), module.BankState
@@ -835,5 +837,5 @@ def test_a_slow_reload_does_not_bring_back_what_a_later_one_replaced(registry: R
     registry.promote(B, "")
     assert bank.reload_if_changed()
     later.join()
-    assert version(bank) == B  # the later one did not wait
+    assert version(bank) == B  # the later reload did not wait
     assert bank.reload_if_changed() and version(bank) == A

@@ -1,4 +1,4 @@
-"""The baselines find what is planted, and each says what its paper's formula says."""
+"""The baselines find what is planted, and each agrees with the formula of its paper."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rb_gpu.learn.baselines import (  # noqa: E402
 
 
 def planted(seed: int, n: int = 600) -> Training:
-    """Config 1 is best where x[0] > 0, config 2 elsewhere, config 0 in between everywhere."""
+    """Config 1 is best where x[0] > 0, config 2 elsewhere; config 0 is in between everywhere."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, 4)).astype(np.float32)
     x[:, 0] += 2 * np.sign(x[:, 0])
@@ -100,7 +100,7 @@ def test_logistic_is_at_the_optimum_of_its_loss():
     steep, flat = (logistic_per_config(training, training.x_QD, penalty) for penalty in (1e-3, 1e3))
     for c in range(3):
         mine = training.config_N == c
-        # at the optimum a logistic regression with a base reproduces each config's mean
+        # at the optimum, a logistic regression with an intercept reproduces each config's mean
         assert steep[mine, c].mean() == pytest.approx(training.utility_N[mine].mean(), abs=2e-3)
     assert flat == pytest.approx(np.tile(training.means, (300, 1)), abs=2e-3) and np.ptp(steep[:, 1]) > 0.2
 

@@ -1,4 +1,4 @@
-"""The benchmark job at a tiny size: what it measures is there, a missing peer is named, and its answers are right."""
+"""The benchmark job at a tiny size: all measurements are there, a missing peer is named, and answers are right."""
 
 from __future__ import annotations
 
@@ -106,6 +106,7 @@ def test_a_child_measures_with_its_own_kernels(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_new_processes_may_keep_what_they_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    # in an environment that forbids it, importing rb_gpu was measured with the compiler: 35 ms where it takes 18
+    # regression: if the environment forbids bytecode files, the import time included compilation: 35 ms instead of 18
+    # ms
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     assert fresh_median("import sys; print(float(sys.dont_write_bytecode))", 1) == 0.0

@@ -1,4 +1,4 @@
-"""The suites cluster, seed and whole at a tiny size: every contestant is measured, or named as missing."""
+"""The suites cluster, seed and whole at a tiny size: every contestant is measured or reported as missing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SETTINGS = {
 
 @pytest.fixture(autouse=True)
 def small_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    # the products of 3072 rows are as many as all the rest of a tiny run
+    # products of size 3072 would take as long as the rest of a tiny run
     monkeypatch.setattr(cluster, "PEAK_SIZE", 256)
 
 
@@ -39,7 +39,7 @@ def test_contestants_are_measured_on_the_same_points(suite: str, peer: str, tmp_
     assert set(rows) == ({"ours", "ours, lean", peer} if suite == "cluster" else {"ours", peer})
     assert all(row["seconds"] > 0 for row in rows.values())
     assert result["cases"][0]["exact_share"] == 1.0
-    if suite == "cluster":  # from the same start, to the same place
+    if suite == "cluster":  # the same start leads to the same result
         assert rows["ours"]["inertia"] == pytest.approx(rows[peer]["inertia"], rel=1e-3)
         assert rows["ours"]["share_of_sgemm_peak"] > 0
     table = cluster_tables(result)

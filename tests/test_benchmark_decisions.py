@@ -1,4 +1,6 @@
-"""The suite decisions: logs are drawn as said, baselines find what is planted, a small run values every method."""
+"""The suite decisions: logs are drawn with the stated propensities, baselines find what is planted, and a small run
+values every method.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ def test_logs_have_the_propensities_they_say(policy: str):
     drawn = [decisions.draw(training, policy, 0, np.random.default_rng(seed)) for seed in range(3)]
     for one in drawn:
         assert len(one) == len(one.query_id) == len(training.query_id) and one.propensity is not None
-        # Σ 1/p over a config's rows estimates the number of queries, whatever the policy
+        # Σ 1/p over a config's rows estimates the number of queries under every policy
         counted = np.bincount(one.config_id, 1.0 / one.propensity, len(one.configs))
         assert counted.mean() == pytest.approx(len(one.query_id), rel=0.05)
         share = np.bincount(one.config_id, minlength=len(one.configs)) / len(one)
@@ -38,7 +40,7 @@ def test_logs_have_the_propensities_they_say(policy: str):
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    # a quarter of the sample's queries: those of a mean recall take most of the time, and the whole table
+    # a quarter of the sample's queries: the part at matched recall, which uses the whole table, takes most of the time
     folder = tmp_path_factory.mktemp("quarter")
     for path in SAMPLE_FOLDER.glob("*.parquet"):
         table = pq.read_table(path)
@@ -70,7 +72,7 @@ def test_a_mean_recall_costs_what_its_choices_cost(result: dict[str, Any]):
 
 
 def test_a_curve_is_read_between_its_points():
-    # two settings, recall .9 at cost 10 and 1 at cost 30; a third that costs more than it brings
+    # two settings: recall 0.9 at cost 10 and recall 1 at cost 30; a third costs more than it is worth
     held_out = searches.Outcomes(
         np.zeros((2, 3)), np.array([[0.9, 1.0, 0.95], [0.9, 1.0, 0.7]]), np.array([[10.0, 30.0, 29.0]] * 2)
     )
@@ -78,7 +80,7 @@ def test_a_curve_is_read_between_its_points():
     assert curve.at(np.ones(2), 0.95) == pytest.approx((20.0, 0.0))
     assert curve.at(np.ones(2), 0.9)[0] == pytest.approx(10.0)
     assert np.isnan(curve.at(np.ones(2), 0.85)).all()
-    # the second query alone: the third setting finds .7, and still no one takes it
+    # counting the second query alone: the third setting finds 0.7 there, and is still never chosen
     assert curve.at(np.array([0.0, 1.0]), 0.95) == pytest.approx((20.0, 0.0))
 
 

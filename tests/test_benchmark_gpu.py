@@ -1,4 +1,4 @@
-"""The suite gpu on the CPU, at tiny sizes: what it plans, what it measures, what it says."""
+"""The suite gpu on the CPU at tiny sizes: its plan, its measurements and its tables."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_without_a_gpu_it_says_what_is_needed():
 def test_sizes_are_what_card_and_host_can_hold():
     rows = [1_000_000, 10_000_000, 100_000_000]
     h100 = gpu.sizes(rows, 128, 80 * 10**9, 500 * 10**9)
-    # 51 GB would fit the card; they come from the host all the same, as on every other
+    # 51 GB would fit on the card, but are streamed from the host, as on every other card
     assert h100 == [(1_000_000, False), (10_000_000, False), (100_000_000, True)]
     l4 = gpu.sizes(rows, 128, 24 * 10**9, 50 * 10**9)
     assert l4[:2] == h100[:2] and l4[2] == (25 * 10**9 // 512, True)
@@ -57,7 +57,7 @@ def test_a_label_outside_the_bound_is_told_from_one_inside():
     twins = torch.where(exact == 0, 1, torch.where(exact == 1, 0, exact))
     near = excess(x, centroids, middle, twins, exact, "torch")
     assert near["differ"] > 0 and near["worst_over_bound"] <= 1
-    # float32's slack is not float64's
+    # within float32's error bound, but outside of float64's
     assert excess(x, centroids, middle, twins, exact, "triton")["worst_over_bound"] > 1
     wrong = exact.clone()
     wrong[7] = (wrong[7] + 5) % 20
@@ -80,7 +80,7 @@ def result() -> dict[str, Any]:
         patch.setattr(gpu, "STREAMED_ROWS", 3000)
         patch.setitem(sys.modules, "cuvs", None)
         patch.setitem(sys.modules, "flash_kmeans", None)
-        # short calls are not told from noise
+        # real timings of such short calls would be noise
         clock = iter(range(1, 10**9))
         patch.setattr(gpu, "timed", lambda device, call: (call(), 1e-3 * next(clock))[1])
         return json.loads(json.dumps(gpu.run(SETTINGS, CPU)))
@@ -97,7 +97,7 @@ def test_every_size_and_contestant_is_measured_or_says_why_not(result):
     assert one["of_product"] == pytest.approx(one["tflops"] / result["card"]["fp32_tflops"])
     if find_spec("faiss") is not None:
         assert found[1200, 40, "faiss"]["inertia"] == pytest.approx(one["inertia"], rel=1e-3)
-    # others cannot stream
+    # peers cannot stream
     assert {name for n, _, name in found if n == 3000} == {"ours, torch"}
     assert {one["streamed"] for one in result["clusterings"] if one["n"] == 3000} == {True}
     assert all(one["seconds"] > 0 and one["updates"] >= 1 for one in result["clusterings"])
@@ -144,7 +144,7 @@ def test_what_the_budget_has_no_time_for_is_left_out():
 
 
 def test_of_points_from_the_host_only_the_engine_that_runs_by_itself_is_timed(monkeypatch):
-    # four took the time that clusterings of 100M points would have had
+    # regression: four engines took the time that clusterings of 100M points needed
     card = Card("c", 1, 1, 1, 100, 10, 1)
     bench = gpu.Bench(SETTINGS | {"gpu_clusters": [5]}, CPU, card, gpu.Clock(300, time.perf_counter()), [*gpu.ENGINES])
     for name in ("_clustering", "_job"):
@@ -169,7 +169,7 @@ def test_a_card_that_is_too_small_for_a_contestant_is_told():
 
 
 def test_what_fails_costs_neither_the_others_nor_what_was_measured(monkeypatch):
-    # a peer's error ended the suite, and with it went every result, as they are written at its end
+    # regression: a peer's error ended the suite, and all results were lost, because they are written at its end
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA")
 
@@ -184,7 +184,7 @@ def test_what_fails_costs_neither_the_others_nor_what_was_measured(monkeypatch):
     assert [one.get("note") for one in result["iterations"]] == [None, said] and result["failed"] == []
     assert result["clusterings"][0]["seconds"] > 0 and result["arrays"][0]["note"] == said
     assert said in gpu_tables(result)
-    # ours that fails is told too
+    # a failure of rb_gpu itself is reported too
     monkeypatch.undo()
     for name in ("kmeans", "agreement", "synthesize"):
         monkeypatch.setattr(gpu, name, broken)
@@ -194,7 +194,7 @@ def test_what_fails_costs_neither_the_others_nor_what_was_measured(monkeypatch):
 
 
 def test_rates_and_labels_are_those_of_float32_in_an_image_that_allows_tf32(monkeypatch):
-    # as NVIDIA's do by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1: right labels were told to be wrong
+    # as NVIDIA's images do with TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1; regression: right labels were reported as wrong
     seen = []
 
     def asked(*_: Any) -> Any:

@@ -49,7 +49,7 @@ def test_an_iteration_is_what_a_longer_call_takes_longer(monkeypatch: pytest.Mon
 
 
 def test_one_size_grows_nothing() -> None:
-    # it was measured, and then matplotlib refused a picture without panels
+    # regression: the single size was measured, and then matplotlib refused a figure without panels
     with pytest.raises(ConfigError, match="leave no two sizes of points=emb, which has 3000 rows"):
         growth.measure(SETTINGS | {"growth_rows": [3000], "growth_clusters": [20]})
 

@@ -1,4 +1,4 @@
-"""The suite load measures every format, and what it compares reads the same matrix."""
+"""The suite load measures every format, and everything it compares reads the same matrix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rb_gpu.bench import load
 
 
 def test_every_format_is_measured_beside_pyarrow_memcpy_and_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    # what a new interpreter imports takes seconds: one of Arrow and one of Parquet is enough
+    # imports in a new interpreter take seconds, so that only one Arrow and one Parquet format is measured
     fresh = load.fresh_median
     monkeypatch.setattr(
         load, "fresh_median", lambda code, n: fresh(code, n) if ".arrow" in code or "parquet_list" in code else 1.0

@@ -1,4 +1,4 @@
-"""The suite roofline beside numbers worked out by hand."""
+"""The suite roofline compared with numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ def test_a_large_product_is_bound_by_operations_and_a_small_one_by_bytes():
     assert large.operations == 2.56e12
     assert large.seconds(A100) == pytest.approx(2.56e12 / 156e12)
     small = product(1_000_000, 128, 10, "tf32", "fused")
-    # points, centroids, labels of 8 bytes and distances of 4
+    # points, centroids, labels of 8 bytes and distances of 4 bytes
     assert small.memory_bytes == 512_000_000 + 5_120 + 12_000_000
     assert small.seconds(A100) == pytest.approx(small.memory_bytes / 2039e9)
 
 
 def test_products_in_memory_are_what_a_fused_kernel_saves():
     fused, torch = (seconds(iteration(10**6, 128, 1000, "tf32", engine), A100) for engine in ("fused", "torch"))
-    # 8 GB written and read, and the points again for the exact distance; the fused product is bound by operations
+    # 8 GB are written and read, and the points are read again for the exact distance; the fused product is
+    # compute-bound
     expected = (8e9 + 512e6 + 512e3 + 12e6) / 2039e9 - 2.56e11 / 156e12 + (512e6 + 24e6) / 2039e9 - 3.84e8 / 19.5e12
     assert torch - fused == pytest.approx(expected)
 

@@ -1,4 +1,4 @@
-"""The suite router: every method is valued, and every router weighed."""
+"""The suite router: every method is valued, and the size of every router is measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The suite sweep: what is run, and what is made of it."""
+"""The suite sweep: the commands it runs, and the table it makes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_ratios_are_of_whole_sweeps_over_one_job(monkeypatch):
     result = json.loads(json.dumps(sweeps.measure(SETTINGS)))
     assert [case["ratio"] for case in result["cases"]] == [{sweeps.EIGHT_JUDGES: 1.5, sweeps.FOUR_SIZES: 2.0}] * 2
     assert ran[:3] == [[], ["-m", *sweeps.JUDGES], ["-m", *sweeps.SIZES]]
-    # Hydra refused a flag between settings
+    # Hydra rejects a flag between settings
     assert [run[:2] for run in ran[3:]] == [["data=files", ran[3][1]], *[["-m", "data=files"]] * 2]
     assert "sample: 8 settings of the judge" in sweep_tables(result)
 

@@ -1,4 +1,4 @@
-"""The Poisson bootstrap beside scipy's, and its guards."""
+"""The Poisson bootstrap compared with scipy's, and its checks of bad input."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_interval_of_a_ratio_is_that_of_scipy(queries: int) -> None:
         paired=True, n_resamples=20_000, method="percentile", random_state=1, batch=500,
     )  # fmt: skip
     low, high = theirs.confidence_interval
-    # the law differs by terms of 1/Q, the draws by the noise of a quantile
+    # the two distributions differ by terms of order 1/Q, the draws by the noise of a quantile
     assert np.abs(ours[[0, 2]] - (low, high)).max() < (high - low) * (0.02 + 1.0 / queries)
     assert abs(ours[1] - total_Q.sum() / weight_Q.sum()) < (high - low) * (0.02 + 1.0 / queries)
 
@@ -46,11 +46,11 @@ def test_a_resample_without_weight_is_unknown_and_the_others_are_not() -> None:
 
 
 def test_interval_covers() -> None:
-    """95 % intervals of the mean of 200 skewed values hold the truth about as often as they say."""
+    """95 % intervals of the mean of 200 skewed values contain the truth about as often as they claim."""
     rng = np.random.default_rng(7)
     samples = 600
     values_QM = rng.exponential(size=(200, samples))
     low, high = np.quantile(resampled_means(values_QM, np.ones_like(values_QM), 1000, 0), (0.025, 0.975), axis=0)
     covered = int(((low <= 1.0) & (high >= 1.0)).sum())
-    # the percentile interval of a skewed mean covers a little less: 0.925 to 0.95
+    # the percentile interval of a skewed mean covers slightly less than 95 %: 0.925 to 0.95
     assert stats.binom.ppf(1e-4, samples, 0.925) <= covered <= stats.binom.ppf(1 - 1e-4, samples, 0.96)

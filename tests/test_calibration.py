@@ -1,4 +1,4 @@
-"""Confidence is held against held-out means: right ones are called calibrated, boasts are not."""
+"""Confidences are compared with held-out means: right ones are called calibrated, overconfident ones are not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def test_a_right_confidence_is_called_calibrated_and_a_boast_is_not():
 
 @pytest.mark.parametrize("boast", [1.0, 20.0], ids=["right", "boasting"])
 def test_confidence_is_held_against_held_out_means(boast: float):
-    # 200 patterns of 30 queries; each pattern's gain is known up to .05, or claimed to be known 20 times as well
+    # 200 patterns of 30 queries; each pattern's gain is known with standard deviation 0.05, or 20 times better if
+    # boasted
     rng = np.random.default_rng(7)
     table = world(6000, rng)
     leaf = np.arange(6000) % 200
@@ -50,8 +51,9 @@ def test_confidence_is_held_against_held_out_means(boast: float):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_gains_of_few_queries_may_be_skewed(seed: int):
-    # most gains are a little more than expected, one in twenty is far less: of 6 queries none may show it, and a
-    # normal error then foretold what did not come. The bundled sample's right confidences were called wrong in 5 of 6
+    # most gains are slightly above the expectation, and one in twenty is far below: six queries may show none of those,
+    # so that a normal error model is wrong. Regression: right confidences on the bundled sample were called wrong in 5
+    # of 6 runs
     rng = np.random.default_rng(seed)
     table = world(3000, rng)
     leaf = np.arange(3000) % 500
@@ -70,7 +72,7 @@ def test_gains_of_few_queries_may_be_skewed(seed: int):
 
 
 def test_of_many_queries_the_held_out_means_error_is_added_to_the_confidences():
-    # as many patterns as bins, so that each bin tells of one: Φ(lead / √(sd² + standard error²))
+    # as many patterns as bins, so that each bin holds one pattern: Φ(lead / √(sd² + standard error²))
     rng = np.random.default_rng(8)
     table = world(1200, rng)
     leaf, sd, margin = np.arange(1200) % 10, np.linspace(0.01, 0.1, 10), 0.01
@@ -91,7 +93,7 @@ def test_of_many_queries_the_held_out_means_error_is_added_to_the_confidences():
     seen = np.array([gain[leaf == p].mean() > margin for p in range(10)])
     assert found.seen == seen[order].tolist()
     assert found.brier == pytest.approx(np.mean((foretold - seen) ** 2), rel=1e-4)
-    # too few patterns for bins, a policy that never acts, and values that are no effects
+    # None for too few patterns to fill the bins, a policy that never acts, and values that are only associational
     assert measure_calibration(valuation, choice, default, leaf % 9, promise, 0) is None
     assert measure_calibration(valuation, default, default, leaf, promise, 0) is None
     valuation.grade = "associational"
@@ -99,18 +101,18 @@ def test_of_many_queries_the_held_out_means_error_is_added_to_the_confidences():
 
 
 def test_gains_of_few_queries_are_drawn_from_those_of_their_config_or_of_all():
-    # config 1 fails on 4 of 40 queries, config 0 never did in the few that it had; a failure outweighs five successes
+    # 0.2 cancels: deviations are about the mean
     few = LEAST_GAINS - 1
-    away = np.r_[np.zeros(few), 0.2 + np.tile([0.1] * 9 + [-0.9], 4)]  # whatever is expected of all of a config's
+    away = np.r_[np.zeros(few), 0.2 + np.tile([0.1] * 9 + [-0.9], 4)]  # 0.2 cancels: deviations are about the mean
     config, leaf = np.repeat([0, 1], [few, 40]), np.r_[np.full(few, 8), np.arange(40) // 5]
     lead = np.array([*[0.05] * 7, -0.05, 0.02])
     found = _of_few(lead, np.zeros(9), away, config, leaf, 0)
-    # no failure among five draws; -.05 takes nothing else
+    # lead plus the mean of five draws exceeds 0 only without a failure among them, also for the lead of -.05
     assert found[:8] == pytest.approx(np.full(8, 0.9**5), abs=0.05)
-    # the few are drawn from all 69, a mean of as many of whose deviations is nearly normal
+    # a config with few gains draws from all 69, and the mean of that many deviations is nearly normal
     deviation = np.sqrt((36 * 0.1**2 + 4 * 0.9**2) / (few + 40) / few)
     assert found[8] == pytest.approx(norm.cdf(0.02 / deviation), abs=0.07)
-    # a confidence's own spread is all that is left where gains have none
+    # if gains do not vary, only the confidence's own spread remains
     assert _of_few(lead, np.full(9, 0.1), 0 * away, config, leaf, 0) == pytest.approx(norm.cdf(lead / 0.1))
 
 

@@ -1,4 +1,4 @@
-"""A k-means that was cut off goes on to the bit-identical result, and never from a checkpoint of something else."""
+"""An interrupted k-means resumes to a bit-identical result, and never from a checkpoint of another problem."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rb_gpu.learn.lloyd import Solver
 
 
 class Killed(BaseException):
-    """As a signal would end it: nothing catches it."""
+    """Stands for a kill by a signal: a BaseException that nothing catches."""
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ SETTINGS = {"k": 40, "n_init": 2, "epsilon": 0.0, "seed": 3, "max_iter": 60}
 
 
 def saves_of(x: np.ndarray, path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int | None) -> int:
-    """Runs until the save of that number; how many saves there were."""
+    """Runs until the save with number `stop_at` raises Killed; returns the number of saves."""
     real, count = Solver._save, 0
 
     def save(self, *arguments):
@@ -64,7 +64,7 @@ def test_it_goes_on_to_the_same_bits_from_every_save(x, tmp_path, monkeypatch):
 
 
 def test_a_small_run_goes_on_from_every_update_to_no_more_repairs_than_it_has(tmp_path, monkeypatch):
-    # of a run that has ended, and of one whose repairs are spent, a save would have led to one more
+    # regression: a save after the run had ended, or after its repairs were used up, allowed one more repair on resuming
     monkeypatch.setattr(lloyd, "MAX_REPAIRS", 1)
     rng = np.random.default_rng(1)
     points = (6 * rng.normal(size=(20, 2))[rng.integers(20, size=400)] + rng.normal(size=(400, 2))).astype(np.float32)
@@ -101,7 +101,7 @@ def test_a_checkpoint_of_other_data_or_settings_is_left(x, tmp_path, monkeypatch
     other = dict(SETTINGS) | {k: v for k, v in change.items() if k in SETTINGS}
     weight = np.full(len(x), change["weight"]) if "weight" in change else None
     points = x + np.float32(change.get("x", 0.0))
-    points[1234, 5] += np.float32(change.get("one", 0.0))  # the least change of the data
+    points[1234, 5] += np.float32(change.get("one", 0.0))  # the smallest possible change of the data
     warm = points[: change["warm"]] if "warm" in change else None
     fresh = kmeans(points, weight=weight, warm=warm, **other)
     resumed = kmeans(points, weight=weight, warm=warm, checkpoint=Checkpoint(path, 3), **other)

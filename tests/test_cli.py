@@ -1,4 +1,4 @@
-"""What a person meets on a command line: manual pages, mistyped settings, progress, and dry runs."""
+"""The command line: manual pages, mistyped settings, progress, and dry runs."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_mistyped_default_is_told_what_was_meant(given, said):
 def test_a_mistyped_option_is_told_what_there_is(job, given, said):
     with pytest.raises(ConfigError, match=said):
         check_keys(job, [given])
-    check_keys(job, ["--config-dir=mine", given])  # where it may be
+    check_keys(job, ["--config-dir=mine", given])  # that folder may define the option
     assert "sample" in manual("train") and "sample |" not in manual("evaluate")
 
 
@@ -158,7 +158,7 @@ def test_bars_show_the_tasks_of_the_stage_that_runs():
 
 @pytest.mark.parametrize("width", [56, 64, 80, 200])
 def test_bars_fit_the_terminal_without_cutting_a_number(width):
-    # on 64 columns times were cut to 0:0 and an ellipsis
+    # regression: on 64 columns times were cut to "0:0" and an ellipsis
     console = Console(file=io.StringIO(), force_terminal=True, width=width)
     bars = Bars(console)
     for task in (1, 120_000):
@@ -212,7 +212,7 @@ def dry_sweep(folder: Path, table: str, swept: str) -> subprocess.CompletedProce
 
 
 def test_a_dry_sweep_rehearses_every_run_and_writes_nothing(tmp_path):
-    # its members used to be trained all the same
+    # regression: the members of a dry sweep were trained
     synthesize(SynthesizeConfig(out=str(tmp_path / "planted"), n=1200, dim=16, patterns=8, configs=3))
     before = sorted(tmp_path.rglob("*"))
     done = dry_sweep(tmp_path, "planted/trajectories.parquet", "cluster.k=8,5000,16")
@@ -223,7 +223,7 @@ def test_a_dry_sweep_rehearses_every_run_and_writes_nothing(tmp_path):
 
 
 def test_a_dry_sweep_none_of_whose_runs_could_be_trained_is_an_error(tmp_path):
-    # it ended with 0, and a schedule that rehearses first went on to train
+    # regression: it ended with 0, so that a schedule that rehearses first went on to train
     done = dry_sweep(tmp_path, "nowhere.parquet", "cluster.k=8,16")
     said = done.stdout + done.stderr
     assert done.returncode == 1 and "Traceback" not in said, said
@@ -240,7 +240,7 @@ def test_a_sweep_under_torchrun_is_refused_before_anything_is_made(tmp_path):
 
 
 def test_jobs_read_their_settings_where_argparse_looks_at_every_help_text(monkeypatch):
-    # as Python 3.14's does, where every job ended in a traceback before it began
+    # simulates Python 3.14's argparse, with which every job ended in a traceback before it began
     add_argument = argparse.ArgumentParser.add_argument
 
     def check(self, action):

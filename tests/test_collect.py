@@ -43,7 +43,7 @@ def save(folder, base, queries, **settings):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A corpus of uneven norms, searched with both indexes; several query blocks."""
+    """A corpus with uneven norms, searched with both indexes in several blocks of queries."""
     folder = tmp_path_factory.mktemp("collect")
     rng = np.random.default_rng(0)
     base = (rng.standard_normal((M, D)) * rng.uniform(0.2, 5, (M, 1))).astype(np.float32)
@@ -80,7 +80,7 @@ def test_schema_and_grid(world):
 
 
 def test_the_summary_has_each_config_s_means_and_its_median_latency(world):
-    # means of latency were shown: on a machine with other work 1,402 us for a search of 90
+    # regression: the mean latency was shown; on a machine with other work, 1,402 us for a search of 90 us
     *_, summary, table = world
     outcomes = {name: table[name].to_numpy().reshape(Q, 6) for name in ("precision", "recall", "latency_us", "cost")}
     shown = [(c.precision, c.recall, c.latency_p50_us, c.cost) for c in summary.configs]
@@ -130,7 +130,8 @@ def test_copies_in_the_corpus_do_not_lower_recall(tmp_path):
 
 
 def test_sums_of_float32_in_another_order_do_not_lower_recall(tmp_path, monkeypatch):
-    # as OpenBLAS sums 15,000 queries of 192 equal components each, and Faiss's index does not: 6 % had recall 0
+    # regression: OpenBLAS sums queries of 192 equal components in another order than Faiss's index; 6 % of 15,000
+    # queries had recall 0
     found = module.faiss.knn
     monkeypatch.setattr(module.faiss, "knn", lambda *a, **k: (found(*a, **k)[0] + np.float32(2e-6), found(*a, **k)[1]))
     rng = np.random.default_rng(3)
@@ -141,7 +142,7 @@ def test_sums_of_float32_in_another_order_do_not_lower_recall(tmp_path, monkeypa
 
 def test_precision_is_of_what_was_retrieved(tmp_path):
     rng = np.random.default_rng(2)
-    # two tight bundles of 12 and 88; a probe of the small one finds fewer than k
+    # two tight bundles of 12 and 88 points; a search that probes only the small one finds fewer than k
     direction = np.eye(D)[[0] * 12 + [1] * 88]
     base = (direction + 0.01 * rng.standard_normal((100, D))).astype(np.float32)
     config = save(tmp_path, base, base[:5], top_k=24, hnsw_ef_search=[], ivf_nlist=2, ivf_n_probes=[1])
@@ -187,7 +188,7 @@ def test_configs_run_in_a_fresh_order_per_block():
     for _ in range(4):
         measured = module._measure(arms, query, module._Corpus(corpus, "base=x"), kth, 3, Spy())
     assert len(set(orders)) > 1
-    # found 0.9 and 0.5 of k = 3; one slot is empty, whatever its similarity says
+    # found 0.9 and 0.5 of k = 3; one slot is empty, whatever its similarity value says
     assert measured.recall[:, 0].tolist() == pytest.approx([2 / 3, 1 / 3])
     assert measured.precision[:, 0].tolist() == pytest.approx([1.0, 0.5])
     assert (measured.cost == 47).all() and (measured.latency_us >= 1).all()
@@ -289,7 +290,7 @@ def test_errors_name_key_value_and_remedy(tmp_path, base, queries, settings, mes
 
 
 def test_the_default_grid_leaves_out_what_a_small_corpus_has_no_cells_for(tmp_path, caplog):
-    # every corpus under 2,496 rows was refused unless one set the grid by hand
+    # regression: every corpus under 2,496 rows was refused unless the grid was set by hand
     config = save(tmp_path, OK, OK[:5])
     summary = collect(config)
     assert [c.n_probes for c in summary.configs if c.ef_search == 1] == [1, 2, 4, 8]
@@ -303,7 +304,7 @@ def test_missing_files_and_bad_parquet_queries(tmp_path):
     config = save(tmp_path, OK, OK, ivf_n_probes=[1])
     with pytest.raises(DataError, match=r"base=/nowhere.npy does not exist; give a .npy file"):
         collect(replace(config, base="/nowhere.npy"))
-    # the number is the file's row, not the sample's
+    # the error names the row of the file, not of the sample
     np.save(tmp_path / "late.npy", np.concatenate([OK, np.zeros((1, D), np.float32)]))
     with pytest.raises(DataError, match=r"queries=.*late.npy: row 400 has norm 0"):
         collect(replace(config, queries=str(tmp_path / "late.npy"), max_queries=400, seed=1))
@@ -323,7 +324,8 @@ def test_missing_files_and_bad_parquet_queries(tmp_path):
 
 @pytest.mark.parametrize("name", ["collect", "synthesize"])
 def test_what_a_job_says_to_learn_from_is_read_as_told(name, tmp_path, capsys):
-    # without data=files the sample's queries and default stood beside what was collected
+    # regression: the printed command lacked data=files, so that the sample's queries and default were mixed with the
+    # table
     if name == "collect":
         collect_job.run(save(tmp_path, OK, OK[:5], ivf_n_probes=[1]))
     else:

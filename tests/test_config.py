@@ -1,4 +1,4 @@
-"""Every YAML of conf/ against its schema, and every bound of every setting."""
+"""Every YAML of conf/ is checked against its schema, and every setting against its bounds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ register_schemas()
 def composed(name: str, *overrides: str, conf: Path = CONF) -> Any:
     """The settings object of a job, or of the section that an option of a group fills."""
     group = name.partition("/")[0]
-    # the sample fills several sections, whose schemas the job brings
+    # the sample sets several sections, whose schemas only the job has
     primary = "train" if name == "data/sample" else name
     with initialize_config_dir(str(conf), version_base="1.3"):
         config = compose(primary, overrides=[*NEEDED.get(name, []), *overrides])
@@ -47,7 +47,7 @@ def schema_of(name: str) -> type:
 
 
 def keys_of(name: str) -> list[str]:
-    """The keys that the YAML sets, as one would type them."""
+    """The keys that the YAML sets, as one would type them on the command line."""
     content = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
     group = name.partition("/")[0]
     if name == "data/sample":
@@ -56,7 +56,7 @@ def keys_of(name: str) -> list[str]:
 
 
 def test_a_slope_may_be_typed_as_an_integer():
-    # a setting that was float or auto took 16.0 and refused 16
+    # regression: a setting of type "float or auto" accepted 16.0 and refused 16
     assert composed("train", "lookup.beta=16").lookup.beta == 16.0
     settings = composed("train", "judge.margin=0", "lookup.floor=-1")
     assert (settings.judge.margin, settings.lookup.floor) == (0, -1)
@@ -70,7 +70,7 @@ def test_a_bound_may_be_lifted_as_its_yaml_says():
 
 
 def test_what_cannot_be_interpolated_names_its_setting(monkeypatch):
-    # "KeyError raised while resolving interpolation", of no setting in particular
+    # regression: "KeyError raised while resolving interpolation", without the name of a setting
     monkeypatch.delenv("RB_NOWHERE", raising=False)
     with pytest.raises(
         ConfigError, match=r"^data\.path: .*'RB_NOWHERE' not found.*; give the setting a value, or mend"
@@ -83,7 +83,7 @@ def test_yaml_composes_to_its_schema(name):
     assert type(composed(name)) is (JOBS["train"] if name == "data/sample" else schema_of(name))
 
 
-# settings of the group data that mean something for some ways of storing only
+# settings of the group data that only apply to some formats
 STORED = {"format", "split", "version", "queries_version"}
 
 
@@ -102,7 +102,7 @@ def test_every_key_of_data_is_listed_by_some_yaml():
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_default_yaml_and_schema_hold_the_same_values(section):
-    if section == "data":  # the schema names no file
+    if section == "data":  # the schema has no default file
         return
     assert getattr(composed("train", "data=files"), section) == SECTIONS[section]()
 
@@ -140,12 +140,12 @@ def test_wrong_type_fails_for_every_key_of_the_schema(schema):
 def test_unknown_key_fails_even_with_a_plus(key):
     with pytest.raises(ConfigCompositionException):
         composed("train", f"{key}=1")
-    # Hydra's message for the mistake above proposes the +, which passed, and the setting was ignored
+    # regression: Hydra's message for the mistake above suggests the +, which passed, and the setting was ignored
     with pytest.raises(ConfigError, match=f"^{key.replace('foo.bar', 'foo')}=.* is not one of .+; "):
         composed("train", f"+{key}=1")
 
 
-# what is out of bounds, by key: the schema's other fields are free text or paths
+# values out of bounds, by key; the other fields of the schemas are free text or paths
 OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "data.path": [[], 3, ["a", ""], ""],
     "data.queries": [[], 3],
@@ -153,7 +153,7 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "data.capacity": [0, -1],
     "data.format": ["csv"],
     "data.split": [""],
-    "data.version": [3],  # of files, which have none
+    "data.version": [3],  # plain files have no versions
     "data.queries_version": [3],
     "data.features": ["turn", [""], ["turn", "turn"]],
     "params.tiers": [[], "small", ["a", "a"], [1], [""]],
@@ -173,7 +173,7 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "cluster.engine": ["numba"],
     "cluster.precision": ["fp8"],
     "judge.method": ["bayes"],
-    "judge.objective": ["quality", "bound"],  # bound without a bound
+    "judge.objective": ["quality", "bound"],  # "bound" without a bound
     "judge.latency_weight": [-0.1, math.nan, math.inf, 1e300],
     "judge.cost_weight": [-0.1, math.nan, math.inf, 1e308],
     "judge.max_latency_us": [0.0, -5.0, math.nan, math.inf],
@@ -228,7 +228,7 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "track.folder": [""],
 }
 OUT_OF_BOUNDS_OF_A_JOB: dict[str, dict[str, list[Any]]] = {
-    "train": {"seed": [-1, 2**64]},  # NumPy has no negative seed: evaluation died of it after all the learning was done
+    "train": {"seed": [-1, 2**64]},  # NumPy has no negative seeds; regression: evaluation failed after all learning
     "evaluate": {"seed": [-1]},
     "registry": {"action": ["delete"]},
     "collect": {
@@ -292,7 +292,7 @@ def merged(schema: type, given: dict[str, Any]) -> Any:
 
 
 def refuses(schema: type, path: str, key: str, value: Any) -> None:
-    """The error names the key, the value, the bound and the remedy."""
+    """Checks that the error names the key, the value, the bound and the remedy."""
     shown = "('')?" if value == "" else re.escape(str(value))
     with pytest.raises(ConfigError, match=rf"^{re.escape(path)}={shown} is not \S.+; \S.+"):
         to_object(merged(schema, {key: value}))
@@ -353,7 +353,7 @@ def test_every_setting_has_a_bound_that_is_tested():
 @pytest.mark.parametrize(
     ("default", "message"),
     [
-        # these passed, and the job stopped only after it had read the table
+        # regression: these passed, and the job stopped only after it had read the table
         ({"ef_serch": 64}, "params.default.ef_serch=64 is not one of ef_search, n_probes, "),
         ({"ef_search": 0}, "params.default.ef_search=0 is not an integer in [1, 4294967295]; "),
         ({"ef_search": "64"}, "params.default.ef_search='64' is not an integer in [1, 4294967295]; "),

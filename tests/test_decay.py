@@ -1,4 +1,4 @@
-"""judge.half_life=auto: planted drift is followed, stationary worlds get none, and the sums are brute force's."""
+"""judge.half_life=auto: planted drift is followed, stationary worlds get no decay, and the sums equal brute force."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPAN_DAYS = 60
 def world(
     seed: int, rows: int = 6000, patterns: int = 12, configs: int = 3, change: str = "none", full: bool = False
 ) -> HalfLife:
-    """Bernoulli outcomes with patterns of unlike difficulty; half-way nothing, the ranking or the level changes."""
+    """Bernoulli outcomes with patterns of unequal difficulty; half-way nothing, the ranking or the level changes."""
     rng = np.random.default_rng(seed)
     queries = rows // configs if full else rows
     query = np.repeat(np.arange(queries), configs) if full else np.arange(queries)
@@ -52,7 +52,7 @@ def test_planted_drift_is_followed(change, full):
     found = [world(seed, 9000, change=change, full=full) for seed in range(10)]
     days = [one.half_life_days for one in found]
     assert np.mean([each is not None and each < SPAN_DAYS for each in days]) >= 0.9
-    # of those that surely beat none the one that gains most
+    # among the half-lives that significantly beat no decay, the one with the largest gain
     for one in found:
         told = zip(one.gain, one.error, one.candidates_days, strict=True)
         sure = [(gain, each) for gain, error, each in told if gain > 1.5 * error]
@@ -69,7 +69,7 @@ def test_gain_and_error_are_those_of_brute_force():
     found = choose_half_life(time, np.arange(n), cell, (patterns, configs), weight, utility)
     group = np.random.default_rng(0).integers(GROUPS, size=n)
 
-    # how many rows the config counts for: variance within cells over that between a config's patterns
+    # the prior's weight in rows: variance within cells over the variance between a config's patterns
     spread, mean = (weight**2).mean(), np.empty(patterns * configs)
     size = np.array([weight[cell == u].sum() for u in range(len(mean))])
     for u in range(len(mean)):
@@ -138,7 +138,7 @@ def test_constant_outcomes_and_a_config_seen_once_give_none():
 
 
 def test_auto_reaches_evidence_and_facts(learned):
-    # the second half of the time turns every outcome round
+    # in the second half of the time every outcome is inverted
     rows = learned.trajectories
     late = rows.timestamp > np.median(rows.timestamp)
     turned = replace(rows, precision=np.where(late, 1 - rows.precision, rows.precision).astype(np.float32))
@@ -150,7 +150,7 @@ def test_auto_reaches_evidence_and_facts(learned):
     assert bank.data.facts["config"]["judge"]["half_life"] == "auto"
     np.testing.assert_array_equal(np.isnan(bank.data.arrays["verdict_p_sequential"]), True)
     assert bank.data.evidence.w.sum() < 0.8 * bank.data.evidence.rows.sum()
-    # nothing changed here: the same bank as without decay
+    # nothing changes over time here: the bank is the same as without decay
     plain, still = learned.bank, learn(rows, auto)
     assert still.data.facts["half_life"]["half_life_days"] is None
     assert plain.data.facts["half_life"] is None

@@ -1,4 +1,4 @@
-"""Every Arrow type of the contract decodes to the same NumPy values, sliced or not, with and without nulls."""
+"""Every Arrow type of the table format decodes to the same NumPy values, sliced or not, with and without nulls."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rb_gpu.learn.decode import (
 )
 
 D = 4
-# values that half, float and double hold alike
+# values that half, float and double represent exactly
 ROWS = np.random.default_rng(0).integers(-64, 65, (9, D)).astype(np.float32) / 32
 FLOATS = {"half": pa.float16(), "float": pa.float32(), "double": pa.float64()}
 FIXED = {f"fixed_size_list<{name}>": pa.list_(kind, D) for name, kind in FLOATS.items()}
@@ -33,7 +33,7 @@ EVERY_TYPE = list((FIXED | LISTS | BINARY).items())
 
 
 def column(rows, kind):
-    """An array of rows, None for null, as a writer of that type makes it."""
+    """An Arrow array of the rows (None for null), as a writer of that type would make it."""
     if pa.types.is_fixed_size_binary(kind):
         return pa.array([None if row is None else np.float32(row).tobytes() for row in rows], kind)
     half = pa.types.is_float16(kind.value_type)
@@ -96,7 +96,7 @@ def test_rows_of_another_length_are_marked(kind):
 
 @every_type
 def test_no_rows_and_only_null_rows_decode(kind):
-    # no row of a batch within the capacity: a filtered binary column has no buffer that NumPy takes
+    # batches without any row within the capacity; a filtered binary column has no buffer that NumPy can read
     for empty in (column([], kind), column(ROWS, kind).slice(9), column(ROWS, kind).filter(pa.array([False] * 9))):
         matrix, right = decode_embeddings(empty, D)
         assert matrix.shape == (0, D) and right.shape == (0,)
@@ -152,7 +152,7 @@ def test_fixed_types_tell_their_dimension(kind):
 def test_lists_do_not_tell_their_dimension_but_their_rows_do(kind):
     assert embedding_dim(kind, "x.parquet") is None
     assert list_dim(column([ROWS[0], ROWS[1][:2], ROWS[2]], kind)) == D
-    # a spell of empty lists, as an embedder that was down leaves them, made the dimension 0
+    # regression: a run of empty lists, as an embedder that is down leaves them, made the dimension 0
     assert list_dim(column([[], [], [], None, ROWS[0]], kind)) == D
     assert list_dim(column([None, []], kind)) is None
 
@@ -201,7 +201,7 @@ def test_nan_and_infinity_are_missing_numbers():
 
 
 def test_number_beyond_float32_is_missing():
-    # a cost of 1e39 became infinite after it had been checked, and so did every mean it went into
+    # regression: a cost of 1e39 passed the check and then became infinite in float32, and so did every mean with it
     array, missing = decode_numbers(pa.array([1e39, 1.0]), np.float32, "x")
     assert missing.tolist() == [True, False] and np.isfinite(array).all()
 
@@ -255,7 +255,7 @@ def test_integer_timestamps_are_seconds(kind):
 
 
 def test_unsigned_timestamp_that_int64_does_not_hold_is_no_crash():
-    # ArrowInvalid, without the file's name; then 2**64 - 1 wrapped to -1, a good second of 1969
+    # regression: ArrowInvalid without the file's name; later, 2**64 - 1 wrapped to -1, a valid second of 1969
     seconds, missing = decode_times(pa.array([2**63 + 5, 2**64 - 1, None, 7], pa.uint64()), "x")
     assert (seconds[:2] > 2**62).all() and seconds[3] == 7
     assert missing.tolist() == [False, False, True, False]
@@ -297,13 +297,13 @@ def test_null_inside_a_dictionary_is_a_null_tier():
 
 
 def test_dictionary_as_large_as_its_indices_allow():
-    # the code of null, one past the dictionary, did not fit its int8
+    # regression: the code of null, one past the dictionary, did not fit its int8
     values = pa.DictionaryArray.from_arrays(pa.array([127, None], pa.int8()), pa.array([f"t{i}" for i in range(128)]))
     assert decode_tiers(values, [], False, "t").tolist() == [127, NULL_TIER]
 
 
 def test_tier_that_is_not_utf_8_is_an_error_that_names_it():
-    # a UnicodeDecodeError with a traceback, of no file in particular
+    # regression: a UnicodeDecodeError with a traceback and without the file's name
     with pytest.raises(DataError, match=r"^x: column model_tier holds b'\\xff', which is not UTF-8; "):
         decode_tiers(pa.array([b"a", b"\xff"]).view(pa.string()), [], False, "x: column model_tier")
 
@@ -314,6 +314,6 @@ NO_STRINGS = [pa.array([1, 2]), pa.array([b"a"]), pa.array([1]).dictionary_encod
 
 @pytest.mark.parametrize("values", NO_STRINGS, ids=lambda values: str(values.type))
 def test_tiers_that_are_no_strings_are_an_error(values):
-    # numbers became tier names that SearchParams refused, with an error that named no file
+    # regression: numbers became tier names, which SearchParams refused with an error that named no file
     with pytest.raises(DataError, match=r"^x: column model_tier is .+; store the tier's name as a string$"):
         decode_tiers(values, [], False, "x: column model_tier")

@@ -1,4 +1,4 @@
-"""The default of an experiment is what one would choose without a bank, and never in place of one that is in use."""
+"""The default of an experiment is what one would choose without a bank; a default that is in use is never replaced."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def default_of(trajectories: Trajectories) -> int:
     return learned(trajectories).default.ef_search // 16 - 1
 
 
-# the last of five is better, by less than 100 rows of each show; the first is the one most logged
+# the last of five configs is better, by less than 100 rows of each can show; the first is the most logged
 MEANS, SHARES = [0.45, 0.5, 0.5, 0.5, 0.54], [0.24, 0.19, 0.19, 0.19, 0.19]
 
 
 def test_an_experiment_falls_back_to_the_best_single_config():
-    # its most logged config is nobody's choice: where the gate found nothing, abstaining cost what that costs
+    # regression: nobody uses the most logged config of an experiment, so that abstaining cost its disadvantage
     worth = []
     for seed in range(8):
         trajectories = log_of(seed, MEANS, SHARES)
@@ -55,7 +55,7 @@ def test_what_a_service_runs_stays_the_default():
 
 
 def test_a_given_default_stays():
-    # given where the table was read; `learn` has settings of its own, which may not say so
+    # the default was given when the table was read; the settings of `learn` may not say so
     assert default_of(log_of(0, MEANS, SHARES, ParamsConfig(default={"ef_search": 32}))) == 1
 
 
@@ -70,7 +70,7 @@ def test_few_lucky_rows_make_no_default():
 def test_a_default_that_is_surely_beaten_is_kept_to_be_measured_against(caplog):
     trajectories = log_of(0, [0.2, 0.5, 0.5, 0.5, 0.8], SHARES, n=2000)
     assert default_of(trajectories) == 0
-    # whoever reads the gain is told that nobody said what runs today
+    # a warning tells the reader that nobody said what runs today
     assert (
         "gains are over the one most logged, of several the cheapest, ef_search=16; set params.default" in caplog.text
     )

@@ -1,4 +1,4 @@
-"""How much memory is free, within what the container allows; engines, precision and determinism of a device."""
+"""Free memory within the container's limits; engines, precision and determinism of a device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rb_gpu.errors import ConfigError
 from rb_gpu.learn import devices
 from rb_gpu.learn.workers import workers
 
-# a file of tests that imports no torch
+# a test file that does not import torch
 LIGHT = Path(__file__).parent / "test_params.py"
 
 
@@ -64,7 +64,7 @@ def test_a_group_without_a_limit_takes_nothing_away(machine):
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(("own", "above", "free"), [(4000, 9000, 3000), (9000, 4000, 3000)])
 def test_the_least_of_a_process_s_groups_counts(machine, version, own, above, free):
-    # a limit on the job alone was not seen: the job was killed while it loaded
+    # regression: a limit on the job alone was not noticed, and the job was killed while loading
     (machine / "own").write_text(VERSIONS[version][1].format("pod/job"))
     limited(machine, version, "pod/job", own, 1000)
     limited(machine, version, "pod", above, 1000)
@@ -83,7 +83,7 @@ def test_a_system_that_does_not_tell_is_taken_to_have_some(machine):
 
 
 def test_products_are_in_float32_whatever_the_process_allows():
-    # a process that allows tf32 or bf16 would take labels and bounds with it
+    # a process that allows tf32 or bf16 would otherwise break labels and bounds
     left, right = (torch.randn(64, 64, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     exact = left @ right
     torch.set_float32_matmul_precision("medium")
@@ -105,7 +105,7 @@ def test_sums_are_reproducible_only_where_it_is_wanted():
 
 
 def test_a_gpu_can_be_asked_to_be_reproducible_after_it_was_not(monkeypatch):
-    # torch looks at the variable once, at the first product: a sweep's second member was refused all of its own
+    # torch reads the variable only once, at the first product; regression: a sweep's second member was refused
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert devices.resolve_device("cpu").type == "cpu" and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
@@ -125,7 +125,7 @@ def test_points_get_what_is_free_on_a_gpu_less_what_work_with_them_takes(monkeyp
 
 @pytest.mark.parametrize(("asked", "hidden"), [([], True), (["-m", "not cuda"], True), (["-m", "cuda"], False)])
 def test_a_gpu_is_hidden_from_tests_that_are_not_of_one(asked, hidden):
-    # on a GPU node device=auto took it in all of them, and in the jobs that they start
+    # regression: on a GPU node, device=auto used the GPU in all of them, and in the jobs that they start
     own = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     told = "import os, sys, pytest; pytest.main(sys.argv[1:]); print(repr(os.environ.get('CUDA_VISIBLE_DEVICES')))"
     command = [sys.executable, "-c", told, "--collect-only", "-q", "-p", "no:cacheprovider", *asked, str(LIGHT)]
@@ -156,7 +156,7 @@ def test_an_engine_that_cannot_run_is_named(monkeypatch, caplog):
     "error", [RuntimeError("no C compiler"), subprocess.CalledProcessError(1, "gcc"), PermissionError("no")]
 )
 def test_triton_that_cannot_compile_itself_leaves_auto_to_torch(monkeypatch, caplog, error):
-    # an image without gcc or Python's headers ended every job with default settings
+    # regression: an image without gcc or Python's headers ended every job with default settings
     triton = pytest.importorskip("triton")
 
     class Driver:
@@ -179,7 +179,7 @@ def test_triton_that_cannot_compile_itself_leaves_auto_to_torch(monkeypatch, cap
 
 
 def test_concurrent_calls_leave_the_process_as_it_was():
-    # each saved what another had set, and the last to end put that back
+    # regression: each call saved what another had set, and the last one to end restored that
     before = torch.backends.mkldnn.matmul.fp32_precision
     first, second = devices.full_precision(), devices.full_precision()
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
@@ -195,7 +195,7 @@ def test_concurrent_calls_leave_the_process_as_it_was():
 
 
 def test_a_thread_that_comes_to_torch_during_a_call_keeps_its_threads():
-    # it began with the one thread that the call had set for the process, and kept it for ever
+    # regression: it started with the one thread that the call had set for the process, and kept it for ever
     def seen() -> int:
         with ThreadPoolExecutor(1) as newcomer:
             return newcomer.submit(torch.get_num_threads).result()

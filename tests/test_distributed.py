@@ -1,4 +1,4 @@
-"""Several processes on disjoint rows come to the bits of one process on all of them."""
+"""Several processes with disjoint rows give bit-identical results to one process with all rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rb_gpu.learn.kmeans import kmeans
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# metric, copies of a centroid in the start, offset of all points, device
+# metric, number of copies of a centroid in the start, offset of all points, device
 CASES = {
     2: [("cosine", 0, 0, "cpu"), ("l2", 30, 0, "cpu"), ("l2", 0, 1e7, "cpu"), ("cosine", 0, 0, "cuda"),
         ("l2", 30, 0, "cuda")],
@@ -39,9 +39,9 @@ def points(copies: int, offset: float) -> dict[str, np.ndarray]:
     x = (rng.normal(size=(30, 12))[rng.integers(30, size=4000)] + 0.8 * rng.normal(size=(4000, 12))).astype(np.float32)
     weight = rng.exponential(size=len(x)).astype(np.float32)
     weight[::50] = 0
-    if offset:  # all ranks take x about one middle, at one scale
+    if offset:  # all ranks must centre x on the same middle and use the same scale
         x, weight = (x.astype(np.float64) + offset) * 2.0**80, weight.astype(np.float64) * 2.0**-180
-    # of a start with copies, empty clusters are drawn anew
+    # empty clusters from a start with copies are drawn again
     start = {"start": np.concatenate([x[: 37 - copies], np.repeat(x[:1], copies, axis=0)])} if copies else {}
     return {"x": x, "weight": weight} | start
 
@@ -70,7 +70,7 @@ def test_ranks_end_on_the_bits_of_one_process(tmp_path, processes):
 
 
 def test_the_error_says_which_rank_lost_another(tmp_path):
-    # without torchrun, which ends the others itself
+    # without torchrun, which itself ends the other ranks
     (tmp_path / "die").mkdir()
     np.savez(tmp_path / "die" / "data.npz", x=np.ones((40, 3), np.float32), weight=np.ones(40, np.float32))
     ranks = run_ranks(2, "ranks_kmeans", "3", "0", f"l2:cpu:{tmp_path / 'die'}", cwd=tmp_path)
@@ -79,7 +79,7 @@ def test_the_error_says_which_rank_lost_another(tmp_path):
 
 
 def test_on_gpus_each_rank_takes_its_own_and_objects_go_by_the_host(monkeypatch):
-    # NCCL alone moved every object through a GPU, and gave a rank that reads a slower disk 10 minutes
+    # regression: with NCCL alone, every object went through a GPU, and a rank with a slower disk had only 10 minutes
     done: list[Any] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(device))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: done.append((backend, timeout.seconds)))
@@ -101,7 +101,7 @@ def test_alone_every_call_is_the_identity():
 
 
 def settings(registry: Path, *more: str) -> list[str]:
-    """Of a training on a quarter of the sample."""
+    """Settings of a training on a quarter of the sample."""
     return [f"registry.path={registry}", "device=cpu", "data.capacity=30000", *more]
 
 
@@ -129,7 +129,7 @@ def test_two_ranks_publish_the_bank_of_one_process(published, tmp_path, budget):
 
 def test_two_ranks_go_on_from_a_champion_as_one_process_does(published, tmp_path):
     ours, theirs = (shutil.copytree(published, tmp_path / name, symlinks=True) for name in ("ranks", "alone"))
-    more = ("cluster.k=35", "gate.min_gain=-1")  # a gain of .002 less than the champion's is not what is asked
+    more = ("cluster.k=35", "gate.min_gain=-1")  # a gain .002 below the champion's is not tested here
     first, second = run_ranks(2, "jobs.train", *settings(ours, *more), cwd=tmp_path)
     assert second.returncode == 0, second.stderr[-3000:]
     for done in (first, run("train", *settings(theirs, *more), cwd=tmp_path)):

@@ -1,4 +1,4 @@
-"""Drift: p-values uniform where nothing changed, equal to SciPy's and statsmodels', and small where something did."""
+"""Drift tests: p-values are uniform if nothing changed, equal SciPy's and statsmodels', and small after a change."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUALITY = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
 
 
 def uniform(p: np.ndarray) -> None:
-    """Fails once in 500 runs of p-values that are."""
+    """Fails in one of 500 runs if the p-values are uniform."""
     assert stats.kstest(p, "uniform").pvalue > 0.001
     assert stats.binomtest(int((p <= 0.05).sum()), len(p), 0.05).pvalue > 0.001
 
@@ -54,7 +54,7 @@ def test_shares_are_uniform_where_nothing_changed(patterns, old, new):
     ]
     uniform(np.array([one.p_value for one in found]))
     assert np.mean([one.reading == "stable" for one in found]) >= 0.98
-    if patterns == 60:  # read as usual, nearly all of these were alarms
+    if patterns == 60:  # by the usual thresholds of the PSI nearly all of these would be alarms
         assert np.mean([one.psi > 0.25 for one in found]) > 0.9
 
 
@@ -73,9 +73,9 @@ def test_other_shares_are_found_and_read():
     rng = np.random.default_rng(2)
     even, uneven = np.full(8, 1 / 8), np.array([0.4, 0.2, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05])
     found = compare_shares(counts(rng, 4000, even), counts(rng, 1000, uneven), rng)
-    assert found.reading == "large" and found.p_value == 0.001  # none of 999 deals came near
+    assert found.reading == "large" and found.p_value == 0.001  # the smallest p-value that 999 permutations can give
     slight = compare_shares(counts(rng, 400_000, even), counts(rng, 100_000, even * np.tile([0.95, 1.05], 4)), rng)
-    assert slight.p_value <= 0.01 and slight.reading == "stable"  # certain, and too small to matter
+    assert slight.p_value <= 0.01 and slight.reading == "stable"  # significant, but too small to matter
 
 
 def test_training_queries_are_placed_without_their_own_pull():
@@ -84,7 +84,7 @@ def test_training_queries_are_placed_without_their_own_pull():
     new = rng.normal(size=(50, 8)).astype(np.float32)
     label = rng.integers(-1, 5, size=400)
     label[0], label[label == 4] = 4, 3
-    label[0] = 4  # alone in its leaf, which is then no leaf for it
+    label[0] = 4  # a query alone in its leaf, which without it is no leaf
     old_leaf, new_leaf = leaves_of(x, label, np.arange(0, 400, 3), new)
 
     def nearest(query: np.ndarray, rest: np.ndarray, labels: np.ndarray) -> int:
@@ -101,7 +101,7 @@ def test_hotelling_is_that_of_statsmodels():
     old, new = rng.normal(size=(80, 5)), rng.normal(size=(30, 5)) + 0.2
     theirs = statsmodels_hotelling(old, new)
     assert hotelling(old, new).p_value == pytest.approx(theirs.pvalue, rel=1e-9)
-    # a feature that repeats another adds nothing
+    # duplicated and constant features change nothing
     twice = [np.concatenate([side, side[:, :2], np.ones((len(side), 1))], axis=1) for side in (old, new)]
     assert hotelling(*twice).p_value == pytest.approx(theirs.pvalue, rel=1e-6)
 
@@ -129,7 +129,7 @@ def test_embeddings_find_a_shift_and_another_shape_of_equal_mean():
     old, new = rng.normal(size=(2000, 12)), rng.normal(size=(500, 12))
     moved = compare_embeddings(old, new + 0.2, rng)
     assert moved.p_value < 1e-6 and moved.auc > 0.6
-    axis = np.where(np.arange(12) == 0, 3.0, 1.0)  # no mean moves, and no linear classifier sees it
+    axis = np.where(np.arange(12) == 0, 3.0, 1.0)  # no mean changes, so that no linear classifier sees it
     assert compare_embeddings(old, new * axis, rng).p_value < 1e-4
 
 
@@ -160,7 +160,7 @@ def test_a_shift_of_binary_outcomes_is_mantel_and_haenszels():
             for leaf in range(6)
         ]
         theirs = StratifiedTable([np.array(t, float) for t in tables]).test_null_odds(correction=False)
-        # theirs is the normal's, ours knows the skewness besides
+        # statsmodels' p-value is the normal one, ours also accounts for skewness
         assert theirs.pvalue * (1 - 1e-6) <= found.p_shift <= 1.1 * theirs.pvalue
 
 
@@ -176,7 +176,9 @@ def test_moments_of_dealing_are_those_of_every_deal(total, dealt):
 
 @pytest.mark.parametrize("rate", [0.005, 0.98])
 def test_rare_outcomes_raise_no_more_alarms_than_others(rate):
-    """Clicks of .5 % under many configs, as in the Open Bandit Dataset: the normal's p-values warned in 1 log of 15."""
+    """Outcomes like clicks of 0.5 % under many configs, as in the Open Bandit Dataset; regression: normal p-values gave
+    a warning in 1 of 15 unchanged logs.
+    """
     rng = np.random.default_rng(11)
     mean, names = np.full((20, 40), rate), [str(c) for c in range(40)]
     found = [compare_outcomes(utilities(rng, 8000, mean), utilities(rng, 2000, mean), names) for _ in range(200)]
@@ -184,14 +186,15 @@ def test_rare_outcomes_raise_no_more_alarms_than_others(rate):
     assert alarms <= 5
     shift = np.array([one.p_shift for configs in found for one in configs if not math.isnan(one.p_shift)])
     assert (shift <= 0.001).mean() <= 0.001
-    # and see one all the same
+    # and a real change is still detected
     more = compare_outcomes(utilities(rng, 8000, mean), utilities(rng, 2000, np.full_like(mean, 0.5)), names)
     assert sum(one.q_value <= 0.01 for one in more) > 30
 
 
 def test_a_change_is_of_all_cells_that_both_sides_have():
-    """A cell without a single success has not changed: leaving it out made a rare outcome's change many times too
-    large."""
+    """A cell without a single success has not changed. Regression: leaving such cells out exaggerated the change of a
+    rare outcome many times.
+    """
     leaf, config = np.repeat(np.arange(10), 10), np.zeros(100, np.int64)
     hit = np.zeros(100)
     hit[0] = 1.0
@@ -228,7 +231,8 @@ def test_outcomes_that_cannot_be_compared_are_unknown():
     old, new = Utilities(np.linspace(0, 1, 20), zeros, zeros), Utilities(np.ones(20), zeros + 1, zeros)
     (found,) = compare_outcomes(old, new, ["a"])
     assert found.queries == 0 and math.isnan(found.q_value) and math.isnan(found.change)
-    # one pattern cannot move against others: of two tests one is left, which is not corrected for the other
+    # a single pattern cannot move relative to others; only one of the two tests remains, and is not corrected for the
+    # other
     rng = np.random.default_rng(0)
     old, new = (Utilities(rng.normal(size=n), np.zeros(n, int), np.zeros(n, int)) for n in (60, 30))
     (found,) = compare_outcomes(old, new, ["a"])
@@ -237,7 +241,7 @@ def test_outcomes_that_cannot_be_compared_are_unknown():
 
 @pytest.fixture(scope="module")
 def sample() -> Trajectories:
-    """2000 of the bundled real queries under every config."""
+    """2,000 of the bundled real queries under every config."""
     data = DataConfig(path=str(SAMPLE_FOLDER / "outcomes.parquet"), queries=str(SAMPLE_FOLDER / "queries.parquet"))
     rows = load(data, ParamsConfig())
     keep = np.zeros(len(rows.query_id), bool)
@@ -254,7 +258,7 @@ def measured(rows: Trajectories, held_Q: np.ndarray, seed: int) -> drift.Drift:
 def test_a_random_split_of_real_queries_raises_no_alarm_and_a_chosen_one_does(sample):
     rng = np.random.default_rng(1)
     alarms = [bool(measured(sample, rng.permutation(2000) < 400, seed).warnings) for seed in range(20)]
-    assert sum(alarms) <= 3  # three families at .01 each
+    assert sum(alarms) <= 3  # three families of tests at level .01
     along = sample.x_QD @ (sample.x_QD[0] - sample.x_QD[1])
     chosen = measured(sample, along > np.quantile(along, 0.8), 0)
     assert chosen.shares.reading == "large" and chosen.embeddings.auc > 0.8
@@ -293,6 +297,6 @@ def test_training_publishes_what_changed(sample, tmp_path, caplog, monkeypatch):
 
 
 def ordered(rows: Trajectories) -> Trajectories:
-    """The same queries, in the order of one coordinate: new kinds come last."""
+    """The same queries in the order of one coordinate, so that new kinds come last."""
     time = np.argsort(np.argsort(rows.x_QD[:, 0]))
     return replace(rows, x_QD=rows.x_QD.copy(), query_time=time, timestamp=time[rows.query_row])

@@ -1,4 +1,4 @@
-"""Off-policy estimators against loops and Open Bandit Pipeline, and intervals against simulated logs."""
+"""Off-policy estimators against loops and the Open Bandit Pipeline, and their intervals against simulated logs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def estimates(log: dict[str, np.ndarray]) -> dict:
 
 
 def by_loop(log: dict[str, np.ndarray]) -> dict[str, float]:
-    """The papers' formulas, one round after the other."""
+    """The papers' formulas, one round at a time."""
     rounds, weights, paid, said, left = len(log["reward_N"]), 0.0, 0.0, 0.0, 0.0
     for n in range(rounds):
         weight = 1.0 / log["pscore_N"][n] if log["chosen_N"][n] == log["choice_N"][n] else 0.0
@@ -83,7 +83,9 @@ def test_estimators_are_their_papers_formulas(seed: int):
 
 
 def by_open_bandit_pipeline(log: dict[str, np.ndarray]) -> dict[str, float]:
-    """What its estimators say, of obp 0.4.1; skips without it: it pins old versions of what the tests need newer."""
+    """The estimates of obp 0.4.1; skips if it is missing: it pins old versions of packages that the
+    tests need newer.
+    """
     theirs = pytest.importorskip("obp.ope", exc_type=ImportError)
     given_ = {"reward": log["reward_N"], "action": log["chosen_N"], "pscore": log["pscore_N"]}
     given_ |= {
@@ -101,7 +103,7 @@ def by_open_bandit_pipeline(log: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def countable() -> dict[str, np.ndarray]:
-    """A log of whole numbers' shares, which no version of NumPy draws otherwise."""
+    """A log with rational numbers only, so that every version of NumPy draws the same."""
     n, config = np.arange(60), np.arange(4)
     return {
         "reward_N": 37 * n % 61 / 61,
@@ -112,7 +114,8 @@ def countable() -> dict[str, np.ndarray]:
     }
 
 
-# by_open_bandit_pipeline(countable()): `pip install --no-deps obp==0.4.1 seaborn` beside the extra `test`
+# results of by_open_bandit_pipeline(countable()), with `pip install --no-deps obp==0.4.1 seaborn` next to the extra
+# `test`
 OPEN_BANDIT_PIPELINE = {
     "ips": 1.0523957211758561,
     "snips": 0.49240456646688363,
@@ -189,7 +192,7 @@ def test_the_outcome_model_finds_what_is_linear_and_stays_at_the_mean_elsewhere(
     rng = np.random.default_rng(1)
     x = rng.normal(size=(1000, 6)).astype(np.float32)
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-    # config 2 has too few rows for a regression, config 3 none
+    # config 2 has too few rows for a regression, config 3 has none
     config = np.where(np.arange(1000) < 10, 2, np.arange(1000) % 2)
     y = 0.5 + np.where(config == 0, unit[:, 0], 0.0) + 0.05 * rng.normal(size=1000)
     [said] = cross_fitted(
@@ -212,7 +215,7 @@ def test_kish_by_hand():
         ({"pscore_N": np.full(60, np.nan)}, r"outside \(0, 1\]"),
         ({"choice_N": np.zeros(3, int)}, "choice_N has shape"),
         ({"choice_N": np.full(60, -1)}, r"outside \[0, 4\)"),
-        # one would be read as the last config
+        # -1 would be read as the last config
         ({"choice_N": np.append(np.zeros(59, int), -1)}, r"outside \[0, 4\)"),
         ({"choice_N": np.append(np.zeros(59, int), 4)}, r"outside \[0, 4\)"),
         ({"pscore_N": np.append(np.ones(59), 1.001)}, r"outside \(0, 1\]"),
@@ -282,9 +285,9 @@ def test_a_share_that_no_row_stands_for_widens_the_interval():
     left = rng.normal(size=4000)
     everywhere, even = np.where(rng.random(4000) < 0.5, 2.0, 0.0), np.full(4000, 0.5)
     assert unseen_error(everywhere, left, even) < 0.1
-    # 1 % missing, and 1.6 % would be chance
+    # 1 % of the rounds are missing, and 1.6 % could be chance
     assert unseen_error(np.where(np.arange(4000) < 1980, 2.0, 0.0), left, even) == 0.0
-    # without chance whatever is missing is missing: 1 % of the spread of the rest
+    # without chance, whatever is missing counts: 1 % of the standard deviation of the rest
     alone = np.where(np.arange(4000) < 3960, 1.0, 0.0)
     assert unseen_error(alone, left, even) == pytest.approx(0.01 * left[:3960].std())
     half = np.where(np.arange(4000) < 2000, everywhere, 0.0)
@@ -297,15 +300,15 @@ def test_rounds_of_tiny_propensity_count_as_unseen_though_the_weights_hardly_mis
     left, hard = rng.normal(size=4000), np.arange(4000) < 80
     weight = np.where((rng.random(4000) < 0.5) & ~hard, 2.0, 0.0)
     most = np.where(hard, 0.001, 0.5)
-    # of 80 such rounds .08 are expected to match, and of the others five more are as good as unseen
+    # of 80 such rounds 0.08 are expected to match; and of the others, five rounds' worth counts as unseen
     assert unseen_error(weight, left, most) == pytest.approx(85 / 4000, rel=0.1)
-    weight[0] = 1000.0  # the one that matched stands for all of them
+    weight[0] = 1000.0  # the one round that matched represents all of them
     assert unseen_error(weight, left, most) == 0.0
 
 
 @pytest.mark.parametrize("log", simulate_logs.LOGS)
 def test_intervals_hold_the_truth_as_often_as_they_say(log: str):
-    """500 logs, by `python -m tests.simulate_logs`, say how often; 60 say that it is not far from that."""
+    """The full check is 500 logs, `python -m tests.simulate_logs`; 60 logs show that coverage is not far off."""
     for name, one in simulate_logs.coverage(log, 600, 60, seed=3).items():
         assert one.known >= 55, name
         assert one.plausible(0.95, 0.999), (name, one)
@@ -333,8 +336,9 @@ def test_what_never_failed_may_fail_as_often_as_wilsons_bound_says():
 
 @pytest.mark.parametrize("most", [1, 200, 380])
 def test_a_query_that_holds_most_rounds_is_as_unsure_as_its_rounds(most):
-    """Influences add up to 0, so that those of a query with 19 of 20 rounds came to what the few others had: intervals
-    of 95 % held the truth in 43 % of the logs."""
+    """Influence values add up to 0, so that the sum over a query with 19 of 20 rounds equals minus that of the few
+    others. Regression: 95 % intervals contained the truth in only 43 % of the logs.
+    """
     query_N = np.concatenate([np.zeros(most, np.int64), np.arange(1, 401 - most)])
     held = 0
     for seed in range(400):
@@ -344,13 +348,13 @@ def test_a_query_that_holds_most_rounds_is_as_unsure_as_its_rounds(most):
 
 
 def policy(rng, kind: str, rounds: int = 2000, configs: int = 6) -> np.ndarray:
-    """Propensities (rounds, configs) of some true logs."""
+    """Propensities (rounds, configs) as several real policies would log them."""
     if kind == "mostly one":
         return np.tile(np.r_[0.999, np.full(configs - 1, 0.001 / (configs - 1))], (rounds, 1))
     if kind == "softmax":
         exponent = np.exp(3.0 * rng.normal(size=(rounds, configs)))
         return exponent / exponent.sum(1, keepdims=True)
-    return rng.dirichlet(np.full(configs, 0.05), size=rounds).clip(1e-12)  # Thompson's: most are next to nothing
+    return rng.dirichlet(np.full(configs, 0.05), size=rounds).clip(1e-12)  # as Thompson sampling: most are nearly 0
 
 
 @pytest.mark.parametrize("kind", ["mostly one", "softmax", "dirichlet"])
@@ -362,13 +366,13 @@ def test_low_propensities_that_are_true_are_not_called_floored(kind):
         chosen = np.minimum((true_NC.cumsum(1) < rng.random(2000)[:, None]).sum(1), 5)
         called += floored(true_NC[np.arange(2000), chosen], 6) is not None
     assert called <= 1
-    # a tenth of a percent that were chosen otherwise
+    # one in a thousand rounds was chosen with a floored propensity
     few = np.where(np.arange(2000) < 2, 1e-6, true_NC[np.arange(2000), chosen])
     assert floored(few, 6) == (2, 1e-6, pytest.approx(0.012))
 
 
 def test_a_config_may_be_missing_for_it_was_chosen_too_seldom():
-    # 1,900 of 2,000 rounds lack: 3 / 1,900 shows none of them in one log of twenty
+    # 1,900 of 2,000 rounds are not explained; at a propensity of 3 / 1,900, one log in twenty would have none of them
     assert too_seldom(0.05, np.array([0.0015, *[0.5] * 1999]))
     assert not too_seldom(0.05, np.array([0.0017, *[0.5] * 1999]))
-    assert not too_seldom(5.0, np.array([1e-6, *[0.5] * 1999]))  # too many rows are no want of them
+    assert not too_seldom(5.0, np.array([1e-6, *[0.5] * 1999]))  # too many rows are not a lack of rows

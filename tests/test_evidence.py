@@ -1,4 +1,4 @@
-"""Evidence against pooled rows, scalar oracles, and its own algebra."""
+"""Evidence against pooled rows, scalar oracles, and its own additivity."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_pairs_are_differences_to_the_default_on_the_same_query():
 
 
 def test_of_a_query_s_default_rows_the_last_counts_whatever_threads_do():
-    # all were written to one place at once, on the CPU too from 32,768 on
+    # regression: all were written to the same place at once, on the CPU too from 32,768 rows on
     rows = table(seed=4, n=90, configs=3, full=True)
     rows = replace(rows, config_id=np.full(len(rows), rows.configs.default))
     with pretended() as operations:
@@ -125,7 +125,8 @@ def test_linear_moments_are_those_of_the_combined_outcome():
 
 
 def test_equal_values_have_no_variance():
-    # three times 0.1 leave a square of 1e-34 behind, and a test of that says anything
+    # regression: three times 0.1 leave a sum of squares of 1e-34 by rounding, and a test with that variance is
+    # meaningless
     mean, comoment = np.full((1, 1, 4), 0.1), np.full((1, 1, 4, 4), 1e-34)
     _, variance, _ = linear_moments(np.full((1, 1), 3.0), np.full((1, 1), 3.0), mean, comoment, np.eye(4)[0])
     assert variance[0, 0] == 0.0

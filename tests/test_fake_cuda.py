@@ -1,6 +1,7 @@
-"""The device's code without a device, on tensors that pretend to be there (pretend.py).
+"""The GPU code without a GPU, on tensors that simulate a device (pretend.py).
 
-Torch's own fake tensors have no values to decide by, and a build without CUDA cannot index those said to be on a GPU.
+Torch's own fake tensors have no values for data-dependent control flow, and a build without CUDA cannot index those
+that claim to be on a GPU.
 """
 
 from __future__ import annotations
@@ -94,14 +95,14 @@ def waits_of(iterations: int, engine: str = "torch") -> int:
 
 def test_the_host_waits_once_an_iteration(monkeypatch):
     assert waits_of(14) - waits_of(4) <= 10
-    # and one that is planted shows
+    # a planted extra wait is detected
     real = DeviceAssignment.assign
     monkeypatch.setattr(DeviceAssignment, "assign", lambda self, *c: (real(self, *c), self.d2_N.max().item())[0])
     assert waits_of(14) - waits_of(4) == 20
 
 
 def test_no_running_sum_is_left_to_one_thread_a_column():
-    # the sums of 10M x 128 points took seconds an iteration by torch, and longer than the product by Triton
+    # regression: sums of 10M x 128 points took seconds per iteration in torch, and longer than the product in Triton
     with pretended() as operations:
         kmeans(X, 30, device="cuda", engine="torch")
         assert not operations.serial
@@ -120,7 +121,7 @@ def test_a_planted_mix_up_is_caught(monkeypatch):
 
 
 def test_the_whole_job_runs_on_the_device(learned):
-    # every stage, the field and the router with them; what is on the host is left there, and nothing is mixed
+    # every stage, including the field and the router; what is on the host stays there, and nothing is mixed
     config = replace(
         learned.config, device=DeviceConfig("cuda", deterministic=True), router=RouterConfig("fastgrnn", epochs=2),
         cluster=replace(learned.config.cluster, engine="torch"),
@@ -138,7 +139,7 @@ def test_the_whole_job_runs_on_the_device(learned):
 
 
 def test_points_beyond_a_small_card_stay_on_the_host_without_being_told_to(monkeypatch, caplog):
-    # device.memory_budget is null by itself, and 30 GB of embeddings ended a job on an L4
+    # regression: with device.memory_budget=null, 30 GB of embeddings ended a job on an L4
     monkeypatch.setattr(devices, "LEAST_ROOM", 2**14)
     caplog.set_level("INFO")
     found = []
@@ -181,7 +182,7 @@ def test_a_checkpoint_takes_no_second_copy_of_the_points_to_the_host(tmp_path, m
 
 @pytest.mark.parametrize("error", [ModuleNotFoundError, RuntimeError, type("NVMLError_NotSupported", (Exception,), {})])
 def test_a_part_of_a_gpu_that_has_no_utilisation_ends_no_job(monkeypatch, error):
-    # NVML refuses it of MIG, by an error of its own, at the end of the first stage
+    # NVML refuses this for a MIG instance with an error of its own, at the end of the first stage
     def utilization() -> int:
         raise error("Not Supported")
 
@@ -191,7 +192,7 @@ def test_a_part_of_a_gpu_that_has_no_utilisation_ends_no_job(monkeypatch, error)
 
 
 def test_what_a_full_table_a_parent_and_a_decay_take_runs_on_the_device():
-    # of more dims than axes; the router is thinned, the map drawn: none of it had run beside tensors of a device
+    # more dims than axes, a pruned router, a drawn map: code that had not run on simulated device tensors before
     sample = Path(progress.__file__).parents[1] / "sample"
     files = {name: str(sample / f"{file}.parquet") for name, file in (("path", "outcomes"), ("queries", "queries"))}
     table = load(DataConfig(**files), ParamsConfig())

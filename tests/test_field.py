@@ -1,4 +1,4 @@
-"""The field: closed forms against refits, what it learns of planted worlds, and its part in an answer."""
+"""The field: closed forms against refits, what it learns in planted worlds, and its part in an answer."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def rows_of(query, config, queries, configs, weight=None):
 def test_leave_one_out_errors_are_those_of_refits():
     rng = np.random.default_rng(0)
     x, y, w = rng.normal(size=(30, 4)), rng.normal(size=(30, 2)), rng.uniform(0.5, 2, 30)
-    x[29] *= 10  # a row far off tells nearly all of its own prediction
+    x[29] *= 10  # an outlying row has a leverage near 1
     ridge = Ridge(tensor(x), tensor(w))
     assert float(ridge.kept_NL[29, RIDGES.index(3.0)]) < 0.1
     found = ridge.errors(tensor(y), *ridge.solve(tensor(y)), RIDGES.index(3.0)).numpy()
     for left in (0, 11, 29):
         keep = np.arange(30) != left
-        # the mean of all rows stands in for that of the others in the centring, as the leverage 1/Σw accounts for
+        # centring uses the mean of all rows instead of the others'; the term 1/Σw of the leverage accounts for that
         design = np.hstack([np.ones((29, 1)), x[keep]])
         penalty = np.diag([0.0, 3, 3, 3, 3])
         coef = np.linalg.solve((design * w[keep, None]).T @ design + penalty, (design * w[keep, None]).T @ y[keep])
@@ -67,8 +67,8 @@ def test_leave_one_out_errors_are_those_of_refits():
 
 
 def test_a_row_is_foretold_without_all_rows_of_its_query():
-    # left out alone, its query's other rows foretold what the query has by itself: 13 % of worlds passed the gate in
-    # which no config is better
+    # regression: with only the row itself left out, the other rows of its query predicted the query's own deviation,
+    # and 13 % of the worlds in which no config is better passed the gate
     rng = np.random.default_rng(1)
     query = np.array([0, 0, 0, 1, 2, 2, *range(3, 20)])
     x, y, w = rng.normal(size=(20, 3))[query], rng.normal(size=(23, 2)), rng.uniform(0.5, 2, 23)
@@ -83,7 +83,7 @@ def test_a_row_is_foretold_without_all_rows_of_its_query():
 
 
 def test_a_second_regression_foretells_a_row_whose_query_neither_has_seen():
-    # the first one had seen it: where outcomes were high, what it left nearby was low
+    # regression: the first regression had seen the row, so that where outcomes were high, residuals nearby were low
     rng = np.random.default_rng(9)
     for times in (1, 2):
         query = np.arange(90) // times
@@ -126,7 +126,8 @@ def test_a_second_regression_foretells_a_row_whose_query_neither_has_seen():
 
 @pytest.mark.parametrize("rows", [30, 12, 5])
 def test_a_ridge_is_the_same_from_its_rows_as_from_its_features(rows):
-    # of fewer rows than features there are as few eigenvectors, and what no row lies along is all prior
+    # with fewer rows than features there are fewer eigenvectors, and directions along which no row lies keep their
+    # prior
     rng = np.random.default_rng(rows)
     x_NF, weight_N, y_N = rng.normal(size=(rows, 12)), rng.uniform(0.5, 2, rows), rng.normal(size=rows)
     x_PF = rng.normal(size=(7, 12))
@@ -156,14 +157,14 @@ def test_a_ridge_is_the_same_from_its_rows_as_from_its_features(rows):
 
 @pytest.mark.parametrize("dims", [(2, 3), (7, 8)], ids=["more rows than eigenvectors", "fewer"])
 def test_an_echo_is_what_rows_heard_of_one_another_summed_pair_by_pair(dims):
-    # that of refits it is up to squares, which hide a wrong weight or leverage
+    # refits equal it only up to second order, which would hide a wrong weight or leverage
     rng = np.random.default_rng(3)
     query, w = np.append(np.arange(20), [0, 3, 3, 7]), rng.uniform(0.5, 3.0, 24)
     mine, features = np.array([0, 2, 3, 5, 8, 11, 15, 20, 21, 22]), [rng.normal(size=(20, d))[query] for d in dims]
     share = rng.dirichlet(np.ones(2 * len(RIDGES))).reshape(2, -1)
 
     def told(x, w, ridge):
-        """(N, N): how much of a row's outcome the prediction of another takes, by weight."""
+        """(N, N): the weight of each row's outcome in the prediction of another row."""
         x = x - w @ x / w.sum()
         return x @ np.linalg.inv(x.T @ (w[:, None] * x) + min(ridge, 1e300) * np.eye(x.shape[1])) @ x.T + 1 / w.sum()
 
@@ -183,8 +184,8 @@ def test_an_echo_is_what_rows_heard_of_one_another_summed_pair_by_pair(dims):
 
 
 def test_deviations_of_a_log_are_found_beside_a_strong_signal_that_all_configs_share():
-    # each row's own outcome echoed in what that left of its neighbours: in 5 of 8 worlds none was found, in the others
-    # what came was twice what was foretold
+    # regression: each row's own outcome echoed in its neighbours' residuals; in 5 of 8 worlds no deviations were found,
+    # and in the others they were twice as large as predicted
     missed = []
     for seed in range(8):
         rng = np.random.default_rng(seed)
@@ -227,7 +228,7 @@ def test_noise_leaves_only_the_mean_and_a_signal_survives():
 
 
 def test_slopes_and_ridges_count_by_their_leave_one_out_errors():
-    # slope by slope and ridge by ridge, for two groups that share the weights
+    # computed slope by slope and ridge by ridge, for two groups that share the weights
     rng, rows = np.random.default_rng(8), 12.0
     weights = rng.uniform(0.2, 3.0, (2, 40))
     groups = []
@@ -270,14 +271,14 @@ def test_canonical_coordinates_have_uncorrelated_noise_and_signal_and_lead_back(
     assert torch.cov((tensor(noise) @ to).T).numpy() == pytest.approx(np.eye(4), abs=1e-9)
     whole = torch.cov((tensor(signal + noise) @ to).T).numpy()
     assert np.abs(whole - np.diag(np.diag(whole))).max() < 1e-9
-    # outcomes that are always alike have no noise between them
+    # outcomes that always equal each other have no noise between them
     same = tensor(np.repeat(signal[:, :1] + noise[:, :1], 3, axis=1))
     to, back = canonical(same, tensor(np.repeat(signal[:, :1], 3, axis=1)))
     assert (same @ to @ back).numpy() == pytest.approx(same.numpy(), abs=1e-6)
 
 
 def test_what_tells_configs_apart_has_a_ridge_of_its_own():
-    # all configs share a strong signal; with the ridge that it asks for, noise was taken for differences
+    # regression: all configs share a strong signal, and with the ridge that suits it, noise was taken for differences
     rng = np.random.default_rng(5)
     x, n, configs = rng.normal(size=(300, 60)), 300, 4
     shared = x @ rng.normal(size=60)
@@ -295,7 +296,7 @@ def test_what_tells_configs_apart_has_a_ridge_of_its_own():
 
 
 def test_a_query_of_a_full_table_is_foretold_in_coordinates_that_do_not_know_it():
-    # they were turned towards the noise of all queries: half of what was foretold of noise came true
+    # regression: the coordinates were fitted to the noise of all queries, and half of the predicted noise came true
     rng = np.random.default_rng(6)
     n, configs, told = 400, 9, []
     x = rng.normal(size=(n, 60))
@@ -309,13 +310,13 @@ def test_a_query_of_a_full_table_is_foretold_in_coordinates_that_do_not_know_it(
     moved = y.copy()
     moved[3] += rng.normal(size=configs)
     after = average_coordinates(ridges, tensor(moved))[1].unseen_NC.numpy()
-    # up to what the first regression's weights see of it
+    # equal up to the influence on the weights of the first regression
     assert np.abs(after[3] - unseen[3]).max() < 0.01
     assert np.abs(after - unseen)[np.arange(n) % FOLDS != 3 % FOLDS].max() > 0.01
 
 
 def test_an_unseen_prediction_does_not_know_its_row():
-    # row 7's outcome is moved by 100: its own prediction must stay, up to what the averaging weights see of it
+    # row 7's outcome is moved by 0.5: its own prediction must stay, up to the influence on the averaging weights
     rng = np.random.default_rng(2)
     x = rng.normal(size=(200, 6))
     config, y = rng.integers(3, size=200), x[:, 0] + 0.1 * rng.normal(size=200)
@@ -392,7 +393,7 @@ def test_a_planted_boundary_is_followed_on_unseen_queries(full, propensity):
     config = bank.optimized_params_batch(x)["ef_search"]
     sure = np.abs(x[:, 0]) > 0.3
     assert (config[sure & (x[:, 0] > 0)] == 32).mean() > 0.97
-    # below it, configs 0 and 2 are equal
+    # where x[0] < 0, configs 0 and 2 are equal
     assert (config[sure & (x[:, 0] < 0)] != 32).mean() > 0.97
 
 
@@ -413,15 +414,15 @@ OBJECTIVES = [
 
 @pytest.mark.parametrize("judging", OBJECTIVES, ids=str)
 def test_a_config_that_never_ran_is_no_answer(judging):
-    # a slice of time may lack one: it was foretold the mean of all others, with a doubt of 0, and two queries in three
-    # got it where the default was bad
+    # regression: a training slice may lack a config; its prediction was the mean of all others with zero uncertainty,
+    # and two in three queries got it where the default was bad
     trajectories = table(0)
     quick = np.where(trajectories.config_id == 2, 10, trajectories.latency_us)
     trajectories = replace(trajectories, latency_us=quick)
     bank = trained(trajectories.select_queries(trajectories.config_id != 2), **judging).bank()
     found = bank.optimized_params_batch(trajectories.x_QD)["ef_search"]
     assert len(bank.configs) == 3 and (found != 48).all()
-    assert judging.get("target") == 0.45 or (found == 32).any()  # which the default reaches
+    assert judging.get("target") == 0.45 or (found == 32).any()  # the default reaches this target
     alone = [bank.optimized_params(x).params.ef_search for x in trajectories.x_QD[:20]]
     assert alone == found[:20].tolist()
 
@@ -467,7 +468,7 @@ def test_a_batch_in_parts_is_answered_as_a_whole(bank, monkeypatch):
 
 
 def test_a_query_gets_its_leaves_and_the_field(bank):
-    # by hand: leaves' gains, plus what the field says of the query beyond what it says of those leaves
+    # computed by hand: the leaves' gains, plus the field's prediction for the query relative to those leaves
     data, x = bank.data, table(8, n=1).x_QD[0]
     field, default = data.field, data.default
     cosine = data.arrays["centroids"][: data.leaves] @ x
@@ -486,7 +487,7 @@ def test_a_query_gets_its_leaves_and_the_field(bank):
 
 
 def test_a_confidence_is_that_of_a_normal_gain_and_reaches_the_least_one_asked_for(bank):
-    # of a gain known so badly that choices are in doubt
+    # makes gains so uncertain that choices are in doubt
     arrays = bank.data.arrays | {"field_test_sd": bank.data.arrays["field_test_sd"] + np.float32(0.12)}
     data = replace(bank.data, arrays=arrays, lookup=replace(bank.data.lookup, min_probability=0.9))
     doubtful, x = ReasoningBank(data), table(9, n=200).x_QD
@@ -506,7 +507,7 @@ def test_a_confidence_is_that_of_a_normal_gain_and_reaches_the_least_one_asked_f
 
 
 def test_no_margin_near_a_leaf_and_one_near_none(bank):
-    # a query unlike all others was given the config that is best by a hair over all of them
+    # regression: a query unlike all others got the config that is best by a tiny margin over all queries
     arrays = bank.data.arrays
     others = np.arange(len(bank.configs)) != bank.data.default
     lead = arrays["field_test"] - arrays["gain"]
@@ -515,7 +516,8 @@ def test_no_margin_near_a_leaf_and_one_near_none(bank):
 
 
 def test_a_place_unlike_all_queries_is_not_foretold_beyond_them(bank):
-    # a leaf's centroid lies nearer to many landmarks than any query does: the field said +0.7 of one, unbounded
+    # regression: a leaf's centroid is nearer to many landmarks than any query is; unbounded, the field predicted +0.7
+    # for it
     data, field = bank.data, bank.data.field
     x = table(0).x_QD
     widest = np.abs(bank.optimized_params_batch(x)["expected_gain"]).max()
@@ -547,7 +549,8 @@ def unproven(dear: bool) -> ReasoningBank:
 
 @pytest.mark.parametrize("tradeoff", [Tradeoff(0.0, 0.0), Tradeoff(0.3, 0.0), 0.3])
 def test_what_was_not_shown_to_pay_is_not_done_under_another_tradeoff(tradeoff):
-    # no config differs; the default stood under the trained trade-off, 18 % of queries left it under any other number
+    # regression: no config differs; the default stood under the trained trade-off, but 18 % of the queries left it
+    # under any other
     bank = unproven(dear=False)
     x = np.random.default_rng(0).normal(size=(500, bank.dim)).astype(np.float32)
     for one in (None, tradeoff):
@@ -607,7 +610,7 @@ def test_a_damaged_field_is_refused(bank, name, damage):
 def test_a_lookup_is_told_the_kernel_regression_within_what_training_queries_were_told(bank, slope):
     bank = ReasoningBank(
         replace(bank.data, arrays=bank.data.arrays | {"field_slopes": np.array([slope, 2 * slope])})
-    )  # of the greatest, float32 must hold the kernels without their constant
+    )  # at the greatest slope, float32 must still hold the kernels without their constant factor
     data, field, lookup = bank.data, bank.data.field, bank._state.field
     direction, default, configs = data.objective.direction, data.default, len(data.configs)
     rng = np.random.default_rng(0)
@@ -622,7 +625,7 @@ def test_a_lookup_is_told_the_kernel_regression_within_what_training_queries_wer
     scale_B = 1.0 / np.linalg.norm(x_BD, axis=1)
     assert lookup.shifts(x_BD, scale_B)[:, :configs] == pytest.approx(expected_BC, abs=1e-5)
     assert lookup.shift(7 * x_BD[3], scale_B[3] / 7)[:configs] == pytest.approx(expected_BC[3], abs=1e-5)
-    assert (low_C < expected_BC).any() and ((expected_BC == low_C).any() or slope != 2.0)  # some are beyond it
+    assert (low_C < expected_BC).any() and ((expected_BC == low_C).any() or slope != 2.0)  # some are clipped
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -634,7 +637,7 @@ def test_a_deviation_s_variance_is_a_gaussian_process_s_under_the_likeliest_mode
     weight = np.ones(len(query)) if full else rng.uniform(0.5, 2, 40)
     weight = weight / weight.mean()
     rows = rows_of(query, config, 40, configs, weight)
-    for differing in (0.0, 1.0):  # where configs do not seem to deviate they may all the same
+    for differing in (0.0, 1.0):  # even if configs do not seem to deviate, the variance is positive
         y = differing * x_QF[query, 0] * (config == 1) + 0.3 * rng.normal(size=len(query))
         fitted = fit([Kernel(tensor(x_QF), rows), Kernel(tensor(x_QF[:, :2]), rows)], tensor(y))
         assert fitted.deviates == (differing > 0)
@@ -652,7 +655,7 @@ def test_a_deviation_s_variance_is_a_gaussian_process_s_under_the_likeliest_mode
 
 
 def wide(seed, n=1500, dim=150):
-    """The same world in more dims than the landmarks have axes, most of which hold little."""
+    """The same world with more dimensions than the landmarks have axes; most of them hold little variance."""
     small = table(seed, n=n)
     rng = np.random.default_rng(seed)
     turn_DD = np.linalg.qr(np.random.default_rng(99).normal(size=(dim, dim)))[0]
@@ -662,7 +665,7 @@ def wide(seed, n=1500, dim=150):
 
 
 def test_landmarks_lie_on_the_axes_along_which_queries_spread_most():
-    x_QD = wide(0).x_QD + 3.0  # where they lie on the whole does not matter
+    x_QD = wide(0).x_QD + 3.0  # a common shift does not matter
     found = _axes(torch.from_numpy(x_QD), torch.Generator().manual_seed(0), torch.device("cpu"))
     axes_RD, centre_R = (one.numpy() for one in found)
     assert centre_R == pytest.approx(axes_RD @ x_QD.mean(0), abs=1e-4)
@@ -670,14 +673,14 @@ def test_landmarks_lie_on_the_axes_along_which_queries_spread_most():
     assert axes_RD.shape == (AXES, 150)
     assert axes_RD @ axes_RD.T == pytest.approx(np.eye(AXES), abs=1e-5)
     values, vectors = np.linalg.eigh(x_QD.T.astype(np.float64) @ x_QD)
-    # the twelve axes of the world wholly, and of the rest, which are nearly alike, those that hold nearly the most
+    # all twelve axes of the world, and of the other, nearly equal ones, a choice that holds almost the most variance
     assert np.square(axes_RD @ vectors[:, -12:]).sum() == pytest.approx(12, abs=1e-4)
     held = np.square(x_QD @ axes_RD.T).sum()
     assert 0.995 * values[-AXES:].sum() < held <= values[-AXES:].sum() * (1 + 1e-5)
 
 
 def test_choices_are_tried_on_more_queries_than_regressions_see(monkeypatch):
-    # of a million rows and 120 configs the gate saw 4 rows a cell, and found nothing that pays
+    # regression: with a million rows and 120 configs, the gate saw only 4 rows per cell and found nothing that pays off
     def tried(n):
         monkeypatch.setattr(landmarks, "MAX_QUERIES", 400)
         monkeypatch.setattr(landmarks, "TRIAL_QUERIES", n)
@@ -691,7 +694,7 @@ def test_choices_are_tried_on_more_queries_than_regressions_see(monkeypatch):
     assert few.rows.queries == 400 and many.rows.queries == 1000
     f1 = OUTCOMES.index("f1")
     at_N = torch.nonzero((unseen_NO[:, f1][:, None] == many.fits[f1].unseen_N).any(1)).squeeze(1)
-    # one config a query: what is foretold of the pick is what was foretold of the row, but for what all share
+    # one config per query: the prediction for the logged config equals the row's prediction, up to the common part
     assert len(at_N) == 1000
     gap_N = many.fits[f1].unseen_QC[many.rows.query_N, many.rows.config_N] - many.fits[f1].unseen_N
     fitted_N = torch.isin(many.fits[f1].unseen_N, few.fits[f1].unseen_N)
@@ -706,7 +709,8 @@ def test_few_dims_are_all_axes():
 
 
 def test_how_far_a_query_lies_from_the_mean_is_seen():
-    # two features beside a large constant one: scaled to norm 1, places told in which direction, and not how far
+    # regression: two features next to a large constant one; after scaling to norm 1, only the direction from the mean
+    # was visible, not the distance
     rng = np.random.default_rng(0)
     log = table(0, n=1000)
     around_Q2 = 0.01 * rng.normal(size=(1000, 2))
@@ -720,7 +724,7 @@ def test_how_far_a_query_lies_from_the_mean_is_seen():
 
 
 def test_queries_in_a_narrow_cone_are_told_what_they_would_be_told_elsewhere():
-    # of many embedders all queries lie within cosines of .8 of each other, where kernels of the usual slopes are flat
+    # for many embedders all pairs of queries have cosines over 0.8, where kernels with the usual slopes are flat
     plain, narrow = wide(0), wide(0)
     lift_D = np.zeros(150, np.float32)
     lift_D[:] = np.linalg.svd(plain.x_QD.astype(np.float64), full_matrices=True)[2][-1]
@@ -766,7 +770,7 @@ def test_a_query_off_all_axes_is_answered(wide_bank):
     ones = np.ones(1, np.float32)
     for x_D in (off_D, middle_D):
         assert np.isfinite(field.shift(x_D, 1.0)).all() and np.isfinite(field.shifts(x_D[None], ones)).all()
-    # what is left of the first is rounding; of nothing there is no direction, rather than NaN
+    # only rounding remains of the first direction; the zero vector must give no direction instead of NaN
     field.centre_R = np.zeros_like(field.centre_R)
     nothing_D = np.zeros(150, np.float32)
     assert field.shifts(nothing_D[None], ones)[0] == pytest.approx(field.shift(nothing_D, 1.0))
@@ -774,7 +778,7 @@ def test_a_query_off_all_axes_is_answered(wide_bank):
 
 
 def test_queries_that_no_axis_reaches_are_learned_from():
-    # embeddings of one word each: as many axes as words, of which most are rare
+    # embeddings of one word each: as many axes as words, most of which are rare
     rng = np.random.default_rng(0)
     word_Q = np.minimum(rng.geometric(0.03, size=2000) - 1, 149)
     trajectories = replace(table(0, n=2000), x_QD=np.eye(150, dtype=np.float32)[word_Q])
@@ -784,7 +788,8 @@ def test_queries_that_no_axis_reaches_are_learned_from():
 
 
 def test_queries_that_repeat_need_no_more_landmarks_than_are_distinct():
-    # 2,000 queries asked for 250 landmarks, of 200 distinct embeddings k-means makes 200: training ended in a traceback
+    # regression: 2,000 queries asked for 250 landmarks, but k-means makes only 200 of 200 distinct embeddings, and
+    # training ended in a traceback
     x_QD = np.eye(200, dtype=np.float32)[np.arange(2000) % 200]
     bank = trained(replace(table(0, n=2000), x_QD=x_QD)).bank()
     assert bank.data.field is not None and len(bank.data.field.landmarks) == 200

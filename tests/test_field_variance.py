@@ -1,4 +1,4 @@
-"""How far the field errs inside leaves: moments against sums over pairs, and estimates against what was planted."""
+"""The error of the field inside leaves: moments against sums over pairs, and estimates against planted values."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_sums_over_pairs_leave_out_those_of_one_query():
 
 @pytest.mark.parametrize("full", [False, True])
 def test_what_varies_inside_leaves_is_measured_whatever_all_configs_share(full):
-    # of effects that change with place: each config's difference to the default does by twice its own
+    # effects change with place; the variance of a config's difference to the default is twice its own
     found, none = [], []
     for seed in range(12):
         rng = np.random.default_rng(seed)
@@ -66,7 +66,7 @@ def test_what_varies_inside_leaves_is_measured_whatever_all_configs_share(full):
         found.append(inside.variance(rows, tensor(shared + effect + noise), 0))
         none.append(inside.variance(rows, tensor(shared + noise), 0))
     assert np.mean(found) == pytest.approx(2 * 0.3**2, rel=0.25)
-    # what is not there is held for possible as far as noise would hide it
+    # a variance that is absent is still considered possible as far as noise would hide it
     assert 0 < np.mean(none) < 0.2 * np.mean(found)
 
 
@@ -77,7 +77,7 @@ def test_nothing_varies_inside_leaves_of_one_query():
 
 
 def test_what_a_query_has_of_its_own_is_measured_by_its_own_rows():
-    # of queries that run 10 times each: what all configs share, and what each has of its own
+    # queries that run 10 times each: a part that all configs share, and a part of each config's own
     found, said, none = [], [], []
     for seed in range(20):
         rng = np.random.default_rng(seed)
@@ -95,7 +95,8 @@ def test_what_a_query_has_of_its_own_is_measured_by_its_own_rows():
 
 
 def test_confidence_counts_what_queries_have_of_their_own():
-    # 200 queries that run 30 times each and differ whatever their place: of the choices .70 were better, told as .94
+    # 200 queries that run 30 times each and differ regardless of place; regression: 0.70 of the choices were better,
+    # with a confidence of 0.94
     rng = np.random.default_rng(1)
     x = rng.normal(size=(200, 8)).astype(np.float32)
     query, config = np.repeat(np.arange(200), 30), rng.integers(4, size=6000)
@@ -158,7 +159,7 @@ def test_where_configs_do_not_deviate_nothing_is_learned_inside_leaves():
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize(("queries", "steep"), [(9, 1.0), (40, 1.0), (40, 0.0)])
 def test_what_varies_inside_leaves_is_what_least_squares_over_all_pairs_says(full, queries, steep):
-    # planted worlds, whose estimates scatter, pass with errors of another size, leaves unread or means left in
+    # estimates in planted worlds scatter too much to reveal a wrong error, ignored leaves or means that were left in
     rng = np.random.default_rng(queries)
     query, config = np.repeat(np.arange(queries), 3), np.tile(np.arange(3), queries)
     if not full:
@@ -196,9 +197,9 @@ def test_what_varies_inside_leaves_is_what_least_squares_over_all_pairs_says(ful
     assert (expected == most) == (queries == 9)
 
 
-@pytest.mark.parametrize("lone", [None, 3, 2])  # a config of which there is one row; 2 is the default
+@pytest.mark.parametrize("lone", [None, 3, 2])  # a config with only one row; 2 is the default
 def test_variances_are_those_of_every_config_and_leaf_by_itself(lone):
-    # they only widen doubts: a wrong noise, weight or degree of freedom shows in no choice
+    # these variances only widen uncertainty, so that a wrong noise, weight or degree of freedom would show in no choice
     rng = np.random.default_rng(4)
     query, config = np.repeat(np.arange(60), 4), np.tile(np.arange(4), 60)
     if lone is not None:

@@ -1,4 +1,4 @@
-"""What a floor spares on easy queries is spent on hard ones, and the mean of every pattern keeps its target."""
+"""What a floor saves on easy queries is spent on hard ones, and the mean quality of every pattern keeps its target."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COST = np.array([1.0, 2.0, 4.0, 8.0])
 
 
 def world(seed: int, sd: float = 1e-9):
-    """Two leaves of 200 queries; recall climbs with the config, from where the query's hardness lets it."""
+    """Two leaves of 200 queries; recall rises with the config, from a start that depends on the query's hardness."""
     rng = np.random.default_rng(seed)
     label = np.repeat([0, 1], 200)
     hard = rng.uniform(0.0, 0.3, 400) + 0.05 * label
@@ -29,7 +29,7 @@ def world(seed: int, sd: float = 1e-9):
 
 
 def served(beliefs: Beliefs, unseen: Unseen, least_z: float) -> np.ndarray:
-    """What a lookup in the middle of each leaf would choose for every query."""
+    """The config that a lookup in the middle of each leaf would choose for every query."""
     apart = unseen.quality_QC - beliefs.quality[unseen.label_Q]
     test = beliefs.test[unseen.label_Q] + apart - least_z * beliefs.test_sd[unseen.label_Q]
     return choose(beliefs.score[unseen.label_Q], test, unseen.quality_QC, 0.0, 0, likeliest=True)
@@ -59,7 +59,7 @@ def test_a_leaf_out_of_reach_and_one_without_queries_keep_the_target():
     spent = spend(
         beliefs, Unseen(unseen.quality_QC - 0.5 * (unseen.label_Q == 0)[:, None], unseen.label_Q), 0.95, 0.5, 0
     )
-    # the leaf's own belief decides, not the field's level
+    # the leaf's own belief decides, not the field's overall level
     assert spent.test[0] == pytest.approx(spend(beliefs, unseen, 0.95, 0.5, 0).test[0])
     poor = Beliefs(**{**beliefs.__dict__, "quality": beliefs.quality - [[0.5], [0.0], [0.0]]})
     assert np.array_equal(spend(poor, unseen, 0.95, 0.5, 0).test[0], beliefs.test[0])

@@ -1,4 +1,4 @@
-"""Hostile artifacts and reloads under load; `fuzz_artifacts` and `soak_reload` say what counts as a failure."""
+"""Hostile artifacts, and reloads under load; `fuzz_artifacts` and `soak_reload` define what counts as a failure."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_mutated_artifacts_are_refused_or_answer_right(fuzzer: Fuzzer) -> None:
     found = fuzzer.run(range(MUTANTS), jobs=2)
     assert found.bugs == {}
     assert sum(found.verdicts.values()) == MUTANTS
-    # every mutation was tried, and neither refuses nor loads all
+    # every mutation was tried, and both refused and loaded mutants occur
     assert {kind for kind, _ in found.verdicts} == set(MUTATIONS)
     for verdict in ("refused", "loaded"):
         assert sum(found.verdicts[kind, verdict] for kind in MUTATIONS) > MUTANTS / 10
@@ -55,7 +55,7 @@ def field(name: str, value: int) -> Any:
     return change
 
 
-# of the index's kind, what is changed and how; Faiss checks most of an index as it reads it, but not these
+# by case: the kind of index, and the change; Faiss checks most of an index when it reads it, but not these fields
 FIELDS = {
     "hnsw misled": ("hnsw", lambda rng, content: mislead(rng, content, 28)[0]),
     "cagra misled": ("cagra", lambda rng, content: mislead(rng, content, 32)[0]),
@@ -99,7 +99,7 @@ def test_no_field_of_an_index_ends_the_process(fuzzer: Fuzzer, monkeypatch: Any)
     assert sum(found.verdicts.values()) == len(names)
 
 
-# The fuzzer itself: each of these plants a loader that is wrong in one way
+# Tests of the fuzzer itself: each plants a loader that is wrong in one way
 
 
 def bugs(found: Found) -> str:
@@ -148,7 +148,7 @@ def test_a_loader_that_checks_no_reference_is_caught(fuzzer: Fuzzer, monkeypatch
 )
 def test_a_loader_that_misbehaves_is_caught(fuzzer: Fuzzer, monkeypatch: Any, plant: Any, told: str) -> None:
     load = ReasoningBank.load
-    fuzzer = replace(fuzzer, bases=fuzzer.bases[:1])  # every worker warms up with all that it is given
+    fuzzer = replace(fuzzer, bases=fuzzer.bases[:1])  # every worker warms up with all of its bases
 
     def planted(path: Path, **options: Any) -> ReasoningBank:
         if (path / "plant").exists():
@@ -166,7 +166,7 @@ def test_a_loader_that_misbehaves_is_caught(fuzzer: Fuzzer, monkeypatch: Any, pl
     monkeypatch.setattr("fuzz_artifacts.mutant", mutant)
     monkeypatch.setattr("fuzz_artifacts.kind_of", wrong)
     monkeypatch.setattr("fuzz_artifacts.MAX_SECONDS", 0.3)
-    # a busy machine gives .3 s of its processor within 2 s to nobody
+    # on a busy machine a process may not get 0.3 s of CPU within 2 s
     monkeypatch.setattr("fuzz_artifacts.WAIT_SECONDS", 2.0 if told == "blocked" else 60.0)
     found = fuzzer.run(range(4))
     assert [indices for (_, what), indices in found.bugs.items() if told in what] == [[2]]
@@ -181,13 +181,14 @@ def test_a_champion_switched_under_load_is_served_whole() -> None:
 
 
 def test_a_reload_in_two_halves_is_caught(monkeypatch: Any) -> None:
-    # the parameters of one artifact with the id of another: what a state that is not swapped whole would give
+    # returns the parameters of one artifact with the pattern id of another, as a bank would that swaps its state in
+    # parts
     answer = ReasoningBank.optimized_params
     before: list[Any] = []
 
     def torn(self: ReasoningBank, query: np.ndarray) -> Any:
         one = answer(self, query)
-        if threading.current_thread() is threading.main_thread():  # where the right answers are worked out
+        if threading.current_thread() is threading.main_thread():  # the main thread computes the right answers
             return one
         before.append(one)
         other = next((each for each in reversed(before) if each.params.model_tier[0] != one.params.model_tier[0]), one)

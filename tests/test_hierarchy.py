@@ -1,4 +1,4 @@
-"""Consolidation, Ward's levels and pruning against the naive oracles and SciPy."""
+"""Consolidation, Ward's levels and pruning, compared with the naive oracles and SciPy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_consolidation_is_complete_linkage(seed, n, threshold):
 
 
 def test_no_chain_forms():
-    # neighbours are close, ends are not: single linkage, or the document's stale list, would merge or lose them
+    # neighbours are close, the ends are not: single linkage, or the reference's stale list, would merge or lose them
     angles = np.deg2rad([0, 15, 30, 45])
     x = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     label = consolidate(x, 0.95, CPU)
@@ -47,7 +47,9 @@ def test_a_threshold_of_one_merges_nothing():
 
 
 def short_lists() -> ExitStack:
-    """Every way of the linkages on small sets: lists that are exhausted, leaves looked at by groups and by tiles."""
+    """Makes small sets take every code path of the linkages: exhausted neighbour lists, leaves in groups
+    and in tiles.
+    """
     stack = ExitStack()
     for name in ("linkage.LISTED", "linkages.LISTED"):
         stack.enter_context(patch(f"rb_gpu.learn.{name}", 8))
@@ -65,7 +67,7 @@ def test_without_a_matrix_it_is_scipys_complete_linkage(seed, n, spread, twins):
         x = x[rng.integers(max(2, n // 12), size=n)] + twins * rng.normal(size=(n, 6))
     x = x.astype(np.float32)
     tree = linkage(x.astype(np.float64), "complete", metric="cosine")
-    # twins are apart by some 1e-8
+    # twins differ by about 1e-8
     for threshold in (0.9, 1.0 - 3e-9) if twins else (0.9,):
         expected = fcluster(tree, np.nextafter(1.0 - threshold, 0.0), criterion="distance")
         assert adjusted_rand_score(expected, consolidate(x, threshold, CPU)) == pytest.approx(1.0)
@@ -79,7 +81,7 @@ def test_equal_leaves_merge_into_one():
 
 
 def test_leaves_that_all_hang_together_are_scipys_too():
-    # two of three pairs are over the threshold, so that lists of the nearest are all exhausted many times
+    # two of three pairs are over the threshold, so that all neighbour lists are exhausted many times
     x = large_levels.leaves(1200, 32, "cone").astype(np.float64)
     tree = linkage(x, "complete", metric="cosine")
     threshold = float(np.quantile(x[:50] @ x.T, 1 / 3))
@@ -136,7 +138,7 @@ def test_shapes_in_which_few_pairs_join_at_once_end_too(shape):
     x, weight = rng.normal(size=(n, 3)), np.ones(n)
     if shape == "chain":
         x = np.stack([1.1 ** np.arange(n), np.zeros(n), np.zeros(n)], axis=1)
-    elif shape == "hubs":  # the lightest is the nearest of all
+    elif shape == "hubs":  # the lightest leaf is the nearest neighbour of all
         weight = 2.0 ** -np.arange(n)
     else:
         x = np.ones((n, 3))

@@ -1,4 +1,4 @@
-"""Indexes that GPUs build: what is asked of Faiss, by a module that has its signatures and does the work on the CPU.
+"""Indexes that are built on GPUs: the calls to Faiss, checked by a module that has its signatures and works on the CPU.
 
 The signatures are those of faiss/gpu/GpuIndexCagra.h, GpuCloner.h, GpuClonerOptions.h and python/gpu_wrappers.py.
 """
@@ -43,13 +43,13 @@ class Resources:
 
 
 class CagraConfig:
-    """GpuIndexCagraConfig: SWIG refuses a field that it does not have, and so do slots."""
+    """GpuIndexCagraConfig: slots refuse unknown fields, as SWIG does."""
 
     __slots__ = ("device", "graph_degree", "intermediate_graph_degree")
 
 
 class Cagra:
-    """GpuIndexCagra(provider, dims, metric, config); keeps no copy of what it is trained on."""
+    """GpuIndexCagra(provider, dims, metric, config); it keeps no copy of its training data."""
 
     def __init__(self, provider: Resources, dims: int, metric: int, config: CagraConfig) -> None:
         assert isinstance(provider, Resources) and isinstance(config, CagraConfig) and metric == 0
@@ -61,7 +61,7 @@ class Cagra:
         self.x = x
 
     def copyTo(self, index: Any) -> None:
-        """As in GpuIndexCagra.cu: flat storage, M of half the graph's degree, upper levels by the CPU's add."""
+        """As in GpuIndexCagra.cu: flat storage, M is half of the graph's degree, upper levels by the CPU's add."""
         assert type(index) is faiss.IndexHNSWCagra and not index.base_level_only
         built = faiss.IndexHNSWCagra(self.dims, self.config.graph_degree // 2, faiss.METRIC_INNER_PRODUCT)
         built.hnsw.efConstruction = index.hnsw.efConstruction
@@ -74,11 +74,11 @@ class Cagra:
 
 
 class OnGpu:
-    """A GPU's copy of an IndexIVFFlat."""
+    """A GPU copy of an IndexIVFFlat."""
 
     def __init__(self, index: Any) -> None:
         self.index = faiss.clone_index(index)
-        # as GpuIndexIVF::copyFrom: the clustering's settings are not copied
+        # like GpuIndexIVF::copyFrom, it does not copy the clustering's settings
         self.cp = SimpleNamespace(min_points_per_centroid=39)
 
     def train(self, x: np.ndarray) -> None:
@@ -90,7 +90,7 @@ class OnGpu:
 
 
 class Shards:
-    """IndexShards, whose ids run through all of them."""
+    """IndexShards, whose ids count through all shards."""
 
     def __init__(self, index: Any, count: int) -> None:
         assert index.is_trained and index.ntotal == 0
@@ -103,7 +103,7 @@ class Shards:
 
 
 class Module:
-    """Faiss's CPU build, with what the GPU builds add."""
+    """Faiss's CPU build, plus what the GPU builds add."""
 
     def __init__(self, gpus: int, without: str = "") -> None:
         self.gpus, self.asked = gpus, []
@@ -120,7 +120,7 @@ class Module:
         self.names.pop(without, None)
 
     def __getattr__(self, name: str) -> Any:
-        # the CPU build has wrappers of some of these, which call what it lacks
+        # the CPU build has wrappers for some of these names, which call what it lacks
         if name in self.names:
             return self.names[name]
         if name.startswith(("Gpu", "Standard")):
@@ -198,7 +198,8 @@ def test_inverted_lists_of_gpus_are_those_of_the_cpu(monkeypatch, leaves, gpus, 
 
 @pytest.mark.parametrize("kind", ["cagra", "ivf"])
 def test_faiss_finds_the_memory_that_the_points_had(monkeypatch, leaves, kind):
-    # torch keeps what was freed, and Faiss, which asks the driver, found a full card after hours of clustering
+    # regression: torch keeps freed memory, and Faiss, which asks the driver, found the card full after hours of
+    # clustering
     module, told = use(monkeypatch), []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append("emptied"))
     monkeypatch.setitem(module.names, "StandardGpuResources", lambda: told.append("asked") or Resources())
@@ -224,7 +225,7 @@ def test_the_cpu_build_lacks_them_and_a_cpu_builds_no_cagra(leaves):
             build_index(leaves, IndexConfig(kind=kind), leaves, 5, CUDA)
     with pytest.raises(ConfigError, match=r"the job runs on cpu; set device=cuda"):
         build_index(leaves, IndexConfig(kind="cagra"), leaves, 5)
-    # what the CPU builds, it builds where there is a GPU too
+    # an index that the CPU builds is built there, even if there is a GPU
     assert build_index(leaves, IndexConfig(kind="hnsw"), leaves, 5, CUDA) is not None
 
 

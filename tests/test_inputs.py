@@ -1,4 +1,4 @@
-"""What k-means makes of its arguments: scales and offsets beyond float32, dtypes, layouts, and what it refuses."""
+"""How k-means treats its arguments: scales and offsets beyond float32, dtypes, layouts, and what it refuses."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def same_clusters(found: KMeansResult, expected: KMeansResult) -> None:
 @pytest.mark.parametrize("exponent", [-140, -73, 64, 120])
 @pytest.mark.parametrize("start", ["k-means++", "init", "warm"])
 def test_a_scale_that_float32_cannot_square_changes_nothing_else(exponent, start):
-    # squares that underflowed gave wrong labels or one cluster, those that overflowed an endless loop
+    # regression: squares that underflowed gave wrong labels or one cluster, and those that overflowed an endless loop
     scale, given = 2.0**exponent, {} if start == "k-means++" else {start: CENTRES}
     expected = kmeans(BLOBS, 6, **given)
     for dtype in (np.float32, np.float64):
         found = kmeans((BLOBS * scale).astype(dtype), 6, **{name: c * scale for name, c in given.items()})
         same_clusters(found, expected)
-        if exponent == -140 and dtype == np.float32:  # where float32 holds about two digits of these
+        if exponent == -140 and dtype == np.float32:  # float32 holds only about two digits of these numbers
             continue
         assert found.inertia / scale**2 == pytest.approx(expected.inertia, rel=1e-5)
         np.testing.assert_allclose(found.centroids.astype(float) / scale, expected.centroids, atol=1e-4)
@@ -49,7 +49,7 @@ def test_a_scaled_table_comes_to_the_bits_of_the_one_it_is_scaled_from():
 
 
 def test_two_points_at_the_ends_of_float32_are_two_clusters():
-    # squared distances were infinite, and exchanges went on for ever
+    # regression: squared distances were infinite, and exchanges went on for ever
     for far in (1.5e19, 3e38):
         found = kmeans(np.array([[far], [-far]] * 50, np.float32), 2)
         assert len(found.centroids) == 2 and found.inertia == 0
@@ -65,7 +65,8 @@ def test_a_start_whose_distances_overflow_is_refused(name, far):
 
 
 def test_codes_hold_where_norms_are_large():
-    # the axes of codes were NaN from norms of 1.5e18 on, a trial found them fastest, and 10,986 labels were wrong
+    # regression: with norms over 1.5e18 the axes of codes were NaN, a trial found them fastest, and 10,986 labels were
+    # wrong
     centres = RNG.standard_normal((400, 128))
     x = (centres[RNG.integers(400, size=12_000)] + 0.3 * RNG.standard_normal((12_000, 128))).astype(np.float32)
     x *= np.float32(5e18) / np.linalg.norm(x, axis=1).max()
@@ -77,7 +78,8 @@ def test_codes_hold_where_norms_are_large():
 
 @pytest.mark.parametrize("offset", [1e4, 1e7, 1e9])
 def test_what_float32_would_round_is_clustered_about_its_middle(offset):
-    # x was rounded before it was centred: at 1e7 the inertia was 1.8 times as large, at 1e9 there was one cluster
+    # regression: x was rounded before it was centred; at an offset of 1e7 the inertia was 1.8 times as large, at 1e9
+    # there was one cluster
     expected, found = kmeans(BLOBS, 6), kmeans(BLOBS + offset, 6)
     same_clusters(found, expected)
     assert found.inertia == pytest.approx(expected.inertia, rel=1e-5)
@@ -100,7 +102,7 @@ def test_what_float32_would_round_is_clustered_about_its_middle(offset):
     ],
 )  # fmt: skip
 def test_numbers_of_every_kind_are_taken(dtype, result):
-    # those in the other order of bytes, and long doubles, were a TypeError of torch's
+    # regression: torch raised a TypeError for the other byte order and for long doubles
     x = np.abs(np.rint(3 * BLOBS)).astype(dtype)
     found, expected = kmeans(x, 6), kmeans(x.astype(np.float64).astype(np.float32), 6)
     assert found.centroids.dtype == result
@@ -108,7 +110,7 @@ def test_numbers_of_every_kind_are_taken(dtype, result):
 
 
 def test_arguments_as_numpy_gives_them(tmp_path):
-    # NumPy's integers and floats, backward views and memory that is only to be read: TypeErrors, and torch's warning
+    # NumPy integers and floats, reversed views and read-only memory; regression: TypeErrors, and a warning of torch
     expected = kmeans(X, 6, seed=3, init=X[:6], epsilon=0.5)
     locked = X.copy()
     locked.setflags(write=False)
@@ -124,7 +126,7 @@ def test_arguments_as_numpy_gives_them(tmp_path):
 
 
 def test_weights_that_float32_cannot_hold_count_by_their_shares():
-    # 1e-50 was 0 in float32: "one of them positive" was said of positive weights
+    # regression: 1e-50 is 0 in float32, and the error asked for one positive weight although they were positive
     weight = RNG.integers(1, 5, len(X)).astype(np.float64)
     expected = kmeans(X, 6, weight=weight)
     for scale in (2.0**-160, 2.0**160):
@@ -158,7 +160,7 @@ def _clustered(x: np.ndarray, answers: Any) -> None:
 
 
 def test_a_process_forked_after_a_call_can_cluster_too():
-    # what was float64 was converted by torch's own threads, which a forked process lacks: it waited for them for ever
+    # regression: torch's own threads converted float64 input, and a forked process, which lacks them, waited for ever
     x = RNG.standard_normal((20_000, 64))
     expected = kmeans(x, 8).inertia
     float(torch.from_numpy(x).float().sum())

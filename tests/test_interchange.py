@@ -64,7 +64,7 @@ def test_every_export_fits_the_published_schema(data: BankData, which: str, requ
     ReasoningBank(replace(found, arrays=arrays)).export(tmp_path / "x.json")
     document = json.loads((tmp_path / "x.json").read_text())
     assert schema_errors(document) == []
-    # every place of it is said: no field may be left out, and none be added
+    # the schema describes every field: none may be left out, and none added
     for key in document:
         assert schema_errors({name: value for name, value in document.items() if name != key})
     for section in ("patterns", "verdicts", "configs"):
@@ -72,7 +72,7 @@ def test_every_export_fits_the_published_schema(data: BankData, which: str, requ
     assert ("field_coef" in document["cells"]) == (found.field is not None)
 
 
-# what no schema can say: that two lengths agree, or that a place exists
+# what no schema can express: that two lengths agree, or that an index exists
 BEYOND_SCHEMA = {
     "a pattern too many", "a centroid is short", "every centroid is short", "cells are ragged",
     "an id is free and given", "default is outside", "dim is another", "parent is itself",
@@ -80,13 +80,14 @@ BEYOND_SCHEMA = {
 
 
 def test_an_endless_interval_comes_back(data: BankData, tmp_path: Path) -> None:
-    # a floor where the default was never tried has one, and the export used to be refused as no JSON
+    # regression: with a floor whose default was never tried, intervals are infinite, and the export was refused as no
+    # JSON
     arrays = {name: array.copy() for name, array in data.arrays.items()}
     arrays["verdict_effect_low"][:3] = -np.inf, np.inf, np.nan
     ReasoningBank(replace(data, arrays=arrays)).export(tmp_path / "x.json")
     again = ReasoningBank.from_export(tmp_path / "x.json").data.arrays["verdict_effect_low"]
     np.testing.assert_array_equal(again, arrays["verdict_effect_low"], strict=True)
-    assert "Infinity" not in (tmp_path / "x.json").read_text()  # which no JSON parser but Python's reads
+    assert "Infinity" not in (tmp_path / "x.json").read_text()  # no JSON parser but Python's reads that
 
 
 def test_a_learned_floor_without_default_is_exported(learned: SimpleNamespace, tmp_path: Path) -> None:
@@ -108,12 +109,12 @@ def test_the_same_bank_gives_the_same_bytes(data: BankData, exported: str, tmp_p
     ReasoningBank.from_export(tmp_path / "one.json").export(tmp_path / "two.json")
     ReasoningBank(data).export(tmp_path / "three.json")
     assert (tmp_path / "three.json").read_text() == exported
-    # index.kind and the like belong to the artifact; what is exported is exported again
+    # facts such as index.kind belong to the artifact; what the export has is exported again
     assert (tmp_path / "two.json").read_text() == exported
 
 
 def test_threads_that_export_to_one_path_do_not_meet(data: BankData, exported: str, tmp_path: Path) -> None:
-    # they shared a temporary file, which the first renamed under the others: FileNotFoundError
+    # regression: they shared a temporary file, which the first renamed under the others: FileNotFoundError
     bank = ReasoningBank(data)
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(bank.export, tmp_path / "bank.json") for _ in range(24)]:
@@ -123,7 +124,9 @@ def test_threads_that_export_to_one_path_do_not_meet(data: BankData, exported: s
 
 
 def test_a_retired_id_is_never_given_again_after_an_import(data: BankData, tmp_path: Path) -> None:
-    """The export left the next id out, so that an import went on from the largest id that was left."""
+    """Regression: the export lacked the next id, so that an import continued from the largest id that
+    was still there.
+    """
     ReasoningBank(replace(data, facts={**data.facts, "next_pattern_id": 500})).export(tmp_path / "bank.json")
     assert ReasoningBank.from_export(tmp_path / "bank.json").next_pattern_id == 500
     document = json.loads((tmp_path / "bank.json").read_text())
@@ -232,7 +235,7 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 @pytest.mark.filterwarnings("error")
 def test_damage_is_an_artifact_error(exported: str, tmp_path: Path, damage: Callable[[dict[str, Any]], Any]) -> None:
-    # fractions used to be cut off, text to be read as numbers, and a text of tiers to be its letters
+    # regression: fractions were cut off, text was read as numbers, and a string of tiers was split into its letters
     document = json.loads(exported)
     damage(document)
     refused(tmp_path / "x.json", json.dumps(document), r"x\.json")
@@ -241,7 +244,7 @@ def test_damage_is_an_artifact_error(exported: str, tmp_path: Path, damage: Call
 
 
 def test_mutated_exports_are_refused_or_right(learned: SimpleNamespace, tmp_path: Path) -> None:
-    """Words nobody reads, numbers as text and an embedder that is no name used to be taken in silence."""
+    """Regression: unknown keys, numbers as text and an embedder that is no string were silently accepted."""
     counts, wrong = fuzz_exports.run(300, 1, tmp_path, (learned.bank.bank(),))
     assert wrong == [] and min(counts["refused"], counts["imported"]) > 20
 

@@ -1,4 +1,4 @@
-"""The jobs as a person types them: from logs to a lookup, and what each mistake says."""
+"""The jobs as a person runs them: from logs to a lookup, and the error message of each mistake."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from rb_gpu.learn.training import train
 from rb_gpu.learn.trajectories import load
 
 ROOT = Path(__file__).resolve().parent.parent
-# queries that the field's regressions see at real size in all runs but the first: they take most of its time
+# all runs but the first fit the field on this many queries: at real size its regressions dominate the time
 FEWER = 2**13
 
 
@@ -49,7 +49,7 @@ def planted(tmp_path_factory) -> Path:
 
 
 def truth_of(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Planted pattern of each row by id, and the planted best ef_search of each pattern."""
+    """The planted pattern of each row, by id, and the planted best ef_search of each pattern."""
     rows = pq.read_table(folder / "truth.parquet").sort_by("id")
     return rows["pattern"].to_numpy(), np.load(folder / "truth.npz")["best_ef_search"]
 
@@ -96,7 +96,7 @@ def test_learning_twice_gives_the_same_bits(planted):
 
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
 def test_every_index_and_metric_publishes_a_whole_artifact(planted, tmp_path, metric):
-    stages = Stages(sharing=True)  # they differ in the index alone
+    stages = Stages(sharing=True)  # the trainings differ only in the index
     for kind in ("off", "flat", "ivf", "hnsw"):
         data = DataConfig(path=str(planted / "trajectories.parquet"), capacity=4000)
         config = TrainConfig(
@@ -172,7 +172,7 @@ def test_a_mistyped_setting_fails_before_anything_is_written(tmp_path, overrides
 
 
 def test_a_damaged_champion_is_not_replaced_unseen(planted, tmp_path):
-    # it was compared with the default instead, and so could give way to something worse
+    # regression: the candidate was compared with the default instead, and could replace something better
     data = DataConfig(path=str(planted / "trajectories.parquet"), capacity=4000)
     config = TrainConfig(data=data, registry=RegistryConfig(path=str(tmp_path)))
     stages = Stages(sharing=True)
@@ -259,7 +259,8 @@ def test_the_bundled_sample_is_small_enough_and_loads():
 
 
 def test_torchs_default_dtype_changes_no_bit_of_a_training(tmp_path):
-    # factories and divisions of integers without a dtype followed it: RuntimeError, or another bias of the router
+    # regression: tensor factories and integer divisions without a dtype followed the default dtype: a RuntimeError, or
+    # another bias of the router
     synthesize(SynthesizeConfig(out=str(tmp_path / "planted"), n=3000, dim=8, patterns=8, configs=3, seed=2))
     trained = []
     for dtype in (torch.float32, torch.float64):

@@ -1,4 +1,6 @@
-"""k-means against brute force, the document's own reading, and what it promises about seeds, weights and edges."""
+"""k-means against brute force and the reference document's algorithm, and its promises about seeds, weights and edge
+cases.
+"""
 
 from __future__ import annotations
 
@@ -60,14 +62,15 @@ def test_from_the_same_start_it_ends_where_the_document_ends():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_all_well_separated_clusters_are_found(seed):
-    # without the exchange step plain k-means++ finds 90 to 97 of 100
+    # without the exchange step, plain k-means++ finds 90 to 97 of 100
     x, label = blobs(100, 60, 16, 0.5)
     assert adjusted_rand_score(label, kmeans(x, 100, seed=seed).labels) > 0.999
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_two_centroids_in_one_cluster_are_parted_before_lloyd_divides_it(seed):
-    # dividing an even cluster took Lloyd's iterations up to 100 updates, after which none were left for repairs
+    # regression: Lloyd took up to 100 updates to divide an even cluster between two centroids, and none were left for
+    # repairs
     x, label = blobs(10, 2000, 32, 1.0)
     result = kmeans(x, 10, seed=seed, max_iter=10)
     assert adjusted_rand_score(label, result.labels) > 0.999
@@ -77,7 +80,7 @@ def test_two_centroids_in_one_cluster_are_parted_before_lloyd_divides_it(seed):
 @pytest.mark.parametrize("share", [0.005, 0.01, 0.05])
 @pytest.mark.parametrize("seed", range(5))
 def test_all_clusters_are_found_among_outliers(seed, share):
-    # an outlier took a centroid, and the repair then split outliers off instead of the two clusters that shared one
+    # regression: an outlier took a centroid, and the repair split off outliers instead of two clusters that shared one
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(20, 32)) * 3.5
     x = centres[rng.integers(20, size=8000)] + 0.3 * rng.normal(size=(8000, 32))
@@ -99,7 +102,7 @@ def test_inertia_is_no_worse_than_scikit_learns():
 def seeds_of(
     x: torch.Tensor, k: int, generator: torch.Generator, crew, weight: torch.Tensor | None = None
 ) -> np.ndarray:
-    """The rows of x (distinct, D = 1) that one seeding draws."""
+    """The rows of x (distinct values, D = 1) that one seeding draws."""
     points = Assignment(x, torch.zeros(1), crew, 0)
     weight = torch.ones(len(x)) if weight is None else weight
     seeds = seed_plus_plus(points, Shard(x, weight, Ranks()), k, generator)
@@ -107,7 +110,7 @@ def seeds_of(
 
 
 def test_seeds_are_distributed_as_d_squared_sampling():
-    # five weighted points on a line, two seeds: the joint law of (first, second) is known in closed form
+    # five weighted points on a line and two seeds: the joint distribution of (first, second) is known in closed form
     x, weight = torch.tensor([[0.0], [1.0], [3.0], [7.0], [7.5]]), torch.tensor([1.0, 3.0, 0.5, 2.0, 1.0])
     mass, share = (x - x.T).square().double().numpy() * weight.numpy(), weight.double().numpy() / float(weight.sum())
     law = mass / mass.sum(1, keepdims=True) * share[:, None]
@@ -123,7 +126,8 @@ def test_seeds_are_distributed_as_d_squared_sampling():
 
 
 def test_a_block_of_seeds_is_distributed_as_one_after_the_other():
-    # the third and fourth seed come from one block of candidates: accepted by D²_now / D²_before
+    # the third and fourth seed come from one block of candidates, which are accepted with probability D²_now /
+    # D²_before
     x = torch.tensor([[0.0], [1.0], [4.0], [9.0], [10.0], [30.0]])
     generator = torch.Generator().manual_seed(1)
     rng = np.random.default_rng(1)
@@ -183,7 +187,7 @@ def test_an_empty_cluster_takes_the_group_that_has_none():
 
 
 def test_a_centroid_after_a_copy_keeps_its_points():
-    # the copy's place is drawn anew, from the group that none has
+    # the second copy is drawn again, from the group without a centroid
     x = np.repeat([[-5.0], [5.0], [300.0]], 20, axis=0) + np.linspace(-0.1, 0.1, 60)[:, None]
     for seed in range(3):
         result = kmeans(x, 3, init=np.array([[-5.0], [-5.0], [300.0]]), max_iter=1, seed=seed)
@@ -192,7 +196,8 @@ def test_a_centroid_after_a_copy_keeps_its_points():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_outliers_do_not_take_all_empty_clusters(seed):
-    # the farthest points did, and as centroids kept none but themselves: ten groups stayed with others' centroids
+    # regression: the farthest points took them, and as centroids kept only themselves: ten groups had no centroid of
+    # their own
     x, _ = blobs(20, 200, 8, 0.3)
     outliers = 12 * np.random.default_rng(1).normal(size=(40, 8)).astype(np.float32)
     start = np.concatenate([x[:2000:200], np.repeat(x[:1], 12, axis=0)])
@@ -202,8 +207,8 @@ def test_outliers_do_not_take_all_empty_clusters(seed):
 
 
 def test_copies_of_a_centroid_are_compared_once_and_drawn_anew_at_once(monkeypatch):
-    # 60 empty clusters were 60 passes over all points, and a point as near to 60 copies as to one was compared with
-    # each in float64: 200,000 image patches took 40 s in place of 2
+    # regression: 60 empty clusters took 60 passes over all points, and a point equally near to 60 copies was compared
+    # with each in float64: 200,000 image patches took 40 s instead of 2 s
     x, _ = blobs(20, 50, 8, 0.3)
     assigned, lowered = [], []
     real_assign, real_lower = Assignment.assign, Assignment.lower
@@ -269,11 +274,11 @@ def test_repairs_are_no_more_than_allowed(monkeypatch):
     tried.clear()
     monkeypatch.setattr(lloyd, "MAX_REPAIRS", 1)
     kmeans(x, 80, seed=1)
-    assert len(tried) == 2  # of early rounds, and of those that converge
+    assert len(tried) == 2  # one in the early rounds, and one after convergence
 
 
 def test_codes_threads_and_row_blocks_do_not_change_a_bit(monkeypatch):
-    # sums are integers and every assignment is exact: what only costs time or memory cannot show in the result
+    # sums are integers and every assignment is exact, so that what changes only time or memory cannot change the result
     x, _ = blobs(40, 100, 40, 1.5)
     monkeypatch.setattr(choice, "SMALL_WORK", 0)
     whole = kmeans(x, 60, seed=2)
@@ -299,7 +304,7 @@ def test_rows_in_another_order_come_to_the_same_centroids():
 
 
 def test_directions_of_rows_whose_squares_leave_float32():
-    # such rows pass the loader; they became rows of zeros, or rows of wild length, when they were normalised
+    # such rows pass the loader; regression: normalised, they became rows of zeros or of arbitrary length
     x, _ = blobs(6, 50, 8, 0.3)
     scaled = x.copy()
     scaled[::3] *= np.float32(1e30)
@@ -338,7 +343,7 @@ def test_cosine_ignores_lengths_and_keeps_centroids_on_the_sphere():
 
 
 def test_points_are_compared_with_no_centroid_off_the_sphere(monkeypatch):
-    # neither with one carried beyond its mean nor with one that an exchange has made
+    # neither with one extrapolated beyond its mean, nor with one that an exchange has made
     asked, exchanged, assign, exchange = [], [], Assignment.assign, lloyd.exchange
     monkeypatch.setattr(
         Assignment, "assign", lambda self, c, *rest: (asked.append(c.norm(dim=1)), assign(self, c, *rest))[1]
@@ -399,7 +404,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @needs_gpu
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "ieee"])
 def test_labels_of_a_gpu_are_those_of_float64(precision):
-    # on what Triton's interpreter has been asked, and on enough points for the tensor cores to be busy
+    # the inputs of the tests in Triton's interpreter, and enough points to keep the tensor cores busy
     for name, (x, centroids) in pytest.importorskip("interpreted").cases().items():
         points = DeviceAssignment(x.cuda(), x[::7].mean(0).cuda(), engine="triton", precision=precision)
         points.assign(centroids.cuda())
@@ -434,12 +439,12 @@ def test_a_warm_start_goes_on_where_the_last_clustering_ended(metric):
     whole = kmeans(x, 20, metric=metric, epsilon=0.0)
     again = kmeans(x, 20, metric=metric, epsilon=0.0, seed=9, warm=whole.centroids)
     assert again.n_iter == 1 and again.inertia <= whole.inertia * (1 + 1e-6)
-    assert np.array_equal(again.labels, whole.labels)  # and the order of the clusters with them
+    assert np.array_equal(again.labels, whole.labels)  # and in the same order of clusters
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_stale_start_finds_all_clusters(seed):
-    # of 60 clusters 20 are gone, 20 new, and 10 centroids lie twice
+    # of 60 clusters 20 are gone and 20 are new, and 10 centroids are duplicated
     x, label = blobs(60, 40, 16, 0.5, seed)
     old = np.stack([x[label == one].mean(0) for one in range(40)])
     now, now_label = x[label >= 20], label[label >= 20]
@@ -475,7 +480,8 @@ ALIVE_AND_DEAD = np.array([[0, 0], [10, 0], [0, 10], [100, 100], [101, 100.0]])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("dead", [0.0, 2.0**-70, 2.0**-200])
 def test_starts_among_points_without_weight_are_drawn_anew(dead, seed):
-    # the mean of two clusters without mass was 0 / 0: NaN among the centroids, and an error from the next sums
+    # regression: the mean of two clusters without mass was 0 / 0: NaN among the centroids, and an error from the next
+    # sums
     rng = np.random.default_rng(seed)
     x = np.repeat(ALIVE_AND_DEAD, 200, axis=0) + 0.1 * rng.standard_normal((1000, 2))
     weight = np.repeat([1, 1, 1, dead, dead], 200)
@@ -485,7 +491,7 @@ def test_starts_among_points_without_weight_are_drawn_anew(dead, seed):
 
 
 def test_a_start_that_keeps_points_without_weight_alone_is_drawn_anew():
-    # points were counted, not their weight: such a cluster stayed where it was, and a group had no centroid
+    # regression: points were counted instead of their weight; such a cluster stayed, and a group had no centroid
     rng = np.random.default_rng(0)
     x = (np.repeat(ALIVE_AND_DEAD, 200, axis=0) + 0.1 * rng.standard_normal((1000, 2))).astype(np.float32)
     result = kmeans(x, 3, weight=np.repeat([1, 1, 1, 0, 0], 200), init=ALIVE_AND_DEAD[[0, 1, 3]])
@@ -495,7 +501,8 @@ def test_a_start_that_keeps_points_without_weight_alone_is_drawn_anew():
 
 @pytest.mark.parametrize("offset", [0, 3e3, 1e4])
 def test_the_repair_works_far_from_the_origin(offset):
-    # torch.cdist takes products from 26 rows on: costs of merges were noise, and 1e4 away inertia was a quarter higher
+    # regression: torch.cdist computes by products from 26 rows on, so that costs of merges were noise; at an offset of
+    # 1e4 the inertia was a quarter higher
     x, _ = blobs(40, 40, 2, 0.1)
     moved = (x + np.float32(offset)).astype(np.float32)
     found = np.mean([kmeans(moved, 40, seed=s).inertia for s in range(6)])
@@ -505,7 +512,8 @@ def test_the_repair_works_far_from_the_origin(offset):
 
 @pytest.mark.parametrize("k", [5, 300])
 def test_torchs_default_dtype_and_autocast_change_no_bit(k):
-    # kernels read float64 where factories without a dtype made it: labels were wrong in silence, bfloat16 a TypeError
+    # regression: factories without a dtype made arrays that the kernels read as float64: silently wrong labels, and a
+    # TypeError for bfloat16
     x = np.random.default_rng(0).normal(size=(6000, 64)).astype(np.float32)
     expected = kmeans(x, k, max_iter=4, weight=np.ones(len(x)))
     for dtype in (torch.float64, torch.bfloat16):
@@ -525,7 +533,7 @@ def test_torchs_default_dtype_and_autocast_change_no_bit(k):
 
 
 def test_many_seeds_take_little_memory():
-    # a block had up to K/2 candidates, and all that lies between them was held: 32,768 seeds took 6.4 GiB
+    # regression: a block had up to K/2 candidates, and all distances between them were held: 32,768 seeds took 6.4 GiB
     x = np.random.default_rng(0).normal(size=(20_000, 2)).astype(np.float32)
     largest = 0
     real = seeding._accept
@@ -544,7 +552,7 @@ def test_many_seeds_take_little_memory():
 
 @pytest.mark.parametrize("exponent", [-60, 60])
 def test_inertia_is_in_units_of_x_whatever_frame_held_it(exponent):
-    # beyond 2^40 points are scaled by a power of two, which changes no bit
+    # beyond 2^40, points are scaled by a power of two, which changes no bit
     x = np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32)
     plain, far = (kmeans(points, 7, seed=3) for points in (x, np.ldexp(x, exponent)))
     assert np.array_equal(far.labels, plain.labels)
@@ -560,7 +568,7 @@ def test_bounds_rule_distances_out_and_the_share_that_is_left_is_told():
 
 
 def test_epsilon_is_of_the_centroids_shift_over_the_points_in_median_distances():
-    # Lloyd's iterations in float64, and after which of them the root mean square shift is first at most epsilon
+    # Lloyd's iterations in float64, and the first of them after which the root mean square shift is at most epsilon
     rng = np.random.default_rng(2)
     x = np.concatenate([rng.normal(size=(n, 3)) + place for n, place in ((400, 0), (120, 2), (60, -2), (20, 4))])
     x = x.astype(np.float32)
@@ -610,7 +618,7 @@ def test_small_repairs_are_left_to_momentum_which_ends_no_higher(monkeypatch):
 
 @pytest.mark.parametrize("max_iter", [25, 300])
 def test_the_last_update_goes_to_the_means_alone(max_iter, monkeypatch):
-    # what is still carried on, where updates are cut off or nothing changes, would be no mean of anything
+    # a centroid that is still extrapolated when updates are cut off, or when nothing changes, would be no mean
     x = np.random.default_rng(4).normal(size=(4000, 10)).astype(np.float32)
     held, assigned = [], Assignment.assign
 
@@ -630,7 +638,7 @@ def test_the_last_update_goes_to_the_means_alone(max_iter, monkeypatch):
 
 @pytest.mark.parametrize("exponent", [-20, 20])
 def test_a_power_of_two_changes_no_label_where_doubled_centroids_are_repaired(exponent):
-    # what is exchanged is drawn by squared distances, which are far from 1 here
+    # exchanges are drawn by squared distances, which are far from 1 here
     rng = np.random.default_rng(3)
     x = (6 * rng.normal(size=(60, 4))[rng.integers(60, size=3000)] + rng.normal(size=(3000, 4))).astype(np.float32)
     plain, scaled = kmeans(x, 60, seed=1), kmeans(np.ldexp(x, exponent), 60, seed=1)

@@ -1,4 +1,4 @@
-"""Confidence beside a known truth; `python -m tests.known_worlds` prints it for every kind of world and log."""
+"""Confidence compared with a known truth; `python -m tests.known_worlds` prints it for every kind of world and log."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def test_a_choice_is_better_as_often_as_it_is_said_to_be(log: str, most: float) 
 
 
 def test_few_rows_of_a_config_do_not_make_it_sure() -> None:
-    # 60 rows for each config but the default: where nothing was allowed for deviations that foretold no better,
-    # confidence was .085 over the share of choices that were better, now it is .075
+    # 60 rows for each config but the default. Without an allowance for deviations that did not improve predictions,
+    # confidence exceeded the share of better choices by .085, now by .075
     worlds = [acted(kind, "70 % on the default", 1000, seed) for kind in KINDS for seed in range(12)]
     confidence, better, _ = calibration_error(worlds)
     assert confidence - better < 0.08

@@ -1,4 +1,4 @@
-"""Configs that differ in numbers: what the levels and deviations of some say of those near them."""
+"""Configs that differ in numbers: what the levels and deviations of some tell about those near them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_levels_are_the_posterior_of_all_models_by_their_likelihoods():
     priors = [np.zeros((STEPS, STEPS)), *(seen * scale * shape for shape, scale in product(shapes, ladder.SCALES))]
     flat, log_p, means, covs = 1e4 * seen, [], [], []
     for prior in priors:
-        # a flat prior of the mean is a very wide one
+        # a flat prior of the mean is approximated by a very wide one
         whole = prior + flat
         noisy = whole + np.diag(error + ladder.LEAST_NOISE * seen)
         log_p.append(multivariate_normal(np.zeros(STEPS), noisy).logpdf(y))
@@ -98,7 +98,8 @@ def test_what_is_known_stays_and_what_is_not_is_not_made_up():
 
 @pytest.mark.parametrize("sure", [1e-30, 1e-14, 1e-8])
 def test_levels_that_are_known_nearly_exactly_leave_a_covariance(sure):
-    # of a prior 1e10 times as wide as the posterior, their difference was no covariance, and its root no number
+    # regression: with a prior 1e10 times as wide as the posterior, the computed difference was no covariance matrix,
+    # and its root was NaN
     rng = np.random.default_rng(4)
     error = tensor(np.where(rng.random(STEPS) < 0.5, sure, 1e-3))
     y = tensor(np.linspace(0, 1, STEPS))
@@ -139,7 +140,7 @@ def test_few_rows_without_a_failure_do_not_say_that_there_are_none():
 
 
 def log(seed, deviation=0.3, noise=NOISE):
-    """One config a query; how configs deviate by place is a line along the ladder."""
+    """One config per query; the configs' deviations by place are linear along the ladder."""
     rng = np.random.default_rng(seed)
     x, config = rng.normal(size=(QUERIES, DIM)), rng.integers(STEPS, size=QUERIES)
     place = np.arange(STEPS) / (STEPS - 1) - 0.5
@@ -225,7 +226,7 @@ def test_the_variance_of_shared_deviations_is_that_of_their_sum():
 
 
 def test_small_logs_pass_the_gate_where_a_ladder_says_what_single_configs_do_not():
-    # the default in use has three rows of four
+    # three of four rows are of the default in use
     level = np.array([-0.3, -0.2, -0.1, -0.05, 0.0, 0.02, 0.03, 0.04, 0.045])
     passed, queries, default = {"alone": 0, "alike": 0}, 1000, 4
     for seed in range(40):
@@ -245,7 +246,7 @@ def test_small_logs_pass_the_gate_where_a_ladder_says_what_single_configs_do_not
 
 
 def test_a_config_that_is_worse_is_not_drawn_to_the_default():
-    # in small confounded logs the worst ef_search was drawn from -.13 to -.04, and chosen in places
+    # regression: in small confounded logs the worst ef_search was shrunk from -.13 to -.04, and chosen in places
     gain = np.array([-0.3, -0.1, 0.0, 0.1, 0.3])
     base, nothing = np.zeros((5, 4)), np.zeros((2, 5, 4))
     base[:, 0] = gain

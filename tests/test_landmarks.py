@@ -1,4 +1,4 @@
-"""What `foretell` hands on, worked out anew with NumPy from what it found: by query, by leaf and at the ends."""
+"""What `foretell` returns, recomputed with NumPy from its intermediate results: by query, by leaf and at the ends."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def objective(kind: str) -> Objective:
 
 @pytest.fixture(scope="module")
 def world() -> SimpleNamespace:
-    """A log in which config 2 is the default, of which regressions see a third, and what was found in it."""
+    """A log whose default is config 2, of which the regressions see a third, and the results of `foretell` on it."""
     rng = np.random.default_rng(0)
     log = table(3, n=QUERIES)
     log = replace(
@@ -111,7 +111,7 @@ def test_leaves_are_told_the_mean_over_all_their_queries_and_all_queries_come_la
     cosine_MM = world.found.landmarks_MR.astype(np.float64) @ world.found.landmarks_MR.T
     count = len(cosine_MM)
     for s, (slope, mean) in enumerate(zip(world.found.slopes_S, world.told["means"], strict=True)):
-        # whitened by any root of the landmarks' kernels, their products are the same
+        # whitening by any root of the landmarks' kernel matrix gives the same products
         prior = np.exp(slope * (cosine_MM - 1.0)) + NUGGET * np.eye(count)
         mine = kernel_UF[:, s * count : (s + 1) * count]
         np.testing.assert_allclose(mean @ mean.T, mine @ np.linalg.solve(prior, mine.T), rtol=1e-3, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The light side in a process of its own, in which nothing but NumPy and the standard library can load."""
+"""The light side in a process of its own, in which only NumPy and the standard library can be imported."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ assert loaded <= KNOWN, loaded - KNOWN
 
 
 def router_content(data: BankData) -> bytes:
-    """A router of random weights over the bank's configs."""
+    """A router with random weights over the bank's configs."""
     configs, rng = data.configs, np.random.default_rng(0)
     tried = {"X": configs.context_tokens, "E": configs.ef_search, "N": configs.n_probes}
     sizes = {axis: len(np.unique(values)) for axis, values in tried.items()}
@@ -131,7 +131,7 @@ for name in {names!r}:
 
 
 def test_importing_rb_gpu_loads_nothing_that_a_lookup_does_not_need() -> None:
-    # what takes longer to load than the bank itself
+    # modules that take longer to load than the bank itself
     run("""
 import sys, numpy
 before = set(sys.modules)

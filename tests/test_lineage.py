@@ -1,4 +1,4 @@
-"""Which patterns go on as which: matching against brute force, and ids over several trainings."""
+"""Which patterns continue which: the matching against brute force, and ids over several trainings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rb_gpu.learn.trajectories import Trajectories
 
 
 def dense_weights(before_Q: np.ndarray, now_Q: np.ndarray, before: np.ndarray, now: np.ndarray) -> np.ndarray:
-    """Jaccard plus cosine of every pair, 0 where fewer members are in common than LEAST_SHARE."""
+    """Jaccard plus cosine of every pair; 0 if the share of common members is below LEAST_SHARE."""
     out = np.zeros((len(before), len(now)))
     for b in range(len(before)):
         for n in range(len(now)):
@@ -73,7 +73,7 @@ def test_many_patterns_are_matched_without_a_matrix_of_all_pairs():
 
 
 def planted(learned: SimpleNamespace, kinds: list[int], later: int = 0) -> Trajectories:
-    """The queries of some planted kinds, logged so many seconds later."""
+    """The queries of some planted kinds, logged `later` seconds later."""
     table: Trajectories = learned.trajectories
     kind_Q = (table.x_QD @ learned.centres.T.astype("f4")).argmax(1)
     part = table.select_queries(np.isin(kind_Q, kinds))
@@ -111,11 +111,11 @@ def test_ids_stay_where_patterns_do_and_none_is_given_twice(learned):
     oldest, newest = second.arrays["created_at"].min(), second.arrays["created_at"][leaf]
     assert oldest == first.arrays["created_at"][0] < newest == second.arrays["updated_at"].min()
     check_bank(second)
-    # what comes back is another pattern: its id was retired long ago
+    # a kind that comes back is a new pattern: its old id was retired long ago
     third = learn(planted(learned, [0, 1, 2, 3, 4, 5, 6], 2 * 10**5), config_of(7), parent=second).data
     assert id_of(third, learned.centres[0]) >= second.next_pattern_id
     assert id_of(third, learned.centres[3]) == id_of(first, learned.centres[3])
-    # every pattern of before and now has one fate
+    # every pattern of either version has exactly one fate
     for parent, child in ((first, second), (second, third)):
         counts = child.facts["lineage"]["counts"]
         assert counts["kept"] + counts["merged"] + counts["retired"] == len(parent.arrays["pattern_id"])
@@ -139,7 +139,7 @@ def test_a_pattern_that_splits_and_two_that_merge_are_told(learned):
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
 @pytest.mark.parametrize("k", ["auto", 40])
 def test_the_same_data_again_gives_the_same_ids_and_no_larger_bank(learned, metric, k):
-    # 40 clusters for 8 kinds: most of them are merged, and none of those may come back in another's place
+    # 40 clusters for 8 kinds: most of them are merged, and none of the merged may come back in place of another
     config = replace(CONFIG, cluster=ClusterConfig(k=k, metric=metric), prune=PruneConfig(min_support=5))
     bank = learn(learned.trajectories, config).data
     for _ in range(2):
@@ -173,8 +173,9 @@ def test_a_long_lineage_is_listed_in_part(learned):
 
 @pytest.mark.parametrize("far", [6, 60])
 def test_merging_in_a_narrow_cone_is_told_with_the_similarity_that_is_as_near_there(learned, caplog, far):
-    # many embedders give any two queries a cosine of .8: at .95 patterns of different kinds merged without a word; of
-    # features that are no embeddings, one large beside the others, three digits were 1.000, which merges none
+    # regression: many embedders give all pairs of queries a cosine of 0.8, so that at .95 patterns of different kinds
+    # merged without a warning; for features that are no embeddings, with one much larger than the others, the suggested
+    # similarity was rounded to 1.000, which merges nothing
     table = planted(learned, list(range(8)))
     config = replace(CONFIG, cluster=ClusterConfig(k=8))
     assert learn(table, config).data.leaves == 8 and "merge_similarity" not in caplog.text
@@ -210,7 +211,7 @@ def test_queries_far_from_every_pattern_were_in_none(learned):
     x_QD = torch.from_numpy(np.stack([learned.centres[0], far]).astype(np.float32))
     leaf_Q = parent_leaves(data, x_QD, torch.device("cpu"))
     assert leaf_Q[0] >= 0 and leaf_Q[1] == -1
-    # just over and under the floor, by the cosine to the nearest centroid
+    # just above and below the floor, by the cosine to the nearest centroid
     leaf = data.arrays["centroids"][leaf_Q[0]].astype(np.float64)
     leaf /= np.linalg.norm(leaf)
     away = far - (far @ leaf) * leaf

@@ -1,4 +1,4 @@
-"""Variances of cells beside loops over their rows, and what they make of rare outcomes and of uneven leaves."""
+"""Variances of cells compared with loops over their rows, and their effect for rare outcomes and unequal leaves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rb_gpu.posterior import believe, effects
 
 
 def clicks(rng, share, n_PC: np.ndarray) -> list[list[np.ndarray]]:
-    """Rows of every leaf and config; share: of ones, (P, C) or what broadcasts to it."""
+    """Rows of every leaf and config; share: probability of a 1, (P, C) or broadcastable to it."""
     share_PC = np.broadcast_to(share, n_PC.shape)
     return [
         [(rng.random(n) < q).astype(float) for n, q in zip(*one, strict=True)]
@@ -22,7 +22,7 @@ def clicks(rng, share, n_PC: np.ndarray) -> list[list[np.ndarray]]:
 
 
 def cells(rows_PC: list[list[np.ndarray]], paired: bool = False) -> Evidence:
-    """The evidence of rows; paired: those of a leaf are of the same queries."""
+    """The evidence of the rows; paired: the rows of a leaf belong to the same queries."""
     n_PC = np.array([[len(y) for y in one] for one in rows_PC])
     evidence = world(np.random.default_rng(0), *n_PC.shape, 1)
     means, squares = np.zeros((2, *evidence.mean.shape)), np.zeros((2, *evidence.comoment.shape))
@@ -38,7 +38,7 @@ def cells(rows_PC: list[list[np.ndarray]], paired: bool = False) -> Evidence:
 
 
 def z_of_all(evidence: Evidence) -> np.ndarray:
-    """Of each other config's difference to the first over all leaves, weighed by its errors."""
+    """The z-score over all leaves of each other config's difference to the first, weighted by inverse variance."""
     effect, variance = effects(evidence, UTILITY.direction, 0)
     weight = 1.0 / variance[:, 1:]
     return (weight * effect[:, 1:]).sum(0) / np.sqrt(weight.sum(0))
@@ -46,7 +46,7 @@ def z_of_all(evidence: Evidence) -> np.ndarray:
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_a_cells_variance_is_its_configs_times_its_leafs_scale(paired):
-    # from cells of 0 to 20 rows, in leaves of which some scatter three times as much
+    # cells of 0 to 20 rows, in leaves of which some scatter three times as much
     rng = np.random.default_rng(10)
     size = rng.integers(0, 20, (12, 4)).astype(float)
     sd = 0.1 * np.where(np.arange(12) % 3, 1.0, 3.0)
@@ -88,7 +88,8 @@ def test_a_cells_variance_is_its_configs_times_its_leafs_scale(paired):
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_the_gains_of_rare_outcomes_are_told(paired):
-    # leaves in which by chance nothing was clicked claimed to know that: a gain of .02 was told as .0006
+    # regression: leaves without a single click by chance had no variance and dominated: a gain of .02 was estimated as
+    # .0006
     told, n_PC = [], np.full((24, 3), 40)
     for seed in range(20):
         rng = np.random.default_rng(seed)
@@ -100,8 +101,8 @@ def test_the_gains_of_rare_outcomes_are_told(paired):
 @pytest.mark.parametrize(("rows", "paired"), [(40, False), (2000, False), (40, True)])
 @pytest.mark.parametrize("share", [0.02, 0.95])
 def test_what_seldom_fails_is_no_better_for_being_seldom_tried(rows, share, paired):
-    # of 40 rows a cell none failed in one leaf of eight, which then told that the config never fails, and those of a
-    # default with 2,000 did not: it seemed to lose by five standard errors in every world
+    # regression: with 40 rows per cell, one leaf in eight had no failure and claimed that the config never fails, while
+    # those of a default with 2,000 rows had some; the default seemed worse by five standard errors in every world
     n_PC = np.column_stack([np.full(24, rows), np.full((24, 3), 40)])
     z = []
     for seed in range(40):
@@ -112,7 +113,7 @@ def test_what_seldom_fails_is_no_better_for_being_seldom_tried(rows, share, pair
 
 
 def test_leaves_that_scatter_more_are_trusted_less():
-    # one variance for all leaves found differences between them that were none in one world of six
+    # regression: with one variance for all leaves, false differences between leaves were found in one of six worlds
     found, apart = [], []
     for seed in range(60):
         rng = np.random.default_rng(seed)

@@ -14,7 +14,7 @@ def test_in_five_nights_identity_stays_and_nothing_worse_is_served(tmp_path, cap
     same = [night.same for night in nights if np.isfinite(night.same)]
     assert same and min(same) >= 0.95
     assert any(night.promoted for night in nights[:4]) and nights[1].patterns >= 24
-    # before a first champion the default runs, which nobody claims to be the best config
+    # before the first champion the default runs, which need not be the best config
     first = next(night.number for night in nights if night.promoted)
     assert [night.number for night in nights if night.high < 0 and night.number > first] == []
     assert nights[2].gain > 0.03

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom on a clean checkout and still say what they are there to show."""
+"""The notebooks run from top to bottom on a clean checkout, and still show what they claim."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
 MOST_BYTES = 300_000
 
-# what a reader takes home, as it is printed; numbers are caught and compared below
+# the printed claims of each notebook, as regular expressions; numbers are caught and compared below
 CLAIMS = {
     "01_first_bank": (
         r"SQL and pandas wrote the same table: True",
@@ -59,7 +59,8 @@ def check_claims(name: str, notebook: nbformat.NotebookNode) -> None:
     if name == "02_what_is_it_worth":
         rows = re.findall(r"^(\S.{13})" + 2 * r" +([+-][\d.]+)" + 2 * r" +([\d.]+)" + "$", said, re.MULTILINE)
         errors = {row[0].strip(): [float(number) for number in row[1:]] for row in rows}
-        # confounded logs: rows that match lean, doubly robust values do not; uniform ones: IPS strays, they do not
+        # confounded logs: matching rows are biased, doubly robust values are not; uniform logs: IPS has a large
+        # variance, DR not
         assert abs(errors["DR"][1]) < abs(errors["matching rows"][1]) / 3
         assert errors["DR"][2] < errors["IPS"][2] / 3
         held, of = map(int, re.search(r"(\d+) of (\d+) intervals hold the truth", said).groups())
@@ -100,6 +101,6 @@ def test_what_is_committed_came_from_one_whole_run(name):
 
 @pytest.mark.parametrize("name", ["02_what_is_it_worth", "03_explore_artifact"])
 def test_what_is_committed_is_what_the_readme_says_of_the_sample(name):
-    # outputs of an older version stood beside a README of this one
+    # regression: the committed outputs were of an older version than the README
     [gain] = re.findall(r"^default .*  (\+\S+ \[.*\])$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert f"bank over default: {gain}\n" in printed(nbformat.read(FOLDER / f"{name}.ipynb", as_version=4))

@@ -1,4 +1,4 @@
-"""The oracles against scipy, statsmodels and scikit-learn where those have the same thing, else by hand."""
+"""The oracles compared with scipy, statsmodels and scikit-learn where these have the same function, else by hand."""
 
 import math
 from collections import Counter
@@ -90,7 +90,7 @@ def test_snap_and_vote_break_ties_downwards():
     assert snap(1537, [2048, 1024]) == 2048
     assert vote(["large", "small"], [0.5, 0.5], TIERS) == "small"
     assert vote(["large", "small"], [0.75, 0.5], TIERS) == "large"
-    assert vote(["large"], [0.0], TIERS) == "large"  # never a tier that nobody named
+    assert vote(["large"], [0.0], TIERS) == "large"  # never a tier without a vote
     with pytest.raises(KeyError):
         vote(["unknown"], [1.0], TIERS)
 
@@ -99,12 +99,12 @@ def test_snap_and_vote_break_ties_downwards():
 
 
 def test_seeding_takes_the_point_where_the_cumulative_sum_reaches_the_threshold():
-    points = [[0.0], [1.0], [3.0]]  # from point 0 the squares are 0, 1, 9
+    points = [[0.0], [1.0], [3.0]]  # from point 0 the squared distances are 0, 1, 9
     assert kmeans_plus_plus(points, 2, [0.0, 0.05])[1] == [0, 1]
-    assert kmeans_plus_plus(points, 2, [0.0, 0.1])[1] == [0, 1]  # reached, not passed
+    assert kmeans_plus_plus(points, 2, [0.0, 0.1])[1] == [0, 1]  # reaching the threshold is enough
     assert kmeans_plus_plus(points, 2, [0.0, 0.11])[1] == [0, 2]
-    assert kmeans_plus_plus(points, 2, [0.99, 0.7]) == ([[3.0], [1.0]], [2, 1])  # squares 9, 4, 0
-    assert kmeans_plus_plus([[1.0], [1.0]], 2, [0.6, 0.9])[1] == [1, 0]  # the reference's quirk: all zero picks 0
+    assert kmeans_plus_plus(points, 2, [0.99, 0.7]) == ([[3.0], [1.0]], [2, 1])  # squared distances 9, 4, 0
+    assert kmeans_plus_plus([[1.0], [1.0]], 2, [0.6, 0.9])[1] == [1, 0]  # as in the reference, all zeros select point 0
 
 
 def test_seeding_frequencies_are_proportional_to_squared_distance():
@@ -147,7 +147,7 @@ def test_lloyd_keeps_an_empty_cluster_and_stops_at_max_iter():
     assert lloyd(points, [[0.0], [50.0]], 10)[0] == [[0.5], [50.0]]
     centroids, labels, n_iter = lloyd([[0.0], [2.0], [3.0], [10.0]], [[0.0], [2.0]], 1)
     assert (centroids, labels, n_iter) == ([[0.0], [5.0]], [0, 1, 1, 1], 1)
-    assert assign([[0.0], [2.0], [3.0], [10.0]], centroids) == [0, 0, 1, 1]  # labels don't match the final centroids
+    assert assign([[0.0], [2.0], [3.0], [10.0]], centroids) == [0, 0, 1, 1]  # labels don't match these centroids
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -202,7 +202,7 @@ def test_pattern_by_the_document():
     ]
     pattern = create_pattern([*rows, replace(rows[2], latency_us=103)], pattern_id=7, now=5)
     assert pattern["centroid"] == [0.5, 0.5]
-    assert pattern["optimal_params"] == Params(16, 3, "auto", 2048, 0.5)  # 15.5 and 2.5
+    assert pattern["optimal_params"] == Params(16, 3, "auto", 2048, 0.5)  # rounded from 15.5 and 2.5
     assert pattern["confidence"] == 0.25
     assert (pattern["avg_precision"], pattern["avg_recall"]) == (0.375, 0.875)
     assert (pattern["avg_latency_us"], pattern["support_count"]) == (101, 4)
@@ -245,7 +245,7 @@ def test_corrected_pattern_votes_the_tier_and_snaps_the_context():
         *arm(1, 1.0, model_tier="large", context_tokens=1024),
         *arm(4, 0.5, model_tier="small", context_tokens=4096),
     ]
-    pattern = create_pattern_corrected(rows, TIERS)  # weights 1 and 4 * 0.25: a tie, and 2560 in the middle
+    pattern = create_pattern_corrected(rows, TIERS)  # weights 1 and 4 * 0.25: a tie, and 2560 is half-way
     assert pattern["optimal_params"].model_tier == "small"
     assert pattern["optimal_params"].context_tokens == 1024
     assert "confidence" not in pattern and pattern["quality"] == 0.4
@@ -280,10 +280,10 @@ def test_welch_without_spread_is_nan_and_rounding_is_no_spread():
     assert math.isnan(welch_one_sided([1.0], [0.0, 0.5]))
     assert math.isnan(welch_one_sided([1.0, 1.0], [0.0, 0.0]))
     assert math.isnan(welch_two_sided([0.1] * 3, [0.1] * 10))  # the float mean of 0.1s isn't 0.1
-    assert welch([1.0, 1.0], [0.0, 0.5]) == (3.0, 1.0)  # no spread on one side only is a test
+    assert welch([1.0, 1.0], [0.0, 0.5]) == (3.0, 1.0)  # zero variance on one side only is allowed
 
 
-@settings(max_examples=20, deadline=None)  # statsmodels collects garbage at every call, 0.1 s each
+@settings(max_examples=20, deadline=None)  # statsmodels collects garbage in every call, 0.1 s each
 @given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=20))
 def test_corrections_are_statsmodels(p):
     np.testing.assert_allclose(holm(p), multipletests(p, method="holm")[1], atol=1e-12)
@@ -316,9 +316,9 @@ def test_reference_verdict_is_none_where_it_must_be():
     rows = [*arm(40, 0.5, 0.05), *arm(20, 0.8, 0.05, ef_search=200)]
     assert judge_reference(rows, 61, 0.05, 100) is None
     assert judge_reference(rows, 60, 1e-30, 100) is None
-    assert judge_reference(rows[:40], 3, 0.05, 100) is None  # one arm: p is 1
-    assert judge_reference(arm(9, 0.7), 3, 1.0, 100) is None  # no spread: p is NaN
-    assert judge_reference(arm(2, 0.7), 1, 1.0, 100) is None  # no group of 3
+    assert judge_reference(rows[:40], 3, 0.05, 100) is None  # with one config p is 1
+    assert judge_reference(arm(9, 0.7), 3, 1.0, 100) is None  # without variance p is NaN
+    assert judge_reference(arm(2, 0.7), 1, 1.0, 100) is None  # no group has 3 rows
     assert judge_reference([], 0, 1.0, 100) is None
     zeros = [*arm(3, 0.0), *(replace(t, ef_search=300 + i) for i, t in enumerate(arm(30, 0.9, 0.05)))]
     assert judge_reference(zeros, 3, 0.05, 100) is None  # significant, but its consistency is 0 / 0
@@ -332,11 +332,11 @@ def test_reference_verdict_with_a_worthless_default_has_no_improvement():
 
 def test_reference_verdict_shows_the_documents_flaws():
     same = [*arm(200, 0.7, 0.02), *arm(10, 0.71, 0.02, ef_search=200)]
-    assert judge_reference(same, 3, 1.0, 100)["avg_improvement"] > 0.4  # F1 against p * r
+    assert judge_reference(same, 3, 1.0, 100)["avg_improvement"] > 0.4  # F1 is compared with p * r
     worse = [*arm(4, 0.3, 0.01), *(replace(t, ef_search=300 + i) for i, t in enumerate(arm(30, 0.9, 0.05)))]
     assert judge_reference(worse, 3, 0.05, 1)["config"].ef_search == 100  # significantly worse than the whole
     tied = [*arm(4, 0.75, 0.25, ef_search=7), *arm(4, 0.75, 0.25, ef_search=3)]
-    assert judge_reference(tied, 3, 1.0, 100)["config"].ef_search == 7  # the first seen
+    assert judge_reference(tied, 3, 1.0, 100)["config"].ef_search == 7  # the first one seen
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -344,7 +344,7 @@ def test_paule_mandel_is_statsmodels(seed):
     rng = np.random.default_rng(seed)
     variances = rng.uniform(0.01, 0.3, 4 + 3 * seed)
     effects = rng.normal(0.2, np.sqrt(variances + (0.0 if seed % 3 == 0 else 0.5)))
-    # statsmodels returns 0 where its last step overshoots by rounding, hence a looser atol
+    # statsmodels returns 0 if its last step overshoots by rounding, hence a looser atol
     theirs = combine_effects(effects, variances, method_re="pm", atol=1e-8, maxiter=500).tau2
     assert paule_mandel(effects, variances) == pytest.approx(theirs, abs=1e-7)
     assert theirs > 0.0 or seed % 3 == 0
@@ -379,7 +379,7 @@ def test_interpolation_by_hand():
     matches = [
         (Params(10, 1, "large", 1024, 0.0), 1.0, 0.5),
         (Params(21, 4, "small", 4096, 1.0), 0.5, 1.0),
-        (Params(9999, 99, "large", 9999, 2.0), -0.9, 1.0),  # a negative similarity weighs nothing
+        (Params(9999, 99, "large", 9999, 2.0), -0.9, 1.0),  # a negative similarity has weight 0
     ]
     params, confidence = interpolate(matches, TIERS, [1024, 4096])
     assert params == Params(16, 3, "small", 1024, 0.5)

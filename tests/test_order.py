@@ -1,4 +1,4 @@
-"""The order of queries and rows is a table's own, in whatever order they came."""
+"""A table's order of queries and rows depends only on its content, not on the order of the input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_a_querys_first_row_is_that_of_its_least_id(seed):
     rng = np.random.default_rng(seed)
     query_N, id_N = rng.integers(5, size=20).astype(np.uint64), rng.permutation(100)[:20].astype(np.uint64)
     if seed == 0:
-        id_N.sort()  # the way that is taken at once
+        id_N.sort()  # rows already in the final order take a short cut
     query_Q, first_Q, place_N = first_rows(query_N, id_N)
     assert query_Q.tolist() == sorted(set(query_N.tolist()))
     assert np.array_equal(query_Q[place_N], query_N)
@@ -24,7 +24,7 @@ def test_a_querys_first_row_is_that_of_its_least_id(seed):
 
 
 def table(seed: int) -> dict[str, np.ndarray]:
-    """Six queries, two of them of one time, and eleven rows, in an order of the seed's."""
+    """Six queries, two of them with equal times, and eleven rows, in a random order."""
     rng = np.random.default_rng(seed)
     queries, rows = rng.permutation(6), rng.permutation(11)
     place = np.argsort(queries)
@@ -44,7 +44,7 @@ def table(seed: int) -> dict[str, np.ndarray]:
 def test_queries_come_by_time_and_id_and_rows_by_their_queries_and_id(seed):
     columns = table(seed)
     put_in_order(columns, Room(), ("told_Q",))
-    # times 1, 2, 5, 5, 8, 8; of equal times the least query_id first
+    # times 1, 2, 5, 5, 8, 8; equal times are ordered by query_id
     assert columns["query_id"].tolist() == [9, 4, 3, 7, 1, 2]
     assert columns["told_Q"].tolist() == [2, 4, 1, 0, 3, 5]
     assert columns["x_QD"][:, 0].tolist() == [4, 8, 2, 0, 6, 10]

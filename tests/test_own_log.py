@@ -1,4 +1,4 @@
-"""The documented way from one's own log to the trajectory table, executed as it stands there."""
+"""The documented way from one's own log to the trajectory table, executed as written."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ bank.close()
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A service's log: one line for each answered query, embeddings as JSON, and the same in an .npy."""
+    """A service's log: one line per answered query, embeddings as JSON, and the same in an .npy file."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(N, D)).astype(np.float32)
     np.save(tmp_path / "embeddings.npy", x)
@@ -85,7 +85,7 @@ def folder(tmp_path) -> Path:
 
 
 def table_of(folder: Path, snippet: str) -> Trajectories:
-    """What the job reads of the file that the snippet writes."""
+    """What a job reads from the file that the snippet writes."""
     ran = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     return load(DataConfig(path=str(folder / "trajectories.parquet")), ParamsConfig(default={"ef_search": 64}))

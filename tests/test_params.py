@@ -1,4 +1,4 @@
-"""Search parameters keep their bounds, and their quantisation to configs is what a reader of the log would do."""
+"""Search parameters keep their bounds, and their quantisation to configs is what a reader of the log would expect."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_count_out_of_bounds_is_refused(name, value):
         SearchParams(**{name: value})
 
 
-# a string raised TypeError, and True passed as 1.0
+# regression: a string raised TypeError, and True passed as 1.0
 @pytest.mark.parametrize("value", [-0.01, 2.01, math.nan, math.inf, "hot", None, True])
 def test_temperature_out_of_bounds_is_refused(value):
     with pytest.raises(ConfigError, match=rf"^temperature={value!r} is not a number in \[0, 2\]; "):
@@ -62,7 +62,7 @@ def test_bounds_themselves_are_allowed():
 
 
 def test_as_dict_is_plain_python():
-    # NumPy numbers passed through, and json refused them
+    # regression: NumPy numbers passed through, and json refused them
     params = SearchParams(np.uint32(64), np.int64(8), "small", 2048, np.float32(0.5))
     assert json.loads(json.dumps(params.as_dict())) == {
         "ef_search": 64,
@@ -111,7 +111,7 @@ def test_every_parameter_tells_configs_apart():
 )
 def test_quantise_like_plain_python(rows, temperature_step, context_step):
     def key(ef, probes, tier, context, temperature):
-        steps = round(context / context_step)  # to even, as NumPy
+        steps = round(context / context_step)  # rounds half to even, like NumPy
         context = max(steps, 1) * context_step
         return ef, probes, TIERS[tier], context, round(temperature / temperature_step)
 
@@ -141,18 +141,18 @@ def test_temperature_bucket_and_back():
     temperature = np.array([0, 0.024, 0.026, 0.7, 1.99, 2.0])
     bucket = temperature_bucket(temperature, 0.05)
     np.testing.assert_array_equal(bucket_temperature(bucket, 0.05), np.float32([0, 0, 0.05, 0.7, 2.0, 2.0]))
-    # the multiple of 0.3 nearest to 2 is 2.1, which no service may use
+    # the multiple of 0.3 nearest to 2 is 2.1, which is out of bounds
     assert bucket_temperature(temperature_bucket(2.0, 0.3), 0.3) == 2.0
 
 
 def test_context_is_never_quantised_to_nothing():
-    # 100 tokens became 1 token, a setting that nobody tried
+    # regression: 100 tokens became 1 token, a setting that nobody tried
     table, _ = quantise(columns([(64, 8, 0, 100, 0.7)]), TIERS, 0.05, context_step=1024)
     assert table[0].context_tokens == 1024
 
 
 def test_largest_context_stays_within_its_bounds():
-    # the next multiple of 1024 is 2**32, which came out as 0
+    # regression: the next multiple of 1024 is 2**32, which wrapped to 0
     table, _ = quantise(columns([(64, 8, 0, MAX_COUNT, 0.7)]), TIERS, 0.05, context_step=1024)
     assert table[0].context_tokens == MAX_COUNT
 

@@ -1,4 +1,4 @@
-"""Which version a training goes on from, and which ids are free."""
+"""Which version a training starts from, and which ids are free."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def test_a_damaged_champion_is_left_with_a_warning_and_a_damaged_version_is_an_e
 
 
 def test_no_id_is_free_that_any_version_has_had(registry: Registry) -> None:
-    # B waits for its gate: what it numbered may be promoted by hand
+    # a candidate that waits for a person to promote it: the ids that it assigned are taken too
     version = "20260103T000000-000003"
     born = replace(BANK, facts=BANK.facts | {"next_pattern_id": 9000})
     assert born.next_pattern_id == 9000
     write_artifact(registry.path / version, born, {})
     assert free_pattern_id(registry) == 9000
-    # before ids were kept, manifests had counts alone; one that cannot be read is left out
+    # manifests of older versions have only counts; one that cannot be read is skipped
     (registry.path / version / "manifest.json").chmod(0o644)
     (registry.path / version / "manifest.json").write_text("{")
     path = registry.path / A / "manifest.json"

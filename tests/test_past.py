@@ -1,4 +1,4 @@
-"""What the parent knew of older rows: added exactly once, decayed, and left out where a row could count twice."""
+"""The parent's evidence of older rows: added exactly once, decayed, and left out if a row could count twice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def halves(learned: SimpleNamespace) -> tuple[Trajectories, Trajectories]:
 
 
 def by_leaf(learned: SimpleNamespace, bank: object) -> np.ndarray:
-    """Row of the leaf of each planted centre."""
+    """The row of the leaf that holds each planted centre."""
     return (learned.centres @ bank.data.arrays["centroids"][: bank.data.leaves].T).argmax(1)
 
 
@@ -45,7 +45,7 @@ def test_two_disjoint_tables_one_after_the_other_are_as_good_as_their_rows_toget
     first = learn(old, config)
     second = learn(new, config, parent=first.data)
     table = learned.trajectories
-    together = np.concatenate([first.label_Q, second.label_Q])  # queries are in the order of time
+    together = np.concatenate([first.label_Q, second.label_Q])  # queries are ordered by time
     same = by_leaf(learned, first), by_leaf(learned, second)
     turned = np.empty(8, int)
     turned[same[0]] = same[1]
@@ -133,6 +133,6 @@ def test_leaves_of_the_parent_that_nobody_asks_any_more_have_no_heir(learned):
 
 
 def test_what_is_known_of_a_pruned_leaf_goes_with_it():
-    # a leaf that shared one query with it used to take in all its evidence
+    # regression: a leaf that shared a single query with it took over all of its evidence
     past = Past(None, np.zeros(2, np.int64), np.zeros(2), np.array([0, 0, 0, 1, 1, 1, -1]), "")
     assert past.heirs(np.array([-1, -1, 1, 0, 0, -1, 1])).tolist() == [-1, 0]

@@ -1,4 +1,4 @@
-"""Wherever a table lies, the same rows make the same bank: S3, Delta Lake, Lance and Hugging Face folders."""
+"""The same rows make the same bank wherever the table is stored: S3, Delta Lake, Lance and Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def expected(plain) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def delta(tmp_path_factory) -> Path:
-    """Version 2 holds the table; version 3 has more rows."""
+    """A Delta table: version 2 holds the table, version 3 has more rows."""
     folder = tmp_path_factory.mktemp("delta") / "trajectories"
     for part in parts(planted()):
         deltalake.write_deltalake(folder, part, mode="append")
@@ -97,7 +97,7 @@ def delta(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def fragments(tmp_path_factory) -> Path:
-    """A Lance dataset of which version 3 holds the table, and version 4 more rows."""
+    """A Lance dataset: version 3 holds the table, version 4 has more rows."""
     folder = tmp_path_factory.mktemp("lance") / "trajectories.lance"
     for i, part in enumerate(parts(planted())):
         lance.write_dataset(part, folder, mode="append" if i else "create")
@@ -114,7 +114,7 @@ def moved() -> pa.Table:
     return table
 
 
-# ---- one table, many places
+# ---- one table in many places
 
 
 def test_delta_table_makes_the_bank_of_its_parquet(delta, expected):
@@ -126,7 +126,7 @@ def test_lance_dataset_makes_the_bank_of_its_parquet(fragments, expected):
 
 
 def test_partition_columns_of_a_delta_table_are_read(tmp_path, plain):
-    # names that are encoded in paths: the log's were not found among the files
+    # names that are percent-encoded in paths; regression: the paths in the Delta log were not found among the files
     named = np.where(planted()["model_tier"].to_numpy() == "small", "small one", "large=1/2 %20")
     table = planted().set_column(planted().schema.get_field_index("model_tier"), "model_tier", pa.array(named))
     deltalake.write_deltalake(tmp_path / "t", table, partition_by=["model_tier", "ef_search"])
@@ -146,7 +146,7 @@ def test_column_that_came_later_to_a_delta_table_is_absent(tmp_path, caplog):
 
 
 def test_delta_table_named_as_files_is_refused_lest_deleted_rows_come_back(tmp_path):
-    # its folder was read as any other: rows that an overwrite had deleted were learned from without a word
+    # regression: its folder was read like any other, and rows that an overwrite had deleted were silently learned from
     deltalake.write_deltalake(tmp_path / "t", planted().slice(0, 600))
     deltalake.write_deltalake(tmp_path / "t", planted().slice(600), mode="overwrite")
     for folder in (tmp_path / "t", tmp_path):
@@ -168,7 +168,7 @@ def load_x(ids: list[int]) -> np.ndarray:
 
 
 def hub(folder: Path, count: int = PARTS) -> Path:
-    """A folder in the form of the hub's, with lists for embeddings, and another split beside."""
+    """A folder in the Hugging Face Hub layout, with embeddings as lists, and a second split."""
     (folder / "data").mkdir(parents=True)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     for i, part in enumerate(parts(planted())):
@@ -219,7 +219,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(server, plain, delta, fragments, monkeypatch) -> S3Config:
-    """A server that holds logs/*.parquet, and the tables delta and lance; the keys are in the environment."""
+    """A server that holds logs/*.parquet and the tables delta and lance; the keys are in the environment."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     client = boto3.client("s3", endpoint_url=server, region_name="us-east-1")
@@ -331,12 +331,12 @@ def test_version_that_is_not_there_is_named_with_the_newest(kind, delta, fragmen
     assert said.endswith(f"; ask for a version that it has, the newest is {newest}")
 
 
-# ---- the same contract as of files
+# ---- the same rules as for files
 
 
 @pytest.mark.parametrize("kind", ["delta", "lance"])
 def test_ranks_share_the_reading(kind, delta, fragments, tmp_path):
-    # more rows than a group of Lance's
+    # more rows than a Lance row group
     if kind == "lance":
         rng = np.random.default_rng(0)
         big = pa.concat_tables([planted()] * 120)
@@ -357,7 +357,7 @@ def test_ranks_share_the_reading(kind, delta, fragments, tmp_path):
 def test_newest_rows_are_kept_and_bad_ones_told_by_file_and_row(kind, delta, fragments, tmp_path):
     folder = delta if kind == "delta" else fragments
     table = load(config(folder, format=kind, capacity=400), PARAMS, tmp_path / "bad.parquet")
-    assert table.timestamp.min() == 1_700_000_000 + N - 299  # the row of N - 300 is a bad one
+    assert table.timestamp.min() == 1_700_000_000 + N - 299  # the row N - 300 is a bad one
     bad = pq.read_table(tmp_path / "bad.parquet").to_pylist()
     assert {row["reason"] for row in bad} == {"precision is null or not a number"}
     assert sorted(row["id"] for row in bad if row["id"] < N) == list(range(900, N, 50))

@@ -65,7 +65,7 @@ def test_intervals_are_paired():
 
 
 def test_logged_propensities_make_a_skewed_log_fair():
-    # the log tries config 1 on hard queries only; its plain mean says that it is bad
+    # the log tries config 1 mostly on hard queries, so that its plain mean looks bad
     rng = np.random.default_rng(3)
     n = 20_000
     table_ = table(seed=3, n=n, configs=2)
@@ -102,7 +102,7 @@ def test_best_single_is_the_best_mean():
 
 
 def test_a_few_lucky_rows_are_no_best_single_config():
-    # three rows of quality 1 made a config the baseline of the whole report, which no held-out row tried
+    # regression: three rows of quality 1 made a config that no held-out row tried the baseline of the whole report
     table_ = table(seed=5, n=3000, configs=4, effect=[0, 0.02, 0.1, 0.01])
     lucky = table_.config_id.copy()
     lucky[lucky == 3] = 0
@@ -135,7 +135,7 @@ def test_a_champion_that_is_surely_worse_than_the_default_lets_nothing_as_bad_pa
 
 
 def test_what_is_surely_worse_than_the_default_is_not_the_first_to_be_served():
-    # gate.min_gain=-0.005 let a bank pass that surely lost .0015, with nothing served before
+    # regression: gate.min_gain=-0.005 let a bank pass that significantly lost .0015, although nothing was served before
     for gain, promoted in ((Gain(-0.0015, -0.0027, -0.0005), False), (Gain(-0.0015, -0.0032, 0.0002), True)):
         decision = decide(replace(judged({}, {}), bank_gains={"default": gain}), GateConfig(), CALM, [])
         assert decision.promote is promoted
@@ -143,18 +143,19 @@ def test_what_is_surely_worse_than_the_default_is_not_the_first_to_be_served():
 
 
 def test_what_a_gain_over_the_default_says_little_of_is_told():
-    # "promoted: held-out gain over the default +0.0000", of a default that nobody runs
+    # regression: it said "promoted: held-out gain over the default +0.0000", for a default that nobody runs
     nothing = replace(judged({"acted": 0.0}), bank_gains={"default": Gain(0.0, 0.0, 0.0)})
     reason = decide(nothing, GateConfig(), CALM, [], experiment=True).reason
     said = "; the bank answers all held-out queries with the default; params.default=auto took that from an experiment"
     assert f"{said}: set params.default to what runs today" in reason
     assert decide(judged({}), GateConfig(), CALM, []).reason.endswith("above gate.min_gain=-0.005")
-    # beside a champion the default does not matter
+    # if there is a champion, the default does not matter
     assert decide(judged({"acted": 0.0}, {}), GateConfig(), CALM, [], experiment=True).reason.endswith("=-0.005")
 
 
 def test_a_default_that_breaks_the_objective_is_nothing_to_be_worse_than():
-    # of a bound or a floor that the default breaks, it spends what nobody may, and every later candidate was refused
+    # regression: a default that breaks the bound or floor spends what is not allowed, and every later candidate was
+    # refused
     gains = {"default": Gain(-0.3, -0.35, -0.25), "champion": Gain(0.0, -0.001, 0.001)}
     evaluation = replace(judged({}, {}), bank_gains=gains, broken={"default": "held-out cost 10 is over it"})
     assert decide(evaluation, GateConfig(), CALM, []).promote
@@ -191,7 +192,7 @@ def test_the_gate_promotes_only_what_is_better(effect, gate, refusal, promoted, 
 
 
 def judged(bank: dict, champion: dict | None = None, coverage: float = 1.0) -> Evaluation:
-    """An evaluation whose gain is sure; what is given differs from a policy without fault."""
+    """An evaluation with a significant gain; the arguments replace values of otherwise faultless policies."""
     base = PolicyValue("", *(0.5,) * 4, 500.0, 1000.0, 2000.0, *(1.0,) * 5, 1000, 1000.0, Harm(20, 0.5, 0.0), {}, None)
     values = [replace(base, name="default"), replace(base, name="bank", **bank)]
     gains = {"default": Gain(0.1, 0.05, 0.15)}
@@ -207,10 +208,10 @@ def judged(bank: dict, champion: dict | None = None, coverage: float = 1.0) -> E
         (judged({}), CALM, None),
         (judged({"latency_p95_us": 5000.0}), CALM, None),
         (judged({"latency_p95_us": 5100.0}), CALM, "5.1 times that of the default, over gate.max_p95_latency_ratio=5"),
-        # of a floor it advised what a floor does not read
+        # regression: for a floor it advised a setting that a floor does not use
         (judged({"latency_p95_us": 5100.0}), CALM, "(of judge.objective=floor: lower judge.target)"),
         (judged({"latency_p95_us": 5100.0}, {"latency_p95_us": 5000.0}), CALM, None),
-        (judged({"latency_p95_us": 5100.0, "matched": 120}, {"matched": 99}), CALM, None),  # a p95 of too few rows
+        (judged({"latency_p95_us": 5100.0, "matched": 120}, {"matched": 99}), CALM, None),  # the p95 of too few rows
         (judged({"latency_p95_us": math.nan}), CALM, None),
         (judged({"harm": Harm(20, 0.9, 0.2)}), CALM, None),
         (judged({"harm": Harm(20, 0.9, 0.25)}), CALM, "of 20 patterns in which the bank acts, 25 % are surely harmed"),
@@ -255,7 +256,7 @@ def test_a_cost_that_was_not_logged_is_not_known(learned):
 
 
 def test_a_table_without_the_cost_that_a_utility_counts_is_refused(learned):
-    # its cost was taken for 0, and the gain over the default was printed twice too large
+    # regression: its cost was taken as 0, and the gain over the default was printed twice too large
     bank, table = learned.bank.bank(), learned.trajectories
     check_cost(bank, table, "artifacts/champion")
     with pytest.raises(DataError, match=r"has no column cost, which the utility .* counts by judge\.cost_weight=0\.2"):
@@ -268,7 +269,7 @@ def test_what_of_a_table_does_not_fit_the_artifact_is_said(learned):
     assert old.startswith("4,000 of 4,000 queries are no newer than the newest that the artifact learned from")
     newer = replace(table, query_time=table.query_time + 10_000)
     assert doubts(bank, newer) == []
-    # all of one ef_search, as where the column was left out: "log some", it said, of configs without a name
+    # all rows have one ef_search, as if the column were missing; regression: it said "log some" about unnamed configs
     configs = replace(table.configs, ef_search=np.full(5, 64, np.uint32))
     [missing] = doubts(bank, replace(newer, configs=configs))
     assert missing.startswith("no row tried ef_search=16 n_probes=1 ") and "and 1 more: a policy that" in missing
@@ -276,7 +277,7 @@ def test_what_of_a_table_does_not_fit_the_artifact_is_said(learned):
 
 
 def rows_at(quality, cost, n=300):
-    """A full table of n queries: configs of these mean qualities and costs, and latencies of 1 ms, 2 ms and so on."""
+    """A full table of n queries: configs with these mean qualities and costs, and latencies of 1 ms, 2 ms and so on."""
     configs = len(quality)
     table_ = table(seed=8, n=n * configs, configs=configs, full=True)
     right = np.random.default_rng(8).random((n, 1)) < np.array(quality)
@@ -291,7 +292,8 @@ BOUND = Objective("bound", "f1", 0.0, 0.0, 1000.0, 10.0, 0.95, 2500.0, 4.5)
 
 
 def test_the_best_single_config_keeps_what_the_objective_asks():
-    # it was the one of highest quality, which costs most, and stood as baseline of a bank that has to spend less
+    # regression: it was the config of highest quality, which costs most, as the baseline of a bank that has to spend
+    # less
     table_ = rows_at([0.5, 0.85, 0.9, 0.95], [1.0, 2.0, 4.0, 10.0])
     evidence = gather_evidence(table_, torch.zeros(300, dtype=int), 1, row_weights(table_, None), torch.device("cpu"))
     assert best_single(evidence, FLOOR) == 1
@@ -304,7 +306,7 @@ def test_the_best_single_config_keeps_what_the_objective_asks():
 @pytest.mark.parametrize(
     ("objective", "default", "bank", "promoted", "says"),
     [
-        (FLOOR, 3, 1, True, "gain over the default +0.8"),  # was refused: less quality, as it was asked for
+        (FLOOR, 3, 1, True, "gain over the default +0.8"),  # regression: refused, because quality falls, as intended
         (FLOOR, 1, 3, False, "gain over the default -0.8"),
         (FLOOR, 3, 0, False, "the bank's held-out quality 0.5"),
         (FLOOR, 0, 1, True, "no gain is asked over the default, whose held-out quality 0.5"),
@@ -326,7 +328,7 @@ def test_the_gate_asks_for_what_the_objective_asks(objective, default, bank, pro
 
 
 def test_a_report_of_a_default_that_has_no_value_is_drawn():
-    # a default that no held-out row tried ended every training in a traceback, after all was learned
+    # regression: if no held-out row tried the default, every training ended in a traceback after all the learning
     table_ = table(seed=4, n=300, configs=3, full=True)
     chosen = policies(table_, np.full(100, 2)) | {"default": np.full(100, -1)}
     evaluation = evaluate(held_out_outcomes(table_, QUALITY), chosen, 100, 0)

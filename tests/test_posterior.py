@@ -1,4 +1,4 @@
-"""Pooling against an exact multivariate normal, statsmodels, and worlds in which nothing differs."""
+"""Pooling compared with an exact multivariate normal and statsmodels, and tested in worlds without differences."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def levels(leaves: int, counts: list[int]) -> list[np.ndarray]:
 
 
 def world(rng, leaves: int, configs: int, rows: int, effect=0.0, sd: float = 0.1) -> Evidence:
-    """Cells of a table in which a config's quality is 0.5 + effect everywhere."""
+    """Cells of a table in which a config's quality is 0.5 + effect in every leaf."""
     n = rng.poisson(rows, (leaves, configs)).astype(np.int64)
     w = n.astype(float)
     mean, comoment = np.zeros((leaves, configs, 4)), np.zeros((leaves, configs, 4, 4))
@@ -53,7 +53,7 @@ def test_paule_mandel_is_statsmodels():
 
 
 def test_pooling_is_exact_in_the_normal_tree():
-    # the same posterior from one joint normal over the root, the nodes and the leaves
+    # the same posterior from one joint normal distribution over the root, the nodes and the leaves
     rng = np.random.default_rng(1)
     parents = levels(8, [3])
     variance = rng.uniform(0.2, 1.0, 8)
@@ -74,7 +74,7 @@ def test_pooling_is_exact_in_the_normal_tree():
 
 
 def test_configs_of_few_rows_show_together_that_leaves_differ():
-    # each is better in one leaf of 32 by 5 standard errors of a cell, which a test of its 32 leaves seldom finds
+    # each config is better by 5 standard errors in about one leaf of 32, which a test over its 32 leaves seldom finds
     right, moved = [], []
     for seed in range(10):
         rng = np.random.default_rng(seed)
@@ -86,12 +86,12 @@ def test_configs_of_few_rows_show_together_that_leaves_differ():
         )
     alone, together = np.mean(right, axis=0)
     assert alone < 0.75 < 0.9 < together
-    # and where nothing differs hardly anything is believed
+    # if nothing differs, hardly anything is believed
     assert np.mean(moved) < 0.05
 
 
 def test_a_lone_child_counts_its_rows_once():
-    # with the parent's posterior as prior, and the child's rows in both, the variance would halve
+    # if the child's rows were in both the parent's posterior, used as its prior, and its own, the variance would halve
     mean, var, _ = pool(np.array([[0.3]]), np.array([[0.04]]), [np.zeros(1, np.int64)] * 3, tested=False)
     assert (mean[0, 0], var[0, 0]) == (pytest.approx(0.3), pytest.approx(0.04))
 
@@ -154,7 +154,7 @@ def test_a_config_that_is_better_everywhere_is_recommended_everywhere():
         0,
         "auto",
     )
-    # the last row is for queries that are near no pattern
+    # the last row is for queries near no pattern
     assert (beliefs.choose(0.8, 0, False) == 1).all()
 
 
@@ -200,7 +200,7 @@ def test_pooling_does_not_depend_on_the_unit(unit, tested):
 
 
 def alike_error(evidence: Evidence) -> np.ndarray:
-    """Variance of each cell's mean quality where all rows of a config scatter alike, cell by cell."""
+    """The variance of each cell's mean quality if all rows of a config have the same variance, cell by cell."""
     rows, square = evidence.rows, evidence.comoment[..., 0, 0]
     overall = square[rows > 1].sum() / (rows[rows > 1] - 1).sum()
     of_mean = np.full(rows.shape, np.inf)
@@ -214,7 +214,7 @@ def alike_error(evidence: Evidence) -> np.ndarray:
 
 
 def test_an_effects_error_is_its_configs_and_the_defaults():
-    # from cells of 0 to 6 rows
+    # cells of 0 to 6 rows
     evidence = world(np.random.default_rng(10), 7, 4, 3)
     effect, error = effects(evidence, UTILITY.direction, 1)
     size = evidence.rows.astype(float)
@@ -243,7 +243,7 @@ def test_a_cell_without_evidence_has_no_test():
 
 
 def constant(**outcomes: list[float]) -> Evidence:
-    """One leaf whose every row of a config has the same outcomes."""
+    """One leaf in which all rows of a config have the same outcomes."""
     evidence = world(np.random.default_rng(12), 1, 2, 30)
     mean = np.zeros_like(evidence.mean)
     for name, values in outcomes.items():
@@ -255,19 +255,19 @@ def test_what_is_just_at_a_floor_or_a_bound_keeps_it():
     floor = replace(UTILITY, kind="floor", target=0.9)
     sure = believe(constant(f1=[0.8, 0.9]), [], floor, 0, "auto")
     assert sure.probability[0].tolist() == [0, 1] and not sure.test_sd.any()
-    # the default breaks the bound, so that whatever keeps it is better
+    # the default breaks the bound, so that any config that keeps it is better
     for limit, kept in ((2.0, [0, 1]), (1.9, [0, 0])):
         bound = replace(UTILITY, kind="bound", max_cost=limit)
         beliefs = believe(constant(f1=[0.8, 0.9], cost=[3.0, 2.0]), [], bound, 0, "auto")
         assert beliefs.probability[0].tolist() == kept
 
 
-# what a field says of two leaves beyond what it says of all queries
+# the field's predictions for two leaves, relative to those for all queries
 APART_UC = np.array([[0.0, 0.02, -0.03, 0.01, 0.04, 0.0], [0.0, -0.01, 0.05, 0.02, -0.04, 0.0], np.zeros(6)])
 
 
 def field_of(level: np.ndarray, level_variance: np.ndarray) -> Field:
-    """A field that foretells a mean quality of each config over two leaves, with these variances (C,)."""
+    """A field with a mean predicted quality of each config over two leaves, with these variances (C,)."""
     configs = len(level)
     of_one = np.zeros((configs, len(OUTCOMES)))
     mean, variance = np.zeros((3, *of_one.shape)), of_one.copy()
@@ -280,7 +280,8 @@ def field_of(level: np.ndarray, level_variance: np.ndarray) -> Field:
 
 
 def test_a_fields_levels_are_shrunk_together():
-    # James & Stein with a common prior N(0, tau2), by the method of moments, config by config; worse ones stay so
+    # James & Stein with a common prior N(0, tau2), by the method of moments, config by config; negative effects are not
+    # shrunk
     half = replace(UTILITY, latency_weight=0.5)
     level, variance = np.array([0.5, 0.58, 0.47, 0.9, 0.5]), np.array([0.0, 4e-4, 1e-4, 0.0, 9e-4])
     gain, gain_variance, error = _foretold(field_of(level, variance), half.direction, 0)
@@ -295,7 +296,7 @@ def test_a_fields_levels_are_shrunk_together():
         expected = kept * variance[c] if c in known else np.inf
         assert error[c] == (variance[c] if c in known else np.inf)
         np.testing.assert_allclose(gain_variance[:, c], expected)
-    # of latency, whose weight counts squared in a variance
+    # the same for latency, whose weight enters a variance squared
     field = field_of(level, variance)
     field = field._replace(**{
         name: np.roll(getattr(field, name), OUTCOMES.index("log2_latency"), -1) for name in ("mean", "level_variance")
@@ -307,7 +308,7 @@ def test_a_query_unlike_those_learned_from_is_asked_for_a_margin_that_leaves_are
     evidence = world(np.random.default_rng(14), 2, 3, 50)
     variance = np.array([0.0, 4e-4, 9e-4])
     field = field_of(np.array([0.5, 0.6, 0.5]), variance)
-    # the field left nothing unexplained but noise
+    # the field's residuals are pure noise
     field = field._replace(**{
         f"residual_{name}": 0 * array if name.endswith("mean") else array for name, array in evidence._asdict().items()
         if f"residual_{name}" in Field._fields
@@ -319,7 +320,7 @@ def test_a_query_unlike_those_learned_from_is_asked_for_a_margin_that_leaves_are
 
 
 def unexplained(field: Field, evidence: Evidence) -> Field:
-    """The field that left this evidence unexplained."""
+    """A copy of the field whose residuals are this evidence."""
     return field._replace(**{
         f"residual_{name}": array for name, array in evidence._asdict().items() if f"residual_{name}" in Field._fields
     })  # fmt: skip
@@ -327,7 +328,7 @@ def unexplained(field: Field, evidence: Evidence) -> Field:
 
 @pytest.mark.parametrize("by_field", [False, True])
 def test_a_quality_is_its_leaves_posterior_though_no_test_finds_them_to_differ(by_field):
-    # what a test for differences asks of gains is not asked of levels: nothing is claimed of them
+    # gains need a significant test for differences between leaves, but levels do not: they make no claim
     rng = np.random.default_rng(23)
     evidence = world(rng, 8, 3, 12, 0.06 * rng.normal(size=(8, 3)), sd=0.2)
     level, error = evidence.mean[..., 0], alike_error(evidence)
@@ -361,8 +362,8 @@ def test_a_quality_is_its_leaves_posterior_though_no_test_finds_them_to_differ(b
 
 @pytest.mark.parametrize("share", [0.01, 0.93])
 def test_the_quality_of_a_rare_outcome_is_its_share_of_rows(share):
-    # leaves that by chance show none of it decided the mean of all: an answer promised .0015 where .017 was clicked,
-    # and a floor of .95 was kept at .917
+    # regression: leaves without a single such outcome by chance dominated the overall mean: an answer promised .0015
+    # where .017 were clicked, and a floor of .95 was kept only to .917
     rng = np.random.default_rng(24)
     evidence = world(rng, 24, 3, 40)
     n = np.maximum(evidence.rows, 1)
@@ -390,19 +391,19 @@ def test_with_a_field_leaves_are_drawn_together():
 
 
 def test_each_configs_scatter_is_drawn_to_that_of_all_as_far_as_chance_explains_how_they_differ():
-    # config by config, over two parents with a mean of their own
+    # config by config, over two parents with means of their own
     rng = np.random.default_rng(17)
     parent, tau = np.array([0] * 6 + [1] * 5), np.array([0.0, 0.3, 0.6, 1.2, 0.5])
     variance = rng.uniform(0.5, 2.0, (11, 5)) * 0.1
     variance[rng.random(variance.shape) < 0.15] = np.inf
-    variance[1:, 4] = np.inf  # this one tells nothing of how its leaves differ
+    variance[1:, 4] = np.inf  # this config says nothing about how its leaves differ
     known = np.isfinite(variance)
     errors = np.where(known, variance, 0.0)
     effect = np.where(known, (tau + np.sqrt(errors)) * rng.normal(size=variance.shape), 0.0)
     cells = [[np.flatnonzero(known[:, c] & (parent == g)) for g in (0, 1)] for c in range(5)]
 
     def scatter(tau2: float) -> float:
-        """How much more the cells scatter about their parents' means than their degrees of freedom."""
+        """The cells' weighted squared deviations from their parents' means, minus their degrees of freedom."""
         more = 0.0
         for c in range(5):
             for of in cells[c]:
@@ -451,17 +452,17 @@ def test_a_cell_without_rows_keeps_a_bound_where_its_config_does_on_the_whole():
     w, mean = rows.astype(float), np.zeros_like(evidence.mean)
     mean[..., 0], mean[..., OUTCOMES.index("cost")] = [[0.5, 0.9], [0.5, 0.0]], [[4.0, 5.0], [4.0, 0.0]]
     evidence = evidence._replace(rows=rows, w=w, w2=w, mean=mean, comoment=0 * evidence.comoment)
-    # the default breaks the bound, so that whatever keeps it is better
+    # the default breaks the bound, so that any config that keeps it is better
     bound = replace(UTILITY, kind="bound", max_cost=3.0)
     assert not believe(evidence, [], bound, 0, "auto").probability[:, 1].any()
-    # and costs there what it does on the whole
+    # and a cell without rows has its config's overall cost
     floor = replace(UTILITY, kind="floor", target=0.6)
     assert believe(evidence, [], floor, 0, "auto").score[:2].tolist() == [[-4.0, -5.0], [-4.0, -5.0]]
 
 
 @pytest.mark.parametrize(("lead", "surely"), [(2.3, False), (2.5, True)])
 def test_a_config_surely_beats_the_default_where_its_lead_counts_all_of_them(lead, surely):
-    # five configs beside the default: at .05 / 5 a lead takes 2.326 standard errors
+    # five configs beside the default: at .05 / 5 a lead needs 2.326 standard errors
     field = field_of(np.array([0.5, *[0.4] * 4, 0.5 + lead * 0.01]), np.array([0.0, *[1e-4] * 5]))
     assert surely_better(field, UTILITY, 0) == surely
 

@@ -1,4 +1,4 @@
-"""The gate before any choice: it lets real gains through, near equals included, and seldom anything else."""
+"""The gate before any choice: it lets real gains through, also among near-equal configs, and seldom anything else."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ F1 = OUTCOMES.index("f1")
 
 
 def alike(rows: Rows) -> torch.Tensor:
-    """All queries of one leaf."""
+    """Labels that put all queries into one leaf."""
     return torch.zeros(rows.queries, dtype=torch.int64)
 
 
 def world(seed, effect_C, propensity_C, n=800, local=0.0, full=False, noise=0.2, in_use=True, succeeds=None):
-    """Whether a log pays: one feature, whose sign the last config's effect of size `local` follows.
+    """Whether a simulated log passes the gate (`pays`). It has one feature, whose sign the last config's effect of size
+    `local` follows.
 
-    succeeds: outcomes are 1 with this probability, else 0, whatever the config.
+    succeeds: if given, outcomes are 1 with this probability, else 0, whatever the config.
     """
     rng = np.random.default_rng(seed)
     configs = len(effect_C)
@@ -60,37 +61,38 @@ EVEN = np.full(5, 0.2)
     [
         (np.zeros(5), EVEN),
         (np.array([0.0, 0.0, 0.0, 0.0, -0.3]), EVEN),
-        # the error of 8 rows per config was taken for known: 11 % of such worlds passed
+        # regression: the error of 8 rows per config was taken as known exactly, and 11 % of such worlds passed
         (np.zeros(5), np.array([0.96, 0.01, 0.01, 0.01, 0.01])),
     ],
     ids=["no config differs", "one bad config", "nearly all traffic on the default"],
 )
 def test_nothing_to_gain_seldom_passes(effect, propensity):
-    # 5 % of 150 are 7.5; more than 13 come by chance once in 40 times, and these are the same seeds every time
+    # 5 % of 150 are 7.5; more than 13 occur by chance once in 40 times, and the seeds are fixed
     assert share(150, effect, propensity) <= 13 / 150
 
 
 @pytest.mark.parametrize(("succeeds", "rare"), [(0.97, 0.006), (0.99, 0.02)])
 def test_a_few_rows_that_all_succeeded_beat_nothing(succeeds, rare):
-    # they have no variance, which was taken for knowledge: 24 to 36 % of such worlds passed
+    # regression: without variance they were taken as certain: 24 to 36 % of such worlds passed
     propensity = np.array([1 - 4 * rare, rare, rare, rare, rare])
     assert share(60, np.zeros(5), propensity, succeeds=succeeds) <= 5 / 60
 
 
 @pytest.mark.parametrize("chance", [1e-12, 1.0 / 800])
 def test_nothing_is_known_to_beat_a_default_that_hardly_ran(chance):
-    # it was foretold the mean of all others, which the best of them beats, and so a bank acted on nothing
+    # regression: its prediction was the mean of all other configs, which the best of them beats, and a bank acted on
+    # nothing
     propensity = np.array([chance, 0.5, 0.5 - chance])
     assert share(20, np.array([0.0, 0.3, 0.0]), propensity) <= 0.1
 
 
 def test_a_full_table_with_nothing_to_gain_seldom_passes():
-    # the second regression undid the leaving out of the first, and every such table passed
+    # regression: the second regression undid the leave-one-out of the first, and every such table passed
     assert share(100, np.zeros(4), None, n=300, full=True) <= 0.09
 
 
 def test_a_full_table_of_many_equal_configs_and_features_seldom_passes():
-    # their canonical coordinates looked at the queries that they were tested on, and a quarter passed
+    # regression: the canonical coordinates were fitted on the queries that they were tested on, and a quarter passed
     def passes(seed, n=250, configs=9, features=40):
         rng = np.random.default_rng(seed)
         ones = torch.ones(n * configs, dtype=torch.float64)
@@ -105,7 +107,7 @@ def test_a_full_table_of_many_equal_configs_and_features_seldom_passes():
 
 
 def test_configs_that_answer_every_query_alike_do_not_pass():
-    # the rounding of what was foretold of them opened the gate on 15 % of such tables
+    # regression: rounding errors in their predictions let 15 % of such tables pass the gate
     def passes(seed, n=200, configs=3):
         rng = np.random.default_rng(seed)
         x, ones = rng.normal(size=(n, 4)), torch.ones(n * configs, dtype=torch.float64)
@@ -121,7 +123,8 @@ def test_configs_that_answer_every_query_alike_do_not_pass():
 
 
 def test_configs_that_ran_once_are_not_chosen_by_the_fold_that_holds_their_row():
-    # other folds did not know how far they err: 0 / 0 was the greatest, and 23 % of such logs passed
+    # regression: the other folds had no estimate of their error, 0 / 0 counted as the greatest, and 23 % of such logs
+    # passed
     def passes(seed, n=60):
         rng = np.random.default_rng(seed)
         ones = torch.ones(n, dtype=torch.float64)
@@ -135,7 +138,8 @@ def test_configs_that_ran_once_are_not_chosen_by_the_fold_that_holds_their_row()
 
 
 def test_near_equals_that_all_beat_the_default_pass():
-    # folds picked different ones, each known by a few rows: a gain of half a row's noise did not pass
+    # regression: folds picked different configs, each known by a few rows only, and a gain of half a row's noise did
+    # not pass
     effect = np.array([0.0, 0.1, 0.1, 0.1, 0.1])
     assert share(40, effect, np.array([0.8, 0.05, 0.05, 0.05, 0.05])) >= 0.8
 
@@ -146,7 +150,7 @@ def test_a_config_that_is_better_in_places_passes_though_it_is_no_better_on_the_
 
 
 def test_a_config_that_is_worse_on_the_whole_passes_where_it_is_better_in_places():
-    # shares by place lose on the whole what they gain in places, and one such log in ten passed
+    # regression: choices by place lost overall what they gain in places, and only one such log in ten passed
     effect = np.array([0.0, -0.1])
     assert share(40, effect, np.array([0.9, 0.1]), n=2400, local=0.15) >= 0.8
     assert share(40, effect, np.array([0.9, 0.1]), local=0.15) >= 0.5
@@ -154,13 +158,13 @@ def test_a_config_that_is_worse_on_the_whole_passes_where_it_is_better_in_places
 
 
 def test_a_default_that_is_the_best_everywhere_in_places_by_more_stays():
-    # where others lose less, choices by place do beat the same choices regardless of it: six of these passed, and of
-    # logs of 6,000 rows one in four, whatever finds the places
+    # where other configs lose less, choices by place do beat the same choices made regardless of place. Regression: six
+    # of these passed, and one in four of such logs of 6,000 rows, whatever method finds the places
     assert sum(acts(KINDS[4], 1500, seed) for seed in range(20, 30)) <= 1
 
 
 def test_choices_by_place_of_an_experiment_need_but_seem_to_gain():
-    # nobody runs its default: what such logs foretold was left unused unless it was sure
+    # nobody runs the default of an experiment; regression: predictions from such logs were used only if significant
     def passes(seed, effect, in_use):
         rng = np.random.default_rng(seed)
         x, config = np.sign(rng.normal(size=400)), rng.integers(2, size=400)
@@ -175,7 +179,7 @@ def test_choices_by_place_of_an_experiment_need_but_seem_to_gain():
         return np.mean([passes(seed, effect, in_use) for seed in range(60)])
 
     assert passed(0.03, in_use=False) > passed(0.03, in_use=True) + 0.2
-    # what was foretold the wrong way round does not seem to gain
+    # predictions with the wrong sign do not seem to gain
     assert passed(-0.06, in_use=False) < 0.1
 
 
@@ -194,7 +198,9 @@ def test_differences_of_a_full_table_are_paired():
 
 
 def of_leaves(seed: int, effect: float, configs: int = 40, leaves: int = 16, n: int = 12_000) -> bool:
-    """Whether a log pays in whose leaves one config each is better, of which the fit foretold nothing."""
+    """Whether a simulated log passes the gate in which one config is better in each leaf, and the fit predicts none of
+    it.
+    """
     rng = np.random.default_rng(seed)
     leaf, config = rng.integers(leaves, size=n), rng.integers(configs, size=n)
     y_NO = torch.zeros(n, len(OUTCOMES), dtype=torch.float64)
@@ -207,8 +213,8 @@ def of_leaves(seed: int, effect: float, configs: int = 40, leaves: int = 16, n: 
 
 
 def test_what_leaves_show_of_many_configs_is_proof_too():
-    # each config has few rows where it is better: the field found no place for any, and 60 configs were all left unused
-    # that clusters alone told apart
+    # regression: each config has few rows where it is better, so that the field found no places; 60 configs that only
+    # the clusters could tell apart were all left unused
     assert all(of_leaves(seed, effect=0.1) for seed in range(5))
     assert sum(of_leaves(seed, effect=0.0) for seed in range(60)) <= 6
 
@@ -221,7 +227,7 @@ def test_effects_no_larger_than_their_errors_are_shrunk_to_nothing():
 
 
 def a_log(rng: np.random.Generator, n: int = 90, configs: int = 3, leaves: int = 4) -> tuple[Pseudo, Rows]:
-    """One row a query of uneven weights, the last config in four of them."""
+    """A log of one row per query with unequal weights; the last config has four rows."""
     config = np.r_[[configs - 1] * 4, rng.integers(configs - 1, size=n - 4)]
     weight = rng.uniform(0.5, 2.0, n)
     rows = Rows(torch.arange(n), torch.as_tensor(config), *[torch.as_tensor(weight)] * 2, n, configs)
@@ -231,7 +237,7 @@ def a_log(rng: np.random.Generator, n: int = 90, configs: int = 3, leaves: int =
 
 
 def test_a_p_value_is_a_t_tests_with_satterthwaites_freedom():
-    # row by row
+    # computed row by row
     pseudo, rows = a_log(np.random.default_rng(0))
     moved = np.random.default_rng(1).normal(size=(90, 3))
     moved -= moved.mean(1, keepdims=True)
@@ -250,13 +256,13 @@ def test_a_p_value_is_a_t_tests_with_satterthwaites_freedom():
     assert 4 < together < 60
     found = _p_value(torch.as_tensor(moved), pseudo, rows)
     assert found == pytest.approx(t.sf(np.mean(gain) / error, together), rel=1e-9) and 0.001 < found < 0.5
-    # what loses, or gains what may be rounding, is no gain
+    # a loss, or a gain that may be rounding, is not significant
     assert _p_value(torch.as_tensor(-moved), pseudo, rows) == 1.0
     assert _p_value(torch.as_tensor(moved * 1e-10), pseudo, rows) == 1.0
 
 
 def test_what_leaves_show_is_shrunk_as_far_as_chance_explains_it():
-    # leaf by leaf; every effect of which a row tells, large enough that something is kept
+    # computed leaf by leaf, for every effect with rows, and large enough that some of it is kept
     rng = np.random.default_rng(2)
     pseudo, rows = a_log(rng)
     planted = rng.normal(size=(4, 3)) * 3
@@ -284,7 +290,8 @@ def test_what_leaves_show_is_shrunk_as_far_as_chance_explains_it():
 
 
 def test_shares_are_the_posteriors_probabilities_without_the_fold(monkeypatch):
-    # of one leaf, of which nothing was foretold: by query and alike, the probability that the other beats the default
+    # one leaf and no predictions: by query and overall, the share is the probability that the other config beats the
+    # default
     monkeypatch.setattr(proof, "DRAWS", 4000)
     rng, n = np.random.default_rng(6), 300
     config = rng.integers(2, size=n)

@@ -1,4 +1,4 @@
-"""Every name of the reference document has its place here; corrected formulas agree with their scalar reading."""
+"""Every name of the reference document has a counterpart here; corrected formulas agree with their scalar oracles."""
 
 from __future__ import annotations
 

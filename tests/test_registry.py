@@ -1,4 +1,4 @@
-"""The registry: what is served is always a verified artifact, whatever dies when."""
+"""The registry: what is served is always a verified artifact, whatever crashes when."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ A, B, C, D, E = (f"2026010{day}T000000-{day:06x}" for day in range(1, 6))
 
 @pytest.fixture
 def registry(tmp_path: Path, data: BankData) -> Registry:
-    """Versions A, B and C, none of them served."""
+    """A registry with versions A, B and C, none of them served."""
     for version in (A, B, C):
         write_artifact(tmp_path / "artifacts" / version, data, {"report.html": b"<p>"})
     return Registry(tmp_path / "artifacts", keep=2)
@@ -46,7 +46,7 @@ def test_versions_come_oldest_first_and_nothing_else_is_one(registry: Registry) 
 
 
 def test_new_versions_sort_after_all_before_them(tmp_path: Path) -> None:
-    # two of one second used to sort by their random digits
+    # regression: two versions of the same second were sorted by their random digits
     registry = Registry(tmp_path)
     made = []
     for _ in range(20):
@@ -58,7 +58,7 @@ def test_new_versions_sort_after_all_before_them(tmp_path: Path) -> None:
 def test_promote_serves_a_version(registry: Registry) -> None:
     registry.promote(A, "first")
     assert registry.champion() == A and registry.folder("champion").name == A
-    assert (registry.path / "champion").readlink() == Path(A)  # relative: the folder can be moved
+    assert (registry.path / "champion").readlink() == Path(A)  # the link is relative, so that the folder can be moved
     ReasoningBank.load(registry.path / "champion")
     registry.promote(B, "better")
     assert [(e["version"], e["before"], e["reason"]) for e in registry.history()] == [
@@ -103,14 +103,14 @@ def test_unknown_versions_are_an_error(registry: Registry, version: str) -> None
 
 
 def test_a_champion_that_is_no_link_is_an_error(registry: Registry) -> None:
-    # it used to be an IsADirectoryError
+    # regression: IsADirectoryError
     (registry.path / "champion").mkdir()
     with pytest.raises(RegistryError, match="make it a link"):
         registry.promote(A, "")
 
 
 def test_promote_that_cannot_write_its_history_changes_nothing(registry: Registry, monkeypatch: Any) -> None:
-    # the link used to be switched before, so that a roll back had nothing to go back to
+    # regression: the link was switched before the history was written, so that a rollback had nothing to go back to
     registry.promote(A, "first")
 
     def fsync(descriptor: int) -> None:
@@ -123,7 +123,7 @@ def test_promote_that_cannot_write_its_history_changes_nothing(registry: Registr
 
 
 def test_rollback_goes_back_step_by_step_and_never_forth(registry: Registry) -> None:
-    # a second roll back used to serve the bad version again
+    # regression: a second rollback served the bad version again
     for version in (A, B, C):
         registry.promote(version, "")
     assert registry.rollback() == B == registry.champion()
@@ -141,7 +141,7 @@ def test_rollback_skips_a_version_promoted_twice(registry: Registry) -> None:
 
 
 def test_rollback_never_serves_again_what_it_undid(registry: Registry) -> None:
-    # A, B, A used to be rolled back to B, A, B, A and so on
+    # regression: A, B, A was rolled back to B, A, B, A and so on
     for version in (A, B, A):
         registry.promote(version, "")
     assert [registry.rollback(), registry.rollback()] == [B, A]
@@ -177,14 +177,14 @@ def test_rollback_refuses_a_damaged_predecessor(registry: Registry) -> None:
     registry.promote(A, "")
     registry.promote(B, "")
     (registry.path / A / "bank.safetensors").write_bytes(b"")
-    # it used to say "roll back", to one who did
+    # regression: the message said "roll back" to somebody who just did
     with pytest.raises(RegistryError, match=f"{B} stays: {A}, which .* action=promote version=VERSION"):
         registry.rollback()
     assert registry.champion() == B
 
 
 def test_a_torn_line_of_the_history_costs_no_other(registry: Registry) -> None:
-    # the line after a torn one used to be glued to it, and both were lost
+    # regression: the line after a torn one was appended to it, and both were lost
     registry.promote(A, "")
     history = registry.path / "history.jsonl"
     history.write_text(history.read_text() + '7\n{"time": 17, "versi')
@@ -202,7 +202,7 @@ def test_a_history_of_one_byte_is_gone_on_with(registry: Registry, before: bytes
 
 
 def test_a_switch_is_on_the_disk_before_it_is_reported(registry: Registry, monkeypatch: Any) -> None:
-    # a folder's entry that is not synced is gone after a power cut, with the line of the history that tells of it left
+    # after a power cut, a directory entry that was not synced is gone, although the history says that it was made
     synced = []
     monkeypatch.setattr("rb_gpu.registry.sync_path", lambda path: synced.append((path, registry.champion())))
     registry.promote(A, "")
@@ -301,7 +301,7 @@ with registry.locked():
 
 @pytest.mark.parametrize("syncs", range(4))
 def test_a_job_killed_while_it_writes_harms_nothing(registry: Registry, data: BankData, syncs: int) -> None:
-    """After the bank, the report, the manifest, and just before the rename."""
+    """Killed after the bank, the report, the manifest, and just before the rename."""
     registry.promote(A, "")
     killed = python(KILLED, registry.path, str(syncs))
     assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -18,7 +18,7 @@ from rb_gpu.learn.workers import workers
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_a_merge_costs_what_it_adds_to_the_inertia(offset):
-    # torch.cdist takes products from 26 rows on, which cancel far from the origin
+    # torch.cdist computes by products from 26 rows on, which cancel far from the origin
     rng = np.random.default_rng(0)
     centroids, mass = (rng.normal(size=(40, 3)) + offset).astype(np.float32), rng.exponential(size=40)
     cost, partner = repair._merge_costs(torch.from_numpy(centroids), torch.from_numpy(mass))
@@ -70,7 +70,7 @@ def test_the_cheapest_merges_pay_for_the_most_gainful_splits_and_no_cluster_is_t
         cost, gain, mass = rng.exponential(size=k), rng.exponential(size=k) * rng.choice([0.3, 2.0, 9.0]), rng.random(k)
         mass[rng.random(k) < 0.2], gain[rng.random(k) < 0.2] = 0.0, 0.0
         partner = (np.arange(k) + rng.integers(1, k, size=k)) % k
-        # inertia beside which the gain of one exchange is large, or next to nothing
+        # the inertia is such that the gain of one exchange is large relative to it, or negligible
         d2, weight = (rng.random(k) + 9.0) * rng.choice([1.0, 200.0]), rng.uniform(1.0, 5.0, k)
         if rng.random() < 0.1:
             d2 *= 1e-4

@@ -1,4 +1,4 @@
-"""What the report says, without a browser: its numbers, its words, its escaping and its size."""
+"""What the report says, checked without a browser: its numbers, its words, its escaping and its size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ torch = pytest.importorskip("torch")
 
 
 class Elements(HTMLParser):
-    """Names of all elements, and texts of those that a test asks for."""
+    """Collects the names of all elements, and the texts of those that a test asks for."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -48,13 +48,13 @@ def test_the_axes_are_the_principal_components_of_the_weighted_centroids():
     centred = centroids - weight @ centroids
     axes = np.linalg.svd(np.sqrt(weight)[:, None] * centred, full_matrices=False)[2][:2].T
     axes *= np.sign(axes[np.abs(axes).argmax(0), [0, 1]])
-    assert np.allclose(found.centroids_P2, centred @ axes, atol=0.05)  # queries lie at 0.1 around them
+    assert np.allclose(found.centroids_P2, centred @ axes, atol=0.05)  # queries have a noise of 0.1 around them
     assert (found.leaf_S >= 0).all() and len(found.queries_S2) == len(found.leaf_S) == 2000
     assert np.abs(found.queries_S2 - found.centroids_P2[found.leaf_S]).mean() < 0.15
 
 
 def test_centroids_that_are_directions_lie_among_their_queries():
-    """Unit centroids stood outside the cloud of their queries, whose mean is shorter."""
+    """Regression: unit centroids were drawn outside the cloud of their queries, whose mean is shorter."""
     rng = np.random.default_rng(1)
     centroids = rng.normal(size=(8, 48))
     centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
@@ -79,7 +79,7 @@ def test_intervals_and_quantiles_agree_with_those_of_others():
 
 
 def test_latency_compares_the_same_traffic():
-    """A pattern with many rows under one config must not weigh more on that config's curve than on the default's."""
+    """A pattern with many rows under one config must not weigh more in that config's curve than in the default's."""
     data = make_bank(leaves=2, configs=2, seed=0)
     arrays = data.arrays
     arrays["verdict_config"][:], arrays["verdict_stands"][:] = 0, 0
@@ -133,7 +133,9 @@ def test_the_first_screen_answers_against_what_is_served(pages, gain, word):
 
 
 def test_a_gain_that_rests_on_false_propensities_is_no_answer(pages):
-    """The page said "Better than the default, +0.0382 to +0.1182" of values that its own warning called wrong."""
+    """Regression: the page said "Better than the default, +0.0382 to +0.1182" about values that its own warning called
+    wrong.
+    """
     facts = pages.facts()
     facts["evaluation"] |= {"misled": ["default"], "warnings": ["propensity: does not add up"]}
     facts["evaluation"]["bank_gains"]["default"] = {"gain": 0.08, "low": 0.04, "high": 0.12}
@@ -147,7 +149,9 @@ def test_a_gain_that_rests_on_false_propensities_is_no_answer(pages):
 
 
 def test_a_gain_by_association_is_not_said_to_be_sure(pages):
-    """Of a log whose night shift ran another config the page said "Better than the default", where none was better."""
+    """Regression: for a log whose night shift ran another config, the page said "Better than the default", though no
+    config was better.
+    """
     facts = pages.facts()
     facts["evaluation"] |= {"grade": "associational"}
     facts["evaluation"]["bank_gains"]["default"] = {"gain": 0.14, "low": 0.12, "high": 0.17}
@@ -254,7 +258,7 @@ def test_settings_that_were_left_to_the_job_are_told(pages):
     found = dict(found_table(pages.bank, pages.facts()).rows)
     assert found["lookup.floor"] == f"cosine {pages.bank.data.lookup.floor:.3f}"
     assert found["params.default"] == pages.bank.configs.describe(pages.bank.data.default)
-    assert "cluster.k" not in found  # which was given
+    assert "cluster.k" not in found  # cluster.k was given
     data = pages.bank.data
     same = replace(data, arrays=data.arrays | {"margin": np.zeros_like(data.arrays["margin"])})
     once = dict(found_table(ReasoningBank(same), pages.facts()).rows)
@@ -276,7 +280,8 @@ def test_a_log_without_cost_or_propensities_has_a_report_that_claims_less(pages)
 
 
 def test_ticks_hold_the_values_and_numbers_read_well():
-    # the estimated qualities of a log whose quality is always 1 differ by rounding: the axis had no length
+    # regression: the estimated qualities of a log whose quality is always 1 differ only by rounding, and the axis had
+    # length 0
     always_one = [1.0 - 2e-16, 1.0, 1.0 + 2e-16]
     for values in ([0.0, 1.0], [0.8335, 0.8433], [508.2, 16492.0], [-0.055, 0.013], [3.0, 3.0], [1e-9, 2e-9],
                    always_one, [0.7, 0.7 + 2e-16]):  # fmt: skip

@@ -1,4 +1,4 @@
-"""The report in a real browser, Chromium: on a desk, on a phone, in the dark, on paper. Skips where there is none."""
+"""The report in a real browser, Chromium: on a desktop, on a phone, in dark mode, on paper. Skips without Chromium."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COLLISIONS = """() => [...document.querySelectorAll("svg.chart")].flatMap((chart
   }));
   return out;
 })"""
-# elements that reach over the right edge, but for those inside a box that scrolls by itself
+# elements that extend beyond the right edge, except inside a box that scrolls by itself
 OVERFLOWING = """() => [...document.querySelectorAll("body *")].filter((one) =>
   one.getBoundingClientRect().right > innerWidth + 1 && !one.parentElement.closest(".wide"))
   .map((one) => one.outerHTML.slice(0, 80))"""
@@ -45,7 +45,7 @@ UNFOLD = "document.querySelectorAll('details').forEach((one) => { one.open = tru
 
 @dataclass
 class Shown:
-    """A page, what the browser complained of, and what it asked the network for."""
+    """A page, the browser's complaints, and its network requests."""
 
     page: Any
     complaints: list[str] = field(default_factory=list)
@@ -81,7 +81,7 @@ def show(browser) -> Iterator[Callable[..., Shown]]:
 
 @pytest.fixture(scope="module")
 def every_page(pages, tmp_path_factory) -> dict[str, Path]:
-    """Those of the trainings, one of 4,096 patterns, one whose every name is long and hostile, and one of a sweep."""
+    """The reports of the trainings, one with 4,096 patterns, one with long and hostile names, and one of a sweep."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "large.html").write_text(page_of(ReasoningBank(make_bank(leaves=4096, configs=8)), pages.facts()))
     name, facts = "<script>alert(1)</script>" + 200 * "x", pages.facts()
@@ -106,13 +106,13 @@ def every_page(pages, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", ["promoted", "refused", "plain", "large", "hostile", "sweep"])
 def test_the_page_is_whole_wide_and_narrow(show, every_page, name):
-    for viewport in (PHONE,) if name == "large" else (DESK, PHONE):  # which is slow to lay out, unfolded
+    for viewport in (PHONE,) if name == "large" else (DESK, PHONE):  # the large report is slow to lay out when unfolded
         shown = show(every_page[name], viewport)
         assert shown.complaints == []
         assert [url for url in shown.requests if not url.startswith(("file:", "data:"))] == []
         assert shown.page.evaluate(OVERFLOWING) == []
         shown.page.evaluate(UNFOLD)
-        # captions were as wide as their tables, whose rest is scrolled to
+        # regression: captions were as wide as their tables, most of which is reached only by scrolling
         ends = shown.page.evaluate(
             "[...document.querySelectorAll('caption span')].map(e => e.getBoundingClientRect().right)"
         )
@@ -123,8 +123,8 @@ def test_the_page_is_whole_wide_and_narrow(show, every_page, name):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing(show, every_page, scheme):
-    """Contrast by WCAG AA among it; with everything unfolded."""
-    # the page's own security policy refuses any script but its own
+    """Checks WCAG AA contrast among other things, with everything unfolded."""
+    # the page's own security policy allows no scripts but its own
     for name in ("refused", "sweep"):
         page = show(every_page[name], color_scheme=scheme, bypass_csp=True).page
         page.evaluate(UNFOLD)
@@ -158,7 +158,7 @@ def test_on_paper_everything_is_unfolded_and_inside(show, every_page, name):
                          "one.getBoundingClientRect().right > innerWidth + 1).map((one) => one.outerHTML.slice(0, 80))"
                          ) == []  # fmt: skip
     assert not page.locator("nav").is_visible() and not page.locator(".filter input").is_visible()
-    assert page.locator(".filter output").is_visible()  # how many of the verdicts are on this paper
+    assert page.locator(".filter output").is_visible()  # the number of verdicts that are printed
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.evaluate("document.querySelectorAll('details:not(.node):not([open])').length") > 0
     assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")
@@ -180,7 +180,7 @@ def test_the_verdict_table_sorts_by_keyboard(show, every_page):
     page.keyboard.press("Space")
     assert head.get_attribute("aria-sort") == "ascending"
     assert [int(text.replace(",", "")) for text in column(page, 8)] == counts[::-1] or sorted(counts)
-    # what is not known comes last either way
+    # unknown values come last in both directions
     for _ in range(2):
         page.locator("#verdict-table th button", has_text="interval").click()
         known = [text != "–" for text in column(page, 6)]

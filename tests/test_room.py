@@ -1,4 +1,4 @@
-"""Embeddings in a file, and a table that several processes read together, are those of one process in memory."""
+"""Embeddings in a file, and a table read by several processes together, equal those of one process in memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COLUMNS = ("x_QD", "query_row", "query_id", "query_time", "config_id", "precisio
 
 
 class Board:
-    """Where threads that stand for ranks leave what the others ask for."""
+    """Where threads that act as ranks leave values for each other."""
 
     def __init__(self, size: int) -> None:
         self.values: list[Any] = [None] * size
@@ -103,7 +103,8 @@ def same(one: Trajectories, other: Trajectories) -> None:
     assert one.source == other.source
 
 
-# the first rank moved rows while the second still compared them, which then refused others and waited elsewhere
+# regression: the first rank moved rows while the second still compared them; it then refused other rows and waited
+# elsewhere
 @example(n=[39, 39, 36], group=1, size=2, capacity=20, repeated=True, seed=28)
 @settings(max_examples=40, deadline=None)
 @given(
@@ -129,7 +130,7 @@ def test_processes_that_share_the_reading_get_the_table_of_one(
     for shared in together(size, config, params, folder):
         same(alone, shared)
     if alone.source.bad_rows:
-        # a batch names its bad rows by reason, and a batch may reach over the end of a share
+        # a batch reports its bad rows by reason, and may extend beyond the end of a share
         by = [(name, "ascending") for name in ("file", "row")]
         assert pq.read_table(folder / "bad").sort_by(by) == pq.read_table(folder / "bad0").sort_by(by)
         assert not (folder / "bad1").exists()

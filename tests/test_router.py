@@ -54,7 +54,9 @@ CPU = torch.device("cpu")
 
 
 def net(seed: int = 0, features: int = 0) -> RouterNet:
-    """Every weight random: what training starts from has zeros that would hide a missing term."""
+    """A net with random weights everywhere: the initial weights of training contain zeros that would hide a missing
+    term.
+    """
     generator = torch.Generator().manual_seed(seed)
     mean, scale = torch.randn(features, generator=generator), 1 + torch.rand(features, generator=generator)
     made = RouterNet(DIM, RouterConfig(hidden=HIDDEN, rank=RANK), CONFIGS, mean, scale)
@@ -65,7 +67,7 @@ def net(seed: int = 0, features: int = 0) -> RouterNet:
 
 
 def scalar_cell(x: list[float], h: list[float], p: dict[str, np.ndarray]) -> list[float]:
-    """One step as Kusupati et al. 2018 write it, in loops, low-rank products included."""
+    """One step as in Kusupati et al. 2018, in loops, including low-rank products."""
 
     def sigmoid(v: float) -> float:
         return 1.0 / (1.0 + math.exp(-v))
@@ -117,7 +119,7 @@ def test_steps_before_a_sessions_start_leave_no_trace():
 
 def test_forward_takes_the_config_of_highest_utility():
     made, x = net(4), torch.randn(40, DIM, generator=torch.Generator().manual_seed(5))
-    made.linear("temperature").weight.data *= 20  # past both ends of the range
+    made.linear("temperature").weight.data *= 20  # beyond both ends of the range
     router, heads = made.export(), made.forward(x[:, None], torch.ones(40, 1, dtype=torch.bool))
     decisions, shares = [router.forward(row.numpy()) for row in x], [router.shares(row.numpy()) for row in x]
     for i, decision in enumerate(decisions):
@@ -187,7 +189,7 @@ def test_the_file_reads_back(tmp_path):
     x = np.random.default_rng(0).normal(size=(3, DIM + FEATURES))
     assert again.forward(x) == router.forward(x)
     assert again.to_bytes() == router.to_bytes() == FastGRNNRouter.from_bytes(content_with(router)).to_bytes()
-    read = load_tensors(router.to_bytes())  # safetensors reads it too
+    read = load_tensors(router.to_bytes())  # the safetensors library can read it too
     assert read.keys() == router.arrays.keys() and all((read[name] == a).all() for name, a in router.arrays.items())
     assert again.sizes == {
         "inputs": DIM + FEATURES, "features": FEATURES, "hidden": HIDDEN, "rank": RANK, "recurrent_rank": RANK,
@@ -280,7 +282,7 @@ def test_damaged_arrays_are_refused(arrays, message):
 
 
 def test_weights_that_would_overflow_are_refused():
-    # a router of them answered with a confidence of NaN
+    # regression: a router with such weights answered with a confidence of NaN
     arrays = {"w1": np.full_like(net().export().arrays["w1"], 3e38)}
     with pytest.raises(ArtifactError, match="w1 holds weights over 100000"):
         FastGRNNRouter.from_bytes(content_with(net().export(), arrays))
@@ -296,7 +298,7 @@ def test_a_number_that_would_overflow_is_refused():
 
 
 def test_a_feature_that_would_overflow_is_refused():
-    # the second let ordinary features overflow, which a service was told were bad
+    # regression: with the second pair, ordinary features overflowed, and the service was told that they were bad
     for mean, scale in ((0.0, 0.0), (0.0, 1e-40), (1e35, 1.0), (0.0, -1.0)):
         damage = {"feature_mean": np.full(2, mean, np.float32), "feature_scale": np.full(2, scale, np.float32)}
         with pytest.raises(ArtifactError, match="means and scales"):
@@ -331,7 +333,7 @@ def decided(params: SearchParams = ROUTER) -> RouterDecision:
 
 @pytest.mark.parametrize("confidence", [0.0, 0.3, 0.5, 0.500001, 0.6, 0.8, 0.949, 0.95, 1.0])
 def test_the_blend_is_ramped(confidence):
-    # tried contexts near enough that a full blend reaches another one
+    # the tried contexts are so near that a full blend reaches another one
     tried = [1000, 3200, 3600, 4000]
     configs = ConfigTable.from_params([SearchParams(context_tokens=c) for c in tried], ("auto",), 0)
     decision = blend(decided(), answer(confidence), configs)
@@ -375,7 +377,7 @@ def test_the_tier_comes_from_a_sure_pattern_only_and_is_reported():
 
 
 class Fixed:
-    """A router that is not ours."""
+    """A router from elsewhere."""
 
     def forward(self, features):
         return RouterDecision(ROUTER, 0.5, None, ROUTER)
@@ -418,7 +420,7 @@ SETTINGS = RouterConfig(target="log", hidden=16, rank=8, epochs=12, batch_size=1
 
 
 def planted(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each of four directions has its own best config, worth 1 over the others."""
+    """Each of four directions has its own best config, which is worth 1 more than the others."""
     g = torch.Generator().manual_seed(seed)
     group = torch.randint(4, (n,), generator=g)
     x = 3 * torch.eye(DIM)[group] + 0.5 * torch.randn(n, DIM, generator=g)
@@ -427,7 +429,7 @@ def planted(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 
 def lessons_of(x, config, utility, weight=None, belief=None) -> Lessons:
-    """One config for each query."""
+    """Lessons with one logged config per query."""
     rows, weight = torch.arange(len(x)), torch.ones(len(x)) if weight is None else weight
     utility_QC, weight_QC = torch.zeros(2, len(x), len(CONFIGS))
     utility_QC[rows, config], weight_QC[rows, config] = utility, weight
@@ -492,7 +494,7 @@ def test_utilities_are_in_the_objectives_unit():
         if belief is None:
             assert out[best].mean() == pytest.approx(47, abs=4)
             assert out[~best].mean() == pytest.approx(7, abs=4)
-        else:  # of what the default gets, beliefs know the mean alone: 17
+        else:  # beliefs only know the mean of the default's outcomes: 17
             left = other.numpy() != 0
             assert (out[best][left] - out[left, 0]).mean() == pytest.approx(40, abs=4)
             assert out[:, 0].mean() == pytest.approx(17, abs=3)
@@ -524,7 +526,7 @@ def test_confidence_is_calibrated_on_paired_outcomes():
 
 
 def test_the_host_waits_for_the_device_once_an_epoch_and_not_once_a_batch():
-    # which configs ran was asked by a mask in every batch: the device ran dry between small ones
+    # regression: a mask in every batch asked which configs ran, and the device ran idle between small batches
     waits = []
     for batch in (400, 50):
         x, config, utility = planted(900, 0)[:3]
@@ -548,7 +550,7 @@ def test_the_best_epoch_is_kept_and_training_stops_early(learnt):
     assert learnt.valid_loss[learnt.best_epoch] == min(learnt.valid_loss)
     x, config, _, _ = planted(400, 2)
     noise = torch.randn(400, generator=torch.Generator().manual_seed(3))
-    # far more epochs than a loss on noise keeps falling
+    # far more epochs than those in which a loss on noise keeps falling
     stopped = trained(x, config, noise, settings=replace(SETTINGS, epochs=60, patience=3))
     assert len(stopped.valid_loss) == len(stopped.train_loss) == stopped.best_epoch + 1 + 3 < 60
 
@@ -581,12 +583,12 @@ def test_a_config_that_never_ran_is_never_preferred(never, believed):
 
 
 def test_a_session_does_not_pass_through_untrained_weights(learnt):
-    """Single queries teach U nothing: it must be 0, not noise."""
+    """Single queries say nothing about U: it must be 0, not noise."""
     assert not (learnt.router.arrays["u1"] @ learnt.router.arrays["u2"]).any()
 
 
 def test_a_session_tells_what_its_last_query_does_not():
-    """The best config is that of the direction of the query before."""
+    """The best config is that of the previous query's direction."""
     x, config, _, group = planted(4000, 0)
     before = torch.cat([group[:1], group[:-1]])
     utility = (config == before).float()
@@ -597,7 +599,7 @@ def test_a_session_tells_what_its_last_query_does_not():
     right = [router.forward(fresh[i - 1 : i + 1].numpy()).config_id == int(other[i - 1]) for i in range(1, 300)]
     assert np.mean(right) > 0.9
     backwards = [router.forward(fresh[[i, i - 1]].numpy()).config_id == int(other[i - 1]) for i in range(1, 300)]
-    assert np.mean(backwards) < 0.5  # the order is what was learned
+    assert np.mean(backwards) < 0.5  # the order was learned
 
 
 def test_numeric_features_tell_what_the_embedding_does_not():
@@ -654,7 +656,7 @@ def test_last_steps_are_those_of_the_session_in_time():
 
 
 def logged_in_sessions(path) -> None:
-    """3,000 rows: the config that is best is told by the column turn; sessions of three queries; D = 8."""
+    """3,000 rows in which the column turn determines the best config; sessions of three queries; D = 8."""
     rng = np.random.default_rng(0)
     n, turn = 3000, np.arange(3000) % 3
     ef_search = rng.choice([16, 64, 256], n)
@@ -683,7 +685,7 @@ def test_the_job_teaches_sessions_and_features_from_the_log(tmp_path):
         assert "How the router learned" in (published.folder / "report.html").read_text()
         worth = {value.name: value.utility for value in published.evaluation.values}
         assert {"router", "router and bank"} <= set(worth)
-        if features:  # nothing else tells the turn: the bank is at a loss
+        if features:  # nothing else tells the turn: the bank cannot know it
             assert worth["router"] > worth["best single config"] + 0.1
             assert router.forward(np.r_[np.ones(8), 1.0]).params.ef_search == 64
 
@@ -703,7 +705,7 @@ def test_a_table_without_sessions_is_named(tmp_path):
 
 
 def test_columns_of_a_query_follow_it(tmp_path):
-    """Rows in another order than time, two tables, a null session, and what capacity and bad rows leave."""
+    """Rows not in the order of time, two tables, a null session, and the rows that capacity and bad rows leave."""
     logged_in_sessions(tmp_path / "log.parquet")
     whole = pq.read_table(tmp_path / "log.parquet")
     order = np.random.default_rng(1).permutation(len(whole))

@@ -1,4 +1,6 @@
-"""The schedules: each is read by its own tool where there is one, and takes the gate's refusal for no failure."""
+"""The schedules: each is parsed by its own tool if it is installed, and does not treat the gate's
+refusal as a failure.
+"""
 
 from __future__ import annotations
 
@@ -69,14 +71,14 @@ def test_the_cron_job_has_known_fields_and_forbids_two():
     assert spec["concurrencyPolicy"] == "Forbid"
     assert re.fullmatch(r"(\S+ ){4}\S+", spec["schedule"])
     pod = spec["jobTemplate"]["spec"]["template"]["spec"]
-    assert pod["restartPolicy"] == "Never"  # a pod failure policy asks for it
+    assert pod["restartPolicy"] == "Never"  # a pod failure policy requires it
     mounted = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
     rule = spec["jobTemplate"]["spec"]["podFailurePolicy"]["rules"][0]
     assert rule["onExitCodes"]["containerName"] in {container["name"] for container in pod["containers"]}
 
 
-# torchrun runs the program behind --no-python in every process, and makes 1 of every exit code but 0
+# torchrun runs the program after --no-python in every process, and turns every nonzero exit code into 1
 TORCHRUN = """#!/bin/sh
 echo "$@" > {folder}/launched
 while [ "$1" != --no-python ]; do shift; done
@@ -91,14 +93,15 @@ REFUSAL = pytest.mark.parametrize(("code", "expected"), [(0, 0), (3, 0), (1, 1),
 
 
 def programs(folder: Path, code: int) -> dict[str, str]:
-    """An environment whose programs say how they were called; the job ends with the code."""
+    """An environment whose programs record how they were called; the job ends with the given code."""
     texts = {
         "ip": '#!/bin/sh\n[ "$*" = "-o -4 route show default" ] || exit 1\n'
         'echo "default via 10.0.0.1 dev eno1 proto dhcp metric 100"\necho "default via 10.1.0.1 dev ib0"\n',
         "rb-train": f'#!/bin/sh\necho "$@" > {folder}/said\nenv > {folder}/environment\nexit {code}\n',
         "torchrun": TORCHRUN.format(folder=folder),
         "srun": '#!/bin/sh\nwhile [ "$1" != torchrun ]; do shift; done\nexec "$@"\n',
-        # a reader of the first line alone is gone when the second comes: a pipe's failure ended the job before it began
+        # regression: a reader of the first line only has exited when the second comes; the broken pipe ended the job at
+        # once
         "scontrol": '#!/bin/sh\n[ "$*" = "show hostnames node[3-4]" ] && echo node3 && sleep 0.2 && echo node4\n',
     }
     for name, text in texts.items():
@@ -120,7 +123,7 @@ def test_a_refusal_is_no_failure_and_an_error_is_one(tmp_path, code, expected):
 @REFUSAL
 @pytest.mark.parametrize("script", ["train.sbatch", "train-nodes.sbatch"])
 def test_a_refusal_is_no_failure_under_torchrun(tmp_path, script, code, expected):
-    # torchrun's 1 for the gate's 3 used to be taken for a failure, and requeued
+    # regression: torchrun's 1 for the gate's 3 was treated as a failure, and the job was requeued
     done = subprocess.run(["bash", str(SCHEDULE / script), "data=files", "x=a b"], env=programs(tmp_path, code))
     assert done.returncode == min(expected, 1)
     assert (tmp_path / "said").read_text() == "data=files x=a b\n"
@@ -143,7 +146,8 @@ def test_nodes_meet_at_the_first_one_and_nccl_is_told_its_network(tmp_path):
     assert {"--nnodes=2", "--rdzv-id=7", "--rdzv-endpoint=node3:29500"} <= set(launched)
     told = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines() if "=" in line)
     assert told.keys() >= NCCL and told["OMP_NUM_THREADS"] == "8"
-    # gloo took the address of the node's name, which Debian's /etc/hosts gives as 127.0.1.1: no node reached another
+    # regression: gloo used the address of the node's name, which Debian's /etc/hosts gives as 127.0.1.1: no node
+    # reached another
     assert told["GLOO_SOCKET_IFNAME"] == "eno1"
     subprocess.run(
         ["bash", str(SCHEDULE / "train-nodes.sbatch")], env=environment | {"NCCL_SOCKET_IFNAME": "=ib0"}, check=True
@@ -170,7 +174,7 @@ def test_the_job_on_several_nodes_agrees_with_itself():
     assert spec["completionMode"] == "Indexed"
     assert int(options["nnodes"]) == spec["completions"] == spec["parallelism"]
     assert options["nproc-per-node"] == container["resources"]["limits"]["nvidia.com/gpu"]
-    # the service names the pods: NAME-INDEX.SUBDOMAIN
+    # the service names the pods NAME-INDEX.SUBDOMAIN
     assert service["spec"]["clusterIP"] == "None" and service["metadata"]["name"] == pod["subdomain"]
     assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
     assert options["rdzv-endpoint"] == f"{job['metadata']['name']}-0.{pod['subdomain']}:29500"

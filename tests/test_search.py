@@ -1,4 +1,4 @@
-"""Nearest leaves: exact against a brute force, Faiss indexes against exact."""
+"""Nearest leaves: exact search against brute force, Faiss indexes against exact search."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def brute_force(cosine_BP: np.ndarray, k: int) -> list[list[int]]:
-    """The k best of each row, equal ones in the order of their columns."""
+    """The k best columns of each row; equal ones in the order of their columns."""
     return [sorted(range(len(row)), key=lambda column: (-row[column], column))[:k] for row in cosine_BP.tolist()]
 
 
@@ -44,7 +44,7 @@ def test_exact_search_is_a_brute_force(k: int) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_equally_near_leaves_come_in_the_order_of_rows(seed: int) -> None:
-    # a partition used to take any of those that are as near as the last one
+    # regression: a partition took any of the leaves that are as near as the last one
     rng = np.random.default_rng(seed)
     leaves = np.eye(4, dtype=np.float32)[rng.integers(4, size=50)]  # cosines are exact, and hardly ever distinct
     queries = np.array([[1, 0, 0, 0], [0.5, 0.5, 0.5, 0.5], [0.5, -0.5, 0.5, -0.5]], np.float32)
@@ -58,7 +58,7 @@ def test_tiles_change_nothing_of_what_is_found(monkeypatch: Any) -> None:
     leaves, queries = unit(rng.normal(size=(40, 8))), unit(rng.normal(size=(1000, 8)))
     whole, products = ExactSearch(leaves).nearest(queries, 5)
     monkeypatch.setattr(module, "TILE_CELLS", 40 * 130)
-    monkeypatch.setattr(module, "RANKED_CELLS", 40 * 64)  # two rankings a tile and a bit, and a last tile of its own
+    monkeypatch.setattr(module, "RANKED_CELLS", 40 * 64)  # two rankings per tile and a bit, and a smaller last tile
     rows, cosine = ExactSearch(leaves).nearest(queries, 5)
     np.testing.assert_array_equal(rows, whole)
     np.testing.assert_allclose(cosine, products, rtol=1e-6)
@@ -86,7 +86,7 @@ def index_of(leaves_PD: np.ndarray, **settings: Any) -> bytes:
 
 @pytest.fixture(scope="module")
 def clustered() -> tuple[np.ndarray, np.ndarray]:
-    """2000 leaves of 32 dims around 60 centres, and queries near them: (leaves, queries), both of norm 1."""
+    """2,000 leaves of 32 dims around 60 centres, and queries near them: (leaves, queries), both of norm 1."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(60, 32))
     leaves = unit(centres[rng.integers(60, size=2000)] + 0.7 * rng.normal(size=(2000, 32)))
@@ -137,7 +137,7 @@ def test_a_breadth_never_exceeds_what_a_loader_takes_and_too_low_a_recall_is_tol
     clustered: Any, monkeypatch: Any, caplog: Any
 ) -> None:
     faiss = pytest.importorskip("faiss")
-    # half as much again as the loader's bound used to be written, and refused by every service
+    # regression: the breadth could be 1.5 times the loader's bound, and every service refused the index
     monkeypatch.setattr("rb_gpu.learn.index.MAX_BREADTH", 5)
     leaves, _ = clustered
     content = index_of(leaves, kind="hnsw", m=2, ef_construction=4, recall=1.0)
@@ -174,7 +174,7 @@ def test_a_large_batch_is_searched_exactly_where_a_product_is_faster_than_the_in
     index = index_of(data.arrays["centroids"][:12], kind="hnsw")
     asked, chosen = (ReasoningBank(data, index, search=search) for search in ("index", "auto"))
     assert asked._state.search_many is asked._state.search
-    chosen._state.search = asked._state.search  # which auto takes for more leaves than these
+    chosen._state.search = asked._state.search  # as auto would choose for more leaves than these
     queries = queries_near(data, EXACT_BATCH_QUERIES)
     expected, found = ReasoningBank(data).optimized_params_batch(queries), chosen.optimized_params_batch(queries)
     for name, column in expected.items():
@@ -185,7 +185,7 @@ def test_a_large_batch_is_searched_exactly_where_a_product_is_faster_than_the_in
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
 def test_more_patterns_than_an_index_was_tuned_for_are_all_found(kind: str) -> None:
-    # k=500 of 1,500 used to give 282 rows, and not the nearest
+    # regression: k=500 of 1,500 gave 282 rows, and not the nearest
     data = make_bank(leaves=1000, dim=8)
     leaves = data.arrays["centroids"][:1000]
     bank = ReasoningBank(data, index_of(leaves, kind=kind, m=4), search="index")
@@ -215,7 +215,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 @pytest.mark.parametrize("kind", ["hnsw", "ivf"])
 def test_a_child_forked_after_a_batch_can_search_one_too(data: BankData, tmp_path: Path, kind: str) -> None:
-    # it waited for ever for the threads that OpenMP had started in its parent
+    # regression: it waited for ever for the threads that OpenMP had started in its parent
     index = index_of(data.arrays["centroids"][:12], kind=kind)
     write_artifact(tmp_path / "v", replace(data, facts=data.facts | {"index": {"kind": kind}}), {"index.faiss": index})
     ran = subprocess.run(
@@ -243,7 +243,7 @@ def test_rows_that_an_inverted_file_does_not_find_have_no_vote(data: BankData) -
 
 def test_copied_leaves_begin_at_a_cache_line() -> None:
     rng = np.random.default_rng(0)
-    kept = []  # so that no copy takes the place of another
+    kept = []  # keeps all copies alive, so that none reuses the memory of another
     for size in range(1, 40):
         values = rng.normal(size=(size, 7))
         kept.append(in_lines(values))
@@ -265,13 +265,13 @@ def test_an_index_that_is_damaged_or_of_another_metric_is_refused(data: BankData
     whole = index_of(data.arrays["centroids"][:12])
     distances, empty = (faiss.serialize_index(index).tobytes() for index in (euclidean, untrained))
     for content in (b"", b"x", b"IxFI", whole[:20], whole[:-1], distances, empty):
-        # distances used to be taken for cosines
+        # regression: distances were taken as cosines
         with pytest.raises(ArtifactError, match="train again"):
             ReasoningBank(data, content, search="index")
 
 
 def test_an_index_too_large_for_memory_is_an_artifact_error(data: BankData, monkeypatch: Any) -> None:
-    # a flipped bit in a length, with the right hash, used to leave as MemoryError
+    # regression: a flipped bit in a length, with a matching hash, raised MemoryError
     faiss = pytest.importorskip("faiss")
 
     def deserialize(content: np.ndarray) -> None:
@@ -283,7 +283,7 @@ def test_an_index_too_large_for_memory_is_an_artifact_error(data: BankData, monk
 
 
 def test_an_index_that_points_outside_itself_is_refused(data: BankData) -> None:
-    # ids out of range used to be an IndexError in the lookup, links out of range a segmentation fault
+    # regression: ids out of range raised IndexError in the lookup, and links out of range a segmentation fault
     faiss = pytest.importorskip("faiss")
     leaves = data.arrays["centroids"][:12].copy()
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(16), 16, 1, faiss.METRIC_INNER_PRODUCT)
@@ -339,7 +339,7 @@ def test_auto_takes_the_index_of_a_large_bank(monkeypatch: Any) -> None:
 
 @pytest.mark.parametrize(("leaves", "dim"), [(2048, 128), (1024, 384), (585, 768), (315, 1536)])
 def test_which_search_answers_sooner(leaves: int, dim: int) -> None:
-    # from 1 MiB on the index was asked, for 10 us longer at 700 x 384 and 20 at 300 x 1,536
+    # regression: from 1 MiB on the index was used, which took 10 us longer at 700 x 384 and 20 us at 300 x 1,536
     assert module.product_is_faster(leaves, dim) and not module.product_is_faster(leaves + 1, dim)
 
 

@@ -1,4 +1,6 @@
-"""Sequential p-values: null worlds that are looked at for 60 nights, planted effects, and the mixture by quadrature."""
+"""Sequential p-values: null worlds that are tested on each of 60 nights, planted effects, and the mixture by
+quadrature.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def worlds(n: np.ndarray, total: np.ndarray, squares: np.ndarray, paired: bool) 
 
 
 def night_by_night(draw, nightly: np.ndarray, paired: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Holm's fixed-n and sequential p-values (NIGHTS, worlds, configs); draw gives one night's sums and squares."""
+    """Holm's fixed-n and sequential p-values (NIGHTS, worlds, configs); `draw` gives one night's sums and sums of
+    squares.
+    """
     n, total, squares, fixed, peeked = 0, 0.0, 0.0, [], []
     for _ in range(NIGHTS):
         one, square = draw()
@@ -55,7 +59,7 @@ def ever(p: np.ndarray) -> np.ndarray:
 
 
 def most(worlds: int) -> float:
-    """Share of null worlds that an error rate of ALPHA exceeds once in a thousand tests."""
+    """The share of null worlds that an error rate of ALPHA exceeds only once in a thousand tests."""
     return stats.binom.ppf(0.999, worlds, ALPHA) / worlds
 
 
@@ -66,12 +70,12 @@ def test_a_null_world_is_rarely_rejected_on_any_of_sixty_nights(configs, nightly
     n = np.full((2000, configs), nightly)
     fixed, peeked = night_by_night(lambda: normal_sums(rng, n), n, paired=configs == 2)
     assert ever(peeked).mean() <= most(2000)
-    assert ever(fixed).mean() > 2 * ALPHA  # the worlds are ones that peeking misleads
+    assert ever(fixed).mean() > 2 * ALPHA  # peeking at the fixed test does mislead in these worlds
 
 
 @pytest.mark.parametrize(("rate", "nightly"), [(0.05, [40, 40, 20]), (0.5, [95, 3, 2]), (0.95, [95, 3, 2])])
 def test_bernoulli_outcomes_and_unequal_traffic_too(rate, nightly):
-    # a few rows that all succeed have no variance of their own: Welch's test takes them for certain
+    # a few rows that all succeed have zero variance, which Welch's test takes as certainty
     rng = np.random.default_rng(7)
     n = np.broadcast_to(nightly, (2000, 3)).copy()
 
@@ -86,7 +90,7 @@ def test_bernoulli_outcomes_and_unequal_traffic_too(rate, nightly):
 
 @pytest.mark.parametrize("effect", [0.05, 0.1, 0.3])
 def test_a_planted_effect_is_found_with_a_few_times_the_rows(effect):
-    # the fixed test at level .05 finds it with probability .8 at `enough` rows
+    # the fixed test at level .05 detects it with probability .8 at `enough` rows
     enough = ((stats.norm.isf(ALPHA) + stats.norm.isf(0.2)) / effect) ** 2
     rng = np.random.default_rng(1)
     n = np.full((1000, 2), max(3, round(6 * enough / NIGHTS)))

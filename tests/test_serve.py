@@ -1,4 +1,4 @@
-"""The service: its answers are the bank's, and whatever comes in, what goes out is documented."""
+"""The service: its answers are the bank's, and for every input the output is a documented one."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_a_batch_is_answered_in_columns(client: TestClient, served: ReasoningBan
 
 
 def test_an_unknown_quality_is_null(registry: Registry) -> None:
-    # NaN is no JSON: a batch would have been a 500
+    # NaN is not valid JSON: a batch would have been a 500
     data = make_bank()
     data.arrays["evidence_rows"][:, data.default] = 0
     data.arrays["probability"][:] = 0
@@ -189,7 +189,7 @@ def test_a_bad_body_is_a_422_that_says_why(client: TestClient, body: bytes, path
     "queries", [[[1.0] * 8, [1.0] * 8], [[1.0] * 32], [[1.0] * 16, [1.0]], [[1.0]], [[]], [[1.0] * 8] * 40]
 )
 def test_queries_of_another_length_are_not_joined_to_right_ones(client: TestClient, queries: Any) -> None:
-    # two halves of 8 numbers were answered as one query of 16
+    # regression: two halves of 8 numbers were answered as one query of 16
     answer = client.post("/v1/optimized_params/batch", json={"queries": queries})
     assert answer.status_code == 422
     assert "numbers, expected 16; use the bank's embedder" in answer.json()["error"]
@@ -220,7 +220,7 @@ def test_other_content_types_methods_and_paths_are_refused(client: TestClient) -
         assert answer.status_code == 415 and "text/plain" in answer.json()["error"]
         assert client.get(path).status_code == 405
     assert client.post("/v1/trajectories", content=b"x", headers=RAW).status_code == 415
-    # the bytes of a compressed batch were taken for queries where their number was right
+    # regression: the bytes of a compressed batch were read as queries if their number fitted
     content = queries_near(make_bank(), 2).astype("<f4").tobytes()
     answer = client.post("/v1/optimized_params/batch", content=content, headers=RAW | {"content-encoding": "gzip"})
     assert answer.status_code == 415 and "'gzip' is not read" in answer.json()["error"]
@@ -232,10 +232,10 @@ def test_other_content_types_methods_and_paths_are_refused(client: TestClient) -
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
 def test_a_load_balancer_may_ask_by_head(client: TestClient, path: str) -> None:
-    # it was a 405
+    # regression: a 405
     assert client.head(path).status_code == 200
     assert client.head(path).headers["content-type"] == client.get(path).headers["content-type"]
-    # and another method was told of GET alone
+    # regression: other methods were told that only GET is allowed
     assert set(client.post(path).headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
@@ -267,7 +267,8 @@ COSTLY = {
 
 @pytest.mark.parametrize("name", COSTLY)
 def test_a_bad_body_costs_no_more_than_a_good_one(served: ReasoningBank, name: str) -> None:
-    # pydantic's errors for each value of 16 MiB used to take minutes and 15 GB; of these 2 MiB some took 30 s
+    # regression: pydantic's errors for each value of a 16 MiB body took minutes and 15 GB; for some of these 2 MiB, 30
+    # s
     client = TestClient(make_app(served, True))
     for path in ("optimized_params", "optimized_params/batch", "similar", "trajectories", "feedback"):
         begin = time.process_time()
@@ -282,7 +283,7 @@ def test_more_trajectories_than_a_batch_are_refused(client: TestClient) -> None:
 
 
 def test_a_large_body_is_read_beside_the_event_loop(served: ReasoningBank, monkeypatch: Any) -> None:
-    # it used to keep /healthz waiting for as long
+    # regression: it blocked /healthz for as long
     threads: list[str] = []
     monkeypatch.setattr(app, "parsed", lambda *a: (threads.append(threading.current_thread().name), parsed(*a))[1])
     client = TestClient(make_app(served, True))
@@ -311,7 +312,7 @@ WRONG = [
     {"id": -1}, {"id": 2**64}, {"id": "1"}, {"id": 1.5}, {"precision": 1.1}, {"recall": None}, {"latency_us": -1},
     {"latency_us": 2**63}, {"timestamp": "now"}, {"ef_search": 0}, {"n_probes": 2**32}, {"model_tier": ""},
     {"model_tier": "\ud800"}, {"temperature": 2.1}, {"rating": 6}, {"propensity": 0}, {"cost": -1}, {"extra": 1},
-    {"cost": 1e300}, {"propensity": 1e-320},  # which used to be read back as inf and 0
+    {"cost": 1e300}, {"propensity": 1e-320},  # regression: these were read back as inf and 0
     {"query_embedding": [1.0]}, {"query_embedding": [0.0] * 16}, {"retrieved_ids": [1]},
 ]  # fmt: skip
 
@@ -332,7 +333,7 @@ def test_a_full_log_is_a_503_and_no_log_a_409(client: TestClient, served: Reason
     answer = client.post("/v1/trajectories", json={"trajectories": [trajectory_body(i) for i in (1, 2, 3)]})
     assert answer.status_code == 503 and "took 2 of 3" in answer.json()["error"]
     assert answer.headers["retry-after"] == "1"
-    # this used to be a 202
+    # regression: a 202
     monkeypatch.setattr(TrajectoryLog, "record_feedback", lambda *a: False)
     answer = client.post("/v1/feedback", json={"trajectory_id": 1, "rating": 1})
     assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
@@ -345,7 +346,7 @@ def test_a_full_log_is_a_503_and_no_log_a_409(client: TestClient, served: Reason
 def test_a_log_that_cannot_be_written_is_a_503_and_told(
     client: TestClient, served: ReasoningBank, monkeypatch: Any
 ) -> None:
-    # 1,500 trajectories used to get a 202 on a full disk, and nothing showed it
+    # regression: on a full disk 1,500 trajectories got a 202, and nothing showed that they were lost
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -377,7 +378,7 @@ def test_the_key_guards_v1_alone(served: ReasoningBank) -> None:
 
 
 def test_openapi_says_how_the_key_is_sent(client: TestClient, served: ReasoningBank) -> None:
-    # clients made of it used to know of no key
+    # regression: clients generated from it did not know about the key
     document = TestClient(make_app(served, True, api_key=KEY)).get("/openapi.json").json()
     (scheme,) = document["components"]["securitySchemes"].items()
     assert scheme[1] == {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "also as a bearer token"}
@@ -421,7 +422,7 @@ def test_more_requests_than_allowed_are_turned_away() -> None:
         first = asyncio.ensure_future(request(0))
         await asyncio.sleep(0)
         await request(1)
-        probe = asyncio.ensure_future(request(2, "/healthz"))  # which is asked just when there is too much to do
+        probe = asyncio.ensure_future(request(2, "/healthz"))  # it must be answered just when there is too much to do
         release.set()
         await first
         await probe
@@ -448,7 +449,7 @@ async def stalled(service: Any, sent: list[Any]) -> None:
 
 
 def test_a_body_that_never_comes_gives_its_place_back(served: ReasoningBank, monkeypatch: Any) -> None:
-    # as many of them as --max-concurrency used to give a 503 to all others for ever
+    # regression: --max-concurrency such requests made all others fail with 503 for ever
     monkeypatch.setattr(guard, "BODY_TIMEOUT_S", 0.05)
     service, sent = make_app(served, True, max_concurrency=2), []
 
@@ -464,7 +465,7 @@ def test_a_body_that_never_comes_gives_its_place_back(served: ReasoningBank, mon
 
 
 def test_a_body_that_the_end_of_the_service_cuts_off_is_a_503(served: ReasoningBank) -> None:
-    # uvicorn cancels what is still under way after its time for a shutdown: it was a 500 and a traceback
+    # uvicorn cancels requests that outlast its shutdown timeout; regression: a 500 and a traceback
     sent: list[Any] = []
 
     async def run() -> None:
@@ -559,7 +560,7 @@ def call(port: int, path: str, body: Any = None, **headers: str) -> tuple[int, b
 
 
 def hang_up(port: int) -> None:
-    """A client that leaves in the middle of its body."""
+    """A client that disconnects in the middle of its body."""
     with socket.create_connection(("127.0.0.1", port)) as sock:
         head = b"POST /v1/similar HTTP/1.1\r\nhost: x\r\nx-api-key: %s\r\ncontent-length: 99\r\n\r\n{" % KEY
         sock.sendall(head)
@@ -571,7 +572,7 @@ def start(*arguments: str, under: Sequence[str] = ()) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
-# a closed terminal used to end it at once, with what the log had queued
+# regression: a closed terminal ended it at once, and the log's queue was lost
 @pytest.mark.parametrize(
     ("under", "passed_over", "last"), [((), (), signal.SIGHUP), (("nohup",), (signal.SIGHUP,), signal.SIGTERM)]
 )
@@ -580,7 +581,7 @@ def test_the_command_serves_follows_the_champion_and_stops_in_order(
 ) -> None:
     port, log = free_port(), tmp_path / "log.sqlite"
     (tmp_path / "key").write_bytes(KEY)
-    # tests that run under nohup would hand it down
+    # resets the handler that tests under nohup would pass on
     here = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     process = start(
         str(registry.path / "champion"), "--port", str(port), "--log", str(log), "--reload-every", "0.05",
@@ -622,9 +623,9 @@ def test_the_command_serves_follows_the_champion_and_stops_in_order(
     [
         (["nowhere"], r"holds no manifest\.json"),
         (["champion", "--hmac-key-file", "nowhere"], "--hmac-key-file=nowhere cannot be read"),
-        # this used to blame registry.hmac_key_file
+        # regression: the message blamed registry.hmac_key_file
         (["champion", "--api-key-file", "nowhere"], "--api-key-file=nowhere cannot be read"),
-        # with which no client could ever send the key
+        # no client could ever send such a key
         (["champion", "--api-key-file", "spaced"], "--api-key-file=spaced: the key is not printable ASCII"),
         (["champion", "--reload-every", "0"], "not a positive number"),
     ],

@@ -104,7 +104,7 @@ def test_a_key_that_is_missing_or_short_is_refused(tmp_path: Path) -> None:
         (np.array([]), r"shape \(0,\)"),
         (["a"] * 16, "no array of numbers"),
         (None, "no array of numbers"),
-        # what lay under the mask used to be answered
+        # regression: the value under the mask was used
         (np.ma.masked_values([2.0, *range(15)], 2.0), "some are masked"),
     ],
 )
@@ -182,7 +182,7 @@ def test_a_bad_artifact_is_reported_once_and_read_again_only_after_a_while(
 def test_a_good_artifact_that_comes_while_a_bad_one_is_read_is_taken_at_the_next_look(
     registry: Registry, monkeypatch: Any
 ) -> None:
-    # it used to be taken for the bad one, and to wait for RETRY_S
+    # regression: it was taken for the bad one, and was not loaded for RETRY_S
     from rb_gpu import source
 
     bank, read = ReasoningBank.load(registry.path / "champion"), source.load_artifact
@@ -211,7 +211,7 @@ def test_nothing_new_costs_one_stat(registry: Registry, monkeypatch: Any) -> Non
 
 
 def test_a_link_switched_from_one_image_to_another_is_followed(registry: Registry, monkeypatch: Any) -> None:
-    # images are made with times of 0, and number their files alike: the new one was not looked at
+    # regression: images are built with all times 0 and with equal inode numbers, so that the new one was not noticed
     def of_image(path: str) -> Any:
         return SimpleNamespace(st_dev=Path(path).stat().st_ino, st_ino=1, st_mtime_ns=0, st_size=4096)
 
@@ -224,7 +224,8 @@ def test_a_link_switched_from_one_image_to_another_is_followed(registry: Registr
 
 
 def test_an_artifact_asked_for_a_trade_off_is_unmapped_once_replaced(registry: Registry) -> None:
-    # a state under a trade-off used to hold the table that held it: old maps stayed until a whole garbage collection
+    # regression: a state under a trade-off was in a reference cycle, so that old maps stayed until a full garbage
+    # collection
     bank = ReasoningBank.load(registry.path / "champion")
     bank.optimized_params(np.ones(bank.dim), 0.5)
     (other,) = map(weakref.ref, bank._state.tradeoffs.values())
@@ -244,7 +245,7 @@ def test_a_link_that_is_gone_keeps_the_bank_and_says_so(registry: Registry) -> N
 
 
 def test_a_process_that_changes_its_folder_goes_on_following(registry: Registry, monkeypatch: Any) -> None:
-    # a path relative to the folder of the start used to be "gone" for ever
+    # regression: a path relative to the starting folder counted as gone for ever
     monkeypatch.chdir(registry.path.parent)
     bank = ReasoningBank.load(f"{registry.path.name}/champion")
     monkeypatch.chdir("/")
@@ -266,7 +267,7 @@ def test_a_watcher_serves_what_is_promoted(registry: Registry) -> None:
 
 
 def test_a_bad_interval_leaves_the_watcher_at_work(registry: Registry) -> None:
-    # it used to be stopped before the new interval was looked at
+    # regression: the old watcher was stopped before the new interval was checked
     bank = ReasoningBank.load(registry.path / "champion")
     bank.watch(0.02)
     with pytest.raises(ValueError, match="interval_s=0"):
@@ -302,7 +303,7 @@ def test_a_watcher_outlives_a_failed_look_but_not_its_bank(registry: Registry, m
 def test_a_file_system_that_hangs_does_not_keep_a_bank_open(
     registry: Registry, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    # close waited for a look that hung in stat, and the log was closed only after it
+    # regression: close waited for a check that hung in stat, and only then closed the log
     bank = ReasoningBank.load(registry.path / "champion", log=tmp_path / "log.sqlite")
     hangs, recovers = threading.Event(), threading.Event()
 
@@ -344,7 +345,7 @@ def test_every_lookup_of_every_thread_is_counted(bank: ReasoningBank) -> None:
 
 
 def test_counts_of_ended_threads_do_not_pile_up(bank: ReasoningBank) -> None:
-    # each thread that ever asked used to leave a list: 10 MB after 60,000, and stats() took 7 ms
+    # regression: every thread that ever asked left a list: 10 MB after 60,000, and stats() took 7 ms
     query = queries_near(bank.data, 2)[1]
     for _ in range(300):
         thread = threading.Thread(target=bank.optimized_params, args=(query,))
@@ -370,7 +371,7 @@ def test_forked_children_answer_though_threads_held_locks(registry: Registry) ->
     expected = bank.optimized_params(query)
     context = multiprocessing.get_context("fork")
     out = context.Queue()
-    # as if other threads were in the middle of something
+    # as if other threads held the locks
     with bank._lock, bank._reloading, bank._state.ratings.lock, bank._counts.lock:
         child = context.Process(target=_ask, args=(bank, query, out))
         child.start()
@@ -462,7 +463,7 @@ def test_safetensors_reads_what_is_written_for_the_map(kinds: dict[str, Any]) ->
 
 @pytest.mark.parametrize("configs", range(1, 9))
 def test_leaves_begin_at_a_cache_line_of_the_map(configs: int, tmp_path: Path) -> None:
-    # products with leaves that did not took a fifth longer
+    # regression: products with leaves that are not aligned took a fifth longer
     write_artifact(tmp_path / "v", make_bank(7, configs, 48), {})
     bank = ReasoningBank.load(tmp_path / "v")
     assert bank._state.search._unit_PD.ctypes.data % 64 == 0  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""How steep the field's kernels are: worlds whose outcomes change at a known scale."""
+"""How steep the field's kernels are, in worlds whose outcomes change at a known scale."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUERIES = 400
 
 
 def world(log):
-    """Places on a circle, two configs, and rows: both for every query, or one by lot."""
+    """Places on a circle, two configs, and rows: both configs for every query, or a random one."""
     rng = np.random.default_rng(0)
     angle_Q = np.sort(rng.uniform(0, 2 * np.pi, QUERIES))
     config_N = rng.integers(2, size=QUERIES) if log else np.tile([0, 1], QUERIES)

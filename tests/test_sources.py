@@ -1,4 +1,4 @@
-"""Batches are read one ahead, by a thread that leaves nothing behind, and copied out of the file that was opened."""
+"""Batches are read ahead by a thread that leaves nothing behind, and copied from the file that was opened."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_damage_met_by_the_reader_is_the_error_it_always_was():
 
 
 def mapped(path) -> tuple[Source, np.ndarray, np.ndarray]:
-    """An Arrow file of 6 rows, what it holds, and its rows as they lie in the map."""
+    """An Arrow file of 6 rows: its source, its content, and its rows as a view of the mapped file."""
     x = np.arange(1, 25, dtype=np.float32).reshape(6, 4)
     table = pa.table({"x": pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), 4)})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
@@ -95,7 +95,7 @@ def test_rows_are_copied_by_reading_the_file(tmp_path):
         out = np.zeros_like(x[part])
         source.copy(out, rows[part])
         np.testing.assert_array_equal(out, x[part])
-    # what is not in the map, or of another type or stride, is copied from where it is
+    # arrays that are not in the map, or have another type or stride, are copied from where they are
     for other in (x, x.astype(np.float64), rows[::2], rows[:, :2]):
         out = np.zeros(other.shape, np.float32)
         source.copy(out, other)

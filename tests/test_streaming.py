@@ -1,4 +1,4 @@
-"""Chunks on their way to a GPU: the order of copies and computations, on streams that run them as late as they may."""
+"""Chunks on their way to a GPU: the order of copies and computations, on streams that run them as late as possible."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ BUDGET = 2 * ROWS * 4 * DIM
 
 
 class Simulated:
-    """Two streams whose operations run in an order that is drawn, held up by what they were told to wait for alone.
+    """Two streams whose operations run in a random order, restricted only by the waits that were requested.
 
-    log: what was asked for, in order; ran: the copies and computations in the order in which they ran. fault: the name
-    of a method and the number of its call that does nothing.
+    log: requests, in order; ran: copies and computations, in the order in which they ran. fault: the name of a method
+    and the number of its call that does nothing.
     """
 
     def __init__(self, seed: int = 0, fault: tuple[str, int] = ("", 0), eager: str = "") -> None:
@@ -82,7 +82,7 @@ class Simulated:
                 self.step()
 
     def step(self) -> bool:
-        """Runs one operation that may run; whether there was one."""
+        """Runs one operation that is ready; returns whether there was one."""
         ready = [q for q in self.queues.values() if q and (q[0][1] is not None or q[0][0] in self.come)]
         if not ready:
             return False
@@ -101,7 +101,9 @@ class Simulated:
 
 
 def through(streams: Simulated, x: torch.Tensor, rows: torch.Tensor | None = None, most: int = 99) -> torch.Tensor:
-    """What the computations of so many chunks read. Another tensor has the buffers' memory before, and one after."""
+    """What the computations of the first `most` chunks read. Other tensors use the buffers' memory before and
+    afterwards.
+    """
     read: list[torch.Tensor] = []
     before, after = [], []
     streams.memory.fill_(-1)
@@ -150,7 +152,7 @@ def test_every_order_that_the_waits_allow_reads_the_points(most):
         assert torch.equal(through(Simulated(seed), X, rows, most), X[rows][: most * ROWS])
 
 
-# each wait there is, and of those in the loop an early and a late one; the last one matters to a feed that ends early
+# every wait there is, of those in the loop an early and a late one; the last matters for a feed that ends early
 @pytest.mark.parametrize(
     ("method", "call", "most"),
     [("copies_wait", 0, 99), ("copies_wait", 1, 99), ("copies_wait", 3, 99), ("computations_wait", 0, 99),
@@ -186,7 +188,7 @@ def test_chunks_keep_to_the_budget_and_to_the_tile(monkeypatch):
 
 
 class AtOnce(Simulated):
-    """Computations run where they are called; copies still run no earlier than they must."""
+    """Computations run when they are called; copies still run as late as possible."""
 
     def computations_wait(self, event: int) -> None:
         self.host_waits(event)

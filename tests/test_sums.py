@@ -1,4 +1,4 @@
-"""Sums over clusters are the same to the bit whoever adds what, and workers tell of every error."""
+"""Sums over clusters are bit-identical whoever adds what, and workers report every error."""
 
 from __future__ import annotations
 

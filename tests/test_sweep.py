@@ -1,4 +1,4 @@
-"""Sweeps: members share stages and get the bits of jobs of their own; failures are shown; the best is offered."""
+"""Sweeps: members share stages and give the same bits as separate jobs; failures are shown; the best is offered."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_member_after_others_has_the_bits_of_a_job_of_its_own(plain, shared, k
     if "capacity" in changes:
         changes = {"data": replace(plain.data, capacity=changes["capacity"])}
     config = replace(plain, **changes)
-    measured(plain, shared)  # what a key that lacks a setting would hand on
+    measured(plain, shared)  # a key that lacks a setting would return these stages
     assert_same(measured(config, shared), measured(config, Stages()))
 
 
@@ -166,13 +166,14 @@ def test_no_run_is_best_among_utilities_of_different_units():
 
 
 def test_what_pruning_moves_in_the_references_makes_no_other_utility():
-    # prune.min_support, which README sweeps, takes rows from the mean that costs refer to: no run was the best
+    # regression: prune.min_support, which the README sweeps, removes rows from the reference mean of costs, and no run
+    # was the best
     assert best_of([member("0", 0.1, cost_ref=1.0), member("1", 0.2, cost_ref=1.001)]).folder == "1"
 
 
 @pytest.mark.parametrize("key", ["params.default", "eval.holdout"])
 def test_gains_over_other_defaults_and_on_other_queries_are_not_compared(plain, key):
-    # the worst default has the greatest gain over it; what told them apart was a reference to the last digit
+    # the worst default has the largest gain over it; regression: only the last digits of a reference told the two apart
     other = {"params.default": {"ef_search": 32, "n_probes": 1}, "eval.holdout": 0.3}
     section, name = key.split(".")
     changed = replace(plain, **{section: replace(getattr(plain, section), **{name: other[key]})})
@@ -184,7 +185,8 @@ def test_gains_over_other_defaults_and_on_other_queries_are_not_compared(plain, 
 
 
 def test_optuna_goes_on_after_a_run_that_failed_and_the_best_is_offered(plain, tmp_path):
-    # told NaN, its sweeper ended with a traceback, and what the other runs came to was shown nowhere
+    # regression: Optuna's sweeper ended in a traceback when it got NaN, and the results of the other runs were shown
+    # nowhere
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     optuna = ("-m", "hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=4",
               "hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=0", "data=files",
@@ -200,7 +202,7 @@ def test_optuna_goes_on_after_a_run_that_failed_and_the_best_is_offered(plain, t
 
 
 def test_a_setting_out_of_bounds_fails_its_run_alone_and_a_folder_is_of_one_sweep(plain, tmp_path):
-    # it ended the sweep; and in a folder used again the best was a run of the sweep before: a KeyError
+    # regression: it ended the sweep; and in a reused folder the best run was one of the earlier sweep: a KeyError
     sweep = ("-m", "data=files", f"data.path={plain.data.path}", "hydra.sweep.dir=night")
     done = run("train", *sweep, "cluster.k=0,16", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -218,13 +220,13 @@ def test_results_come_back_in_the_order_of_the_runs_and_a_damaged_one_is_left_ou
     found = read_members(tmp_path)
     assert [one.folder for one in found] == ["0", "2", "10"]
     assert np.isnan(found[1].gain)
-    assert repr(found[0]) == repr(member("0", 0.1))  # its NaNs are not equal
+    assert repr(found[0]) == repr(member("0", 0.1))  # compared as text, because NaN is not equal to itself
     with pytest.raises(DataError, match=r"holds no result\.json"):
         read_members(tmp_path / "0" / "nothing")
 
 
 def test_a_narrow_terminal_does_not_fold_what_is_kept_of_a_sweep(tmp_path, monkeypatch):
-    # sweep.txt was as narrow as the terminal that happened to be there
+    # regression: sweep.txt was as narrow as the terminal of the run
     from rb_gpu.jobs import columns
     from rb_gpu.jobs.sweep_report import show
 

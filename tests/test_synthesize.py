@@ -48,7 +48,7 @@ def test_truth_matches_the_rows(planted):
     np.testing.assert_allclose(np.linalg.norm(centres, axis=1), 1, atol=1e-6)
     assert (np.triu(centres @ centres.T, 1) <= 0.5).all()
     nearest = np.argmin(((columns["x"][:, None, :] - centres) ** 2).sum(axis=2), axis=1)
-    # noise of norm 0.5 pushes hardly any row across a border between centres at least 60 degrees apart
+    # noise of norm 0.5 moves hardly any row across a border between centres at least 60 degrees apart
     assert (nearest == pattern).mean() > 0.999
     residual = columns["x"] - centres[pattern]
     assert np.sqrt((residual**2).sum(axis=1).mean()) == pytest.approx(0.5, abs=0.005)
@@ -57,7 +57,7 @@ def test_truth_matches_the_rows(planted):
 
 
 def test_the_truth_holds_nothing_but_what_is_documented(tmp_path, monkeypatch):
-    # NumPy before 2.1 takes allow_pickle for one more array
+    # NumPy before 2.1 reads allow_pickle as one more array
     given: list[str] = []
     real = np.savez
     monkeypatch.setattr(np, "savez", lambda path, **arrays: given.extend(arrays) or real(path, **arrays))
@@ -127,7 +127,7 @@ def test_configs_differ_in_nothing_but_the_planted_quality(tmp_path, effect):
     quality = columns["precision"]
     assert quality.min() >= 0 and quality.max() <= 1
     other = columns["ef_search"] != truth["best_ef_search"][pattern]
-    # noise this wide would have to be clipped, and clipping would move the mean
+    # with another distribution than a Beta, noise this wide would be clipped, and clipping would move the mean
     assert quality[~other].mean() == pytest.approx(PLANTED_QUALITY + effect, abs=0.015)
     assert quality[other].mean() == pytest.approx(PLANTED_QUALITY, abs=0.01)
     assert quality[other].std() == pytest.approx(0.4, abs=0.01)
@@ -161,7 +161,7 @@ def test_same_seed_same_rows_whatever_the_row_groups(tmp_path):
         config = replace(SMALL, n=20_000, out=str(tmp_path / name), chunk_rows=chunk_rows, seed=seed, bad_fraction=0.01)
         synthesize(config)
         tables[name] = [pq.read_table(tmp_path / name / f"{t}.parquet") for t in ("trajectories", "truth")]
-    # NaN is not equal to itself, so embeddings and recall are compared by their bytes
+    # NaN is not equal to itself, so that embeddings and recall are compared by their bytes
     for first, second in zip(tables["a"], tables["b"], strict=True):
         for column in first.column_names:
             a, b = (t[column].combine_chunks() for t in (first, second))
@@ -193,7 +193,7 @@ def test_many_configs_and_crowded_centres(caplog):
     assert len({(c.ef_search, c.n_probes) for c in world.configs}) == 20
     assert max(c.ef_search for c in world.configs) == 2048 and max(c.n_probes for c in world.configs) == 3
     assert "centres lie within cosine 0.5" in caplog.text
-    # a plane has room for five directions, so a single draw would not do
+    # a plane has room for five directions only, so that a single draw would not succeed
     caplog.clear()
     centres = plant(SynthesizeConfig(n=1, dim=2, patterns=4)).centres_PD
     assert (np.triu(centres @ centres.T, 1) <= 0.5).all() and not caplog.text

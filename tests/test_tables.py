@@ -92,7 +92,7 @@ def error(path: str | list[str], **options: Any) -> str:
     return str(raised.value)
 
 
-# ---- where rows lie
+# ---- where rows are stored
 
 FILES = ("x.parquet", "x.pq", "x.arrow", "x.ipc", "x.feather", "X.PARQUET")
 
@@ -164,14 +164,14 @@ def test_relative_paths(tmp_path, monkeypatch):
 
 
 def test_directory_takes_suffixes_in_capitals(tmp_path):
-    # X.PARQUET was read when it was named, and left out when its directory was
+    # regression: X.PARQUET was read when named, but skipped when its directory was
     write(tmp_path / "a.parquet", good(3, 100))
     Path(write(tmp_path / "b.parquet", good(3, 200))).rename(tmp_path / "B.PARQUET")
     assert len(read(str(tmp_path)).columns["id"]) == 6
 
 
 def test_hidden_and_unfinished_files_of_a_directory_are_left_out(tmp_path):
-    # what Spark had not yet committed was read, as was a file that a copy was still writing
+    # regression: files that Spark had not yet committed, or that were still being copied, were read
     for name in ("a.parquet", "_temporary/0/b.parquet", ".c.parquet", "_d.parquet"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write(tmp_path / name, good(3))
@@ -179,13 +179,13 @@ def test_hidden_and_unfinished_files_of_a_directory_are_left_out(tmp_path):
 
 
 def test_folder_whose_name_looks_like_a_pattern(tmp_path):
-    # "matches no file"
+    # regression: "matches no file"
     (tmp_path / "run[1]").mkdir()
     assert len(read(write(tmp_path / "run[1]" / "a.parquet", good(3))).columns["id"]) == 3
 
 
 def test_more_files_than_a_process_may_hold_open(tmp_path):
-    # every file stayed open: from about a thousand on, the last ones were "damaged or of another format"
+    # regression: every file stayed open; from about a thousand files on, the last were "damaged or of another format"
     for i in range(60):
         write(tmp_path / f"{i:02}.{'parquet' if i % 2 else 'arrow'}", good(2, 10 * i))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -202,7 +202,7 @@ def test_empty_files_among_others_are_passed_over(tmp_path):
     empty = write(tmp_path / "a.parquet", arrow(good(1)).slice(1).drop_columns(["cost"]))
     full = write(tmp_path / "b.parquet", good(3))
     table = read([empty, full])
-    # an optional column that only the empty file lacked was taken as absent
+    # regression: an optional column that only the empty file lacked was taken as absent
     assert len(table.columns["id"]) == 3 and "cost" in table.columns
 
 
@@ -210,13 +210,13 @@ def test_column_of_some_files_only_is_taken_as_absent_and_said(tmp_path, caplog)
     one = write(tmp_path / "a.parquet", good(3, 10))
     two = write(tmp_path / "b.parquet", arrow(good(3, 20)).drop_columns(["cost"]))
     assert "cost" not in read([one, two]).columns
-    # which of a hundred files lacks it was not said
+    # regression: the message did not say which of a hundred files lacks it
     assert f"cost is in some files only and is taken as absent in all; {two} lacks it (1 of 2 files)" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_columns_that_folders_name_are_read(suffix, tmp_path):
-    # they were taken as absent: a table partitioned by ef_search held one config, the default, and nothing said so
+    # regression: they were taken as absent; a table partitioned by ef_search silently had one config, the default
     for ef in (32, 64):
         for tier, folder in (("small", "small"), ("größe 2/3", "gr%C3%B6%C3%9Fe%202%2F3")):
             one = arrow(good(3, 100 * ef + len(tier))).drop_columns(["ef_search", "model_tier"])
@@ -246,7 +246,7 @@ def test_folders_of_nulls_and_of_what_is_no_number(tmp_path):
 
 @pytest.mark.parametrize("name", ["efSearch", "EF_SEARCH", "Ef Search"])
 def test_column_that_is_spelt_otherwise_is_named(name, tmp_path, caplog):
-    # every row was taken for one of the default, which may never have run, and a bank that says so was promoted
+    # regression: every row was taken as one of the default, which may never have run, and such a bank was promoted
     table = arrow(good(3))
     path = write(
         tmp_path / "x.parquet", table.rename_columns([name if c == "ef_search" else c for c in table.schema.names])
@@ -258,7 +258,7 @@ def test_column_that_is_spelt_otherwise_is_named(name, tmp_path, caplog):
 
 @pytest.mark.parametrize("name", ["rating", "session"])
 def test_column_that_rows_may_lack_is_none_in_files_without_it(name, tmp_path, caplog):
-    # a rating or session in some files was dropped from all of them
+    # regression: a rating or session in only some files was dropped from all of them
     one = write(tmp_path / "a.parquet", {n: v for n, v in good(2, 10).items() if n != name})
     two = write(tmp_path / "b.parquet", good(2, 20, **{name: [3, 4]}))
     table = read_table([one, two], REQUIRED, (name,), BadRows(), Reading())
@@ -277,7 +277,7 @@ def test_column_that_rows_may_lack_is_none_in_files_without_it(name, tmp_path, c
     ],
 )  # fmt: skip
 def test_a_column_that_is_nearly_one_of_ours_is_told_of(there, meant, tmp_path, caplog):
-    # a mistyped ef_search was never read, and all rows had one config
+    # regression: a mistyped ef_search was never read, and all rows had one config
     columns = good() | {there: [1] * 60}
     for name in ("ef_search", "n_probes", "model_tier", "cost", "query_id"):
         columns.pop(name, None)
@@ -322,7 +322,7 @@ def test_unreadable_column_that_is_not_needed_is_ignored(tmp_path):
 @pytest.mark.parametrize("column", ["query_embedding", "recall", "timestamp", "model_tier"])
 @pytest.mark.parametrize("newest", [None, 10])
 def test_unreadable_column_that_is_needed_is_an_error_that_names_the_file(column, newest, tmp_path):
-    # the first pass over timestamps, which the capacity needs, let Arrow's own error through
+    # regression: the first pass over timestamps, which `capacity` needs, raised Arrow's own error
     path = write(tmp_path / "x.parquet", good())
     damage_column(path, column)
     message = error(path, newest=newest)
@@ -330,7 +330,7 @@ def test_unreadable_column_that_is_needed_is_an_error_that_names_the_file(column
 
 
 def invalid_offsets(kind: pa.DataType, values: pa.Array) -> pa.Array:
-    """Two rows, of which the first reaches far beyond the 8 values."""
+    """Two rows, the first of which extends far beyond the 8 values."""
     offsets = pa.py_buffer(np.array([0, 2**30, 8], np.int32))
     if pa.types.is_list(kind):
         return pa.Array.from_buffers(kind, 2, [None, offsets], children=[values])
@@ -338,7 +338,7 @@ def invalid_offsets(kind: pa.DataType, values: pa.Array) -> pa.Array:
 
 
 def test_ipc_with_offsets_beyond_its_values_is_an_error_and_no_crash(tmp_path):
-    # Arrow believes the offsets of a memory-mapped file: reading them was a segmentation fault or another's memory
+    # regression: Arrow trusts the offsets of a memory-mapped file; reading them crashed or read foreign memory
     column = invalid_offsets(pa.list_(pa.float32()), pa.array(range(8), pa.float32()))
     table = arrow(good(2)).set_column(2, "query_embedding", column)
     assert "cannot be read to its end" in error(write(tmp_path / "x.arrow", table))
@@ -377,7 +377,7 @@ REASONS = [
     ("recall", np.inf, "recall is null or not a number"),
     ("recall", 1.5, "recall is outside [0, 1]"),
     ("latency_us", None, "latency_us is null or not a number"),
-    # -1 as uint64, a common "unknown": it wrapped to a latency of -1
+    # -1 as uint64, a common code for "unknown"; regression: it wrapped to a latency of -1
     ("latency_us", 2**64 - 1, "latency_us is outside [0, 9223372036854775807]"),
     ("query_embedding", None, "query_embedding has not 4 values"),
     ("query_embedding", [1.0, 2.0, 3.0], "query_embedding has not 4 values"),
@@ -388,7 +388,7 @@ REASONS = [
     ("query_embedding", [1.0, None, 1.0, 1.0], "query_embedding is not finite"),
     ("query_embedding", [0.0, 0.0, -0.0, 0.0], "query_embedding has norm 0"),
     ("timestamp", None, "timestamp is null or not a number"),
-    # milliseconds: the decay of old rows, in days, would have been a thousand times too fast
+    # milliseconds; regression: the decay of old rows, in days, would have been a thousand times too fast
     ("timestamp", 1_700_000_000_000, "timestamp is outside [-62135596800, 253402300799] in UTC seconds"),
     ("ef_search", 0, "ef_search is outside [1, 4294967295]"),
     ("ef_search", 2**32, "ef_search is outside [1, 4294967295]"),
@@ -397,11 +397,11 @@ REASONS = [
     ("temperature", -0.01, "temperature is outside [0, 2.0]"),
     ("temperature", np.nan, "temperature is null or not a number"),
     ("cost", -1.0, "cost is outside [0, 1e+24]"),
-    ("cost", 1e32, "cost is outside [0, 1e+24]"),  # was told of as a damaged artifact, at the end of the job
+    ("cost", 1e32, "cost is outside [0, 1e+24]"),  # regression: a damaged artifact at the job's end
     ("cost", 1e39, "cost is null or not a number"),
     ("rating", 0, "rating is outside [1, 5]"),
     ("rating", 6, "rating is outside [1, 5]"),
-    ("rating", 3.5, "rating is not an integer"),  # was taken as 3
+    ("rating", 3.5, "rating is not an integer"),  # regression: read as 3
     ("propensity", 0.0, "propensity is outside (0, 1]"),
     ("propensity", 1.01, "propensity is outside (0, 1]"),
     ("propensity", None, "propensity is null or not a number"),
@@ -470,7 +470,7 @@ def test_row_that_is_bad_in_many_ways_counts_once_under_its_first_reason(tmp_pat
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_reason_and_id_do_not_depend_on_the_order_of_columns(suffix, tmp_path):
-    # id last: were columns checked in the order of the file, the id would not be known yet
+    # id is the last column: if columns were checked in file order, the id would not be known yet
     columns = good()
     columns["precision"][3], columns["recall"][3] = np.nan, 2.0
     path = write(tmp_path / f"x{suffix}", dict(reversed(columns.items())))
@@ -500,7 +500,7 @@ def test_bad_row_does_not_make_a_later_good_one_of_the_same_id_a_duplicate(tmp_p
 
 
 def test_rows_are_dropped_in_place_over_several_blocks(tmp_path, monkeypatch):
-    # a copy of every column but the repeated rows took twice the memory for one repeated id
+    # regression: removing one repeated id copied every column, which took twice the memory
     monkeypatch.setattr(room, "MOVE_ROWS", 7)
     columns = good()
     for row in (0, 8, 9, 30, 59):
@@ -518,12 +518,12 @@ def test_queries_file_names_its_bad_rows_by_query_id(tmp_path):
     path = write(tmp_path / "x.parquet", columns)
     bad = BadRows()
     read_table(path, tuple(columns), (), bad, Reading(unique="query_id"))
-    # ids were 0, and a repeated query went unseen
+    # regression: ids were 0, and a repeated query was not noticed
     assert bad.rows == [(path, 2, 1002, "query_embedding has norm 0"), (path, 4, 1001, "duplicate query_id")]
 
 
 def test_signed_id_can_be_quarantined(tmp_path):
-    # OverflowError: the quarantine has uint64
+    # regression: OverflowError, because the quarantine has uint64
     table = arrow(good(3)).set_column(0, "id", pa.array([-1, 5, 6], pa.int64()))
     table = table.set_column(table.schema.get_field_index("recall"), "recall", pa.array([np.nan, 0.5, 0.5]))
     bad = BadRows()
@@ -559,7 +559,7 @@ def bad_rows(n: int, reason: str = "r") -> BadRows:
 
 def test_max_bad_fraction_is_exact():
     for n in range(1, 100):
-        # 29 of 100 are 0.29, though 0.29 * 100 is less than 29
+        # 29 of 100 is 0.29, although 0.29 * 100 is less than 29 in floating point
         bad_rows(n).check(100, n / 100, "x")
         bad_rows(n).check(100, float(f"0.{n:02}"), "x")
         with pytest.raises(DataError):
@@ -577,7 +577,7 @@ def test_too_many_bad_rows_is_an_error_that_counts_reasons_and_shows_the_first_o
         + "; ".join(f"x.parquet row {i} (id {i}): recall is outside [0, 1]" for i in range(5))
         + "; mend the log or raise data.max_bad_fraction"
     )
-    # of rows that are all bad no share helps
+    # if all rows are bad, raising the allowed share does not help
     with pytest.raises(DataError, match=r"none is left to learn from.*; mend the log$"):
         bad.check(8, 0.05, "logs")
 
@@ -592,7 +592,7 @@ def test_all_rows_bad_is_an_error_whatever_is_allowed():
 
 
 def in_memory(parts: list[list[int]], batch_rows: int) -> list[Source]:
-    """One source per part, of rows with these timestamps and ids that count through."""
+    """One source per part, of rows with these timestamps and consecutive ids."""
     sources, first = [], 0
     for part in parts:
         batches = arrow(good(len(part), first, timestamp=part)).combine_chunks().to_batches(batch_rows)
@@ -610,7 +610,7 @@ def test_capacity_keeps_the_newest_rows_and_of_equal_ones_the_last(parts, newest
     bad = BadRows()
     table = check_sources(in_memory(parts, batch_rows), "x", REQUIRED, OPTIONAL, bad, Reading(newest=newest))
     times = [t for part in parts for t in part]
-    # the ring buffer: a row pushes out the oldest, of equal ones the one that came first
+    # like a ring buffer: a row pushes out the oldest one, of equal ones the one that came first
     kept = sorted(sorted(range(len(times)), key=lambda i: (times[i], i))[-newest:])
     assert table.columns["id"].tolist() == kept
     assert table.columns["timestamp"].tolist() == [times[i] for i in kept]
@@ -625,7 +625,7 @@ def test_bad_rows_older_than_the_capacity_do_not_count(tmp_path):
 
 
 def test_row_of_a_bad_timestamp_pushes_no_good_row_out(tmp_path):
-    # one in milliseconds was the newest of all
+    # regression: a timestamp in milliseconds was the newest of all
     columns = good()
     columns["timestamp"][3] = 1_700_000_000_000
     columns["timestamp"][4] = None
@@ -653,7 +653,7 @@ def test_missing_column_of_one_file_of_many_names_that_file(tmp_path):
 
 
 def test_column_that_is_there_twice(tmp_path):
-    # KeyError of Arrow
+    # regression: Arrow's KeyError
     path = write(tmp_path / "x.parquet", arrow(good(5)).append_column("recall", pa.array([0.5] * 5)))
     assert error(path) == f"data.path={path} has 2 columns recall; leave one"
 
@@ -669,7 +669,7 @@ def test_no_thread_outlives_an_error(tmp_path):
     path = write(tmp_path / "x.parquet", table)
     with pytest.raises(DataError) as raised:
         read(path)
-    assert raised.value.__traceback__ is not None  # whose frames would keep the reader alive
+    assert raised.value.__traceback__ is not None  # a traceback whose frames would keep the reader alive
     assert not [t for t in threading.enumerate() if t.name.startswith(("reader", "block"))]
 
 
@@ -684,7 +684,7 @@ def test_dimension_that_differs_between_files_names_both(kind, tmp_path):
 
 
 def test_embeddings_that_begin_with_a_batch_of_nulls(tmp_path, monkeypatch):
-    # the first batch alone was asked for the dimension: "null in every row"
+    # regression: only the first batch was asked for the dimension: "null in every row"
     monkeypatch.setattr(tables, "CHUNK_BYTES", 0)  # batches of 256 rows
     columns = good(600)
     columns["query_embedding"][:300] = [None] * 300
@@ -743,7 +743,7 @@ def test_nothing_there(tmp_path):
 
 @pytest.mark.parametrize("uri", ["nosuch://bucket/x.parquet", "file://host with space/x.parquet"])
 def test_uri_that_arrow_does_not_know(uri):
-    # Arrow's own error, without the key
+    # regression: Arrow's own error, without the setting's name
     assert error(uri).startswith(f"data.path={uri} cannot be opened (")
 
 

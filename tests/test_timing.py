@@ -1,4 +1,4 @@
-"""Configs that ran by night and others by day are told, and configs that a lot chose are not."""
+"""Configs that ran only at certain times of day are reported; randomly chosen configs are not."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ MONDAY = 1_789_948_800  # 2026-09-21
 
 
 def log_of(seed: int, days: float, rows: int = 1500, **columns: np.ndarray) -> Trajectories:
-    """A log without propensities over so many days, of configs by lot where none are given."""
+    """A log without propensities over `days` days, with random configs unless they are given."""
     by_lot = world("no config differs", rows, np.random.default_rng(seed))
     time = (MONDAY + days * DAY * np.arange(rows) / rows).astype(np.int64)
     return replace(by_lot, propensity=None, timestamp=time, **columns)
 
 
 def shifted(on: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Config 4 in six rows of ten where `on`, elsewhere in one of ten."""
+    """Config 4 in six of ten rows where `on`, elsewhere in one of ten."""
     rng = np.random.default_rng(seed)
     other = rng.integers(4, size=len(on))
     return np.where(rng.random(len(on)) < np.where(on, 0.6, 0.1), 4, other)
@@ -36,12 +36,12 @@ def shifted(on: np.ndarray, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("days", [0.2, 5.0, 40.0])
 def test_a_lot_is_not_told(days):
-    # one alarm in a hundred at most: of these, none in twenty
+    # the false alarm rate is at most one in a hundred: none in these twenty
     assert not [seed for seed in range(20) if told_by_time(log_of(seed, days), seed)]
 
 
 def test_a_night_shift_is_told_with_its_config_and_hours():
-    # it was marked associational, as a log by lot is
+    # regression: it was only marked associational, like a log of random configs
     hour = log_of(0, 13.0).timestamp % DAY // 3600
     table = log_of(0, 13.0, config_id=shifted((hour < 6) | (hour >= 21)))
     [warning] = told_by_time(table, 0)
@@ -62,7 +62,7 @@ def test_a_roll_out_and_a_weekend_are_told():
 
 
 def test_rows_of_a_query_or_a_session_are_one_choice():
-    # 40 queries of which each ran 25 times under its config: their times told which of them it was
+    # 40 queries, each of which ran 25 times under its config; regression: their times told which query it was
     rows = np.arange(1000)
     query, lot = rows // 25, np.random.default_rng(1).integers(CONFIGS, size=40)
     table = log_of(1, 13.0, rows=1000, config_id=lot[query])
@@ -87,5 +87,5 @@ def test_training_says_so_in_its_log_and_its_report(tmp_path, caplog, monkeypatc
     assert warning in caplog.text
     assert json.loads((published.folder / "manifest.json").read_text())["evaluation"]["warnings"] == [warning]
     assert warning[1:] in (published.folder / "report.html").read_text()
-    # whose default nobody runs
+    # nobody runs its default
     assert "params.default=auto took that from an experiment" in published.decision.reason

@@ -1,4 +1,4 @@
-"""Runs told to a real MLflow server on this machine, and to TensorBoard's event files."""
+"""Runs are reported to a real MLflow server on this machine, and to TensorBoard's event files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RUN = Run(
 )
 
 
-# the whole of MLflow holds pyarrow back, so that its server runs in an environment of its own
+# the full MLflow package requires an older pyarrow, so that its server runs in an environment of its own
 SERVER_PYTHON = os.environ.get("RB_GPU_MLFLOW_PYTHON")
 
 

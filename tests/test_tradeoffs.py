@@ -35,7 +35,7 @@ def test_a_hull_is_the_best_mix_of_two_points(places: list[tuple[int, int]]):
     found = points(*((float(c), float(q)) for c, q in places))
     corners = hull(found)
     for at in np.linspace(min(c for c, _ in places), 21.0, 9):
-        # the best mix of two points that costs no more, by trying all
+        # the best mix of two points that costs no more, by trying all pairs
         best = max(
             a.quality + share * (b.quality - a.quality)
             for a in found
@@ -50,13 +50,13 @@ def test_areas_by_hand():
     weak, strong = points((1, 0.2), (5, 1.0))
     straight = area([weak, strong], weak, strong)
     assert straight.aiq == pytest.approx(0.6) and straight.apgr == pytest.approx(0.5)
-    # all of the gap is recovered at half of the range
+    # the whole gap is closed at half of the range
     middle = points((3, 1.0))[0]
     bent = area([weak, middle, strong], weak, strong)
     assert bent.aiq == pytest.approx((2 * 0.6 + 2 * 1.0) / 4)
     assert bent.apgr == pytest.approx(np.mean([0.1, 0.3, 0.5, 0.7, 0.9, 1, 1, 1, 1, 1]))
     assert math.isnan(area([weak, weak], *points((1, 0.2), (2, 0.1))).apgr)
-    # a share of the gap between cheapest and dearest, which a config in between may more than close
+    # relative to the gap between cheapest and most expensive, which a config in between may more than close
     assert area(points((0, 0.2), (1, 0.8), (2, 0.4)), *points((0, 0.2), (2, 0.4))).apgr > 2
 
 

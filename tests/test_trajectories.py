@@ -1,4 +1,6 @@
-"""One table, however it is stored: rows joined to their queries, parameters to configs, and a default among them."""
+"""One table, however it is stored: rows are joined to their queries, parameters to configs, and one config is the
+default.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ few_examples = settings(max_examples=40, deadline=None)
 
 
 def make(i: int, **fields: Any) -> QueryTrajectory:
-    """The trajectory of id i; parameters and everything else may be given by name."""
+    """The trajectory with id i; parameters and all other fields may be given by name."""
     params = SearchParams(**{"model_tier": "small"} | {n: fields.pop(n) for n in PARAMETERS if n in fields})
     q = fields.get("query_id", i)  # rows that share it are one query
     values: dict[str, Any] = {
@@ -48,7 +50,7 @@ def make(i: int, **fields: Any) -> QueryTrajectory:
 
 
 def query(q: int) -> dict[str, Any]:
-    """What the rows of one query share."""
+    """The fields that all rows of one query share."""
     return {"query_id": 500 + q, "query_embedding": np.float32([q + 1, q % 3, 0, 1]), "timestamp": EARLY + q}
 
 
@@ -74,7 +76,7 @@ LOG = [
 
 
 def outcomes(log: list[QueryTrajectory]) -> dict[str, pa.Array]:
-    """The columns of a table but those that belong to the query."""
+    """The columns of a table except those that belong to the query."""
     columns: dict[str, Any] = {
         "id": pa.array([t.id for t in log], pa.uint64()),
         "query_id": pa.array([t.id if t.query_id is None else t.query_id for t in log], pa.uint64()),
@@ -127,7 +129,7 @@ def split_files(folder: Path, table: pa.Table) -> str:
 
 
 def two_tables(folder: Path, log: list[QueryTrajectory], *absent: str) -> dict[str, str]:
-    """data.path and data.queries; the queries stand in reverse order."""
+    """data.path and data.queries; the queries are stored in reverse order."""
     folder.mkdir(exist_ok=True)
     first = list({t.query_id: t for t in reversed(log)}.values())
     queries = pa.table({"query_id": pa.array([t.query_id for t in first], pa.uint64())} | of_query(first))
@@ -142,7 +144,7 @@ def read(path: Any, params: dict[str, Any] | None = None, quarantine: Path | Non
 
 
 def rows_of(table: Trajectories) -> dict[int, dict[str, Any]]:
-    """Everything known of each row, by id."""
+    """Everything known about each row, by id."""
     columns = ("precision", "recall", "latency_us", "cost", "rating", "timestamp", "propensity")
     return {
         int(table.id[i]): {c: None if getattr(table, c) is None else getattr(table, c)[i].item() for c in columns}
@@ -153,7 +155,7 @@ def rows_of(table: Trajectories) -> dict[int, dict[str, Any]]:
 
 
 def assert_same(one: Trajectories, other: Trajectories) -> None:
-    """Equal to the last bit, in the same order."""
+    """Asserts that the tables are equal to the last bit, in the same order."""
     for part, its in ((one, other), (one.configs, other.configs)):
         for field in fields(part):
             a, b = getattr(part, field.name), getattr(its, field.name)
@@ -222,7 +224,7 @@ def test_rows_without_query_id_are_queries_of_their_own(tmp_path):
 
 
 def test_query_id_that_stands_for_several_embeddings_is_a_bad_row(tmp_path):
-    # a session's id as query_id: the embeddings of nine in ten rows were dropped without a word
+    # regression: with a session's id as query_id, the embeddings of nine in ten rows were silently dropped
     x = np.random.default_rng(0).normal(size=(40, D)).astype(np.float32)
     log = [make(i, query_id=i // 10, query_embedding=x[i]) for i in range(40)]
     path = parquet(tmp_path / "t.parquet", one_table(log))
@@ -237,7 +239,9 @@ def test_query_id_that_stands_for_several_embeddings_is_a_bad_row(tmp_path):
 
 
 def test_few_rows_that_hold_nearly_all_cost_are_told(tmp_path, caplog):
-    """Ten rows of 1e12 among 10,000 of some hundred: the bank abstained everywhere, and no message said why."""
+    """Ten rows with a cost of 1e12 among 10,000 of a few hundred. Regression: the bank abstained everywhere without a
+    message.
+    """
     log = [make(i, ef_search=[32, 64][i % 2], cost=float(100 + i % 7)) for i in range(400)]
     read(parquet(tmp_path / "even.parquet", one_table(log)))
     assert "few rows hold nearly all" not in caplog.text
@@ -265,7 +269,8 @@ def merged(tmp_path, propensity, **params):
 
 
 def test_propensities_of_settings_that_became_one_config_are_refused(tmp_path):
-    # each row kept its own: the config's rows weighed as much as two configs', and a worse one was promoted
+    # regression: each row kept its own propensity, so that the merged config counted like two, and a worse one was
+    # promoted
     with pytest.raises(ConfigError, match=r"temperature_step=0\.05 makes one config of temperature 0\.7 to 0\.72"):
         merged(tmp_path, {0.7: 0.45, 0.72: 0.05, 1.0: 0.5})
     assert len(merged(tmp_path, {0.7: 0.5, 0.72: 0.5, 1.0: 0.5}).configs) == 2
@@ -321,7 +326,7 @@ def test_row_whose_query_is_missing_or_bad_is_quarantined_where_it_stands(tmp_pa
     both = two_tables(tmp_path, LOG)
     queries = pq.read_table(both["queries"])
     x = queries["query_embedding"].to_pylist()
-    x[3] = [0.0] * D  # query 516: the queries stand in reverse
+    x[3] = [0.0] * D  # query 516: the queries are in reverse order
     queries = queries.set_column(1, "query_embedding", pa.array(x, pa.list_(pa.float32(), D)))
     parquet(tmp_path / "queries.parquet", queries.slice(0, 19))  # without query 500
     log = pa.table(outcomes(LOG))
@@ -331,7 +336,7 @@ def test_row_whose_query_is_missing_or_bad_is_quarantined_where_it_stands(tmp_pa
     table = read(str(folder), None, tmp_path / "bad.parquet", queries=both["queries"], max_bad_fraction=0.5)
     bad = pq.read_table(tmp_path / "bad.parquet").to_pylist()
     reason = "query_id is not in data.queries, or is bad there"
-    # the row was counted among the good ones of all files, and the file was the directory
+    # regression: the row number counted the good rows of all files, and the file was given as the directory
     assert [tuple(row.values()) for row in bad] == [
         (both["queries"], 3, 516, "query_embedding has norm 0"),
         *[(first, i, i, reason) for i in range(3)],
@@ -342,7 +347,7 @@ def test_row_whose_query_is_missing_or_bad_is_quarantined_where_it_stands(tmp_pa
 
 
 def test_query_that_is_there_twice_is_a_bad_row(tmp_path):
-    # the second one was dropped unseen
+    # regression: the second one was silently dropped
     both = two_tables(tmp_path, LOG)
     queries = pq.read_table(both["queries"])
     parquet(tmp_path / "queries.parquet", pa.concat_tables([queries, queries.slice(2, 1)]))
@@ -423,7 +428,7 @@ def test_log_without_costs_has_none(tmp_path):
 
 
 def test_cost_of_some_rows_of_a_log_makes_the_others_bad_however_they_are_batched(tmp_path, monkeypatch):
-    # a batch without any cost made the column absent, one with some made its other rows bad
+    # regression: a batch without any cost made the column absent; one with some costs made its other rows bad
     path = sqlite(tmp_path / "x.sqlite", [make(i, cost=None if i < 10 else 1.0) for i in range(40)])
     for batch_rows in (4, 10, 100):
         monkeypatch.setattr(sources, "BATCH_ROWS", batch_rows)
@@ -451,7 +456,7 @@ def test_empty_log(tmp_path):
 
 
 def test_idle_host_among_others(tmp_path):
-    # one empty log stopped the job for all hosts
+    # regression: one empty log stopped the job for all hosts
     sqlite(tmp_path / "idle.sqlite", [])
     sqlite(tmp_path / "busy.sqlite", LOG)
     assert_same(read(str(tmp_path)), from_trajectories(LOG))
@@ -470,7 +475,7 @@ def test_database_that_is_no_log_names_the_key(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        # all of these were learned from, or stopped with NumPy's error
+        # regression: all of these were learned from, or stopped with NumPy's error
         ({"precision": float("nan")}, r"^trajectories\[3\] \(id 3\): precision is null or not a number; drop it"),
         ({"recall": 1.5}, r"^trajectories\[3\] \(id 3\): recall is outside \[0, 1\]; "),
         ({"query_embedding": np.zeros(D, np.float32)}, r"^trajectories\[3\] \(id 3\): query_embedding has norm 0; "),
@@ -511,7 +516,7 @@ def test_cost_that_only_some_trajectories_have_is_not_known():
 
 
 def tiers_of(*logged: tuple[str, float | None, int], **params: Any) -> tuple[str, ...]:
-    """Tiers of a log of (tier, cost, latency)."""
+    """The tiers of a log of (tier, cost, latency)."""
     log = [make(i, model_tier=tier, cost=cost, latency_us=us) for i, (tier, cost, us) in enumerate(logged)]
     return from_trajectories(log, ParamsConfig(**params)).configs.tiers
 
@@ -525,7 +530,7 @@ def test_tiers_without_cost_are_in_the_order_of_their_mean_latency():
 
 
 def test_tiers_of_equal_cost_are_in_the_order_of_their_latency():
-    # the name decided
+    # regression: the name decided
     assert tiers_of(("a", 1.0, 30), ("b", 1.0, 10), ("c", 1.0, 20)) == ("b", "c", "a")
     assert tiers_of(("b", 1.0, 10), ("a", 1.0, 10)) == ("a", "b")
 
@@ -568,7 +573,7 @@ def test_absent_parameters_mean_the_configured_default(tmp_path):
 
 @pytest.mark.parametrize("name", ["ef_search", "model_tier", "temperature"])
 def test_parameter_that_came_later_keeps_its_values_and_means_the_default_before(name, tmp_path, caplog):
-    # it was taken as absent from all files: rows of every n_probes were learned from as rows of the default's
+    # regression: it was taken as absent from all files, and rows with other n_probes were learned as the default's
     default = {"ef_search": 7, "model_tier": "small", "temperature": 0.5} | (
         {"model_tier": "old"} if name == "model_tier" else {}
     )
@@ -695,8 +700,8 @@ def test_order_of_rows_does_not_matter(rows, random):
 
 @pytest.mark.parametrize("seconds", [1, 7], ids=["times of their own", "equal times"])
 def test_stored_order_does_not_matter_to_a_bit(seconds, tmp_path):
-    # sums came out otherwise in their last digits, and queries of equal times were held out as the file had them:
-    # the same log in other files made another fingerprint and another bank
+    # regression: sums differed in their last digits, and queries with equal times were held out in file order: the same
+    # log in other files had another fingerprint and another bank
     log = [
         make(i, **query(i // 3) | {"timestamp": EARLY + i // 3 // seconds}, ef_search=32 << i % 3) for i in range(60)
     ]
@@ -714,7 +719,7 @@ def test_stored_order_does_not_matter_to_a_bit(seconds, tmp_path):
 
 
 def test_of_a_query_embedded_twice_the_same_embedding_stays_in_any_order(tmp_path):
-    # that of the row which came first in the files
+    # regression: the embedding was that of the row which came first in the files
     x = [np.float32([i // 3 + 1, 1, 0, 1 + i % 3 / 99]) for i in range(30)]
     log = [make(i, **query(i // 3) | {"query_embedding": x[i]}) for i in range(30)]
     expected = read(parquet(tmp_path / "x.parquet", one_table(log)))
@@ -731,7 +736,7 @@ def test_fingerprint_is_that_of_the_content():
         return from_trajectories(log).source.fingerprint
 
     assert changed() == changed()
-    # cost, propensity, rating and what the configs are had no part in it
+    # regression: it did not depend on cost, propensity, rating and the configs' parameters
     others = [
         {"precision": 0.75},
         {"latency_us": 1001},
@@ -858,7 +863,7 @@ def test_a_large_file_takes_the_memory_of_its_matrix_and_a_few_chunks(suffix, ki
     n, dim = 200_000, 128
     x = np.random.default_rng(0).random((n, dim), dtype=np.float32)
     ids = np.arange(n, dtype=np.uint64)
-    ids[1] = 0  # one bad row, for which the whole table was once copied
+    ids[1] = 0  # one bad row; regression: it made a copy of the whole table
     large = pa.table(
         {
             "id": ids,
@@ -872,10 +877,10 @@ def test_a_large_file_takes_the_memory_of_its_matrix_and_a_few_chunks(suffix, ki
     path, small = str(tmp_path / f"large{suffix}"), str(tmp_path / f"small{suffix}")
     for name, table in ((path, large), (small, large.slice(2, 10))):
         if suffix == ".parquet":
-            # one row group, which Arrow would read whole; no dictionary, which the floats of a real log lack too
+            # one row group, which Arrow would read as a whole; no dictionary, like the floats of a real log
             parquet(Path(name), table, row_group_size=n, use_dictionary=False)
         else:
-            # one batch, which Arrow would copy whole, and whose mapped pages would stay in memory
+            # one batch, which Arrow would copy as a whole, and whose mapped pages would stay in memory
             with pa.OSFile(name, "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
                 writer.write_table(table)
     done = subprocess.run(
@@ -884,7 +889,7 @@ def test_a_large_file_takes_the_memory_of_its_matrix_and_a_few_chunks(suffix, ki
     rows, matrix, peak = map(int, done.stdout.split())
     chunk = sources.BATCH_ROWS * dim * 4
     assert rows == n - 1 and abs(matrix - n * dim * 4) < 1000
-    # 0.9 chunks are measured for Arrow files, 2.3 for binary and 3.1 to 3.3 for lists; a second matrix is 3 more
+    # measured: 0.9 chunks for Arrow files, 2.3 for binary and 3.1 to 3.3 for lists; a second matrix would be 3 more
     assert peak < matrix + 4.5 * chunk
 
 
@@ -892,9 +897,9 @@ def test_a_large_file_takes_the_memory_of_its_matrix_and_a_few_chunks(suffix, ki
 
 
 def bad_here_and_there(n: int = 300, dim: int = 6) -> pa.Table:
-    """n rows of as many queries, of which some are bad in each way that an embedding can be."""
+    """n rows of n queries, some of which are bad in each way that an embedding can be."""
     x = np.random.default_rng(3).normal(size=(n, dim)).astype(np.float32)
-    x[7], x[100, 2], x[201, 0], x[250] = 0, np.nan, np.inf, 1e30  # the last is good: its square alone is infinite
+    x[7], x[100, 2], x[201, 0], x[250] = 0, np.nan, np.inf, 1e30  # the last is good: only its square is infinite
     x[251] = 1e-30
     columns = outcomes([make(i, ef_search=10 + i % 3) for i in range(n)])
     del columns["query_id"]
@@ -914,7 +919,7 @@ def test_table_does_not_depend_on_how_it_is_cut_into_batches_and_blocks(suffix, 
         parquet(path, table, row_group_size=70)
     elif suffix == ".arrow":
         ipc(path, table)
-    else:  # compressed, as Feather files are
+    else:  # compressed, like Feather files
         with pa.OSFile(str(path), "wb") as file:
             options = pa.ipc.IpcWriteOptions(compression="zstd")
             with pa.ipc.new_file(file, table.schema, options=options) as writer:
@@ -933,7 +938,7 @@ def test_table_does_not_depend_on_how_it_is_cut_into_batches_and_blocks(suffix, 
 
 @pytest.mark.parametrize("dim", [1, 5, 6])
 def test_fingerprint_tells_apart_tables_that_differ_anywhere(dim):
-    # sums of whole words could not: signs that change in pairs cancelled in them
+    # regression: in sums of whole words, sign changes in pairs cancelled
     x = np.random.default_rng(4).normal(size=(9, dim)).astype(np.float32) + 3
     others = [x]
     for row in (1, 8):

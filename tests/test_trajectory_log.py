@@ -1,4 +1,4 @@
-"""The log is judged by what is in its file afterwards, read through `read_batches` or SQLite itself."""
+"""The log is judged by the content of its file afterwards, read through `read_batches` or SQLite itself."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def query(path: Path, sql: str) -> list[tuple[Any, ...]]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Another writer that sits on the file."""
+    """Another writer that holds the file's lock."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         yield
@@ -81,7 +81,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def start(path: Path, code: str) -> subprocess.Popen[str]:
-    """A process of its own that has `log`, `trajectory`, `UserFeedback` and `threading`."""
+    """A new process that has `log`, `trajectory`, `UserFeedback` and `threading`."""
     prelude = (
         "import os, threading\n"
         "from test_trajectory_log import *\n"
@@ -94,7 +94,7 @@ def start(path: Path, code: str) -> subprocess.Popen[str]:
 
 
 def killed_writer(path: Path) -> int:
-    """Kills a process in the middle of its writing; returns how many rows, ids 0, 1, .., it had flushed for sure."""
+    """Kills a process while it writes; returns the number of rows (ids 0, 1, ...) that it had certainly flushed."""
     writer = start(
         path,
         "import itertools\n"
@@ -204,7 +204,7 @@ def test_damaged_blob_is_returned_for_the_loader_to_count(tmp_path: Path) -> Non
         ({"query_embedding": np.ones(3)}, DataError),
         ({"query_embedding": np.ones((1, 4))}, DataError),
         ({"query_embedding": np.float32(1)}, DataError),
-        # what lay under the mask was written
+        # regression: the value under the mask was written
         ({"query_embedding": np.ma.masked_greater(np.arange(4.0), 2.5)}, DataError),
         ({"query_id": -1}, DataError),
         ({"latency_us": 2**64}, DataError),
@@ -249,7 +249,7 @@ def test_capacity_keeps_the_newest(tmp_path: Path) -> None:
     with TrajectoryLog(path, capacity=300) as log:
         for i in range(2500):
             log.record(trajectory(i, feedback=UserFeedback(1 + i % 5)))
-            log.record(trajectory(i - i % 7))  # duplicates must not use up the ring
+            log.record(trajectory(i - i % 7))  # duplicates must not use up the ring's capacity
         log.flush()
         assert ids(path) == list(range(2200, 2500))
         assert ratings(path) == {i: 1 + i % 5 for i in range(2200, 2500)}
@@ -318,7 +318,7 @@ def test_half_full_queue_is_written_at_once(tmp_path: Path) -> None:
 def test_failed_transaction_is_tried_again_as_a_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "log.db"
     with TrajectoryLog(path, flush_interval=0.3) as log, closing(sqlite3.connect(path)) as other:
-        # stands for a disk that is full in the middle of a batch
+        # simulates a disk that becomes full in the middle of a batch
         other.execute(
             "CREATE TRIGGER full BEFORE INSERT ON trajectory WHEN NEW.id = 77 "
             "BEGIN SELECT RAISE(FAIL, 'the disk is full'); END"
@@ -329,7 +329,7 @@ def test_failed_transaction_is_tried_again_as_a_whole(tmp_path: Path, caplog: py
         assert not log.failing and log.queued == 100
         assert not log.flush(timeout=0.2)
         assert ids(path) == []
-        # it used to take whatever came, up to a full queue, and to tell nobody
+        # regression: it accepted records until the queue was full, and told nobody
         assert log.failing and log.queued == 100
         assert not log.record(trajectory(100)) and not log.record_feedback(1, UserFeedback(1))
         assert log.dropped == 2
@@ -379,7 +379,7 @@ def test_vote_before_its_trajectory(tmp_path: Path) -> None:
     with TrajectoryLog(path) as log, TrajectoryLog(path, flush_interval=60) as late:
         late.record(trajectory(1))  # still in the other log's memory
         log.record_feedback(1, UserFeedback(5))
-        log.record_feedback(2, UserFeedback(4))  # in one batch, but ahead
+        log.record_feedback(2, UserFeedback(4))  # in one batch, but before its trajectory
         log.record(trajectory(2))
         log.flush()
         assert ratings(path) == {2: 4}
@@ -443,7 +443,7 @@ def test_torn_write(tmp_path: Path, damage: str) -> None:
     *found, last = ids(path)
     assert last == 2**40
     assert found == list(range(len(found)))
-    # the kill falls at most one flush of 100 rows behind the last one that was confirmed
+    # the kill loses at most one flush of 100 rows since the last confirmed one
     assert len(found) >= (flushed if damage == "garbage" else flushed - 100)
     assert query(path, "PRAGMA integrity_check") == [("ok",)]
 
@@ -458,7 +458,7 @@ def test_normal_exit_without_close_writes_all(tmp_path: Path) -> None:
 
 
 def run_in_child(work: Any) -> int:
-    """Runs `work` in a forked child, which reports by its exit status alone."""
+    """Runs `work` in a forked child, which reports only by its exit status."""
     child = os.fork()
     if child == 0:
         signal.alarm(int(PATIENCE_S))  # a deadlock in the child must not outlive the test
@@ -542,7 +542,7 @@ def test_forked_child_outlives_its_parents_log(tmp_path: Path) -> None:
     log = TrajectoryLog(path, flush_interval=60)
     log.record(trajectory(1))
     log.flush()
-    log.record(trajectory(2))  # queued at the fork: the parent's to write
+    log.record(trajectory(2))  # queued at the fork: the parent writes it
     ready, go = os.pipe(), os.pipe()
 
     def child_work() -> None:
@@ -557,7 +557,7 @@ def test_forked_child_outlives_its_parents_log(tmp_path: Path) -> None:
 
     child = run_in_child(child_work)
     assert os.read(ready[0], 1) == b"x"
-    log.close()  # the last connection of a file deletes its -wal: the child's has to count
+    log.close()  # closing a file's last connection deletes its -wal: the child's connection must count
     os.write(go[1], b"x")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert ids(path) == [1, 3, 2, 4]
@@ -578,7 +578,7 @@ def test_deleted_file_is_made_anew(tmp_path: Path) -> None:
 
 
 def test_a_renamed_file_keeps_what_was_flushed(tmp_path: Path) -> None:
-    # rows that lay in the write-ahead log used to be gone: 300 flushed ones, and an empty file
+    # regression: rows in the write-ahead log were lost: 300 flushed rows, and an empty file
     path = tmp_path / "log.db"
     with TrajectoryLog(path) as log:
         for turn in range(3):
@@ -586,7 +586,7 @@ def test_a_renamed_file_keeps_what_was_flushed(tmp_path: Path) -> None:
                 log.record(trajectory(1000 * turn + i))
             log.flush()
             path.rename(tmp_path / f"log.{turn}.db")
-            # before the log sees it, and after
+            # before and after the log notices the rename
             assert ids(tmp_path / f"log.{turn}.db") == list(range(1000 * turn, 1000 * turn + 300))
         log.record(trajectory(9999))
     assert ids(path) == [9999]
@@ -614,7 +614,8 @@ def test_rows_that_a_reader_held_back_are_put_aside(tmp_path: Path, caplog: pyte
 
 
 def test_a_log_behind_a_link(tmp_path: Path) -> None:
-    # its -wal was looked for beside the link: a reader missed rows, or took the file for malformed while it was written
+    # regression: the -wal was looked for next to the link, so that a reader missed rows, or found the file malformed
+    # during writes
     path, link = tmp_path / "data" / "log.db", tmp_path / "log.db"
     path.parent.mkdir()
     link.symlink_to("data/log.db")
@@ -627,7 +628,7 @@ def test_a_log_behind_a_link(tmp_path: Path) -> None:
         log.flush()
         assert ids(link) == [1, 2]
         reader.execute("COMMIT")
-        # the link is followed anew where the file was renamed
+        # the link is resolved again after the file was renamed
         path.rename(tmp_path / "data" / "log.1.db")
         log.record(trajectory(3))
     assert ids(link) == ids(path) == [3] and ids(tmp_path / "data" / "log.1.db") == [1, 2] and link.is_symlink()
@@ -668,7 +669,8 @@ with TrajectoryLog(sys.argv[1]) as log:
 
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere a file that is open cannot be renamed")
 def test_a_file_renamed_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # what had opened the old file went on in the -wal of the one that another process made: its image was malformed
+    # regression: connections to the old file used the -wal of another process's new file: the database image was
+    # malformed
     path, moved = tmp_path / "log.db", tmp_path / "log.1.db"
     with TrajectoryLog(path) as log:
         log.record(trajectory(0))
@@ -702,7 +704,7 @@ def test_reading_in_batches_and_after(tmp_path: Path) -> None:
         log.flush()
         reader = read_batches(path, rows=10)
         first = next(reader)
-        log.record(trajectory(5))  # later than the reader's start
+        log.record(trajectory(5))  # after the reader's start
         log.flush()
         rest = list(reader)
         assert [len(batch["id"]) for batch in [first, *rest]] == [10, 10, 5]

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from rb_gpu.errors import ConfigError  # noqa: E402
 from rb_gpu.learn import triton_assign, triton_kernels, triton_sums  # noqa: E402
 
-# bytes of shared memory that one program may take on A100, H100 and B200; on A10, L4 and the cards of workstations
+# bytes of shared memory that one program may use on A100, H100 and B200; on A10, L4 and workstation cards
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 LEAST_SHARED = 101_376
 DIMS = (128, 384, 1024)
@@ -35,7 +35,7 @@ KINDS = {
 
 
 def test_in_the_interpreter():
-    # a process of its own: Triton decides as it is imported whether it compiles
+    # in a new process, because Triton decides when it is imported whether it compiles
     tests = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests / "interpreted.py")]
     ran = subprocess.run(command, cwd=tests, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
@@ -43,7 +43,7 @@ def test_in_the_interpreter():
 
 
 def compiled(job: tuple[int, int, str, str, dict[str, int], int, int], folder: Path) -> tuple[int, int]:
-    """Bytes of shared memory that a kernel claims, and bytes of registers that it spills."""
+    """Bytes of shared memory that a compiled kernel uses, and bytes of registers that it spills."""
     capability, dims, name, precision, blocks, warps, stages = job
     kernel = getattr(triton_kernels, name)
     width = triton_assign.width_of(dims)
@@ -57,7 +57,7 @@ def compiled(job: tuple[int, int, str, str, dict[str, int], int, int], folder: P
         else kinds.get(argument, "*fp32" if "_ptr" in argument else "fp32")
         for argument in kernel.arg_names
     }
-    # torch's memory begins at multiples of 16 bytes
+    # torch allocates memory at multiples of 16 bytes
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": name != "piece_kernel"}
@@ -66,15 +66,15 @@ def compiled(job: tuple[int, int, str, str, dict[str, int], int, int], folder: P
     binary.write_bytes(built.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     usage = subprocess.run([tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
-    # these kernels keep nothing on the stack by themselves
+    # these kernels use the stack only for spills
     spilled = sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
     assert "REG:" in usage
     return built.metadata.shared, spilled
 
 
 def every_job() -> list[tuple]:
-    """Each kernel in each block shape that may be chosen, for each card and number of dims; 384 for one card: their
-    blocks are those of 1024, of which more follow each other.
+    """Each kernel in each block shape that may be chosen, for each card and number of dims; 384 dims only for one card:
+    they use the same blocks as 1024, only fewer of them.
     """
     jobs = []
     for capability, shared in SHARED.items():
@@ -115,7 +115,8 @@ def test_a_planted_spill_is_seen(tmp_path, monkeypatch):
 
 
 def test_no_function_calls_itself():
-    # Triton 3.4, that of torch 2.8, went through the calls of one that did until Python's stack was full
+    # regression: Triton 3.4, which torch 2.8 has, followed the calls of a recursive function until Python's stack was
+    # full
     called = {
         name: {call.func.id for call in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(found.fn))))
                if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)}
@@ -127,7 +128,8 @@ def test_no_function_calls_itself():
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
 def test_every_width_has_a_tile_on_every_card(capability):
-    # 65 to 128 dims had none in the 99 KiB of an L4, and a job with default settings ended there
+    # regression: for 65 to 128 dims no tile fitted into the 99 KiB of an L4, and a job with default settings failed
+    # there
     shared = SHARED.get(10 * capability[0] + capability[1], LEAST_SHARED)
     for width in {triton_assign.width_of(dims) for dims in range(1, 4097)}:
         for precision in ("tf32", "bf16", "ieee"):

@@ -1,5 +1,5 @@
-"""What may befall an unattended training: a full or read-only disk, inputs that vanish, a damaged parent, a second
-training, kill -9. The champion must not feel it, and the error must say what to do.
+"""What may happen to an unattended training: a full or read-only disk, inputs that vanish, a damaged parent, a second
+training, kill -9. The champion must not be affected, and the error must say what to do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rb_gpu.learn.version_config import RetrainConfig
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "OMP_NUM_THREADS": "1"}
 
-# on a disk of the test's own, which ends with it
+# on a disk of the test's own, which vanishes with its process
 DISK = """
 import sys
 from dataclasses import replace
@@ -74,7 +74,7 @@ refused(config, "Read-only file system); free space, or choose another")
 
 @pytest.mark.parametrize("trouble", [FULL, READ_ONLY], ids=["full", "read-only"])
 def test_a_disk_that_takes_nothing_more_leaves_the_champion(tmp_path: Path, trouble: str) -> None:
-    # the message came as a traceback where the very lock could not be written
+    # regression: if even the lock could not be written, the message was a traceback
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
         pytest.skip("this system lets nobody mount a disk of his own (unshare -rm)")
     mount = f'mount -t tmpfs -o size=6m tmpfs {tmp_path} && exec {sys.executable} -c "$0" {tmp_path}'
@@ -144,7 +144,7 @@ def test_of_two_trainings_at_once_one_runs_and_one_says_so(tmp_path: Path) -> No
         until = time.monotonic() + 120
         while not (lock.is_file() and lock.read_text()) and time.monotonic() < until:
             time.sleep(0.01)
-        # held still, so that it cannot be done before the other has come up
+        # stopped, so that it cannot finish before the other has started
         one.send_signal(signal.SIGSTOP)
         other = run("train", *given, cwd=tmp_path)
         one.send_signal(signal.SIGCONT)
@@ -163,7 +163,7 @@ def test_of_two_trainings_at_once_one_runs_and_one_says_so(tmp_path: Path) -> No
     ids=["trainings", "writers of the log"],
 )
 def test_what_is_killed_harms_nothing(script: str, arguments: list[str], says: str) -> None:
-    """A short run of what `python tests/soak_*.py` do at length."""
+    """A short run of what `python tests/soak_*.py` does at length."""
     command = [sys.executable, str(HERE / script), *arguments]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0 and says in done.stdout, done.stdout + done.stderr

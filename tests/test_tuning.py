@@ -1,4 +1,6 @@
-"""lookup.top_k=auto and lookup.beta=auto: planted worlds get the setting that is best in them, noise gets the usual."""
+"""lookup.top_k=auto and lookup.beta=auto: planted worlds get the setting that is best in them, noise gets the usual
+one.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def table(quality_QC: np.ndarray, x_QD: np.ndarray, logged: bool, rng: np.random
 
 
 def settings(trajectories: Trajectories, k: int, alpha: float = 0.05, **lookup: object) -> tuple[int, float, dict]:
-    """top_k, beta and what the manifest says of them. By welch, which no field helps: only the patterns vote."""
+    """top_k, beta and the tuning facts of the manifest. Judged by welch, which has no field, so that only patterns
+    vote.
+    """
     config = TrainConfig(
         judge=JudgeConfig(method="welch", alpha=alpha, latency_weight=0.0, cost_weight=0.0),
         cluster=ClusterConfig(k=k, merge_similarity=1.0),
@@ -49,7 +53,7 @@ def settings(trajectories: Trajectories, k: int, alpha: float = 0.05, **lookup: 
 
 
 def corners(queries: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Queries around 12 centres that are alike, and the centre of each."""
+    """Queries around 12 similar centres, and the centre of each."""
     centre = 1.0 + 0.3 * rng.normal(size=(12, DIM))
     label = rng.integers(12, size=queries)
     return centre[label] + 0.03 * rng.normal(size=(queries, DIM)), label
@@ -88,7 +92,7 @@ def test_of_a_large_table_one_fold_is_enough(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_of_one_pattern_nothing_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_choices", None)  # every setting answers alike
+    monkeypatch.setattr(tuning, "_choices", None)  # tuning must not run: every setting would answer alike
     rng = np.random.default_rng(0)
     x_QD, _ = corners(600, rng)
     top_k, beta, told = settings(table(np.full((600, CONFIGS), 0.5), x_QD, False, rng), 1)
@@ -96,7 +100,7 @@ def test_of_one_pattern_nothing_is_tuned(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_noise_chooses_nothing() -> None:
-    # at alpha=.9 patterns act on noise: by evidence that the valued queries had a part in, the nearest would win
+    # at alpha=.9 patterns act on noise; with evidence that includes the valued queries, the nearest pattern would win
     usual = 0
     for seed in range(20):
         rng = np.random.default_rng(seed)
@@ -109,7 +113,8 @@ def test_noise_chooses_nothing() -> None:
 
 
 def test_with_a_field_which_saw_the_rows_that_would_value_a_setting_the_usual_one_stands() -> None:
-    # here top_k=5, beta=0 seemed worth .032 by 2.1 standard errors; in logs of digits such seemed .049, and lost .011
+    # regression: here top_k=5, beta=0 seemed to gain .032 by 2.1 standard errors; in logs of digits such a setting
+    # seemed to gain .049, and lost .011
     rng = np.random.default_rng(3)
     centre = rng.normal(size=(10, DIM))
     label = rng.integers(10, size=1000)
@@ -125,7 +130,7 @@ def test_with_a_field_which_saw_the_rows_that_would_value_a_setting_the_usual_on
 
 @pytest.mark.parametrize("logged", [False, True])
 def test_of_settings_that_surely_gain_the_one_that_gains_most_is_taken(logged: bool) -> None:
-    # query by query: what a setting's choices are worth more than the usual one's, and the standard error of that
+    # computed query by query: the gain of a setting's choices over the usual one's, and its standard error
     rng = np.random.default_rng(1)
     rows = table(np.tile([0.4, 0.7], (500, 1)), rng.normal(size=(500, DIM)), logged, rng)
     tried = [(5, 16.0), (1, 0.0), (3, 8.0), (10, 32.0), (20, 0.0), (3, 64.0)]
@@ -136,7 +141,7 @@ def test_of_settings_that_surely_gain_the_one_that_gains_most_is_taken(logged: b
     def valued(picked: np.ndarray) -> tuple[float, np.ndarray]:
         hit = rows.config_id == picked[rows.query_row]
         mean = utility[hit].mean()
-        # as leaving a row out changes it
+        # the influence of leaving a row out
         return mean, np.bincount(rows.query_row, hit * (utility - mean), 500) / (hit.sum() - 1)
 
     usual, away = valued(choice[0])
@@ -151,7 +156,7 @@ def test_of_settings_that_surely_gain_the_one_that_gains_most_is_taken(logged: b
     found = tuning._best(choice, rows, objective, tried)
     assert (found.top_k, found.beta) == max(sure)[2] and found.settings == 6
     assert (found.gain, found.error) == pytest.approx(max(sure)[:2], rel=1e-6)
-    for first in range(1, 500):  # the better config on the first queries alone, until that gains 1.2 to 1.9 errors
+    for first in range(1, 500):  # the better config on the first queries only, until it gains 1.2 to 1.9 errors
         doubtful = (np.arange(500) < first).astype(int)
         mean, other = valued(doubtful)
         if 1.2 < (mean - usual) / max(np.sqrt(((other - away) ** 2).sum()), 1e-9) < 1.9:
@@ -164,7 +169,7 @@ def test_of_settings_that_surely_gain_the_one_that_gains_most_is_taken(logged: b
 def test_folds_are_valued_until_they_have_queries_enough_of_those_with_a_pattern(monkeypatch) -> None:
     rng = np.random.default_rng(2)
     fold, known = rng.integers(FOLDS, size=3000), rng.random(3000) < 0.8
-    fold[fold == 0] = 1  # an empty one is none
+    fold[fold == 0] = 1  # an empty fold is skipped
     whole = [np.flatnonzero((fold == f) & known) for f in range(FOLDS)]
     for most in (100, len(whole[1]), len(whole[1]) + 1, 10_000):
         monkeypatch.setattr(tuning, "MAX_QUERIES", most)

@@ -1,4 +1,4 @@
-"""When a choice has a value, of which grade, and what is said where it has none."""
+"""When a choice has a value, its grade, and the message if it has none."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def full(queries: int = 300, seed: int = 0) -> Outcomes:
 
 
 def test_a_full_table_is_exact_whatever_propensities_it_logs():
-    # each query's row was weighed by 1 / propensity though the query was tried under every config
+    # regression: rows were weighted by 1 / propensity although each query was tried under every config
     plain = full()
     skewed = replace(plain, propensity=np.random.default_rng(0).uniform(0.01, 1.0, len(plain.config_id)))
     picked = choices(plain.x_QD)
@@ -64,7 +64,7 @@ def test_a_query_that_tried_a_pick_twice_counts_once():
 
 
 def test_quality_that_never_fails_may_though_latency_spreads_the_utility():
-    # of a utility that latency spreads normally nothing rare is seen; quality's failures stay possible
+    # latency makes the utility look normal, without rare events; but quality's failures stay possible
     rows = full()
     rng = np.random.default_rng(0)
     same = np.ones(len(rows.utility))
@@ -84,7 +84,7 @@ def test_a_log_is_valued_doubly_robust_beside_the_plainer_estimators():
 
 
 def test_the_best_in_hindsight_of_a_log_is_no_oracle():
-    # a query logged twice: the better of its two rows is picked for having been lucky
+    # a query logged twice: the better of its two rows is picked only because it was lucky
     one = rows_of(queries=200)
     twice = replace(
         one,
@@ -180,8 +180,8 @@ def test_propensities_that_cannot_be_true_are_named():
 
 
 def test_a_few_floored_propensities_and_configs_tried_too_seldom_have_advice_of_their_own():
-    # "log more queries, or explore more evenly" was said of two rows with 1e-6, and "leave the column out" of a true
-    # propensity so low that the config hardly came up
+    # regression: the advice was "log more queries, or explore more evenly" for two rows with a propensity of 1e-6, and
+    # "leave the column out" for a true propensity so low that the config was hardly chosen
     rows = rows_of(queries=2000)
     few = replace(rows, propensity=np.where(np.arange(2000) < 2, 1e-6, rows.propensity))
     found = evaluate(few, choices(rows.x_QD) | {"bank": np.full(2000, rows.config_id[0])}, 100, 0)
@@ -189,7 +189,7 @@ def test_a_few_floored_propensities_and_configs_tried_too_seldom_have_advice_of_
     assert found.value("bank").unknown.endswith("or mend the propensities that a warning names")
     assert warning.startswith("propensity: 2 held-out rows have 1e-06 or less, and at most 0.012 are expected to; log")
     assert warning.endswith("counts as 1,000,000 rows")
-    # config 3 is hardly chosen in four fifths of the rounds, where config 4 has its share
+    # config 3 is hardly ever chosen in four fifths of the rounds, where config 4 has its share
     later = np.arange(2000) >= 400
     config = np.where(later & (rows.config_id == 3), 4, rows.config_id)
     seldom = np.where(later & (config == 4), 2 / CONFIGS, rows.propensity)
@@ -217,7 +217,7 @@ def test_amounts_are_printed_as_the_report_writes_them():
     slow = replace(rows, latency_us=2.76e6 + 0 * rows.latency_us, cost=16_408.0 + 0 * rows.utility)
     default = evaluation_tables(evaluate(slow, choices(rows.x_QD), 100, 0)).splitlines()[1].split()
     assert default[3:5] == ["16,408", "2,760"]
-    # a mean of zeros is estimated to rounding: it was printed as -0.0000
+    # regression: a mean of zeros, estimated up to rounding, was printed as -0.0000
     nothing = 0 * rows.utility - 1e-9
     table = evaluation_tables(evaluate(replace(rows, utility=nothing, quality=nothing), choices(rows.x_QD), 100, 0))
     assert table.splitlines()[1].split()[1:3] == ["0.0000", "0.0000"]
@@ -227,7 +227,7 @@ def test_harm_tells_sure_losses_from_noise():
     rows = full(2000, seed=3)
     leaf = np.arange(2000) % 40
     by_config = rows.utility.reshape(-1, CONFIGS).copy()
-    # config 1 equals the default but in 4 of 40 patterns, where it loses
+    # config 1 equals the default, except in 4 of 40 patterns, where it loses
     by_config[:, 1] = by_config[:, 0] + 0.1 * np.random.default_rng(0).normal(size=2000) - 0.3 * (leaf < 4)
     rows = replace(rows, utility=by_config.ravel())
     bank, default = np.where(leaf < 30, 1, 0), np.zeros(2000, int)
@@ -248,12 +248,14 @@ def test_sure_harm_is_rare_where_nothing_differs():
         rows = replace(rows, utility=np.random.default_rng(seed).normal(size=1500))
         bank, default = np.ones(1500, int), np.zeros(1500, int)
         sure += measure_harm(Valuation(rows, [bank, default]), bank, default, np.arange(1500) % 10).sure > 0
-    # one or more in at most 5 % of worlds: 5 of 20 has a probability of .3 %
+    # there is any in at most 5 % of worlds: 5 of 20 has a probability of 0.3 %
     assert sure < 5
 
 
 def right_or_wrong(seed: int, queries: int = 200, log: bool = False) -> Outcomes:
-    """Outcomes of 1 or 0 of two configs that fail on 1 and on 3 % of queries, all of them by the same luck."""
+    """Outcomes of 1 or 0 of two configs that fail on 1 % and 3 % of the queries, correlated through the same random
+    numbers.
+    """
     rng = np.random.default_rng(seed)
     rows, luck = rows_of(queries=queries), rng.random(queries)
     query_row, config_id = np.repeat(np.arange(queries), 2), np.tile([0, 1], queries)
@@ -267,8 +269,8 @@ def right_or_wrong(seed: int, queries: int = 200, log: bool = False) -> Outcomes
 
 @pytest.mark.parametrize("log", [False, True])
 def test_failures_that_did_not_come_up_are_not_taken_for_impossible(log):
-    # the bank takes the worse config for half of the queries and loses .01: where none of its failures came up the
-    # interval was [0, 0], and the gate promoted 14 % of such banks
+    # the bank uses the worse config for half of the queries and loses .01. Regression: if none of its failures occurred
+    # in the sample, the interval was [0, 0], and the gate promoted 14 % of such banks
     half = (np.arange(200) % 2).astype(int)
     picked = {"default": np.zeros(200, int), "best single config": np.ones(200, int), "bank": half}
     low, covered = [], 0
@@ -281,8 +283,8 @@ def test_failures_that_did_not_come_up_are_not_taken_for_impossible(log):
 
 
 def test_an_interval_holds_what_the_log_had_next_to_no_chance_to_try():
-    # on 8 % of the queries the pick had a propensity of .001 and is far worse. The other queries' weights add up to
-    # nearly the whole, so that nothing seemed to miss: 42 of 58 such intervals held the truth
+    # on 8 % of the queries the pick has a propensity of .001 and is far worse. Regression: the other queries' weights
+    # add up to almost the whole, so that nothing seemed to be missing: only 42 of 58 such intervals contained the truth
     queries, covered, known, plain = 800, 0, 0, rows_of(queries=800)
     picked = np.ones(queries, int)
     for seed in range(60):
@@ -302,7 +304,7 @@ def test_an_interval_holds_what_the_log_had_next_to_no_chance_to_try():
 
 
 def test_what_may_be_missing_counts_for_the_share_of_queries_on_which_two_choices_differ(monkeypatch):
-    # utilities that are all alike, so that one may be off by 1
+    # all utilities are equal, so that a missing one may differ by 1
     one, other = (np.arange(300) % 2), np.zeros(300, int)
     for rows in (full(), rows_of(queries=300)):
         same = replace(rows, utility=0 * rows.utility + 0.5, quality=0 * rows.quality + 0.5)
@@ -312,7 +314,7 @@ def test_what_may_be_missing_counts_for_the_share_of_queries_on_which_two_choice
         else:
             expected = 0.5 * math.hypot(*(rare_error(valuation.weights(c)[differs], 1.0) for c in (one, other)))
         assert valuation.rare(one, other) == pytest.approx(expected)
-    # what no row stands for likewise: here a standard error of 3 each
+    # likewise for what no row represents: here a standard error of 3 for each
     monkeypatch.setattr(valuation_module, "unseen_error", lambda *_: 3.0)
     valuation = Valuation(rows, [])
     size = min(effective_size(valuation.weights(c)[differs]) for c in (one, other))
@@ -332,7 +334,7 @@ def test_a_difference_to_what_hardly_ran_is_not_estimated_whichever_is_the_other
 
 
 def test_a_row_that_did_not_match_had_the_chance_that_its_own_choice_left():
-    # unless another row of its query matched, row by row
+    # unless another row of its query matched; computed row by row
     rows = rows_of(queries=40)
     rows = replace(rows, query_row=np.arange(40) // 2, query_id=rows.query_id[:20], x_QD=rows.x_QD[:20])
     rows.propensity[:] = np.random.default_rng(0).uniform(0.1, 0.9, 40)
@@ -364,7 +366,7 @@ def test_choices_whose_quality_never_differs_are_known_as_well_as_wilson_knows()
 
 
 def test_a_value_that_rests_on_propensities_that_contradict_the_log_is_not_promoted():
-    # only a warning said that it is wrong
+    # regression: only a warning said that the value is wrong
     rows = rows_of(queries=2000)
     lied = replace(rows, propensity=np.where(rows.config_id == 3, 1.0, rows.propensity))
     picked = choices(rows.x_QD) | {"bank": np.full(2000, 3)}

@@ -1,4 +1,4 @@
-"""Judging against SciPy, statsmodels and the scalar reading of the reference document."""
+"""Judging compared with SciPy, statsmodels and the scalar version of the reference document."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from rb_gpu.types import LearnedPattern, QueryTrajectory
 def table(
     seed: int = 0, n: int = 300, configs: int = 3, effect=None, full: bool = False, propensity: float | None = None
 ) -> Trajectories:
-    """n rows with Beta quality; config 0 is the default; `full` tries every query under every config."""
+    """n rows with Beta-distributed quality; config 0 is the default; `full` tries every query under every config."""
     rng = np.random.default_rng(seed)
     queries = n // configs if full else n
     query_row = np.repeat(np.arange(queries), configs) if full else np.arange(n)
@@ -137,7 +137,7 @@ def test_the_reference_method_reads_as_the_document(seed):
     assert verdict.pattern_id == 7
     assert verdict.recommended_params.ef_search == expected["config"].ef_search
     assert verdict.recommended_params.temperature == pytest.approx(expected["config"].temperature)
-    # the document's F1 has 1e-6 in its denominator, ours has not
+    # the reference's F1 has 1e-6 in its denominator, ours does not
     assert verdict.confidence == pytest.approx(expected["confidence"], rel=1e-4)
     assert verdict.evidence.p_value == pytest.approx(expected["p_value"], rel=1e-5)
     assert verdict.evidence.consistency == pytest.approx(expected["consistency"], rel=1e-5)
@@ -192,7 +192,7 @@ def test_no_variance_and_no_rows_give_no_verdict(method):
     label_Q = np.where(np.arange(60) < 40, 0, 1)
     verdicts, *_ = judged(rows, label_Q, 3, method=method)
     if method == "reference":
-        # its test is against all rows, which do vary; the empty pattern still has none
+        # its test is against all rows, which do vary; the empty pattern still has no verdict
         assert verdicts.stands[2]
     else:
         assert verdicts.stands.all()
@@ -233,7 +233,7 @@ def test_a_floor_takes_the_cheapest_that_clears_it():
     rows = Trajectories(**{**rows.__dict__, "cost": cost})
     label_Q = np.zeros(len(rows.query_id), int)
     assert judged(rows, label_Q, 1, objective="floor", target=0.65)[0].config_id[0] == 1
-    # none clears it: the likeliest runs, not the cheap default
+    # no config reaches it: the most likely one is chosen, not the cheap default
     assert judged(rows, label_Q, 1, objective="floor", target=0.99)[0].config_id[0] == 3
 
 
@@ -244,7 +244,9 @@ def test_grades():
 
 
 def one_good_pattern_in_ten(seed: int = 0) -> Trajectories:
-    """In the first of ten patterns config 1 is surely a little better than the default, and config 2 unsurely much."""
+    """In the first of ten patterns, config 1 is slightly better than the default with little noise, and config 2 is
+    much better with much noise.
+    """
     rng = np.random.default_rng(seed)
     rows = table(seed, n=1800)
     pattern = np.arange(1800) % 10
@@ -257,7 +259,9 @@ def one_good_pattern_in_ten(seed: int = 0) -> Trajectories:
 
 @pytest.mark.parametrize("method", ["welch", "reference", "eb"])
 def test_pruning_goes_by_the_confidence_that_is_published(method):
-    """Tests used to be pruned by the posterior of another method, and corrected for the patterns that were left."""
+    """Regression: tests were pruned by the posterior of another method, and corrected for the remaining
+    patterns only.
+    """
     rows = one_good_pattern_in_ten()
     config = TrainConfig(cluster=ClusterConfig(k=10, n_init=4), index=IndexConfig(kind="off"),
                          judge=JudgeConfig(method=method, latency_weight=0.0, cost_weight=0.0))  # fmt: skip
@@ -269,7 +273,7 @@ def test_pruning_goes_by_the_confidence_that_is_published(method):
     assert pruned.leaves == len(kept) and (pruned.arrays["confidence"][: pruned.leaves] >= least).all()
     np.testing.assert_array_equal(pruned.arrays["support"][: len(kept)], whole.arrays["support"][kept])
     if method == "eb":
-        # its verdicts are given anew, but the correction counts the patterns that went
+        # its verdicts are judged again, but the correction still counts the pruned patterns
         again, before = pruned.arrays["verdict_p_adjusted"], whole.arrays["verdict_p_adjusted"][kept]
         tested = ~np.isnan(again)
         assert tested.any()
@@ -286,7 +290,7 @@ def some(rows: Trajectories, kept_N: np.ndarray) -> Trajectories:
 
 
 def first_of_each(rows: Trajectories, counts: tuple[int, ...]) -> Trajectories:
-    """The first so many rows of each config."""
+    """The first counts[c] rows of each config c."""
     place_N = np.zeros(len(rows.config_id), int)
     for c in range(len(rows.configs)):
         place_N[rows.config_id == c] = np.arange((rows.config_id == c).sum())
@@ -312,7 +316,7 @@ def test_the_null_error_is_of_both_samples_about_their_common_mean():
         welch = np.var(mine, ddof=1) / len(mine) + np.var(default, ddof=1) / len(default)
         assert result.error[0, c] == pytest.approx(np.sqrt(welch), rel=1e-6)
         assert result.null_error[0, c] == pytest.approx(np.sqrt(max(common, welch)), rel=1e-6)
-    assert result.null_error[0, 1] > 1.2 * result.error[0, 1]  # a large effect, which the null has in its spread
+    assert result.null_error[0, 1] > 1.2 * result.error[0, 1]  # the null spread includes the effect
 
 
 def test_the_references_interval_is_welchs():

@@ -1,4 +1,4 @@
-"""Two versions side by side and the tree of one, on banks whose differences are planted."""
+"""Two versions compared, and the tree of one, on banks with planted differences."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def version(data: BankData, name: str, lineage: dict[str, Any] | None = None, **
 
 @pytest.fixture
 def banks() -> tuple[BankData, BankData]:
-    """The second has pattern 900 in place of 103, default on one leaf that had a verdict, and another probability."""
+    """The second bank has pattern 900 in place of 103, the default on one leaf that had a verdict, and another
+    probability.
+    """
     before = make_bank(seed=1)
     arrays = {name: array.copy() for name, array in before.arrays.items()}
     acts = int(np.flatnonzero((arrays["verdict_stands"] == 0) & (arrays["pattern_id"][:12] != 103))[0])
@@ -53,7 +55,7 @@ def test_what_was_planted_is_all_that_is_found(banks: tuple[BankData, BankData])
     assert changed.gain[0] == pytest.approx(float(before.arrays["verdict_effect"][acts]), nan_ok=True)
     assert np.isnan(changed.gain[1])
     assert found.fates == {"kept": 15, "split": 1, "merged": 0, "born": 0, "retired": 1}
-    # the other way round the lineage tells nothing
+    # in the reverse direction the lineage says nothing
     assert compare(after, before).fates is None and compare(before, before).verdicts == []
 
 
@@ -114,7 +116,7 @@ def test_the_job_finds_the_parent_by_itself(banks, tmp_path, capsys) -> None:
 def test_who_promotes_another_embedder_by_hand_is_told(
     registry: Registry, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # a service that reloads it would go on sending the old embedder's queries, and nobody was told
+    # regression: a service that reloads it kept sending the old embedder's queries, and nobody was warned
     settings = RegistryConfig(str(registry.path))
     run(RegistryJobConfig(action="promote", version=B, registry=settings))
     assert not caplog.records
@@ -126,7 +128,7 @@ def test_who_promotes_another_embedder_by_hand_is_told(
 
 
 def test_a_champion_that_is_gone_is_told(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
-    # the list used to look as if nothing was served
+    # regression: the list looked as if nothing was served
     settings = RegistryConfig(str(registry.path))
     run(RegistryJobConfig(registry=settings))
     assert "not there" not in capsys.readouterr().out
@@ -136,7 +138,7 @@ def test_a_champion_that_is_gone_is_told(registry: Registry, capsys: pytest.Capt
 
 
 def test_a_mistyped_path_makes_no_registry(tmp_path: Path) -> None:
-    # promote and rollback used to make the folder, and to say only then that it holds no version
+    # regression: promote and rollback created the folder before they reported that it holds no version
     settings = RegistryConfig(str(tmp_path / "artefacts"))
     for action, named in (("promote", A), ("rollback", None)):
         with pytest.raises(RegistryError, match=r"registry\.path=.*artefacts is no folder"):
@@ -146,6 +148,6 @@ def test_a_mistyped_path_makes_no_registry(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("action", ["list", "rollback"])
 def test_a_version_that_an_action_would_not_read_is_refused(action: str) -> None:
-    # action=rollback version=X used to serve what was before, whatever X is
+    # regression: action=rollback version=X served the previous version, whatever X is
     with pytest.raises(ConfigError, match=f"version={A} is not for action={action}"):
         RegistryJobConfig(action, A)

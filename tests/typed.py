@@ -1,4 +1,6 @@
-"""Jobs as a person types them, without the seconds of their imports: a server that has these forks a process each."""
+"""Runs jobs as from a command line, but without waiting for their imports: a fork server has imported them already and
+forks a process for each run.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +16,21 @@ from subprocess import CompletedProcess
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 300.0
 
-# it only imports, so that no thread is lost where it forks
+# the server only imports modules and starts no threads, which a fork would lose
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([f"jobs.{name}" for name in ("train", "evaluate", "registry", "sweep_report")])
 
 
 def run(name: str, *overrides: str, cwd: Path, **environment: str) -> CompletedProcess[str]:
-    """What `python -m jobs.NAME OVERRIDES` in `cwd` comes to."""
+    """The completed process of `python -m jobs.NAME OVERRIDES` in `cwd`, with extra environment variables."""
     [done] = _run(f"jobs.{name}", overrides, cwd, [environment])
     return done
 
 
 def run_ranks(size: int, module: str, *arguments: str, cwd: Path) -> list[CompletedProcess[str]]:
-    """What `python -m MODULE ARGUMENTS` comes to on every rank, with what torchrun tells each, and no torchrun."""
+    """The completed processes of `python -m MODULE ARGUMENTS` on `size` ranks, with the environment variables that
+    torchrun would set, but without torchrun.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -43,7 +47,7 @@ def _run(
             said = [Path(folder) / f"{len(begun)}-{stream}" for stream in ("stdout", "stderr")]
             process = SERVER.Process(target=_main, args=(module, arguments, cwd, said, environment))
             path = os.environ.get("PYTHONPATH")
-            os.environ["PYTHONPATH"] = str(ROOT)  # of the server, which starts with the first process
+            os.environ["PYTHONPATH"] = str(ROOT)  # for the server, which is started with the first process
             try:
                 process.start()
             finally:

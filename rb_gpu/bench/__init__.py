@@ -1,1 +1,1 @@
-"""Speed and memory beside peers, in one run; `jobs.benchmark` starts it."""
+"""Benchmark suites that measure rb_gpu next to other libraries in one run; `jobs.benchmark` runs them."""

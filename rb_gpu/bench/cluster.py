@@ -1,4 +1,5 @@
-"""The suites cluster, seed and whole: k-means beside its peers, each call in its own process, interleaved in rounds.
+"""The suites cluster, seed and whole: k-means compared with other libraries, each call in a process of its own, in
+interleaved rounds. `cluster` times Lloyd iterations, `seed` the seeding, `whole` a full call with default settings.
 
 Suffixes: N points, K clusters, D dims.
 """
@@ -28,7 +29,9 @@ PEAK_SIZE, PEAK_ROUNDS = 3072, 7
 
 
 def emb(n: int, dim: int, seed: int) -> Matrix:
-    """Unit rows (n, D) like a sentence embedder's: 2,000 topics of heavy-tailed size, 30 intrinsic dims, some noise."""
+    """(n, D) float32 unit rows that resemble sentence embeddings: 2,000 topics of heavy-tailed sizes, 30 intrinsic
+    dimensions, and a little noise in all D.
+    """
     rng = np.random.default_rng([2, seed])
     share = rng.pareto(1.1, TOPICS) + 0.05
     topic = rng.choice(TOPICS, n, p=share / share.sum())
@@ -41,19 +44,22 @@ def emb(n: int, dim: int, seed: int) -> Matrix:
 
 
 def gauss(n: int, dim: int, seed: int) -> Matrix:
-    """Independent normal numbers (n, D): no structure at all, which is the worst case of every bound."""
+    """(n, D) float32 independent normal numbers: no structure, the worst case for algorithms that prune by bounds."""
     return np.random.default_rng([1, seed]).standard_normal((n, dim), dtype=np.float32)
 
 
 def blobs(n: int, dim: int, seed: int) -> Matrix:
-    """Round clusters (n, D), 32 of them, some of which overlap where dims are few: what libraries are tried on."""
+    """(n, D) float32 points in 32 round clusters, the usual demo data; some clusters overlap if D is small."""
     rng = np.random.default_rng([3, seed])
     centre = rng.uniform(-10, 10, (BLOBS, dim))
     return np.asarray(centre[rng.integers(BLOBS, size=n)] + 2 * rng.standard_normal((n, dim)), dtype=np.float32)
 
 
 def points(name: str, settings: dict[str, Any]) -> Matrix:
-    """`emb`, `gauss` (of a third of the dims), `blobs`, or the rows of a .npy file. Raises ConfigError at others."""
+    """The points (n, D) float32 named by `emb`, `gauss` (with D/3 dims), `blobs` or the path of a .npy file.
+
+    Raises ConfigError for any other name, for a .npy file that is not 2-D, and for emb with D < 30.
+    """
     if name == "blobs":
         return blobs(settings["n"], settings["dim"], settings["seed"])
     if name in ("emb", "gauss"):
@@ -73,7 +79,7 @@ def points(name: str, settings: dict[str, Any]) -> Matrix:
 
 
 def sgemm_peak() -> float:
-    """GFLOP/s of torch's float32 product of square matrices, best of some."""
+    """GFLOP/s of torch's float32 matrix product, the best of PEAK_ROUNDS runs on square matrices."""
     left, right = torch.randn(2, PEAK_SIZE, PEAK_SIZE).unbind()
     taken = []
     for _ in range(PEAK_ROUNDS):
@@ -84,7 +90,9 @@ def sgemm_peak() -> float:
 
 
 def inertia(x_ND: Matrix, centroids_KD: Matrix) -> tuple[float, float]:
-    """Σ ||x − c||² of the nearest centroids, and the share of rows whose nearest float64 brute force confirms."""
+    """Σ ||x − c||² over the nearest centroids, and the share of the checked rows (about EXACT_ROWS) whose nearest
+    centroid agrees with a float64 brute-force search.
+    """
     x, centroids = torch.from_numpy(x_ND), torch.from_numpy(centroids_KD)
     labels_N, d2_N = nearest(x, centroids, torch.device("cpu"))
     rows = slice(None, None, max(1, len(x) // EXACT_ROWS))
@@ -96,7 +104,7 @@ def inertia(x_ND: Matrix, centroids_KD: Matrix) -> tuple[float, float]:
 
 
 def best_kernels() -> dict[str, str]:
-    """The environment under which faiss-cpu's own OpenBLAS uses this processor's widest vectors."""
+    """Environment variables that make the OpenBLAS inside faiss-cpu use this processor's widest vector instructions."""
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
     kind = "SKYLAKEX" if "avx512f" in flags else "HASWELL" if "avx2" in flags else ""
@@ -104,7 +112,7 @@ def best_kernels() -> dict[str, str]:
 
 
 def one_case(x: Matrix, name: str, k: int, suite: str, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """All contestants on one matrix and one k."""
+    """Times all contestants on one matrix and one k; the median seconds and inertia of each, as a row of the result."""
     np.save(folder / "x.npy", x)
     known = CONTESTANTS[suite]
     contestants = [one for one in known if one.startswith("ours") or one in settings["peers"]]
@@ -149,7 +157,10 @@ def one_case(x: Matrix, name: str, k: int, suite: str, settings: dict[str, Any],
 
 
 def measure(suite: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """All data and all numbers of clusters. Raises ConfigError on bad data, RuntimeError where a peer fails."""
+    """Runs the suite on every data set and every number of clusters.
+
+    Raises ConfigError for unusable data or more clusters than rows, and RuntimeError if a contestant fails.
+    """
     cases = []
     with tempfile.TemporaryDirectory(prefix="rb_gpu-benchmark-") as folder:
         for name in settings["points"]:

@@ -1,8 +1,8 @@
-"""The suite decisions: what the bank's choices are worth on queries that it did not see, beside simple alternatives.
+"""The suite decisions: the utility of the bank's choices on held-out queries, compared with simple alternatives.
 
-Every set is a full table: each query was tried under every config, so that any choice is valued exactly. The bank and
-the baselines learn from it whole, or from logs of one config per query drawn from it with known propensities.
-Suffixes: Q queries, N rows, C configs, B queries to answer.
+Every data set is a full table: each query was tried under every config, so that the value of any choice is known
+exactly. The bank and the baselines learn from the full table, or from logs of one config per query that are drawn from
+it with known propensities. Suffixes: Q queries, N rows, C configs, B queries to answer.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ RESAMPLES = 2000
 
 
 def draw(table: Trajectories, policy: str, size: int, rng: np.random.Generator) -> Trajectories:
-    """A part of `size` queries (0: all), whole for policy full, else a log of one config per query.
+    """A random subset of `size` queries (0: all): with all configs for policy "full", else a log of one config each.
 
-    uniform: every config alike. skewed: 70 % on the config of middle cost. confounded: queries on which the cheapest
-    config did badly go to dearer ones.
+    uniform: all configs are equally likely. skewed: 70 % of the probability is on the config of median cost, and the
+    rest is uniform. confounded: the worse the cheapest config's recall on a query, the more expensive the configs that
+    it is likely to get; every config keeps a probability of at least 0.1 / C.
     """
     queries, configs = len(table.query_id), len(table.configs)
     if size and size < queries:
@@ -68,13 +69,13 @@ def draw(table: Trajectories, policy: str, size: int, rng: np.random.Generator) 
     changed: dict[str, Any] = {name: getattr(table, name) for name in per_row}
     changed = {name: None if column is None else column[rows] for name, column in changed.items()}
     changed |= {"query_row": each, "propensity": propensity_QC[each, chosen_Q].astype(np.float32)}
-    # the default that such a log would have: the config most logged
+    # params.default=auto would take the most frequently logged config as the default of such a log
     default = int(np.bincount(chosen_Q, minlength=configs).argmax())
     return replace(table, configs=replace(table.configs, default=default), **changed)
 
 
 def _one(training: Trajectories, held_out: Trajectories, cost_weight: float, seed: int) -> dict[str, Floats]:
-    """Utility of each method's choice on every held-out query (B,)."""
+    """For each method, the utility (B,) of its choice on every held-out query, the oracle included."""
     config = TrainConfig(seed=seed)
     config.judge = JudgeConfig(latency_weight=0.0, cost_weight=cost_weight)
     config.index.kind = "off"
@@ -94,7 +95,7 @@ def _one(training: Trajectories, held_out: Trajectories, cost_weight: float, see
 
 @dataclass(frozen=True)
 class Setting:
-    """What one training run of the suite learns from; size 0 is all."""
+    """What one training run of the suite learns from. log: the logging policy; size: number of queries, 0 for all."""
 
     folder: str
     name: str
@@ -104,12 +105,12 @@ class Setting:
 
 
 def settings_of(settings: dict[str, Any]) -> list[Setting]:
-    """What a suite was asked to learn from: every set, cost weight, kind of log and size."""
+    """All combinations of data set, cost weight, logging policy and size that the suite was asked for."""
     out = []
     for folder in settings["sets"]:
         for name, (training, _) in tables(folder).items():
             sizes = dict.fromkeys(size if size < len(training.query_id) else 0 for size in settings["sizes"])
-            # where cost is worth nothing, the dearest setting of a search is best for every query
+            # at cost weight 0 the most expensive setting of a search is best for every query: nothing to learn
             weights = [weight for weight in settings["cost_weights"] if weight > 0 or not searches(training)]
             out += [
                 Setting(folder, name, weight, policy, size)
@@ -121,23 +122,24 @@ def settings_of(settings: dict[str, Any]) -> list[Setting]:
 
 
 def _run(setting: Setting, seed: int) -> tuple[int, dict[str, Floats]]:
-    """Number of training queries, and utilities (B,) of every method."""
+    """Number of training queries, and the utilities (B,) of every method."""
     training, held_out = tables(setting.folder)[setting.name]
     drawn = draw(training, setting.log, setting.size, np.random.default_rng(seed))
     return len(drawn.query_id), _one(drawn, held_out, setting.cost_weight, seed)
 
 
 def quietly() -> None:
-    """One thread for each of the processes that share the cores, and no word of each learning."""
+    """Initialises a worker process: one thread, because the workers share the cores, and no log of each training."""
     torch.set_num_threads(1)
     logging.getLogger("rb_gpu.learn").setLevel(logging.ERROR)
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """Every set, cost weight, kind of log and size: gains over the best single config, with 95 % intervals.
+    """Gains over the best single config, with 95 % intervals, for every data set, cost weight, log policy and size.
 
-    The best single config is the one of highest mean on the same training data. Intervals are of a bootstrap over
-    held-out queries, of the mean over seeds. Of searches also what a mean recall costs, and a floor of it.
+    The best single config is the one with the highest mean utility on the same training data. The intervals bootstrap
+    the held-out queries, for the mean over seeds. For nearest-neighbour searches the result also has the cost at a
+    given mean recall and the cost under a recall floor (searches.py).
     """
     seeds = range(settings["rounds"])
     asked = settings_of(settings)
@@ -169,7 +171,9 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def case_of(setting: Setting, runs: list[tuple[int, dict[str, Floats]]]) -> dict[str, Any]:
-    """One row of the table: of each method its gain over the best single config, with a 95 % interval."""
+    """One row of the result: each method's gain over the best single config with a 95 % interval, and `captured`, that
+    gain as a share of the oracle's.
+    """
     names = list(runs[0][1])
     gain_MB = np.stack([np.mean([worth[name] - worth[SINGLE] for _, worth in runs], axis=0) for name in names])
     rng = np.random.default_rng(0)

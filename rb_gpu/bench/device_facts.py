@@ -1,4 +1,4 @@
-"""What a device is, what it does at most, and whether its labels are right; for the suite gpu.
+"""Describes a device for the suite gpu: its properties, the peak rates it reaches, and whether its labels are right.
 
 Suffixes: N points, K centroids, D dims.
 """
@@ -22,18 +22,18 @@ from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.devices import free_memory
 from rb_gpu.learn.kmeans import nearest
 
-# sides of the square products and bytes of the copies whose rates are taken
+# sizes of the timed operations: side of the square matrix products, and bytes of the copies
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 512}
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**22}
 ROUNDS = 5
-# the check of labels; every eighth centroid has a twin so near that float32 products cannot tell them apart
+# the check of labels: every eighth centroid has a twin, too near for float32 products to tell the two apart
 CHECK_ROWS, CHECK_CLUSTERS, CHECK_DIMS, TWIN = 20_000, 700, 96, 1e-6
 ARRAY_SIZES = (10_000, 100_000, 1_000_000)
 TOPICS, WIDTH, CHUNK_ROWS = 2000, 0.5, 2**20
 
 
 def timed(device: torch.device, call: Callable[[], object]) -> float:
-    """Wall seconds of a call, until the device has done all of it."""
+    """Wall seconds of a call, including the time until the device has finished all of its work."""
     _finish(device)
     started = time.perf_counter()
     call()
@@ -47,7 +47,7 @@ def _finish(device: torch.device) -> None:
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """Card, its memory, driver, CUDA and torch."""
+    """Name, memory in bytes and compute capability of the card, and the versions of the driver, CUDA and torch."""
     found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda, "driver": driver()}
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
@@ -58,7 +58,7 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def driver() -> str:
-    """The version of NVIDIA's driver; a dash where its tool is not there."""
+    """The version of NVIDIA's driver, or a dash if nvidia-smi is not installed."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return "-"
@@ -68,7 +68,7 @@ def driver() -> str:
 
 
 def measured_card(device: torch.device, memory_bytes: int) -> Card:
-    """The rates that this device reaches in large products and copies, as the best of some."""
+    """The rates that this device reaches in large matrix products and copies, each the best of ROUNDS runs."""
     side, count = PRODUCT_SIZE[device.type], COPY_BYTES[device.type] // 4
     left, right = torch.randn(2, side, side, device=device).unbind()
     with _tf32():
@@ -81,7 +81,7 @@ def measured_card(device: torch.device, memory_bytes: int) -> Card:
     host = torch.zeros(count, pin_memory=device.type == "cuda")
     bus = _best(device, lambda: there.copy_(host, non_blocking=True))
     work = 2 * side**3 / 1e12
-    # a copy within memory reads and writes
+    # a copy within device memory both reads and writes every byte
     return Card("measured", work / single, work / tf32, work / half, 8e-9 * count / memory, 4e-9 * count / bus,
                 memory_bytes / 1e9)  # fmt: skip
 
@@ -92,7 +92,7 @@ def _best(device: torch.device, call: Callable[[], object]) -> float:
 
 @contextmanager
 def _tf32() -> Iterator[None]:
-    """Products of float32 in tf32 meanwhile."""
+    """Lets float32 matrix products run in tf32 inside the block."""
     matmul: Any = torch.backends.cuda.matmul
     name, fast = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
     before = getattr(matmul, name)
@@ -104,7 +104,7 @@ def _tf32() -> Iterator[None]:
 
 
 def planted(n: int, dim: int, seed: int, device: torch.device, where: torch.device) -> Tensor:
-    """Points (n, D) float32 around 2,000 topics, drawn on the device chunk by chunk, and laid `where`."""
+    """Points (n, D) float32 around 2,000 topic centres, generated on `device` in chunks and stored on `where`."""
     generator = torch.Generator(device).manual_seed(seed)
     centres = torch.randn(TOPICS, dim, generator=generator, device=device)
     x_ND = torch.empty(n, dim, device=where)
@@ -117,8 +117,9 @@ def planted(n: int, dim: int, seed: int, device: torch.device, where: torch.devi
 
 
 def agreement(device: torch.device, engine: str, precision: str, seed: int) -> dict[str, Any]:
-    """Labels of the engine beside the CPU's exact ones: how many differ, and the largest margin by which one is worse,
-    in units of the bound that the engine states (assign_device.py); at most 1 where it holds.
+    """Compares an engine's labels with the CPU's exact ones: how many differ, and the largest excess distance of a
+    differing label, in units of the error bound that the engine guarantees (assign_device.py). An excess of at most 1
+    means that the bound holds.
     """
     host = torch.device("cpu")
     x_ND = planted(CHECK_ROWS, CHECK_DIMS, seed, host, host)
@@ -136,7 +137,7 @@ def agreement(device: torch.device, engine: str, precision: str, seed: int) -> d
 def excess(
     x_ND: Tensor, centroids_KD: Tensor, middle_D: Tensor, found_N: Tensor, exact_N: Tensor, engine: str
 ) -> dict[str, Any]:
-    """How many labels differ, and the largest margin in units of the bound."""
+    """Number of differing labels, and the largest excess of half a squared distance in units of the engine's bound."""
     differ = torch.nonzero(found_N != exact_N).squeeze(1)
     x, dims = x_ND[differ].double(), x_ND.shape[1]
     found, exact = (centroids_KD[labels[differ]].double() for labels in (found_N, exact_N))
@@ -151,8 +152,8 @@ def excess(
 
 
 def array_functions(device: torch.device, arrays: Callable[[], Arrays] = on_gpu) -> list[dict[str, Any]]:
-    """Milliseconds of what torch lacks, by SciPy and by the device's arrays, from tensors to tensors, and how far the
-    two are apart; a note where the device has none.
+    """Times the functions that torch lacks, in SciPy on the host and in CuPy on the device, with tensors as input and
+    output. Each row has both times in milliseconds and the largest difference; one row with a note if CuPy is missing.
     """
     try:
         there = arrays()
@@ -177,7 +178,7 @@ def array_functions(device: torch.device, arrays: Callable[[], Arrays] = on_gpu)
 def _array_call(
     function: Callable[[Any, Any, Arrays], Any], x_N: Tensor, v_N: Tensor, on: Arrays
 ) -> tuple[float, Tensor]:
-    """Milliseconds of the second call, and its result."""
+    """Milliseconds of a second, warm call, and the result of the first."""
 
     def call() -> Tensor:
         return on.tensor(function(on.of(x_N), on.of(v_N), on))

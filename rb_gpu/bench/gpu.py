@@ -1,5 +1,7 @@
-"""The suite gpu: one command for the day a GPU is there. Labels beside the CPU's, an iteration of every engine and peer
-over what the card does at most, clusterings and whole jobs at growing sizes, within a budget of seconds.
+"""The suite gpu: measures everything of interest on a GPU with one command, within a time budget.
+
+It compares labels with the CPU's, times an iteration of every engine and peer against the roofline, and times whole
+clusterings and jobs at growing sizes.
 
 Suffixes: N points, K clusters, D dims.
 """
@@ -41,53 +43,55 @@ from rb_gpu.learn.trajectories import load
 
 log = logging.getLogger(__name__)
 
-# points that come from the host on every card, so that one thing is measured
+# from this many points on, they are streamed from the host on every card, so that results compare across cards
 STREAMED_ROWS = 50_000_000
 CARD_SHARE, HOST_SHARE = 0.9, 0.5
-# bytes of streamed points that lie on the card
+# bytes of streamed points that are on the card at a time
 STREAM_BUDGET = BUFFERS * CHUNK_BYTES
-# bytes a second in which points are drawn, at least
+# bytes of points that are generated per second, at least; predicts the time of planting
 DRAWN_BYTES_S = 1e9
-# iterations before those that are timed, as caches and tuning take them
+# untimed iterations before the timed ones, which pay for filling caches and for kernel tuning
 BEFORE = 2
-# updates of a clustering from its seeds on
+# maximum Lloyd updates of a clustering
 UPDATES = 20
-# what a call may take over the roofline, and a job by the row, before one was measured
+# expected time of a call as a multiple of the roofline, and of a job per row, until one has been measured
 SLACK, JOB_S_PER_ROW = 8.0, 1e-4
 LEFT_OUT = "left out: no time"
 OURS = "ours"
-# characters of a note that says what failed
+# maximum length of a failure note, in characters
 MOST_SAID = 100
-# of the seconds that are left, what one call may be expected to take
+# a call is started only if its expected time is at most this share of the remaining budget
 SHARE = 0.5
 
 
 @dataclass
 class Clock:
-    """The budget, and what is left of it."""
+    """The suite's time budget in seconds, and when it started (time.perf_counter)."""
 
     budget_s: float
     started: float
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds that remain."""
         return self.budget_s - (time.perf_counter() - self.started)
 
     def allows(self, expected_s: float) -> bool:
-        """Whether a call that may take so long still fits."""
+        """Whether a call with this expected time may still be started."""
         return expected_s <= SHARE * self.left
 
 
 def sizes(rows: list[int], dim: int, card_bytes: int, host_bytes: int) -> list[tuple[int, bool]]:
-    """How many points there are in each case, and whether they come from the host: what the card cannot hold does, and
-    no more than the host can.
+    """The cases as (number of points, whether they are streamed from the host).
+
+    Points are streamed if there are STREAMED_ROWS or more, or if they do not fit on the card; then their number is
+    limited by the host's memory, and by the per-point state that stays on the card.
     """
     out = []
     for n in sorted(rows):
         need = (4 * dim + BYTES_OF_A_POINT) * n + WORK_BYTES
         streamed = n >= STREAMED_ROWS or need > CARD_SHARE * card_bytes
-        # the labels of all points are on the card either way
+        # labels and bounds of all points are on the card even if the points are streamed
         most = int(min(HOST_SHARE * host_bytes / (4 * dim), max(0, card_bytes - WORK_BYTES) / BYTES_OF_A_POINT))
         out.append((min(n, most) if streamed else n, streamed))
     return [case for case in dict.fromkeys(out) if case[0] >= 1]
@@ -95,7 +99,7 @@ def sizes(rows: list[int], dim: int, card_bytes: int, host_bytes: int) -> list[t
 
 @contextmanager
 def told(row: dict[str, Any]) -> Iterator[None]:
-    """What goes wrong meanwhile becomes the row's note: it costs neither what comes after nor what came before."""
+    """Turns an exception inside the block into the row's note, so that one failure does not end the suite."""
     try:
         yield
     except ImportError as error:
@@ -109,13 +113,13 @@ def told(row: dict[str, Any]) -> Iterator[None]:
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """All of it on the GPU. Raises ConfigError where there is none."""
+    """Runs the suite on the GPU. Raises ConfigError if there is none."""
     return run(settings, resolve_device("cuda"))
 
 
 def run(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The same on any device."""
-    # an image may allow tf32 by itself, as NVIDIA's do: the rate of float32 and the labels would then be those of tf32
+    """Runs the suite on any device."""
+    # some container images, such as NVIDIA's, enable tf32 by default; float32 rates and labels would then be tf32's
     with full_precision():
         return _run(settings, device)
 
@@ -144,14 +148,14 @@ def _run(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
         "sheet": next((asdict(one) for one in CARDS if one.name.split()[0] in known["card"].split()), None),
         "labels": labels, "arrays": arrays, "iterations": bench.iterations,
         "clusterings": bench.clusterings, "jobs": bench.jobs,
-        # of ours; others' faults are theirs
+        # failures of rb_gpu only; a peer's failure does not fail the suite
         "failed": [row["note"] for row in rows if row.get("failed")],
         "seconds": settings["gpu_budget_s"] - clock.left,
     }  # fmt: skip
 
 
 class Bench:
-    """What was measured so far, and how slow each contestant is over the roofline."""
+    """The results so far. slack: measured time over the roofline, by contestant; it predicts the next call's time."""
 
     def __init__(
         self, settings: dict[str, Any], device: torch.device, card: Card, clock: Clock,
@@ -165,7 +169,7 @@ class Bench:
         self.job_s_per_row = JOB_S_PER_ROW
 
     def case(self, n: int, streamed: bool) -> None:
-        """Iterations and clusterings of n points at every number of clusters, and a whole job."""
+        """Measures iterations and clusterings of n points at every number of clusters, and one whole job."""
         dim, seed = self.settings["gpu_dim"], self.settings["seed"]
         ks = [k for k in self.settings["gpu_clusters"] if k <= n]
         if not self.clock.allows(4 * n * dim / DRAWN_BYTES_S):
@@ -177,7 +181,7 @@ class Bench:
             log.info("%d points, %d clusters: %.0f s left", n, k, self.clock.left)
             start_KD = x_ND[:: max(1, n // k)][:k].to(self.device)
             budget = STREAM_BUDGET if streamed else None
-            # of points from the host the bus decides: the engine that runs by itself stands for all, which leaves time
+            # the bus limits streamed points, whatever the engine: measure only the default engine, to save time
             for engine, precision, product in self.engines[1:2] or self.engines if streamed else self.engines:
                 name = f"{OURS}, {engine} {precision}" if engine == "triton" else f"{OURS}, {engine}"
                 self._iteration(name, product, ours(engine, precision, budget), x_ND, start_KD, streamed)
@@ -201,7 +205,7 @@ class Bench:
             return
         with told(row):
             if self.device.type == "cuda":
-                # what torch keeps for its next tensors is nobody else's
+                # return the memory that torch caches, which peers could not use otherwise
                 torch.cuda.empty_cache()
             fit(x_ND, start_KD, BEFORE)
             before = timed(self.device, partial(fit, x_ND, start_KD, BEFORE))
@@ -224,7 +228,7 @@ class Bench:
         return float(assignment.d2_N.sum(dtype=torch.float64))
 
     def _clustering(self, x_ND: Tensor, k: int, streamed: bool, budget: int | None) -> None:
-        """From k-means++ to at most UPDATES updates, by the engine that the device takes by itself."""
+        """Times a whole clustering: k-means++ and at most UPDATES Lloyd updates, with the device's default engine."""
         (n, dim), seed = x_ND.shape, self.settings["seed"]
         row: dict[str, Any] = {"n": n, "dim": dim, "k": k, "streamed": streamed}
         self.clusterings.append(row)
@@ -248,7 +252,7 @@ class Bench:
                     "of_roofline": least / took}  # fmt: skip
 
     def _job(self, n: int) -> None:
-        """Planted trajectories, loaded and learned from: the whole job but the artifact."""
+        """Times a job on n planted trajectories: loading and learning, without writing an artifact."""
         row: dict[str, Any] = {"n": n, "dim": self.settings["gpu_dim"]}
         self.jobs.append(row)
         if not self.clock.allows(self.job_s_per_row * n):

@@ -1,4 +1,6 @@
-"""What clusters on a GPU in the suite gpu, ours and others': each goes on from the same start for so many iterations.
+"""The k-means contestants of the suite gpu, ours and others': each runs a number of iterations from the same start.
+
+Each takes x_ND (N, D) and start_KD (K, D), both float32, and returns the centroids (K, D).
 
 Suffixes: N points, K centroids, D dims.
 """
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from rb_gpu.learn.kmeans import kmeans
 
-# ours by engine and by the precision of its coarse products; the product whose rate is the measure
+# ours: engine, precision of its coarse products, and the precision whose peak product rate it is compared with
 ENGINES = (
     ("torch", "ieee", "fp32"),
     ("triton", "tf32", "tf32"),
@@ -24,7 +26,7 @@ ENGINES = (
 
 
 def ours(engine: str, precision: str, budget: int | None) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """rb_gpu.learn.kmeans; budget: bytes of points that may lie on the device."""
+    """rb_gpu.learn.kmeans as a contestant. budget: bytes of points that may be on the device, None for no limit."""
 
     def fit(x_ND: Tensor, start_KD: Tensor, iterations: int) -> Tensor:
         found = kmeans(
@@ -38,7 +40,7 @@ def ours(engine: str, precision: str, budget: int | None) -> Callable[[Tensor, T
 
 
 def faiss(x_ND: Tensor, start_KD: Tensor, iterations: int) -> Tensor:
-    """faiss.Kmeans on all points, on the GPU."""
+    """faiss.Kmeans on all points, on the GPU if start_KD is there. Raises ImportError if this Faiss has no GPU code."""
     import faiss as library
 
     on_gpu = start_KD.device.type == "cuda"
@@ -53,7 +55,7 @@ def faiss(x_ND: Tensor, start_KD: Tensor, iterations: int) -> Tensor:
 
 
 def flash_kmeans(x_ND: Tensor, start_KD: Tensor, iterations: int) -> Tensor:
-    """flash_kmeans.batch_kmeans_Euclid on one batch; it writes into its start."""
+    """flash_kmeans.batch_kmeans_Euclid with a batch of one; it overwrites its start, so that it gets a copy."""
     from flash_kmeans import batch_kmeans_Euclid
 
     _, centroids, _ = batch_kmeans_Euclid(
@@ -64,7 +66,7 @@ def flash_kmeans(x_ND: Tensor, start_KD: Tensor, iterations: int) -> Tensor:
 
 
 def cuvs(x_ND: Tensor, start_KD: Tensor, iterations: int) -> Tensor:
-    """cuvs.cluster.kmeans.fit; it writes into its start."""
+    """cuvs.cluster.kmeans.fit; it overwrites its start, so that it gets a copy."""
     from cuvs.cluster.kmeans import KMeansParams, fit
 
     params = KMeansParams(n_clusters=len(start_KD), init_method="Array", max_iter=iterations, tol=0.0)

@@ -1,4 +1,4 @@
-"""The suite growth: how the time of one Lloyd iteration grows with the points and with the clusters.
+"""The suite growth: how the time of one Lloyd iteration grows with the number of points and of clusters.
 
 Suffixes: N points, K clusters.
 """
@@ -18,20 +18,21 @@ from rb_gpu.bench.cluster import points
 from rb_gpu.bench.runner import in_process, interleaved, machine
 from rb_gpu.errors import ConfigError
 
-# clusters while the points grow; the points stay at `n` while the clusters do
+# number of clusters in the series over points; the series over clusters has `n` points
 CLUSTERS = 1024
-# iterations before those that are timed: what is done once, and the first labels, are in these
+# untimed iterations before the timed ones; they include one-time work and the first, most expensive assignment
 BEFORE = 3
 
 
 def slope(sizes: list[int], seconds: list[float]) -> float:
-    """Exponent of the power of the size that fits the seconds best, by least squares of logarithms."""
+    """The exponent b of the power law seconds = a·size^b, fitted by least squares on logarithms."""
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """Median seconds of an iteration at every size of every data, in interleaved rounds. Raises ConfigError,
-    RuntimeError.
+    """Median seconds of an iteration at every size, for every data set, in interleaved rounds.
+
+    Raises ConfigError if a data set leaves fewer than two sizes in both series, and RuntimeError if a call fails.
     """
     axes = {
         "points": (CLUSTERS, settings["growth_rows"], [(n, CLUSTERS) for n in settings["growth_rows"]]),
@@ -50,7 +51,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
             dim, most = x.shape[1], len(x)
             np.save(path, x)
             del x
-            # of a file with fewer rows, the sizes that it has
+            # for a file with fewer rows, keep only the sizes that it can provide
             calls = {f"{n} {k}": partial(_iteration, path, n, k, settings) for n, k in wanted if k <= n <= most}
             if not any(sum(f"{n} {k}" in calls for n, k in cases) > 1 for _, _, cases in axes.values()):
                 raise ConfigError(
@@ -68,7 +69,9 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _iteration(path: Path, n: int, k: int, settings: dict[str, Any], turn: int) -> npt.NDArray[np.float64]:
-    """Seconds of one iteration (1,): the difference of a long and a short call, each in a process of its own."""
+    """Seconds of one iteration (1,): the time difference of a long and a short call, each in its own process, divided
+    by the difference of their iterations.
+    """
     seconds = []
     for iterations in (BEFORE, BEFORE + settings["iterations"]):
         given = {

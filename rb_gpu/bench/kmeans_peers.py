@@ -1,7 +1,9 @@
-"""One contestant of the suites cluster, seed and whole, alone in its process: settings as JSON in, what it took out.
+"""Runs one contestant of the suites cluster, seed and whole in a process of its own.
 
-`python -m rb_gpu.bench.kmeans_peers`. Every contestant first does a small problem, so that no compilation or thread
-start is timed. Suffixes: N points, K clusters, D dims.
+`python -m rb_gpu.bench.kmeans_peers` reads the settings as JSON on its standard input and prints the time and memory
+as JSON. Every contestant first solves a small problem, so that compilation and thread starts are not timed. Those of
+`cluster` take points (N, D), a start (K, D) and a number of iterations; those of `seed` and `whole` take points, K and
+a seed. All return centroids (K, D). Suffixes: N points, K clusters, D dims.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def ours(x: Matrix, start: Matrix, iterations: int) -> Matrix:
 
 
 def ours_lean(x: Matrix, start: Matrix, iterations: int) -> Matrix:
-    """The same with cluster.memory=lean."""
+    """rb_gpu.learn.kmeans from the given start, as with cluster.memory=lean."""
     from rb_gpu.learn.kmeans import kmeans
 
     result = kmeans(x, len(start), init=start, max_iter=iterations, epsilon=0.0, device="cpu", code_budget=0)
@@ -37,7 +39,7 @@ def ours_lean(x: Matrix, start: Matrix, iterations: int) -> Matrix:
 
 
 def faiss(x: Matrix, start: Matrix, iterations: int) -> Matrix:
-    """faiss.Kmeans on all points."""
+    """faiss.Kmeans from the given start, on all points instead of its default sample."""
     import faiss as library
 
     model = library.Kmeans(
@@ -48,21 +50,21 @@ def faiss(x: Matrix, start: Matrix, iterations: int) -> Matrix:
 
 
 def scikit_learn(x: Matrix, start: Matrix, iterations: int) -> Matrix:
-    """sklearn.cluster.KMeans, Lloyd."""
+    """sklearn.cluster.KMeans from the given start, with its default algorithm, Lloyd's."""
     from sklearn.cluster import KMeans
 
     return np.asarray(KMeans(len(start), init=start, n_init=1, max_iter=iterations, tol=0).fit(x).cluster_centers_)
 
 
 def scikit_learn_intelex(x: Matrix, start: Matrix, iterations: int) -> Matrix:
-    """sklearnex.cluster.KMeans, Lloyd."""
+    """sklearnex.cluster.KMeans (Intel's extension) from the given start, with Lloyd's algorithm."""
     from sklearnex.cluster import KMeans
 
     return np.asarray(KMeans(len(start), init=start, n_init=1, max_iter=iterations, tol=0).fit(x).cluster_centers_)
 
 
 def superkmeans(x: Matrix, start: Matrix, iterations: int) -> Matrix:
-    """SuperKMeans, not hierarchical; it draws its own random start."""
+    """SuperKMeans without its hierarchical mode; it cannot take a start and draws its own at random."""
     from superkmeans import SuperKMeans
 
     model = SuperKMeans(
@@ -73,7 +75,7 @@ def superkmeans(x: Matrix, start: Matrix, iterations: int) -> Matrix:
 
 
 def plain_torch(x: Matrix, start: Matrix, iterations: int) -> Matrix:
-    """Products and argmin in tiles, sums by index_add."""
+    """Lloyd's algorithm in plain torch: matrix products and argmin in tiles, sums by index_add_."""
     import torch
 
     points, centroids = torch.from_numpy(x), torch.from_numpy(start).clone()
@@ -87,14 +89,14 @@ def plain_torch(x: Matrix, start: Matrix, iterations: int) -> Matrix:
 
 
 def seed_ours(x: Matrix, k: int, seed: int) -> Matrix:
-    """rb_gpu.learn.kmeans_plus_plus: blocks, exactly D² sampling."""
+    """rb_gpu.learn.kmeans_plus_plus: exact D² sampling, in blocks of seeds."""
     from rb_gpu.learn.kmeans import kmeans_plus_plus
 
     return np.asarray(kmeans_plus_plus(x, k, seed=seed, device="cpu")[0])
 
 
 def seed_sequential(x: Matrix, k: int, seed: int) -> Matrix:
-    """One seed after the other in torch, exactly D² sampling."""
+    """Exact D² sampling in torch, one seed after the other."""
     import torch
 
     points, generator = torch.from_numpy(x), torch.Generator().manual_seed(seed)
@@ -111,7 +113,7 @@ def seed_sequential(x: Matrix, k: int, seed: int) -> Matrix:
 
 
 def seed_faiss(x: Matrix, k: int, seed: int) -> Matrix:
-    """Faiss's k-means++."""
+    """Faiss's k-means++ seeding, without iterations."""
     import faiss as library
 
     model = library.Kmeans(
@@ -123,21 +125,21 @@ def seed_faiss(x: Matrix, k: int, seed: int) -> Matrix:
 
 
 def whole_ours(x: Matrix, k: int, seed: int) -> Matrix:
-    """rb_gpu.learn.kmeans as it comes."""
+    """rb_gpu.learn.kmeans with default settings."""
     from rb_gpu.learn.kmeans import kmeans
 
     return np.asarray(kmeans(x, k, seed=seed, device="cpu").centroids)
 
 
 def whole_scikit_learn(x: Matrix, k: int, seed: int) -> Matrix:
-    """sklearn.cluster.KMeans as it comes: greedy k-means++, one start, Lloyd."""
+    """sklearn.cluster.KMeans with default settings: greedy k-means++, one start, Lloyd's algorithm."""
     from sklearn.cluster import KMeans
 
     return np.asarray(KMeans(k, random_state=seed).fit(x).cluster_centers_)
 
 
 def whole_faiss(x: Matrix, k: int, seed: int) -> Matrix:
-    """faiss.Kmeans as it comes: a random start, 25 iterations on at most 256 points a cluster."""
+    """faiss.Kmeans with default settings: a random start, 25 iterations on a sample of at most 256 points a cluster."""
     import faiss as library
 
     model = library.Kmeans(x.shape[1], k, seed=seed + 1)
@@ -168,14 +170,16 @@ CONTESTANTS: dict[str, dict[str, Any]] = {"cluster": CLUSTER, "seed": SEED, "who
 
 
 def resident(which: str) -> int:
-    """Bytes of memory of this process: VmRSS now, VmHWM at its peak; 0 where the system does not tell."""
+    """Resident memory of this process in bytes: now for `which` VmRSS, at its peak for VmHWM; 0 without /proc."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(which)), 0)
 
 
 def run(settings: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of one call, whose centroids go to settings["out"]; or which library is missing."""
+    """Times one call and saves its centroids to settings["out"]. Returns its seconds (for `cluster` also the peak
+    memory over that before the call), or the name of the library that is missing.
+    """
     try:
         return _timed(settings)
     except ImportError as error:
@@ -196,7 +200,7 @@ def _timed(settings: dict[str, Any]) -> dict[str, Any]:
         fit, start = CLUSTER[settings["name"]], x[rng.choice(len(x), k, replace=False)].copy()
         fit(few, few[:WARM_K].copy(), 2)
         before = resident("VmRSS")
-        with suppress(OSError):  # from here on the peak is this call's
+        with suppress(OSError):  # resets VmHWM, so that the peak is that of this call
             Path("/proc/self/clear_refs").write_text("5")
         started = time.perf_counter()
         centroids = fit(x, start, settings["iterations"])

@@ -1,4 +1,5 @@
-"""The suite load: every format read and checked, and loaded whole, beside pyarrow's bare read and memcpy, in one run.
+"""The suite load: reading and checking, and full loading, of every table format, compared with a bare read by pyarrow
+and with memcpy, in one run.
 
 Suffixes: N rows, D dims.
 """
@@ -27,7 +28,8 @@ Matrix = npt.NDArray[np.float32]
 ROW_GROUP = 65_536
 LIST = "parquet list"
 
-# peak memory over that of a process that has loaded a small table before, so that imports and threads are in neither
+# prints the peak memory of a load in multiples of the matrix; a small table is loaded first, so that the memory of
+# imports and threads is not counted
 PEAK = (
     "from pathlib import Path; from rb_gpu.learn.config import DataConfig, ParamsConfig\n"
     "from rb_gpu.learn.trajectories import load\n"
@@ -41,7 +43,7 @@ PEAK = (
 
 
 def embedding_columns(x_ND: Matrix) -> dict[str, pa.Array]:
-    """The embeddings in each format's type, without a copy where Arrow has none."""
+    """x_ND as an Arrow array of each format's column type, without copies if Arrow allows it."""
     n, dim = x_ND.shape
     flat, offsets = pa.array(x_ND.ravel()), pa.array(np.arange(n + 1, dtype=np.int64) * dim)
     fixed = pa.FixedSizeListArray.from_arrays(flat, dim)
@@ -51,7 +53,9 @@ def embedding_columns(x_ND: Matrix) -> dict[str, pa.Array]:
 
 
 def write_tables(folder: Path, x_ND: Matrix) -> dict[str, Path]:
-    """One table of x_ND in each format: uncompressed and without dictionaries, which embeddings only lose time by."""
+    """Writes one table with embeddings x_ND in each format and returns the paths. Without compression and dictionaries,
+    which only cost time on embeddings.
+    """
     n = len(x_ND)
     others = {
         "id": np.arange(n, dtype=np.uint64),
@@ -74,17 +78,17 @@ def write_tables(folder: Path, x_ND: Matrix) -> dict[str, Path]:
 
 
 def read_checked(path: Path) -> Table:
-    """Every row read, decoded and checked, the embeddings in one matrix."""
+    """The table with every row read, decoded and checked, and the embeddings in one matrix."""
     return read_table(str(path), (*OUTCOME_REQUIRED, *QUERY_REQUIRED), OUTCOME_OPTIONAL, BadRows(), Reading())
 
 
 def load_table(path: Path) -> Trajectories:
-    """What a job does with its table: read, check, join, find the configs, take the fingerprint."""
+    """Loads a table as a job does: reads, checks, joins, finds the configs and computes the fingerprint."""
     return load(DataConfig(path=str(path)), ParamsConfig())
 
 
 def read_bare(path: Path, dim: int) -> tuple[Matrix, pa.Table]:
-    """The same columns by pyarrow alone, with all its threads: the matrix (N, D), unchecked, and the table."""
+    """The same columns read by pyarrow alone, with all its threads and without checks: the matrix (N, D), the table."""
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all() if path.suffix == ".arrow" else pq.read_table(path)
     parts = []
     for column in table["query_embedding"].chunks:
@@ -101,7 +105,9 @@ def _seconds(call: Callable[[], object], _: int) -> npt.NDArray[np.float64]:
 
 
 def run(settings: dict[str, Any]) -> dict[str, Any]:
-    """Times every format, pyarrow's read of each and memcpy in turns; then peak memory, each in new processes."""
+    """Times every format, pyarrow's read of it and memcpy in interleaved rounds, then measures peak memory in new
+    processes. Raises RuntimeError if a format is not read back exactly.
+    """
     n, dim, rounds, seed = (settings[key] for key in ("n", "dim", "rounds", "seed"))
     x_ND = np.random.default_rng(seed).standard_normal((n, dim), dtype=np.float32)
     with tempfile.TemporaryDirectory(prefix="rb_gpu-benchmark-") as name:
@@ -123,7 +129,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
                 "read_of_memcpy": float(np.median(taken_s["memcpy"] / taken_s[f"read, {name}"])),
                 "of_pyarrow": float(np.median(taken_s[f"pyarrow, {name}"] / taken_s[name])),
                 "of_list": float(np.median(taken_s[LIST] / taken_s[name])),
-                # of Linux only
+                # only Linux has /proc
                 "peak_rss_of_matrix": fresh_median(peak, 1) if Path("/proc/self/status").exists() else None,
             }
     memcpy = x_ND.nbytes / 1e9 / float(np.median(taken_s["memcpy"]))
@@ -134,7 +140,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """`run` in a process of its own. Raises RuntimeError where it fails."""
+    """Calls `run` in a process of its own with one thread. Raises RuntimeError if it fails."""
     result: dict[str, Any] = in_process("rb_gpu.bench.load", settings, threads=1)
     return result
 

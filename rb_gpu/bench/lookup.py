@@ -1,6 +1,7 @@
-"""The suite lookup: a whole answer beside what only searches, on the same patterns and queries, in one run.
+"""The suite lookup: the latency of a whole answer of the bank, next to libraries that only search, on the same patterns
+and queries in one run.
 
-Suffixes: P patterns, Q queries, D dims, K neighbours, M landmarks, R axes that they lie on.
+Suffixes: P patterns, Q queries, D dims, K neighbours, M landmarks, R projection axes of the landmarks.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ FRESH_STARTS = 9
 EXACT_QUERIES = 100
 
 IMPORT = "import numpy, time; t = time.perf_counter(); import rb_gpu; print((time.perf_counter() - t) * 1e3)"
-# what a load imports by itself is part of what it costs
+# modules that the load itself imports count towards its time and memory
 LOAD = (
     "import gc, resource, time; from rb_gpu import ReasoningBank; import numpy as np\n"
     "def resident(): return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()\n"
@@ -48,9 +49,9 @@ LOAD = (
 
 
 def embeddings(count: int, dim: int, seed: int) -> Matrix:
-    """Unit rows (count, D) like a sentence embedder's: 200 topics, 30 intrinsic dims, and a little noise in all D.
+    """(count, D) float32 unit rows that resemble sentence embeddings: 200 topics, 30 intrinsic dims, a little noise.
 
-    The topics and the intrinsic dims are the same for every seed.
+    The topics and the intrinsic subspace are the same for every seed; the noise is in all D dimensions.
     """
     shared, rng = np.random.default_rng(0), np.random.default_rng([1, seed])
     intrinsic = min(30, dim)
@@ -63,8 +64,9 @@ def embeddings(count: int, dim: int, seed: int) -> Matrix:
 
 
 def bank_of(centroids_PD: Matrix, configs: int, kind: str, seed: int, landmarks_MR: Matrix | None = None) -> BankData:
-    """A bank over the given leaves whose configs have random scores, so that votes differ; with a field where there
-    are landmarks.
+    """A bank over the given leaf centroids with random scores per config, so that votes differ between queries.
+
+    landmarks_MR: if given, the bank also has a field, the kernel regression on landmarks (rb_gpu/field.py).
     """
     rng, (patterns, dim) = np.random.default_rng(seed), centroids_PD.shape
     sizes = {"A": patterns, "P": patterns, "U": patterns + 1, "C": configs, "D": dim, "O": len(OUTCOMES)}
@@ -112,7 +114,7 @@ def bank_of(centroids_PD: Matrix, configs: int, kind: str, seed: int, landmarks_
 
 
 def searches(centroids_PD: Matrix) -> dict[str, Search | None]:
-    """Every peer that searches: a unit query (D,) in, its TOP_K rows out; None where it is not installed."""
+    """The peers' searches by name: each maps a unit query (D,) to its TOP_K rows; None if a peer is not installed."""
     peers: dict[str, Search | None] = {"numpy exact": _numpy(centroids_PD)}
     faiss, hnswlib, usearch = optional("faiss"), optional("hnswlib"), optional("usearch.index")
     patterns, dim = centroids_PD.shape
@@ -151,7 +153,9 @@ def _numpy(centroids_PD: Matrix) -> Search:
 
 
 def publish(folder: Path, centroids_PD: Matrix, queries_QD: Matrix, configs: int, seed: int) -> tuple[Path, Path]:
-    """Two artifacts, without and with a field, with the index that a job builds where the bank is served by one."""
+    """Writes two artifacts, without and with a field, and returns their folders. They have an HNSW index as a job would
+    build it, unless an exact product is faster at this size or Faiss is missing.
+    """
     from rb_gpu.learn.config import IndexConfig
     from rb_gpu.learn.index import build_index
     from rb_gpu.learn.landmarks import AXES, LANDMARKS
@@ -167,7 +171,9 @@ def publish(folder: Path, centroids_PD: Matrix, queries_QD: Matrix, configs: int
 
 @contextmanager
 def all_cores() -> Iterator[None]:
-    """Faiss builds with every core inside, as hnswlib and usearch do by themselves, and searches with one after it."""
+    """Lets Faiss use all cores inside the block, as hnswlib and usearch do by default, so that indexes are built with
+    all cores; afterwards Faiss searches with one thread.
+    """
     faiss = optional("faiss")
     if faiss is None:
         yield
@@ -178,14 +184,16 @@ def all_cores() -> Iterator[None]:
 
 
 def truly_nearest(centroids_PD: Matrix, queries_QD: Matrix) -> npt.NDArray[np.int64]:
-    """The rows of the TOP_K largest cosines (Q, K) in float64, in no order; few queries at a time, for memory."""
+    """The rows (Q, K) of the TOP_K largest cosines, computed in float64, unordered; in small batches to save memory."""
     wide_DP = centroids_PD.astype(np.float64).T
     parts = np.split(queries_QD.astype(np.float64), range(EXACT_QUERIES, len(queries_QD), EXACT_QUERIES))
     return np.concatenate([np.argpartition(-(part @ wide_DP), TOP_K - 1)[:, :TOP_K] for part in parts])
 
 
 def one_size(folder: Path, patterns: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """p50, p99 and recall of every contestant at one number of patterns, batch and threads of the bank."""
+    """p50, p99 and recall of every contestant at one number of patterns, and the bank's throughput with batches and
+    threads.
+    """
     dim, rounds, seed = settings["dim"], settings["rounds"], settings["seed"]
     centroids = embeddings(patterns, dim, 2 * seed)
     queries = embeddings(settings["distinct_queries"], dim, 2 * seed + 1)
@@ -200,7 +208,7 @@ def one_size(folder: Path, patterns: int, settings: dict[str, Any]) -> dict[str,
     similar = partial(bank.find_similar_patterns, k=TOP_K)
     whole = {"ours, whole answer": bank.optimized_params, WITH_FIELD: fielded.optimized_params}
     calls = {**whole, "ours, search": similar, **calls}
-    # every round asks other queries, so that none is answered from a cache
+    # every round uses other queries, so that none is answered from a cache
     blocks = [list(block) for block in np.array_split(queries, rounds)]
 
     def percentiles(call: Callable[[Matrix], Any], turn: int) -> npt.NDArray[np.float64]:
@@ -220,7 +228,7 @@ def one_size(folder: Path, patterns: int, settings: dict[str, Any]) -> dict[str,
 
 
 def _many(bank: ReasoningBank, centroids_PD: Matrix, settings: dict[str, Any]) -> dict[str, Any]:
-    """Queries per second of a batch, of the bare product of its size, of one thread and of many."""
+    """Queries per second of a batch, of the bare matrix product of the same size, of one thread and of many threads."""
     batch = embeddings(settings["batch"], settings["dim"], settings["seed"] + 10**7)
     some = list(batch[:2000])
 
@@ -257,7 +265,7 @@ def _many(bank: ReasoningBank, centroids_PD: Matrix, settings: dict[str, Any]) -
 
 
 def run(settings: dict[str, Any]) -> dict[str, Any]:
-    """All sizes; then import, load, memory and the first answer, each in new processes."""
+    """Measures all sizes, then the import, load, memory and first answer, each in new processes."""
     with tempfile.TemporaryDirectory(prefix="rb_gpu-benchmark-") as name:
         folder = Path(name)
         sizes = [one_size(folder, patterns, settings) for patterns in settings["patterns"]]
@@ -280,7 +288,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """`run` in a process of its own with one thread for products. Raises RuntimeError where it fails."""
+    """Calls `run` in a process of its own with one BLAS thread. Raises RuntimeError if it fails."""
     result: dict[str, Any] = in_process("rb_gpu.bench.lookup", settings, threads=1)
     return result
 

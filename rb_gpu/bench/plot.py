@@ -1,4 +1,7 @@
-"""Pictures of the suites' results; matplotlib comes with the extra bench."""
+"""Plots of the suites' results, which need matplotlib (optional dependency group "bench").
+
+Each function writes a PNG to `path` and returns True, or returns False if matplotlib is not installed.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def plot_lookup(result: dict[str, Any], path: Path) -> bool:
-    """p50 over the number of patterns, both on log scales; False where matplotlib is not installed."""
+    """p50 of one query over the number of patterns, both on log scales."""
 
     def draw(panels: Sequence[Any]) -> None:
         cases = [(size["patterns"], size["rows"]) for size in result["sizes"]]
@@ -23,7 +26,7 @@ def plot_lookup(result: dict[str, Any], path: Path) -> bool:
 
 
 def plot_cases(result: dict[str, Any], path: Path) -> bool:
-    """Seconds over k, both on log scales, a panel for each data; False where matplotlib is not installed."""
+    """Seconds over the number of clusters, both on log scales, with a panel for each data set."""
     names = list(dict.fromkeys(case["data"] for case in result["cases"]))
 
     def draw(panels: Sequence[Any]) -> None:
@@ -37,7 +40,7 @@ def plot_cases(result: dict[str, Any], path: Path) -> bool:
 
 
 def plot_growth(result: dict[str, Any], path: Path) -> bool:
-    """Milliseconds of an iteration over points and over clusters, with the slopes; False without matplotlib."""
+    """Milliseconds of an iteration over points and over clusters, with the fitted slopes in the legend."""
     grown = list(dict.fromkeys(series["axis"] for series in result["series"]))
 
     def draw(panels: Sequence[Any]) -> None:
@@ -53,7 +56,7 @@ def plot_growth(result: dict[str, Any], path: Path) -> bool:
 
 
 def plot_load(result: dict[str, Any], path: Path) -> bool:
-    """GB/s of every format beside memcpy; False where matplotlib is not installed."""
+    """GB/s of every format's full load, next to memcpy."""
 
     def draw(panels: Sequence[Any]) -> None:
         speeds = {name: row["gb_per_s"] for name, row in reversed(result["formats"].items())}
@@ -65,7 +68,7 @@ def plot_load(result: dict[str, Any], path: Path) -> bool:
 
 
 def plot_decisions(result: dict[str, Any], path: Path) -> bool:
-    """The bank's gain in every setting with its interval, the others' as points; False without matplotlib."""
+    """The bank's gain in every setting with its interval, and the other methods' gains as points."""
 
     def draw(panels: Sequence[Any]) -> None:
         cases, axes = result["cases"][::-1], panels[0]
@@ -89,7 +92,7 @@ def plot_decisions(result: dict[str, Any], path: Path) -> bool:
 
 
 def _picture(path: Path, panels: int, size: tuple[float, float], draw: Callable[[Sequence[Any]], None]) -> bool:
-    """Writes what `draw` draws on so many panels, and says whether it could."""
+    """Lets `draw` draw on a row of panels and writes the figure (size in inches); False without matplotlib."""
     if optional("matplotlib") is None:
         log.warning("no plot without matplotlib: pip install 'rb_gpu[bench]'")
         return False
@@ -102,7 +105,7 @@ def _picture(path: Path, panels: int, size: tuple[float, float], draw: Callable[
 
 
 def _lines(axes: Any, cases: Sequence[tuple[int, dict[str, Any]]], key: str, **labels: str) -> None:
-    """A line per contestant of cases (x, row of each contestant), ours thicker, on log scales."""
+    """Draws a line per contestant on log scales, ours thicker. cases: (x, row by contestant); key: field to plot."""
     for name in cases[0][1]:
         points = [(x, rows[name][key]) for x, rows in cases if isinstance(rows[name], dict)]
         if points:

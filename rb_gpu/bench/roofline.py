@@ -1,11 +1,12 @@
-"""The suite roofline: how long k-means must take on a GPU, from its bytes and operations; nothing is run.
+"""The suite roofline: a lower bound of the time k-means takes on a GPU, computed from bytes and operations. Nothing is
+run.
 
-A part of the work takes the longer of its operations over the card's rate and its bytes over the memory's; parts follow
-one another, and only copies from the host run beside them (Williams, Waterman & Patterson 2009). What is left out is
-what a card never reaches: launches, waits, and rates below the sheet's.
+Under the roofline model (Williams, Waterman & Patterson 2009) a part of the work takes its operations over the card's
+peak rate or its bytes over the memory bandwidth, whichever is longer. Parts run one after the other; only copies from
+the host overlap with them. The bound ignores kernel launches, waits, and rates below those of the data sheet.
 
-Rates are those of NVIDIA's data sheets, without sparsity, and of PCIe one way: H100 and H200 Tensor Core GPU (SXM),
-A100 80GB (SXM), L4. Suffixes in formulas: N points, D dims, K clusters.
+Rates are those of NVIDIA's data sheets without sparsity, and of PCIe in one direction: H100 and H200 Tensor Core GPU
+(SXM), A100 80GB (SXM), L4. Suffixes in formulas: N points, D dims, K clusters.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 PRECISIONS = ("fp32", "tf32", "bf16")
-# share of the points that change their cluster in an iteration amid a run
+# share of the points that change their cluster in a typical iteration in the middle of a run
 MOVED = 0.1
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a GPU does at most: 10^12 operations a second by precision, 10^9 bytes a second of memory and bus, GB."""
+    """Peak rates of a GPU: 10^12 operations per second by precision, 10^9 bytes per second of its memory and of the bus
+    to the host, and its memory in GB.
+    """
 
     name: str
     fp32_tflops: float
@@ -32,7 +35,7 @@ class Card:
     memory_gb: float
 
     def tflops(self, precision: str) -> float:
-        """The rate of a product of matrices."""
+        """Peak rate of a matrix product in this precision, in 10^12 operations per second."""
         return float(getattr(self, f"{precision}_tflops"))
 
 
@@ -46,7 +49,7 @@ CARDS = (
 
 @dataclass(frozen=True)
 class Part:
-    """Operations in one precision, and bytes that memory gives and takes."""
+    """A part of the work: its operations, their precision, and the bytes that it reads from and writes to memory."""
 
     name: str
     operations: float
@@ -54,16 +57,16 @@ class Part:
     memory_bytes: float
 
     def seconds(self, card: Card) -> float:
-        """The longer of the two."""
+        """The longer of the time for the operations and the time for the bytes."""
         rate = card.tflops(self.precision) * 1e12
         return max(self.operations / rate, self.memory_bytes / (card.memory_gb_s * 1e9))
 
 
 def product(n: int, dim: int, k: int, precision: str, engine: str) -> Part:
-    """N x D times D x K, and the least of each row.
+    """The product of an N x D and a D x K matrix, and the minimum of each row of the result.
 
-    fused: the points (read in 16 bits where the product is) and labels and distances pass memory once, the centroids
-    stay in cache. torch: the N x K products are written and read as well.
+    engine fused: the points (read in 16 bits if the product is bf16), labels and distances pass through memory once,
+    and the centroids stay in cache. torch: the N x K results are also written and read back.
     """
     width = 2 if precision == "bf16" else 4
     scores = 0 if engine == "fused" else 8 * n * k
@@ -71,28 +74,30 @@ def product(n: int, dim: int, k: int, precision: str, engine: str) -> Part:
 
 
 def exact_distance(n: int, dim: int, precision: str, engine: str) -> Part:
-    """Each distance from its difference. A fused kernel has the points at hand, unless it read them in 16 bits."""
+    """Each point's distance to its centroid, recomputed from the difference. A fused kernel still holds the points,
+    unless it read them in 16 bits.
+    """
     at_hand = engine == "fused" and precision != "bf16"
     return Part("exact distance", 3.0 * n * dim, "fp32", 0 if at_hand else 4 * n * dim + 24 * n)
 
 
 def iteration(n: int, dim: int, k: int, precision: str, engine: str) -> list[Part]:
-    """One of Lloyd's: the product, the distances, and the sums of the points that moved.
+    """One Lloyd iteration: the product, the exact distances, and the update of the sums for points that moved.
 
-    A point that moves is read, and its D int64 are added to one cluster's sums and taken from another's.
+    A point that moved is read, and its D int64 values are added to one cluster's sums and subtracted from another's.
     """
     sums = Part("sums", 4.0 * MOVED * n * dim, "fp32", MOVED * n * dim * (4 + 2 * 16) + 16 * n + 24 * k * dim)
     return [product(n, dim, k, precision, engine), exact_distance(n, dim, precision, engine), sums]
 
 
 def seeding_passes(k: int) -> int:
-    """How often k-means++ goes through all points."""
+    """Number of passes of k-means++ over all points."""
     return max(1, math.ceil(math.log2(k))) + 1
 
 
 def seeding(n: int, dim: int, k: int, precision: str, engine: str) -> list[Part]:
-    """k-means++ by blocks that double: every point meets every seed once, in about log2(K) passes, each of which draws
-    from the running sum of N weights.
+    """k-means++ in blocks of seeds that double in size: every point is compared with every seed once, in about log2(K)
+    passes, each of which draws from the cumulative sum of N weights.
     """
     passes = seeding_passes(k)
     whole, exact = product(n, dim, k, precision, engine), exact_distance(n, dim, precision, engine)
@@ -105,27 +110,29 @@ def seeding(n: int, dim: int, k: int, precision: str, engine: str) -> list[Part]
 
 
 def seconds(parts: list[Part], card: Card) -> float:
-    """All parts, one after the other."""
+    """Seconds of all parts, one after the other."""
     return sum(part.seconds(card) for part in parts)
 
 
 def travel_seconds(n: int, dim: int, card: Card) -> float:
-    """All points over the bus, once."""
+    """Seconds in which all points (float32) cross the bus once."""
     return 4.0 * n * dim / (card.bus_gb_s * 1e9)
 
 
 def streamed_seconds(n: int, dim: int, card: Card, parts: list[Part]) -> float:
-    """An iteration over points that come from the host, under which it computes; those that moved come twice."""
+    """Seconds of an iteration over points streamed from the host, with transfers overlapping the computation; points
+    that moved are transferred twice.
+    """
     return max((1 + MOVED) * travel_seconds(n, dim, card), seconds(parts, card))
 
 
 def streamed_seeding_seconds(n: int, dim: int, k: int, card: Card, parts: list[Part]) -> float:
-    """k-means++ over points that come from the host in every pass."""
+    """Seconds of k-means++ over points that are streamed from the host in every pass."""
     return max(seeding_passes(k) * travel_seconds(n, dim, card), seconds(parts, card))
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds by card, shape and precision."""
+    """Lower bounds in milliseconds by card, shape and precision."""
     dim, rows = settings["gpu_dim"], []
     for n in settings["gpu_rows"]:
         for k in settings["gpu_clusters"]:

@@ -1,4 +1,4 @@
-"""The suite router: the router, the bank and the two together beside models of its size, on queries that none saw.
+"""The suite router: the router, the bank, and both combined, compared with models of similar size on held-out queries.
 
 Suffixes: Q queries, N rows, B queries to answer, C configs.
 """
@@ -42,8 +42,10 @@ CALLS = 500
 def perceptron(
     training: Trajectories, objective: Objective, x_BD: npt.NDArray[np.float32], seed: int
 ) -> npt.NDArray[np.int64]:
-    """What scikit-learn's multi-layer perceptron of as many hidden units picks (B,): of a full table it learns every
-    config's utility, of a log the utility of an embedding and a config.
+    """The config (B,) that scikit-learn's multi-layer perceptron, with as many hidden units as the router, picks.
+
+    On a full table it learns the utilities of all configs from the embedding; on a log, the utility of one config from
+    the embedding and the one-hot config.
     """
     from sklearn.neural_network import MLPRegressor
 
@@ -61,14 +63,14 @@ def perceptron(
 def _one(
     training: Trajectories, held_out: Trajectories, cost_weight: float, seed: int
 ) -> tuple[dict[str, Floats], dict[str, tuple[int, float, float]]]:
-    """Utility of each method's choice on every held-out query (B,), and of each router its bytes, the seconds that it
-    took to train and the median microseconds of a forward pass.
+    """For each method, the utility (B,) of its choice on every held-out query; for each router its size in bytes, the
+    seconds of its training and the median microseconds of a forward pass.
     """
     config = TrainConfig(seed=seed, judge=JudgeConfig(latency_weight=0.0, cost_weight=cost_weight))
     config.index.kind = "off"
     queries = len(held_out.query_id)
     picked, costs = {}, {}
-    stages = Stages(sharing=True)  # one bank, of which every router learns
+    stages = Stages(sharing=True)  # all routers learn from the same bank, which is trained once
     for name, asked in ROUTERS.items():
         learned = learn(training, replace(config, router=asked), stages=stages)
         bank, router = learned.bank(), learned.router
@@ -88,7 +90,7 @@ def _one(
         "bank": bank.optimized_params_batch(held_out.x_QD)["config_id"],
         "default": np.full(queries, training.configs.default),
     }
-    # a blend that was never tried has no value: the router's own choice stands for it
+    # a blend of parameters that was never tried has no known value; value the router's own choice instead
     for name in ROUTERS:
         blend = picked[f"{name} and bank"]
         picked[f"{name} and bank"] = np.where(blend < 0, picked[name], blend)
@@ -103,8 +105,8 @@ def _run(setting: Setting, seed: int) -> tuple[int, dict[str, Floats], dict[str,
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """Every set, cost weight, kind of log and size: gains over the best single config, with 95 % intervals over
-    held-out queries of the mean over seeds; and what each router weighs, and takes to train and to ask.
+    """Gains over the best single config for every data set, cost weight, log policy and size, as means over seeds with
+    95 % bootstrap intervals over held-out queries; and each router's size, training time and latency.
     """
     seeds = range(settings["rounds"])
     asked = settings_of(settings)

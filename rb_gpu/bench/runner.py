@@ -1,4 +1,4 @@
-"""What every suite measures with: interleaved rounds, a process with a clean environment, facts of the machine."""
+"""Measuring tools that the suites share: interleaved rounds, processes with a clean environment, machine facts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# what pins old OpenBLAS builds to slow kernels
+# environment variables that could pin old OpenBLAS builds to slow kernels
 SLOW_KERNELS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -28,9 +28,11 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 def interleaved(
     contestants: Mapping[str, Callable[[int], npt.NDArray[np.float64]]], rounds: int, seed: int, *, warm: bool = True
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Samples of every contestant, one row a round. Each round runs all of them in another order, so that what slows
-    the machine for a while slows them alike; round 0 warms up and is dropped, unless every call warms up by itself
-    (warm=False). A contestant is given its round.
+    """Samples of every contestant, one row per round.
+
+    Each round runs all contestants in a new random order, so that a temporary slowdown of the machine affects them
+    alike. A contestant is called with the number of its round. Round 0 warms up and is dropped; with warm=False there
+    is no round 0, for contestants that warm up by themselves.
     """
     order = list(contestants)
     samples: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in contestants}
@@ -45,7 +47,7 @@ def interleaved(
 
 
 def each_call_us(call: Callable[[Any], object], inputs: list[Any]) -> npt.NDArray[np.float64]:
-    """Microseconds of each call (len(inputs),)."""
+    """Microseconds that `call` takes on each input (len(inputs),)."""
     clock, taken = time.perf_counter_ns, []
     for value in inputs:
         start = clock()
@@ -62,16 +64,16 @@ def seconds(call: Callable[[], object]) -> npt.NDArray[np.float64]:
 
 
 def clean_environment(threads: int) -> dict[str, str]:
-    """The environment of this process, with so many threads for products, which choose their kernels by themselves."""
+    """The environment of this process, with `threads` BLAS threads and without variables that pin BLAS kernels."""
     kept = {name: value for name, value in os.environ.items() if name not in SLOW_KERNELS}
     return kept | dict.fromkeys(THREADS, str(threads))
 
 
 def in_process(module: str, settings: Any, threads: int, environment: Mapping[str, str] | None = None) -> Any:
-    """What `python -m MODULE` prints as JSON on its last line, given `settings` as JSON on its standard input.
+    """Runs `python -m MODULE` with `settings` as JSON on its standard input; returns the JSON on its last output line.
 
-    A process of its own, since libraries read their number of threads once; `environment` comes on top. Raises
-    RuntimeError where it fails.
+    It needs a new process because libraries read their number of threads only once. `environment` is added to
+    clean_environment(threads). Raises RuntimeError if the process fails.
     """
     done = subprocess.run(  # noqa: S603 - this interpreter and a module of this package
         [sys.executable, "-m", module],
@@ -87,15 +89,16 @@ def in_process(module: str, settings: Any, threads: int, environment: Mapping[st
 
 
 def answer(run: Callable[[Any], Any]) -> None:
-    """The other side of `in_process`: runs on the JSON of the standard input and prints its result as JSON."""
+    """The other side of `in_process`: calls `run` on the JSON from standard input and prints its result as JSON."""
     logging.basicConfig(level=logging.WARNING)
     sys.stdout.write(json.dumps(run(json.load(sys.stdin))) + "\n")
 
 
 def fresh_median(code: str, repeats: int) -> float:
-    """Median of the number that `code` prints, over so many new interpreters.
+    """Median of the number that `code` prints, over `repeats` new interpreters.
 
-    The first compiles what has changed, as an installer does: where the environment forbids that, all of them would.
+    Bytecode caching is enabled even if the environment forbids it: only the first interpreter then compiles what has
+    changed, as an installer would, instead of every one of them.
     """
     command, environment = [sys.executable, "-c", code], clean_environment(1)
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -107,7 +110,7 @@ def fresh_median(code: str, repeats: int) -> float:
 
 
 def optional(module: str) -> Any:
-    """A peer's module, None where it is not installed."""
+    """A peer's module, or None if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -115,7 +118,7 @@ def optional(module: str) -> Any:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, kernels of NumPy's products, versions of what is compared."""
+    """The processor, number of cores, BLAS kernels in use, and versions of the compared libraries."""
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

@@ -1,8 +1,9 @@
-"""Searches in the suite decisions: what a mean recall costs under each method, and a floor that holds for every kind.
+"""Nearest-neighbour searches in the suite decisions: the cost of a mean recall of TARGET under each method, and the
+cost of a recall floor for every kind of query.
 
-Each method chooses by quality − w·cost for many w; the curve of mean cost over mean recall that these choices draw is
-read where recall is TARGET. Fixed settings draw one too: between two of them, queries are divided at random.
-Suffixes: Q training queries, B held-out queries, C configs, G weights of cost.
+Each method chooses by quality − w·cost for many weights w, which traces a curve of mean cost over mean recall; its cost
+is read off where mean recall is TARGET. Fixed settings trace a curve too: between two neighbouring settings, queries
+are split at random. Suffixes: Q training queries, B held-out queries, C configs, G weights of cost.
 """
 
 from __future__ import annotations
@@ -26,30 +27,30 @@ from rb_gpu.types import Tradeoff
 Floats = npt.NDArray[np.float64]
 
 TARGET = 0.95
-# a query that found less is counted as badly served
+# a query with a lower recall counts as badly served
 BAD_RECALL = 0.8
-# shares of the dearest config's cost
+# cost weights w, for costs as shares of the most expensive config's mean cost
 WEIGHTS_G = np.geomspace(1e-3, 10.0, 49)
 RESAMPLES = 300
 FLOOR_CLUSTERS = 16
 
 
 def searches(table: Trajectories) -> bool:
-    """Whether a set is of a nearest-neighbour search: its configs differ in ef_search or n_probes."""
+    """Whether a data set is of a nearest-neighbour search, that is, its configs differ in ef_search or n_probes."""
     return len(np.unique(table.configs.ef_search)) > 1 or len(np.unique(table.configs.n_probes)) > 1
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What choices under each weight of cost came to: recall and cost, (G, B) each, of every held-out query."""
+    """Recall and cost, (G, B) each, of a method's choice for every held-out query under each weight of cost."""
 
     recall_GB: Floats
     cost_GB: Floats
 
     def at(self, times_B: Floats, target: float) -> tuple[float, float]:
-        """Mean cost and share of badly served queries where mean recall is target, NaN where it never is.
+        """Mean cost and share of badly served queries at a mean recall of `target`; NaN if the curve does not reach it.
 
-        times_B: how often each query counts. Between the points next to the target both are interpolated.
+        times_B: how often each query counts (bootstrap). Values are interpolated linearly along the Pareto front.
         """
         share_B = times_B / times_B.sum()
         recall_G, cost_G = self.recall_GB @ share_B, self.cost_GB @ share_B
@@ -62,30 +63,33 @@ class Curve:
 
 
 def pareto(recall_G: Floats, cost_G: Floats) -> npt.NDArray[np.int64]:
-    """The points that no other reaches at the same or less cost, by increasing cost and recall."""
+    """Indices of the Pareto-optimal points: no other has at least their recall at the same or less cost. Sorted by
+    increasing cost and recall.
+    """
     order = np.lexsort((-recall_G, cost_G))
     best_before = np.concatenate([[-np.inf], np.maximum.accumulate(recall_G[order])[:-1]])
     return order[recall_G[order] > best_before]
 
 
 def curve(choice_GB: npt.NDArray[np.int64], held_out: Outcomes) -> Curve:
-    """What these choices came to."""
+    """The recall and cost of the choices (G, B) on the held-out queries."""
     each = np.arange(choice_GB.shape[1])
     return Curve(held_out.quality_QC[each, choice_GB], held_out.cost_QC[each, choice_GB])
 
 
 def _weight_at_target(training: Outcomes, cost_ref: float) -> float:
-    """The weight of cost under which the best fixed setting of training queries comes nearest to TARGET."""
+    """The weight of cost at which the best fixed setting on training queries has a mean recall nearest to TARGET."""
     recall_C, share_C = training.quality_QC.mean(0), training.cost_QC.mean(0) / cost_ref
     chosen_G = (recall_C - WEIGHTS_G[:, None] * share_C).argmax(1)
     return float(WEIGHTS_G[np.abs(recall_C[chosen_G] - TARGET).argmin()])
 
 
 def matched_recall(folder: str, name: str, seed: int) -> dict[str, Curve]:
-    """The curve of every method; the bank and the baselines are learned once, for the weight that TARGET needs.
+    """The curve of every method.
 
-    The bank moves along it by `tradeoff`, baselines by foretelling quality and cost apart (soft clusters: by ranking
-    anew). The reference has no trade-off and stays out.
+    The bank is trained for the one cost weight that suits TARGET, and moves along its curve by `tradeoff` at lookup.
+    The baselines are tuned once and predict quality and cost separately, except soft clusters, which vote anew for
+    every weight. The reference method has no trade-off and is left out.
     """
     training, held_out = tables(folder)[name]
     config, objective, bank = _learned(training, JudgeConfig(latency_weight=0.0), seed)
@@ -130,8 +134,9 @@ def _sweep(quality_BC: Floats, share_BC: Floats) -> npt.NDArray[np.int64]:
 
 
 def pooled(runs: list[dict[str, Curve]]) -> dict[str, dict[str, float]]:
-    """Mean over seeds of each method's cost at TARGET over the fixed settings' less 1, with a 95 % interval of a
-    bootstrap over held-out queries, the same for all methods and seeds; and of the share of badly served queries.
+    """Each method's cost at TARGET relative to that of the fixed settings, minus 1, and its share of badly served
+    queries, as means over seeds. The 95 % interval of the former bootstraps the held-out queries, with the same
+    resamples for all methods and seeds.
     """
     queries = runs[0]["fixed"].recall_GB.shape[1]
     rng = np.random.default_rng(0)
@@ -154,10 +159,11 @@ def pooled(runs: list[dict[str, Curve]]) -> dict[str, dict[str, float]]:
 
 
 def recall_floor(folder: str, name: str, seed: int) -> dict[str, dict[str, float]]:
-    """Mean cost and mean recall of each kind of query where TARGET is asked for; empty where kinds are not known.
+    """Each method's mean cost, and its mean recall overall and by kind of query, when TARGET is the floor of recall.
 
-    Beside the bank: the cheapest setting whose mean recall on training queries reaches TARGET, over all of them, for
-    every kind at once, in each of 16 clusters, and for each kind where the kind is told.
+    The bank (objective=floor) is compared with the cheapest setting whose mean recall on training queries reaches
+    TARGET: over all queries, for every kind at once, in each of 16 clusters, and in each kind, if a query's kind were
+    known. Empty if the data set has no kinds.
     """
     training, held_out = tables(folder)[name]
     kind_Q, kind_B = kinds(folder, training), kinds(folder, held_out)
@@ -200,7 +206,7 @@ def _cheapest(before: Outcomes, group_Q: npt.NDArray[Any], group_B: npt.NDArray[
 
 
 def averaged(runs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Means over seeds."""
+    """The mean over seeds of every number."""
     return {
         method: {key: float(np.mean([run[method][key] for run in runs])) for key in row}
         for method, row in runs[0].items()

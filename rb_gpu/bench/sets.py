@@ -1,4 +1,5 @@
-"""Full tables for the suite decisions: every query was tried under every config, so that any choice is valued exactly.
+"""Full tables for the suites decisions and router: every query was tried under every config, so that the value of any
+choice is known exactly.
 
 Suffixes: Q queries, C configs.
 """
@@ -25,7 +26,7 @@ HOLDOUT = 0.2
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What every config did on every query, (Q, C) each."""
+    """Utility, quality and cost of every config on every query, (Q, C) each."""
 
     utility_QC: Floats
     quality_QC: Floats
@@ -33,7 +34,7 @@ class Outcomes:
 
 
 def outcomes_of(table: Trajectories, objective: Objective) -> Outcomes:
-    """Those of a full table."""
+    """The outcomes of a full table under an objective."""
     rows = held_out_outcomes(table, objective)
 
     def square(v_N: Floats) -> Floats:
@@ -49,7 +50,7 @@ def _folder(folder: str) -> Path:
 
 
 def _column(folder: str, name: str, table: Trajectories) -> npt.NDArray[np.str_] | None:
-    """(Q,) of a text column of queries.parquet, None where there is none."""
+    """A text column of queries.parquet as (Q,), in the table's order of queries; None if there is no such column."""
     path = _folder(folder) / "queries.parquet"
     if name not in pq.read_schema(path).names:
         return None
@@ -61,7 +62,7 @@ def _column(folder: str, name: str, table: Trajectories) -> npt.NDArray[np.str_]
 
 
 def kinds(folder: str, table: Trajectories) -> npt.NDArray[np.str_] | None:
-    """(Q,) what kind each query is, by the column `task`; None where there is none."""
+    """The kind (Q,) of each query, from the column `task` of queries.parquet; None if there is no such column."""
     return _column(folder, "task", table)
 
 
@@ -69,8 +70,8 @@ def kinds(folder: str, table: Trajectories) -> npt.NDArray[np.str_] | None:
 def tables(folder: str) -> dict[str, tuple[Trajectories, Trajectories]]:
     """Training and held-out queries of each outcomes*.parquet in a folder; `sample` is the bundled one.
 
-    By the column `split` of queries.parquet where there is one (train; dev), else by time. Raises DataError where a
-    query was not tried under every config.
+    They are split by the column `split` of queries.parquet (train or dev) if there is one, else by time. Raises
+    DataError if the folder has no such file, or if a query was not tried under every config.
     """
     path = _folder(folder)
     queries = path / "queries.parquet"

@@ -1,4 +1,4 @@
-"""What a sweep costs beside one job: whole processes, from the command to the last line."""
+"""The suite sweep: the time of a sweep relative to one job, for whole processes from start to exit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rb_gpu.learn.synthesize import synthesize
 
 log = logging.getLogger(__name__)
 
-# of the planted table
+# size of the planted table
 PATTERNS, CONFIGS = 256, 6
 JUDGES = ("judge.method=eb,welch", "judge.min_probability=0.5,0.6,0.7,0.8")
 SIZES = ("cluster.k=64,128,256,512",)
@@ -29,7 +29,9 @@ SWEEPS = {EIGHT_JUDGES: JUDGES, FOUR_SIZES: SIZES}
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of one job and of each of SWEEPS, on the sample and on `n` planted rows of `dim`; medians of rounds."""
+    """Seconds of one job and of each of SWEEPS, on the sample and on `n` planted rows of dimension `dim`, as medians
+    over rounds.
+    """
     with tempfile.TemporaryDirectory(prefix="rb_gpu-sweep-") as scratch:
         folder = Path(scratch)
         size = {"n": settings["n"], "dim": settings["dim"], "patterns": PATTERNS, "configs": CONFIGS}
@@ -48,7 +50,7 @@ def _case(folder: Path, data: Sequence[str], settings: dict[str, Any]) -> dict[s
     def contestant(overrides: Sequence[str]) -> Any:
         def call(turn: int) -> npt.NDArray[np.float64]:
             log.info("%s, round %d", " ".join(overrides) or ONE, turn)
-            # a flag comes before all settings
+            # flags must come before all settings
             flags = [one for one in overrides if one == "-m"]
             return seconds(lambda: _job(folder, [*flags, *data, *(one for one in overrides if one != "-m")]))
 
@@ -61,7 +63,9 @@ def _case(folder: Path, data: Sequence[str], settings: dict[str, Any]) -> dict[s
 
 
 def _job(folder: Path, overrides: Sequence[str]) -> None:
-    """One training into a registry of its own. Raises RuntimeError where it fails; a gate that refuses is none."""
+    """Runs one training with a registry of its own. Raises RuntimeError if it fails; a refusal by the gate is no
+    failure.
+    """
     with tempfile.TemporaryDirectory(dir=folder) as own:
         places = [f"registry.path={own}/artifacts", f"hydra.run.dir={own}/run", f"hydra.sweep.dir={own}/sweep"]
         done = subprocess.run(  # noqa: S603 - this interpreter and a module of this package
