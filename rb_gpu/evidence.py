@@ -15,6 +15,10 @@ Floats = npt.NDArray[np.float64]
 OUTCOMES = ("f1", "product", "log2_latency", "cost")
 LATENCY_BINS = 64
 BINS_PER_OCTAVE = 2
+# differences of a config, less one a pattern, that tell how they scatter
+LEAST_PAIRS = 20
+# a difference or spread below it, as a share of the outcomes' size, is rounding
+ROUNDING = 1e-9
 
 
 class Evidence(NamedTuple):
@@ -22,8 +26,9 @@ class Evidence(NamedTuple):
 
     rows: (P, C) int64 trajectories. w, w2: (P, C) Σw and Σw². mean: (P, C, O) weighted means of OUTCOMES. comoment:
     (P, C, O, O) Σw·(y − mean)(y − mean)ᵀ. precision, recall, latency_us: (P, C) weighted means. latency_hist:
-    (P, C, B) weights by half octaves of latency from 1 µs. pair_*: the same moments of the differences between a row's
-    outcomes and those of the default on the same query, 0 rows where the default was not tried on it.
+    (P, C, B) weights by half octaves of latency from 1 µs. pair_*: the same moments of the differences between outcomes
+    and those of the default on the same query, 0 rows where the default was not tried on it; rows of one query and
+    config count once, by their mean.
     """
 
     rows: npt.NDArray[np.int64]
@@ -89,9 +94,15 @@ class Evidence(NamedTuple):
 
     @property
     def paired(self) -> bool:
-        """Whether every row of another config has the default's outcome on the same query beside it."""
+        """Whether every row of another config has the default's outcome on the same query beside it, and where rows
+        repeat there are queries enough to tell how differences scatter: of few, rows are compared by themselves.
+        """
         other = self.rows.sum(0) > 0
-        return bool(self.pair_rows.sum() > 0 and (self.pair_rows.sum(0) == self.rows.sum(0))[other].all())
+        # what each of a query's rows weighs, its pair weighs
+        beside = self.pair_w.sum(0) >= (1.0 - ROUNDING) * self.w.sum(0)
+        freedom = np.maximum(self.pair_rows - 1, 0).sum(0)
+        told = (self.pair_rows.sum(0) == self.rows.sum(0)) | (freedom >= LEAST_PAIRS)
+        return bool(self.pair_rows.sum() > 0 and (beside & told)[other].all())
 
     def latency_quantile(self, q: float) -> Floats:
         """(P, C) latency in µs below which the share q of the weight lies (log-linear inside a bin); NaN if empty."""
