@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rb_gpu.evidence import Floats
+from rb_gpu.evidence import ROUNDING, Floats
 
 # rows that the variance pooled over configs counts for beside a config's own: one that few cells tried twice knows
 # little of its own
@@ -25,8 +25,11 @@ def alike(variance: Floats, size: Floats) -> Floats:
     return _of_mean(np.broadcast_to(_of_config(freedom, within), size.shape), size)
 
 
-def moderated(variance: Floats, size: Floats, paired: bool) -> Floats:
+def moderated(variance: Floats, size: Floats, paired: bool, apart: float) -> Floats:
     """The same of a config's variance times the scale of the leaf, as far as leaves are seen to differ in scale.
+
+    apart: how far outcomes of one leaf lie apart. What showed no spread in n rows, a config or of a leaf its scale, may
+    still differ in the next: as much as if one of the n had, by that much. Where nothing lies apart it is unknown.
 
     A leaf's scale is drawn to 1 by empirical Bayes, as Smyth (2004) draws variances. How much it errs is not taken from
     the chi-squared law, by which 40 rows without a click would know that nothing is ever clicked, but from how the
@@ -38,8 +41,10 @@ def moderated(variance: Floats, size: Floats, paired: bool) -> Floats:
     then in all of them, and would move them: each has its own scale, and half of its error is that of the others too.
     """
     freedom, within = _known(variance, size)
-    of_config = _of_config(freedom, within)
-    freedom = np.where(of_config > 0, freedom, 0.0)
+    total_C = freedom.sum(0)
+    even_C = (total_C > 0) & ((freedom * within).sum(0) <= total_C * (ROUNDING * apart) ** 2)
+    of_config = _of_config(freedom, np.where(even_C, apart**2 / np.maximum(total_C, 1.0), within))
+    freedom = np.where((of_config > 0) & ~even_C, freedom, 0.0)
     scale = np.divide(within, of_config, out=np.ones(size.shape), where=freedom > 0)
     rows = freedom.sum(1, keepdims=True)
     leaf = np.divide((freedom * scale).sum(1, keepdims=True), rows, out=np.ones(rows.shape), where=rows > 0)
@@ -53,6 +58,9 @@ def moderated(variance: Floats, size: Floats, paired: bool) -> Floats:
     if paired:
         spread, noise = spread - noise * cells / max(total, 1e-300), 2.0 * noise
         leaf, rows = scale, freedom
+    seen = np.where(freedom > 0, freedom * of_config, 0.0)
+    one = apart**2 / np.maximum(seen if paired else seen.sum(1, keepdims=True), 1e-300)
+    leaf = np.where(leaf > 0, leaf, one)
     known = max(spread, 0.0) * rows
     kept = np.divide(known, known + noise, out=np.zeros(rows.shape), where=known > 0)
     # a scale that is itself estimated makes its inverse too large on average: the first-order correction

@@ -6,6 +6,7 @@ Suffixes: P leaves, C configs, O outcomes, G nodes of the level above.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rb_gpu.bank_data import NO_CHANCE
-from rb_gpu.evidence import OUTCOMES, Evidence, Floats, linear_moments
+from rb_gpu.evidence import OUTCOMES, ROUNDING, Evidence, Floats, linear_moments
 from rb_gpu.field import Field
 from rb_gpu.homogeneity import FAMILY_ERROR, differs, varies
 from rb_gpu.moderation import alike, moderated
@@ -63,25 +64,39 @@ class Beliefs:
         return replace(self, probability=nothing, test=nothing + NO_CHANCE, test_sd=nothing)
 
 
-def effects(evidence: Evidence, direction_O: Floats, default: int) -> tuple[Floats, Floats]:
+def effects(evidence: Evidence, direction_O: Floats, default: int, apart: float) -> tuple[Floats, Floats]:
     """Raw effect over the default (P, C) and its variance, infinite where the cell or the default has no evidence.
 
     Differences are paired where every query was tried under the default too. A cell's variance is its config's over all
-    patterns, moderated; where that is zero or unknown, nothing can be said and it is infinite.
+    patterns, moderated; where that is zero or unknown, nothing can be said and it is infinite. apart: `widest` of the
+    outcomes, of which `evidence` may hold what was left unexplained.
     """
     if evidence.paired:
         moments = (evidence.pair_w, evidence.pair_w2, evidence.pair_mean, evidence.pair_comoment)
         effect, variance, size = linear_moments(*moments, direction_O)
-        error = moderated(variance, size, paired=True)
+        # its differences to itself are no evidence of how far any scatters
+        variance[:, default] = np.nan
+        # either of the two may come out otherwise
+        error = moderated(variance, size, True, math.sqrt(2.0) * apart)
     else:
         mean, variance, size = linear_moments(evidence.w, evidence.w2, evidence.mean, evidence.comoment, direction_O)
-        error = moderated(variance, size, paired=False)
+        error = moderated(variance, size, False, apart)
         effect = mean - mean[:, [default]]
         error = error + error[:, [default]]
     known = np.isfinite(error) & (error > 0)
     effect, error = np.where(known, effect, 0.0), np.where(known, error, np.inf)
     effect[:, default], error[:, default] = 0.0, np.inf
     return effect, error
+
+
+def widest(evidence: Evidence, direction_O: Floats) -> float:
+    """How far the means of two configs lie apart in one pattern, at most; 0 where no pattern ran two, or it is
+    rounding.
+    """
+    mean, ran = evidence.mean @ direction_O, evidence.w > 0
+    apart_P = np.where(ran, mean, -np.inf).max(1) - np.where(ran, mean, np.inf).min(1)
+    apart = float(apart_P.max(initial=0.0))
+    return apart if apart > ROUNDING * float((np.abs(evidence.mean) @ np.abs(direction_O)).max(initial=0.0)) else 0.0
 
 
 def pool(
@@ -218,7 +233,8 @@ def believe(
     judged = (evidence if field is None else field.residual(evidence)).with_unknown()
     evidence = evidence.with_unknown()
     parents = [np.append(parent, parent.max() + 1) for parent in parents]
-    effect, variance = effects(judged, objective.direction, default)
+    apart = widest(evidence, objective.direction)
+    effect, variance = effects(judged, objective.direction, default, apart)
     gain, gain_variance, root_variance = pool(effect, variance, parents, tested=True, gated=field is not None)
     if field is not None:
         foretold, foretold_variance, root_variance = _foretold(field, objective.direction, default)

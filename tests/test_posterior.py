@@ -208,10 +208,10 @@ def alike_error(evidence: Evidence) -> np.ndarray:
 def test_an_effects_error_is_its_configs_and_the_defaults():
     # from cells of 0 to 6 rows
     evidence = world(np.random.default_rng(10), 7, 4, 3)
-    effect, error = effects(evidence, UTILITY.direction, 1)
+    effect, error = effects(evidence, UTILITY.direction, 1, 0.5)
     size = evidence.rows.astype(float)
     variance = np.where(size > 1, evidence.comoment[..., 0, 0] / np.maximum(size - 1, 1), np.nan)
-    of_mean = moderated(variance, size, paired=False)
+    of_mean = moderated(variance, size, paired=False, apart=0.5)
     expected = of_mean + of_mean[:, [1]]
     expected[:, 1] = np.inf
     np.testing.assert_allclose(error, expected)
@@ -374,7 +374,7 @@ def test_with_a_field_leaves_are_drawn_together():
     apart = np.concatenate([field.mean[:1]] * 8 + [field.mean[2:]])
     field = field._replace(mean=apart, gain_variance=0 * apart, quality_variance=0 * apart[..., 0])
     found = believe(evidence, [], UTILITY, 0, "auto", unexplained(field, evidence))
-    effect, variance = effects(evidence.with_unknown(), UTILITY.direction, 0)
+    effect, variance = effects(evidence.with_unknown(), UTILITY.direction, 0, 0.5)
     drawn = pool(effect, variance, [], tested=True, gated=True)
     foretold = _foretold(field, UTILITY.direction, 0)
     np.testing.assert_allclose(found.gain[:, 1:], (drawn[0] + foretold[0])[:, 1:])
