@@ -84,7 +84,7 @@ class Fit:
     but for what all configs share. deviates: whether configs differ from place to place, as far as unseen rows tell;
     else all have the same coefficients. share_SL, ridges: the models and their weights, from which a deviation's
     variance follows. mix_CC: how configs share their own regressions (`ladder.mixtures`), None where none
-    does. level_CC: covariance of the levels, infinite where nothing is known; None of a full table.
+    does. level_CC: covariance of the levels, infinite where nothing is known; None of a full table whose rows differ.
     """
 
     coefs: list[Tensor]
@@ -162,15 +162,8 @@ def fit(kernels: Sequence[Kernel], y_N: Tensor) -> Fit:
     level_N = level_C[rows.config_N]
     if float((y_N - level_N).square().mean()) <= ROUNDING**2 * float(y_N.square().mean()):
         nothing = [y_N.new_zeros(kernel.features.shape[1], rows.configs) for kernel in kernels]
-        return Fit(
-            nothing,
-            level_C,
-            level_N,
-            level_C.expand(rows.queries, -1),
-            False,
-            y_N.new_ones(len(kernels), len(RIDGES)),
-            {},
-        )
+        level_QC, alike_SL = level_C.expand(rows.queries, -1), y_N.new_ones(len(kernels), len(RIDGES))
+        return Fit(nothing, level_C, level_N, level_QC, False, alike_SL, {}, level_CC=_constant_levels(rows, level_C))
     plain, deviating = (_fit_full if rows.full else _fit_rows)(kernels, y_N)
     better_N = rows.weight_N * ((y_N - plain.unseen_N).square() - (y_N - deviating.unseen_N).square())
     found = deviating if float(better_N.sum()) > 0 else plain
@@ -201,6 +194,17 @@ def level_errors(rows: Rows, error_N: Tensor) -> tuple[Tensor, Tensor]:
     # the residuals' mean was added to the level, which takes a degree of freedom
     variance_C = squares_C / total_C.square().clamp(min=TINY) * count_C / (count_C - 1).clamp(min=1)
     return torch.where(count_C > 1, variance_C, torch.inf), count_C
+
+
+def _constant_levels(rows: Rows, level_C: Tensor) -> Tensor:
+    """Covariance (C, C) of levels that no row differed from: the next may, as in rb_gpu.moderation, in one of as many
+    rows by as much as levels lie apart; infinite of a single row.
+    """
+    count_C = torch.bincount(rows.config_N, minlength=rows.configs)
+    apart = level_C.max() - level_C.min()
+    apart = torch.where(apart > ROUNDING * level_C.abs().max(), apart, 0.0)
+    variance_C = apart.square() / (len(rows.config_N) * count_C.clamp(min=1))
+    return torch.diag(torch.where(count_C > 1, variance_C, torch.inf))
 
 
 def likelihoods(kernels: Sequence[Kernel], y_N: Tensor) -> Tensor:
