@@ -25,6 +25,8 @@ Rows = npt.NDArray[np.int64]
 
 # share of its variance that an effect keeps once it is taken as 0: not none, so that a precision stays finite
 SPIKE = 1e-6
+# of a gain that is rounding, also in a lookup's float32, as a share of how far configs lie apart
+LEAST_GAIN = 1e-6
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,9 @@ def believe(
         margin_C = np.broadcast_to(np.asarray(margin, dtype=np.float64), (configs,)).copy()
         unknown_C = margin_C.copy()
     margin_C[default] = unknown_C[default] = 0.0
-    lead = gain - margin_C
+    lead, none = gain - margin_C, LEAST_GAIN * apart
+    # what answers as the default does is no better, by whichever side rounding puts it on
+    lead[np.abs(gain) < none] -= none
     # the test of choices was of queries like those learned from, which one that is near no leaf is not
     lead[-1] = gain[-1] - unknown_C
     known = np.isfinite(gain_variance) & (gain_variance > 0)
