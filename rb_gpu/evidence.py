@@ -15,6 +15,10 @@ Floats = npt.NDArray[np.float64]
 OUTCOMES = ("f1", "product", "log2_latency", "cost")
 LATENCY_BINS = 64
 BINS_PER_OCTAVE = 2
+# degrees of freedom of a config's paired differences from which their variance can be estimated
+LEAST_PAIRS = 20
+# a difference or spread below this share of the outcomes' size is rounding
+ROUNDING = 1e-9
 
 
 class Evidence(NamedTuple):
@@ -25,8 +29,8 @@ class Evidence(NamedTuple):
     mean: (P, C, O) weighted means of OUTCOMES. comoment: (P, C, O, O) Σw·(y − mean)(y − mean)ᵀ.
     precision, recall, latency_us: (P, C) weighted means.
     latency_hist: (P, C, B) Σw by latency bin, BINS_PER_OCTAVE bins for each doubling from 1 µs.
-    pair_*: the same moments of the differences between a row's outcomes and the default's on the same query; 0 rows if
-        the default was not tried on it.
+    pair_*: the same moments of the differences between outcomes and the default's on the same query; 0 rows if the
+        default was not tried on it. The rows of one query under one config count once, by their mean.
     """
 
     rows: npt.NDArray[np.int64]
@@ -92,9 +96,15 @@ class Evidence(NamedTuple):
 
     @property
     def paired(self) -> bool:
-        """Whether every row of a config other than the default has an outcome of the default on the same query."""
+        """Whether differences to the default are paired: every row of another config has an outcome of the default on
+        the same query and, where rows repeat, there are enough queries to estimate how differences scatter.
+        """
         other = self.rows.sum(0) > 0
-        return bool(self.pair_rows.sum() > 0 and (self.pair_rows.sum(0) == self.rows.sum(0))[other].all())
+        # a pair carries the weight of all its rows
+        beside = self.pair_w.sum(0) >= (1.0 - ROUNDING) * self.w.sum(0)
+        freedom = np.maximum(self.pair_rows - 1, 0).sum(0)
+        told = (self.pair_rows.sum(0) == self.rows.sum(0)) | (freedom >= LEAST_PAIRS)
+        return bool(self.pair_rows.sum() > 0 and (beside & told)[other].all())
 
     def latency_quantile(self, q: float) -> Floats:
         """(P, C) latency in µs below which a share q of the weight lies, log-linear inside a bin; NaN for an empty

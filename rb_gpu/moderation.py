@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rb_gpu.evidence import Floats
+from rb_gpu.evidence import ROUNDING, Floats
 
 # prior weight, in rows, of the variance pooled over all configs when a config's own is estimated: a config that was
 # tried twice in only a few cells says little about its own variance
@@ -26,9 +26,12 @@ def alike(variance: Floats, size: Floats) -> Floats:
     return _of_mean(np.broadcast_to(_of_config(freedom, within), size.shape), size)
 
 
-def moderated(variance: Floats, size: Floats, paired: bool) -> Floats:
+def moderated(variance: Floats, size: Floats, paired: bool, apart: float) -> Floats:
     """Like `alike`, but each config's variance is scaled by the leaf, in proportion to how much leaves are found to
     differ.
+
+    apart: the widest difference between outcomes of one leaf. A config (or a leaf's scale) without any spread in n rows
+    is not certain: its variance is that of one deviation by `apart` among the n. If apart is 0 it is unknown.
 
     A leaf's scale is shrunk towards 1 by empirical Bayes, as Smyth (2004) shrinks variances. Its error does not follow
     the chi-squared law, by which 40 rows without a click would prove that nothing is ever clicked; it is estimated by
@@ -41,8 +44,10 @@ def moderated(variance: Floats, size: Floats, paired: bool) -> Floats:
     each cell has its own scale, and half of that scale's error is shared with the other configs.
     """
     freedom, within = _known(variance, size)
-    of_config = _of_config(freedom, within)
-    freedom = np.where(of_config > 0, freedom, 0.0)
+    total_C = freedom.sum(0)
+    even_C = (total_C > 0) & ((freedom * within).sum(0) <= total_C * (ROUNDING * apart) ** 2)
+    of_config = _of_config(freedom, np.where(even_C, apart**2 / np.maximum(total_C, 1.0), within))
+    freedom = np.where((of_config > 0) & ~even_C, freedom, 0.0)
     scale = np.divide(within, of_config, out=np.ones(size.shape), where=freedom > 0)
     rows = freedom.sum(1, keepdims=True)
     leaf = np.divide((freedom * scale).sum(1, keepdims=True), rows, out=np.ones(rows.shape), where=rows > 0)
@@ -56,6 +61,9 @@ def moderated(variance: Floats, size: Floats, paired: bool) -> Floats:
     if paired:
         spread, noise = spread - noise * cells / max(total, 1e-300), 2.0 * noise
         leaf, rows = scale, freedom
+    seen = np.where(freedom > 0, freedom * of_config, 0.0)
+    one = apart**2 / np.maximum(seen if paired else seen.sum(1, keepdims=True), 1e-300)
+    leaf = np.where(leaf > 0, leaf, one)
     known = max(spread, 0.0) * rows
     kept = np.divide(known, known + noise, out=np.zeros(rows.shape), where=known > 0)
     # the inverse of an estimated scale is too large on average; this is the first-order correction

@@ -3,11 +3,12 @@ quality.
 
 NumPy only, so that the batch job and a lookup under another trade-off compute the same numbers.
 
-Suffixes: P leaves, C configs, O outcomes, G nodes of the level above.
+Suffixes: P leaves, C configs, O outcomes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,17 +16,18 @@ import numpy as np
 import numpy.typing as npt
 
 from rb_gpu.bank_data import NO_CHANCE
-from rb_gpu.evidence import OUTCOMES, Evidence, Floats, linear_moments
+from rb_gpu.evidence import OUTCOMES, ROUNDING, Evidence, Floats, linear_moments
 from rb_gpu.field import Field
-from rb_gpu.homogeneity import FAMILY_ERROR, differs, varies
+from rb_gpu.homogeneity import FAMILY_ERROR
 from rb_gpu.moderation import alike, moderated
 from rb_gpu.normal import normal_cdf
 from rb_gpu.objective import Objective, choose
+from rb_gpu.pooling import SPIKE, pool
 
 Rows = npt.NDArray[np.int64]
 
-# share of its variance that an effect keeps once a test has set it to 0; not 0, so that its precision stays finite
-SPIKE = 1e-6
+# a gain below this share of the widest difference between configs is rounding, also in a lookup's float32
+LEAST_GAIN = 1e-6
 
 
 @dataclass(frozen=True)
@@ -67,20 +69,24 @@ class Beliefs:
         return replace(self, probability=nothing, test=nothing + NO_CHANCE, test_sd=nothing)
 
 
-def effects(evidence: Evidence, direction_O: Floats, default: int) -> tuple[Floats, Floats]:
+def effects(evidence: Evidence, direction_O: Floats, default: int, apart: float) -> tuple[Floats, Floats]:
     """Raw effect over the default (P, C) and its variance, infinite where the cell or the default has no evidence.
 
     Differences are paired if every query was also tried under the default. The variance of a cell's mean is based on
     its config's variance over all patterns, moderated by the leaf's scale (rb_gpu/moderation.py); where that is zero or
-    unknown, the effect counts as unknown and its variance is infinite.
+    unknown, the effect counts as unknown and its variance is infinite. apart: `widest` of the outcomes (`evidence` may
+    hold residuals instead).
     """
     if evidence.paired:
         moments = (evidence.pair_w, evidence.pair_w2, evidence.pair_mean, evidence.pair_comoment)
         effect, variance, size = linear_moments(*moments, direction_O)
-        error = moderated(variance, size, paired=True)
+        # its differences to itself are no evidence of how far any scatters
+        variance[:, default] = np.nan
+        # either of the two may come out otherwise
+        error = moderated(variance, size, True, math.sqrt(2.0) * apart)
     else:
         mean, variance, size = linear_moments(evidence.w, evidence.w2, evidence.mean, evidence.comoment, direction_O)
-        error = moderated(variance, size, paired=False)
+        error = moderated(variance, size, False, apart)
         effect = mean - mean[:, [default]]
         error = error + error[:, [default]]
     known = np.isfinite(error) & (error > 0)
@@ -89,124 +95,14 @@ def effects(evidence: Evidence, direction_O: Floats, default: int) -> tuple[Floa
     return effect, error
 
 
-def pool(
-    effect: Floats, variance: Floats, parents: Sequence[Rows], tested: bool, gated: bool = False
-) -> tuple[Floats, Floats, Floats]:
-    """Posterior mean and variance of every cell (P, C), and the variance of the root (C,).
-
-    A normal model on the tree: a child scatters around its parent with variance τ² (one per level and config, Paule &
-    Mandel 1982). Exact belief propagation, upwards and then downwards (Pearl 1988): a child's prior is its parent's
-    posterior from everything but that child, so no row counts twice. parents: for each level from the leaves up, the
-    row of each node's parent; the nodes of the last level hang below one root. An infinite variance marks a cell
-    without evidence.
-
-    tested: effects that chance alone could produce are set to 0, so that equal configs stay equal. A config's overall
-    effect is 0, and its root variance is multiplied by SPIKE, unless a test rejects that; its τ² are 0 unless Cochran's
-    Q over the leaves rejects homogeneity. Both tests together keep FAMILY_ERROR over all configs. gated: set if choices
-    are only made once they were shown to pay as a whole; the τ² of a level are then shrunk towards a common one in
-    place of the test.
+def widest(evidence: Evidence, direction_O: Floats) -> float:
+    """The widest difference between the means of two configs in one pattern; 0 if no pattern ran two configs or the
+    difference is mere rounding.
     """
-    levels = [*parents, np.zeros(_width(parents, len(effect)), dtype=np.int64)]
-    mean, var = effect, variance
-    varied = varies(effect, variance) if tested else np.ones(effect.shape[1], dtype=bool)
-    messages: list[tuple[Floats, Floats, Floats, Floats]] = []
-    for parent in levels:
-        groups = int(parent.max()) + 1
-        tau2 = np.where(varied, paule_mandel(mean, var, parent, groups), 0.0)
-        if gated:
-            tau2 = _drawn_together(mean, var, parent, groups, tau2)
-        precision = np.where(np.isfinite(var), 1.0 / (var + tau2), 0.0)
-        messages.append((mean, var, precision, tau2))
-        total = _add(precision, parent, groups)
-        up = np.divide(_add(precision * mean, parent, groups), total, out=np.zeros(total.shape), where=total > 0)
-        mean, var = up, np.divide(1.0, total, out=np.full(total.shape, np.inf), where=total > 0)
-    root_var = var[0].copy()
-    if tested:
-        doubtful = ~differs(mean[0], root_var)
-        mean[0, doubtful] = 0.0
-        var[0, doubtful] *= SPIKE
-    for parent, (child_mean, child_var, precision, tau2) in zip(reversed(levels), reversed(messages), strict=True):
-        above = np.divide(1.0, var, out=np.zeros(var.shape), where=np.isfinite(var))[parent]
-        cavity = above - precision
-        known = cavity > 1e-9 * np.maximum(above, 1e-300)
-        prior_mean = np.divide(
-            above * mean[parent] - precision * child_mean, cavity, out=np.zeros(cavity.shape), where=known
-        )
-        prior_var = np.divide(1.0, cavity, out=np.full(cavity.shape, np.inf), where=known) + tau2
-        own = np.where(np.isfinite(child_var), 1.0 / child_var, 0.0)
-        prior = np.where(np.isfinite(prior_var), 1.0 / prior_var, 0.0)
-        total = own + prior
-        mean = np.divide(own * child_mean + prior * prior_mean, total, out=np.zeros(total.shape), where=total > 0)
-        var = np.divide(1.0, total, out=np.full(total.shape, np.inf), where=total > 0)
-    return mean, var, root_var
-
-
-def _width(parents: Sequence[Rows], leaves: int) -> int:
-    return int(parents[-1].max()) + 1 if parents else leaves
-
-
-def _add(x: Floats, group: Rows, groups: int) -> Floats:
-    out = np.zeros((groups, x.shape[1]))
-    np.add.at(out, group, x)
-    return out
-
-
-def paule_mandel(mean: Floats, var: Floats, parent: Rows, groups: int) -> Floats:
-    """τ² (C,) at which the children's weighted squares around their parents' means equal their degrees of freedom.
-
-    Paule & Mandel (1982) with one mean per parent. 0 if the children scatter no more than their errors explain.
-    """
-    informative = np.isfinite(var)
-    freedom = np.maximum(_add(informative.astype(np.float64), parent, groups) - 1.0, 0.0).sum(0)
-
-    def excess(tau2: Floats) -> Floats:
-        weight = np.where(informative, 1.0 / (np.where(informative, var, 1.0) + tau2), 0.0)
-        total = _add(weight, parent, groups)
-        centre = np.divide(_add(weight * mean, parent, groups), total, out=np.zeros(total.shape), where=total > 0)
-        return np.asarray((weight * (mean - centre[parent]) ** 2).sum(0) - freedom)
-
-    spread = np.where(informative, mean, 0.0)
-    high = np.maximum((spread.max(0) - spread.min(0)) ** 2, 1e-300)
-    low = np.zeros_like(high)
-    over_dispersed = (excess(low) > 0) & (freedom > 0)
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        above = excess(middle) > 0
-        low, high = np.where(above, middle, low), np.where(above, high, middle)
-    return np.where(over_dispersed, 0.5 * (low + high), 0.0)
-
-
-def _drawn_together(mean: Floats, var: Floats, parent: Rows, groups: int, alone: Floats) -> Floats:
-    """τ² (C,) of each config, shrunk towards the common τ² of all configs to the extent that chance explains how they
-    differ (James & Stein 1961): with many configs, each has too few rows for a good estimate of its own. Returns
-    `alone` if fewer than two configs have an estimate.
-
-    A config's own estimate is that of moments (DerSimonian & Laird 1986). Its error variance is not taken from normal
-    theory, since a config that is much better in a few leaves has effects that are not normal; it is estimated from how
-    the leaves' contributions scatter, and averaged over configs.
-    """
-    weight = np.where(np.isfinite(var), 1.0 / var, 0.0)
-    total = _add(weight, parent, groups)
-    centre = np.divide(_add(weight * mean, parent, groups), total, out=np.zeros(total.shape), where=total > 0)
-    lost = np.divide(_add(weight**2, parent, groups), total, out=np.zeros(total.shape), where=total > 0)
-    freedom = (np.count_nonzero(weight, axis=0) - np.count_nonzero(total, axis=0)).astype(np.float64)
-    scale = weight.sum(0) - lost.sum(0)
-    known = (freedom > 0) & (scale > 0)
-    if np.count_nonzero(known) < 2:
-        return alone
-    part = (weight * (mean - centre[parent]) ** 2)[:, known]
-    leaves, freedom, scale = np.count_nonzero(weight[:, known], axis=0), freedom[known], scale[known]
-    configs = mean.shape[1]
-    of_all = (parent + groups * np.arange(configs)[:, None]).ravel()
-    together = paule_mandel(mean.T.reshape(-1, 1), var.T.reshape(-1, 1), of_all, groups * configs)[0]
-    own = (part.sum(0) - freedom) / scale
-    away = np.where(weight[:, known] > 0, part - part.sum(0) / leaves, 0.0)
-    chance = leaves / freedom * (away**2).sum(0) / scale**2
-    differ = float(((own - together) ** 2).mean())
-    share = min(1.0, float(chance.mean()) / differ) if differ > 0 else 1.0
-    out = np.full(configs, together)
-    out[known] = np.maximum(share * together + (1.0 - share) * own, 0.0)
-    return out
+    mean, ran = evidence.mean @ direction_O, evidence.w > 0
+    apart_P = np.where(ran, mean, -np.inf).max(1) - np.where(ran, mean, np.inf).min(1)
+    apart = float(apart_P.max(initial=0.0))
+    return apart if apart > ROUNDING * float((np.abs(evidence.mean) @ np.abs(direction_O)).max(initial=0.0)) else 0.0
 
 
 def believe(
@@ -219,15 +115,17 @@ def believe(
 ) -> Beliefs:
     """The posterior beliefs for every leaf, and for one more, unknown leaf, under an objective.
 
-    margin: a number, (C,) numbers, or "auto": the standard error of the config's overall difference to the default,
-    since no smaller gain can be told from none (next to 0 for a config whose difference `pool` set to 0). With a field,
-    "auto" is 0 for leaves, because choices were shown to pay as a whole before any is made. field: predicts the gains
-    of the leaves; their evidence of its residuals then corrects the prediction.
+    margin: a number, (C,) numbers, or "auto": the sampling error of the config's difference to the default over all
+    leaves of the table, since no smaller gain can be told from none. With a field, "auto" is 0 for leaves, because
+    choices were shown to pay as a whole before any is made. For an unknown leaf "auto" is the standard error of the
+    overall difference, which includes how leaves differ. field: predicts the gains of the leaves; their evidence of its
+    residuals then corrects the prediction.
     """
     judged = (evidence if field is None else field.residual(evidence)).with_unknown()
     evidence = evidence.with_unknown()
     parents = [np.append(parent, parent.max() + 1) for parent in parents]
-    effect, variance = effects(judged, objective.direction, default)
+    apart = widest(evidence, objective.direction)
+    effect, variance = effects(judged, objective.direction, default, apart)
     gain, gain_variance, root_variance = pool(effect, variance, parents, tested=True, gated=field is not None)
     if field is not None:
         foretold, foretold_variance, root_variance = _foretold(field, objective.direction, default)
@@ -236,12 +134,14 @@ def believe(
     configs = len(root_variance)
     if isinstance(margin, str):
         unknown_C = np.sqrt(np.where(np.isfinite(root_variance), root_variance, 0.0))
-        margin_C = unknown_C.copy() if field is None else np.zeros(configs)
+        margin_C = _sampling_error(variance) if field is None else np.zeros(configs)
     else:
         margin_C = np.broadcast_to(np.asarray(margin, dtype=np.float64), (configs,)).copy()
         unknown_C = margin_C.copy()
     margin_C[default] = unknown_C[default] = 0.0
-    lead = gain - margin_C
+    lead, none = gain - margin_C, LEAST_GAIN * apart
+    # a config that answers as the default does is no better, whichever side of 0 rounding puts it on
+    lead[np.abs(gain) < none] -= none
     # the test that choices pay covers queries like those of the training; a query near no leaf is unlike them and keeps
     # the margin
     lead[-1] = gain[-1] - unknown_C
@@ -275,6 +175,15 @@ def believe(
         test, test_sd = quality - objective.target, np.sqrt(np.where(certain, quality_var, 0.0))
         test[:, never_C] = NO_CHANCE
     return Beliefs(gain, gain_variance, probability, score, quality, margin_C, test, test_sd)
+
+
+def _sampling_error(variance: Floats) -> Floats:
+    """(C,) standard error of each config's difference over these very leaves, from the errors (P, C) of its effects; 0
+    where none is known.
+    """
+    precision = np.where(np.isfinite(variance), 1.0 / variance, 0.0).sum(0)
+    error: Floats = np.sqrt(np.divide(1.0, precision, out=np.zeros(len(precision)), where=precision > 0))
+    return error
 
 
 def surely_better(field: Field, objective: Objective, default: int) -> bool:

@@ -93,10 +93,11 @@ def test_pairs_are_differences_to_the_default_on_the_same_query():
     assert not gather(table(seed=4, n=90, configs=3), np.zeros(90, int), 1).paired
 
 
-def test_of_a_query_s_default_rows_the_last_counts_whatever_threads_do():
-    # regression: all were written to the same place at once, on the CPU too from 32,768 rows on
-    rows = table(seed=4, n=90, configs=3, full=True)
-    rows = replace(rows, config_id=np.full(len(rows), rows.configs.default))
+def test_rows_of_a_query_under_one_config_are_one_pair_whatever_threads_do():
+    # regression: each row was compared with the default's last row, so that all shared its noise; and all rows of the
+    # default were written to one place at once, on the CPU too from 32,768 rows on
+    rows = table(seed=4, n=90, configs=3, full=True, propensity=0.5)
+    rows = replace(rows, config_id=np.tile([0, 1, 1], 30), propensity=np.tile([0.5, 0.2, 0.4], 30).astype(np.float32))
     with pretended() as operations:
         weight_N, labels = row_weights(rows, None), torch.zeros(len(rows.query_id), dtype=torch.int64)
         found = gather_evidence(rows, labels, 1, weight_N, torch.device("cuda"))
@@ -106,8 +107,13 @@ def test_of_a_query_s_default_rows_the_last_counts_whatever_threads_do():
         assert operations.raced == 1
     quality = f1_score(torch.from_numpy(rows.precision).double(), torch.from_numpy(rows.recall).double()).numpy()
     by_query = quality.reshape(-1, 3)
-    expected = (by_query - by_query[:, 2:]).mean()
-    assert found.pair_mean[0, rows.configs.default, 0] == pytest.approx(expected, abs=1e-12)
+    difference = (5.0 * by_query[:, 1] + 2.5 * by_query[:, 2]) / 7.5 - by_query[:, 0]
+    assert found.pair_rows.tolist() == [[30, 30, 0]]
+    assert found.pair_mean[0, 1, 0] == pytest.approx(difference.mean())
+    assert found.pair_comoment[0, 1, 0, 0] == pytest.approx(7.5 * ((difference - difference.mean()) ** 2).sum())
+    assert found.pair_w[0, 1] ** 2 / found.pair_w2[0, 1] == pytest.approx(30)
+    assert found.paired
+    assert not gather(rows.select_queries(np.arange(30) < 20), np.zeros(20, int), 1).paired
 
 
 def test_linear_moments_are_those_of_the_combined_outcome():

@@ -9,7 +9,7 @@ from test_posterior import UTILITY, levels, world
 from rb_gpu.evidence import Evidence
 from rb_gpu.homogeneity import varies
 from rb_gpu.moderation import moderated
-from rb_gpu.posterior import believe, effects
+from rb_gpu.posterior import believe, effects, widest
 
 
 def clicks(rng, share, n_PC: np.ndarray) -> list[list[np.ndarray]]:
@@ -39,7 +39,7 @@ def cells(rows_PC: list[list[np.ndarray]], paired: bool = False) -> Evidence:
 
 def z_of_all(evidence: Evidence) -> np.ndarray:
     """The z-score over all leaves of each other config's difference to the first, weighted by inverse variance."""
-    effect, variance = effects(evidence, UTILITY.direction, 0)
+    effect, variance = effects(evidence, UTILITY.direction, 0, widest(evidence, UTILITY.direction))
     weight = 1.0 / variance[:, 1:]
     return (weight * effect[:, 1:]).sum(0) / np.sqrt(weight.sum(0))
 
@@ -56,8 +56,11 @@ def test_a_cells_variance_is_its_configs_times_its_leafs_scale(paired):
     variance[:, 3] = np.where(size[:, 3] > 1, 0.0, np.nan)
     usable = [(p, c) for p in range(12) for c in range(3) if size[p, c] > 1]
     every = [(p, c) for p in range(12) for c in range(4) if size[p, c] > 1]
-    overall = sum((size[i] - 1) * variance[i] for i in every) / sum(size[i] - 1 for i in every)
-    of_config, scale = np.zeros(3), {}
+    # the last one never varied: as if one of its rows had, by .3
+    freedom_3 = sum(size[i] - 1 for i in every if i[1] == 3)
+    overall = (sum((size[i] - 1) * variance[i] for i in every) + 0.3**2) / sum(size[i] - 1 for i in every)
+    of_config, scale = np.zeros(4), {}
+    of_config[3] = (20 * overall + 0.3**2) / (20 + freedom_3)
     for c in range(3):
         mine = [i for i in usable if i[1] == c]
         squares, freedom = sum((size[i] - 1) * variance[i] for i in mine), sum(size[i] - 1 for i in mine)
@@ -77,13 +80,15 @@ def test_a_cells_variance_is_its_configs_times_its_leafs_scale(paired):
     assert spread > 0
     expected = np.full(size.shape, np.inf)
     for p in range(12):
-        for c in range(3):
-            known, freedom = (scale.get((p, c), 1.0), max(size[p, c] - 1, 0)) if paired else (leaf[p], rows[p])
+        for c in range(4):
+            known, freedom = (leaf[p], rows[p])
+            if paired:
+                known, freedom = scale.get((p, c), 1.0), max(size[p, c] - 1, 0) if c < 3 else 0
             kept = freedom / (freedom + noise / spread)
             correction = 1 + (noise * kept**2 / freedom if freedom else 0)
             if size[p, c] > 0:
                 expected[p, c] = of_config[c] * (1 + kept * (known - 1)) * correction / size[p, c]
-    np.testing.assert_allclose(moderated(variance, size, paired), expected)
+    np.testing.assert_allclose(moderated(variance, size, paired, 0.3), expected)
 
 
 @pytest.mark.parametrize("paired", [False, True])
@@ -119,8 +124,55 @@ def test_leaves_that_scatter_more_are_trusted_less():
         rng = np.random.default_rng(seed)
         sd = np.where(np.arange(24) % 3, 0.15, 0.45)
         evidence = cells(list(sd[:, None, None] * rng.normal(size=(24, 4, 40))))
-        effect, variance = effects(evidence, UTILITY.direction, 0)
+        effect, variance = effects(evidence, UTILITY.direction, 0, widest(evidence, UTILITY.direction))
         found.append(varies(effect, variance)[1:].any())
         apart.append(np.median(variance[::3, 1:]) / np.median(variance[1::3, 1:]))
     assert np.mean(found) <= 0.08
     assert 8.0 < np.mean(apart) < 10.0
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_what_never_varies_is_believed_by_its_rows(paired):
+    # without a spread nothing was known of it, and the default stood however many rows were against it
+    def probability(rows: int, leaves: int = 1) -> float:
+        evidence = cells([[np.full(rows, worth) for worth in (0.0, 1.0, 0.0)]] * leaves, paired)
+        beliefs = believe(evidence, levels(leaves, []), UTILITY, 0, "auto")
+        assert (beliefs.probability[:, 2] < 0.5).all()
+        return float(beliefs.probability[0, 1])
+
+    assert probability(1) == 0.0
+    # by chance three of one kind beat three of another in one draw of twenty, and there are two to try
+    assert probability(3) < 0.5
+    assert 0.5 < probability(6) < probability(1000)
+    assert probability(1000) > 0.9999 and probability(1000, leaves=3) > 0.9999
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_where_all_outcomes_are_the_same_nothing_is_known(paired):
+    # the mean of rows of .1 by their weights is off by rounding, of which one may be sure
+    evidence = cells([[np.full(99, 0.1), np.full(99, 0.1)]] * 4, paired)
+    evidence.mean[:, 1, 0] += 2e-17
+    evidence.pair_mean[:, 1, 0] += 2e-17 * paired
+    beliefs = believe(evidence, levels(4, [2]), UTILITY, 0, "auto")
+    assert (beliefs.probability == 0).all()
+
+
+@pytest.mark.parametrize("constant", [0, 1])
+def test_one_config_that_never_varies_is_compared_with_those_that_do(constant):
+    # a constant default left all others without a comparison, a constant other was never looked at
+    rng = np.random.default_rng(3)
+    rows = [[rng.normal(0.5 + 0.1 * c, 0.1, 50) for c in range(2)] for _ in range(8)]
+    for leaf in rows:
+        leaf[constant][:] = 0.5 + 0.1 * constant
+    beliefs = believe(cells(rows), levels(8, [2]), UTILITY, 0, "auto")
+    assert (beliefs.probability[:, 1] > 0.99).all()
+    np.testing.assert_allclose(beliefs.gain[:, 1], 0.1, atol=0.03)
+
+
+def test_a_leaf_without_spread_keeps_its_own_rows():
+    # its scale was 0, and so its variance, which was taken for no rows: it was surely what the other leaf is
+    noisy, worth = np.tile([0.0, 1.0], 100), (0.0, 1.0, 0.0)
+    evidence = cells([[noisy, np.zeros(200), noisy], [np.full(100, v) for v in worth]])
+    beliefs = believe(evidence, levels(2, []), UTILITY, 1, "auto")
+    assert (beliefs.probability[0, [0, 2]] > 0.99).all()
+    assert (beliefs.probability[1, [0, 2]] < 0.01).all()

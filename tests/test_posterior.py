@@ -18,7 +18,8 @@ from rb_gpu.homogeneity import varies
 from rb_gpu.moderation import moderated
 from rb_gpu.normal import normal_cdf
 from rb_gpu.objective import Objective, choose
-from rb_gpu.posterior import _drawn_together, _foretold, believe, effects, paule_mandel, pool, surely_better
+from rb_gpu.pooling import _drawn_together, paule_mandel, pool
+from rb_gpu.posterior import _foretold, believe, effects, surely_better, widest
 
 UTILITY = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
 
@@ -103,12 +104,24 @@ def test_a_cell_without_rows_gets_its_neighbours_belief():
     assert 0 < var[2, 0] < 1e-3
 
 
-def test_a_margin_of_its_own_is_the_error_of_a_difference_though_a_test_finds_none():
-    # it was a thousandth of that: what the test shrank was the very array that had been kept aside
+def test_the_roots_variance_is_that_before_any_test():
+    # regression: the test shrank the very array that had been kept for the margin
     effect, variance = 0.01 * np.random.default_rng(0).normal(size=(30, 3)), np.full((30, 3), 0.01)
     mean, var, root = pool(effect, variance, [], tested=True)
     np.testing.assert_allclose(root, 0.01 / 30)
     assert (np.abs(mean) < 1e-6).all() and (var < 1e-4 * root).all()
+
+
+@pytest.mark.parametrize("differing", [0.0, 0.3])
+def test_a_margin_of_its_own_is_the_sampling_error_over_the_leaves(differing):
+    # regression: it counted how leaves differ, and was next to 0 for a config that no test found to differ
+    rng = np.random.default_rng(0)
+    evidence = world(rng, 12, 3, 50)
+    evidence.mean[:, 1, 0] += differing * np.where(np.arange(12) % 2, 1.0, -1.0)
+    beliefs = believe(evidence, levels(12, [3]), UTILITY, 0, "auto")
+    _, variance = effects(evidence, UTILITY.direction, 0, widest(evidence, UTILITY.direction))
+    np.testing.assert_allclose(beliefs.margin[1:], (1 / variance[:, 1:]).sum(0) ** -0.5)
+    assert beliefs.margin[0] == 0.0
 
 
 def test_two_level_posterior_is_the_oracles():
@@ -216,10 +229,10 @@ def alike_error(evidence: Evidence) -> np.ndarray:
 def test_an_effects_error_is_its_configs_and_the_defaults():
     # cells of 0 to 6 rows
     evidence = world(np.random.default_rng(10), 7, 4, 3)
-    effect, error = effects(evidence, UTILITY.direction, 1)
+    effect, error = effects(evidence, UTILITY.direction, 1, 0.5)
     size = evidence.rows.astype(float)
     variance = np.where(size > 1, evidence.comoment[..., 0, 0] / np.maximum(size - 1, 1), np.nan)
-    of_mean = moderated(variance, size, paired=False)
+    of_mean = moderated(variance, size, paired=False, apart=0.5)
     expected = of_mean + of_mean[:, [1]]
     expected[:, 1] = np.inf
     np.testing.assert_allclose(error, expected)
@@ -383,7 +396,7 @@ def test_with_a_field_leaves_are_drawn_together():
     apart = np.concatenate([field.mean[:1]] * 8 + [field.mean[2:]])
     field = field._replace(mean=apart, gain_variance=0 * apart, quality_variance=0 * apart[..., 0])
     found = believe(evidence, [], UTILITY, 0, "auto", unexplained(field, evidence))
-    effect, variance = effects(evidence.with_unknown(), UTILITY.direction, 0)
+    effect, variance = effects(evidence.with_unknown(), UTILITY.direction, 0, 0.5)
     drawn = pool(effect, variance, [], tested=True, gated=True)
     foretold = _foretold(field, UTILITY.direction, 0)
     np.testing.assert_allclose(found.gain[:, 1:], (drawn[0] + foretold[0])[:, 1:])

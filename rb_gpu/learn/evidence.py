@@ -1,6 +1,6 @@
 """Sums trajectories into evidence on the device: one pass for means, one for centred squares.
 
-Suffixes: N rows, Q queries, P patterns, C configs, O outcomes, T rows of one tile.
+Suffixes: N rows, Q queries, U queries' runs of configs, P patterns, C configs, O outcomes, T rows of one tile.
 """
 
 from __future__ import annotations
@@ -90,15 +90,17 @@ def gather_evidence(
     hist = torch.zeros((patterns * configs + 1) * LATENCY_BINS, dtype=torch.float64, device=device)
     hist.index_add_(0, cell_N * LATENCY_BINS + bins_N, weight_N)
 
-    # pair each row with the last row of its query under the default, where there is one; the last, because which of
-    # several writes to one place wins depends on the threads
-    default_N = torch.nonzero(config_N == trajectories.configs.default).squeeze(1)
-    default_row_Q = torch.full((len(label_Q),), -1, dtype=torch.int64, device=device)
-    default_row_Q.scatter_reduce_(0, query_row[default_N], default_N, "amax")
-    partner_N = default_row_Q[query_row]
-    pair_cell_N = torch.where(partner_N < 0, patterns * configs, cell_N)
-    difference_NO = y_NO - y_NO[partner_N.clamp(min=0)]
-    pair_rows, pair_w, pair_w2, pair_mean, pair_comoment = _moments(pair_cell_N, weight_N, difference_NO, shape)
+    # pair each query's mean outcome under a config with its mean under the default, where there is one
+    run_U, weight_U, y_UO = _runs(query_row * configs + config_N, weight_N, y_NO)
+    query_U, config_U = run_U // configs, run_U % configs
+    default_U = torch.nonzero(config_U == trajectories.configs.default).squeeze(1)
+    default_of_Q = torch.full((len(label_Q),), -1, dtype=torch.int64, device=device)
+    default_of_Q[query_U[default_U]] = default_U
+    partner_U, label_U = default_of_Q[query_U], label_Q.to(device)[query_U]
+    left_out = (partner_U < 0) | (label_U < 0)
+    pair_cell_U = torch.where(left_out, patterns * configs, label_U * configs + config_U)
+    difference_UO = y_UO - y_UO[partner_U.clamp(min=0)]
+    pair_rows, pair_w, pair_w2, pair_mean, pair_comoment = _moments(pair_cell_U, weight_U, difference_UO, shape)
     return Evidence(
         rows=rows.cpu().numpy(),
         w=w.cpu().numpy(),
@@ -115,6 +117,20 @@ def gather_evidence(
         pair_mean=pair_mean.cpu().numpy(),
         pair_comoment=pair_comoment.cpu().numpy(),
     )
+
+
+def _runs(run_N: Tensor, weight_N: Tensor, y_NO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Merges the rows of one query under one config into one run: its key (U,), total weight (U,) and mean outcomes
+    (U, O).
+
+    Were each row paired with the same rows of the default, the pairs would share noise and yet count as independent.
+    """
+    run_U, unit_N = torch.unique(run_N, return_inverse=True)
+    if len(run_U) == len(run_N):
+        return run_N, weight_N, y_NO
+    weight_U = weight_N.new_zeros(len(run_U)).index_add_(0, unit_N, weight_N)
+    sum_UO = y_NO.new_zeros(len(run_U), y_NO.shape[1]).index_add_(0, unit_N, weight_N[:, None] * y_NO)
+    return run_U, weight_U, sum_UO / weight_U.clamp(min=1e-300)[:, None]
 
 
 def _sums(cell_N: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

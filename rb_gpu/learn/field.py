@@ -87,7 +87,7 @@ class Fit:
     deviations between configs improve the predictions of unseen rows; if not, all configs have the same coefficients.
     share_SL, ridges: the weights of the models and each config's regressions, from which the variance of its deviation
     follows. mix_CC: how configs pool their own regressions (`ladder.mixtures`), None without pooling. level_CC:
-    covariance of the levels, infinite where nothing is known; None on a full table or for a constant outcome.
+    covariance of the levels, infinite where nothing is known; None on a full table whose rows vary.
     """
 
     coefs: list[Tensor]
@@ -166,15 +166,8 @@ def fit(kernels: Sequence[Kernel], y_N: Tensor) -> Fit:
     level_N = level_C[rows.config_N]
     if float((y_N - level_N).square().mean()) <= ROUNDING**2 * float(y_N.square().mean()):
         nothing = [y_N.new_zeros(kernel.features.shape[1], rows.configs) for kernel in kernels]
-        return Fit(
-            nothing,
-            level_C,
-            level_N,
-            level_C.expand(rows.queries, -1),
-            False,
-            y_N.new_ones(len(kernels), len(RIDGES)),
-            {},
-        )
+        level_QC, alike_SL = level_C.expand(rows.queries, -1), y_N.new_ones(len(kernels), len(RIDGES))
+        return Fit(nothing, level_C, level_N, level_QC, False, alike_SL, {}, level_CC=_constant_levels(rows, level_C))
     plain, deviating = (_fit_full if rows.full else _fit_rows)(kernels, y_N)
     better_N = rows.weight_N * ((y_N - plain.unseen_N).square() - (y_N - deviating.unseen_N).square())
     found = deviating if float(better_N.sum()) > 0 else plain
@@ -205,6 +198,17 @@ def level_errors(rows: Rows, error_N: Tensor) -> tuple[Tensor, Tensor]:
     # the mean residual was added to the level, which costs one degree of freedom
     variance_C = squares_C / total_C.square().clamp(min=TINY) * count_C / (count_C - 1).clamp(min=1)
     return torch.where(count_C > 1, variance_C, torch.inf), count_C
+
+
+def _constant_levels(rows: Rows, level_C: Tensor) -> Tensor:
+    """Covariance (C, C) of the levels if all rows of each config are equal, as in rb_gpu.moderation: that of one row
+    among them deviating by as much as the levels differ; infinite for a config with a single row.
+    """
+    count_C = torch.bincount(rows.config_N, minlength=rows.configs)
+    apart = level_C.max() - level_C.min()
+    apart = torch.where(apart > ROUNDING * level_C.abs().max(), apart, 0.0)
+    variance_C = apart.square() / (len(rows.config_N) * count_C.clamp(min=1))
+    return torch.diag(torch.where(count_C > 1, variance_C, torch.inf))
 
 
 def likelihoods(kernels: Sequence[Kernel], y_N: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def variances(
             error_QC[rows.query_N, rows.config_N] = error_N
             apart_C = (error_QC - error_QC[:, [default]]).square().mean(0)
             gain_UCO[..., o] = (leverage_UC + learned_UC) * apart_C
-            level_CO[:, o] = apart_C / rows.queries
+            level_CO[:, o] = apart_C / rows.queries if one.level_CC is None else _level_errors(one, noise_C, default)
         else:
             level_CO[:, o] = _level_errors(one, noise_C, default)
             mix_CC = torch.eye(rows.configs).to(y_NO) if one.mix_CC is None else one.mix_CC

@@ -17,6 +17,7 @@ import torch
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ConfigError
+from rb_gpu.learn.abstention import why_default_stands
 from rb_gpu.learn.assemble import assemble, confidence_of
 from rb_gpu.learn.baselines import BASELINES, Training, unit
 from rb_gpu.learn.checkpoint import Checkpoint
@@ -131,9 +132,6 @@ def _learned(
             objective = resolve_objective(judging, config.quality, trajectories, leaves.evidence)
             leaves = making.foretold(leaves, trajectories, objective, in_use=False)
         default = trajectories.configs.default
-        if leaves.field is not None and not leaves.pays:
-            standing = trajectories.configs.describe(default)
-            log.warning("no choice of configs is sure to pay on unseen queries: %s stands everywhere", standing)
         past = gather_past(parent, before_Q, trajectories, leaves.evidence, judging.half_life)
         leaves = with_past(leaves, past)
         judging = replace(judging, min_probability=leaves.least_probability(judging))
@@ -157,6 +155,8 @@ def _learned(
                 if judging.method == "eb"
                 else verdicts.of(kept_P)
             )
+        none = bool(verdicts.stands.all())
+        why = why_default_stands(leaves, beliefs, objective, default, judging) if none else None
         tuned = tune_lookup(making, leaves, trajectories, objective, judging)
     with watch.stage("index"):
         data = assemble(trajectories, config, leaves, objective, beliefs, verdicts, 0.0)
@@ -175,11 +175,14 @@ def _learned(
             router, routing = _routed(lessons, trajectories.configs, config, device)
     issued = int((~verdicts.stands).sum())
     facts = _facts(data, trajectories, config, issued) | {
+        "why_default_stands": why,
         "lookup_tuning": asdict(tuned),
         "half_life": None if decay is None else asdict(decay),
         "router": routing,
         "device": str(device),
     }
+    if why is not None:
+        log.warning("%s stands everywhere: %s", trajectories.configs.describe(default), why)
     log.info(
         "%d patterns, %d verdicts, the default stands on %d (default: %s)",
         data.leaves, issued, data.leaves - issued, trajectories.configs.describe(default),

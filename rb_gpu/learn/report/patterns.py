@@ -213,12 +213,13 @@ def left_out(bank: ReasoningBank) -> str:
 
 
 def pattern_counts(facts: dict[str, Any]) -> str:
-    """One sentence on how many patterns there are and what they say."""
-    counts = facts["counts"]
+    """How many patterns there are and what they say, and why where that is nothing."""
+    counts, why = facts["counts"], facts.get("why_default_stands")
     levels = ", ".join(count(level) for level in counts["levels"])
     return (
         f"{counted(counts['patterns'], 'pattern')} from {count(counts['trajectories'])} trajectories of "
         f"{count(counts['queries'])} queries under {counted(counts['configs'], 'config')}. On "
         f"{count(counts['verdicts'])} another config than the default is recommended, on "
-        f"{count(counts['default_stands'])} the default stands. Patterns by level, leaves first: {levels}."
+        f"{count(counts['default_stands'])} the default stands{': ' + why if why else ''}. "
+        f"Patterns by level, leaves first: {levels}."
     )

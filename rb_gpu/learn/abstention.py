@@ -1,0 +1,45 @@
+"""The reason why the default stands everywhere, as one clause for the log, the manifest and the report.
+
+Suffixes: P patterns, C configs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rb_gpu.learn.assemble import Leaves
+from rb_gpu.learn.config import JudgeConfig
+from rb_gpu.learn.verdicts import compare
+from rb_gpu.objective import Objective
+from rb_gpu.posterior import Beliefs, widest
+
+
+def why_default_stands(
+    leaves: Leaves, beliefs: Beliefs, objective: Objective, default: int, judging: JudgeConfig
+) -> str | None:
+    """The reason why no pattern has a verdict; None if single queries may still get another config, or if a floor
+    chooses the default. judge.min_probability must have been resolved to a number.
+    """
+    eb, least = judging.method == "eb", float(judging.min_probability)
+    others = np.arange(beliefs.probability.shape[1]) != default
+    if objective.kind == "floor" or (eb and (beliefs.probability[:, others] >= least).any()):
+        return None
+    if len(others) == 1:
+        return "it is the only config"
+    if leaves.evidence.rows[:, default].sum() == 0:
+        return "it never ran, so nothing can be compared with it"
+    if widest(leaves.evidence, objective.direction) == 0.0:
+        return "no pattern has two configs with different utilities"
+    if not eb:
+        tested = compare(leaves.evidence, objective.direction, default, judging.min_samples).p_value
+        if np.isnan(tested).all():
+            return (
+                f"judge.method={judging.method} has no test: in no pattern have the default and another config "
+                f"judge.min_samples={judging.min_samples} rows each that vary; judge.method=eb needs neither"
+            )
+        return f"no config passes the tests of judge.method={judging.method} in any pattern"
+    if leaves.field is not None and not leaves.pays:
+        return "no choice of configs was shown to beat the default on unseen queries"
+    if not np.isfinite(beliefs.gain_variance[:, others]).any():
+        return "no pattern ran a config twice, so the scatter of outcomes is unknown"
+    return f"in no pattern is a config better by judge.margin with a probability of {least:g}"
