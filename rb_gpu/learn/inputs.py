@@ -166,8 +166,10 @@ def scale_for(peak: float) -> float:
 def median_of(sample_SD: Tensor) -> Tensor:
     """The median of each dim (D,), unmoved by outliers."""
     middle = (len(sample_SD) - 1) // 2
-    if sample_SD.device.type == "cpu":  # where torch's sort takes as long as ten iterations of a small table
-        return torch.from_numpy(np.partition(sample_SD.T.contiguous().numpy(), middle, axis=1)[:, middle].copy())
+    # on the host torch's sort takes as long as ten iterations of a small table, and np.partition ten times as long as
+    # np.sort where most values are one, as of counts
+    if sample_SD.device.type == "cpu":
+        return torch.from_numpy(np.sort(sample_SD.T.contiguous().numpy(), axis=1)[:, middle].copy())
     # torch's own median has no deterministic form on a GPU
     return sample_SD.sort(dim=0).values[middle]
 
