@@ -186,7 +186,7 @@ def checked_counts(**counts: int) -> tuple[int, ...]:
     """The numbers as Python's. Raises ValueError where one is no integer >= 1."""
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"{name}={value!r} is not an integer >= 1; raise it")
+            raise ValueError(f"{name}={value!r} is not an integer >= 1; give one")
     return tuple(int(value) for value in counts.values())
 
 
