@@ -89,6 +89,18 @@ def test_all_clusters_are_found_among_outliers(seed, share):
     assert result.inertia <= 1.001 * best
 
 
+@pytest.mark.parametrize(("clusters", "dims", "far", "outliers"), [(10, 2, 100, 4), (8, 3, 100, 40), (10, 2, 200, 20)])
+def test_outliers_that_weigh_more_than_clusters_are_parted_from_them(clusters, dims, far, outliers):
+    # no split parted them, nor did an exchange where the cluster to split was the lighter of those to merge: inertia
+    # ended up to twice the best
+    rng = np.random.default_rng(5)
+    x = 6 * rng.normal(size=(clusters, dims))[rng.integers(clusters, size=2000)] + rng.normal(size=(2000, dims))
+    x = np.concatenate([x, rng.uniform(-far, far, (outliers, dims))]).astype(np.float32)
+    best = KMeans(clusters, n_init=30, random_state=0).fit(x).inertia_
+    found = np.array([kmeans(x, clusters, seed=seed).inertia for seed in range(10)])
+    assert np.mean(found) < 1.03 * best and np.max(found) < 1.06 * best
+
+
 def test_inertia_is_no_worse_than_scikit_learns():
     x = np.random.default_rng(0).normal(size=(3000, 12)).astype(np.float32)
     ours = np.median([kmeans(x, 30, seed=s).inertia for s in range(5)])
