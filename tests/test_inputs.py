@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 import warnings
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from scipy import sparse
 
 from rb_gpu.learn.checkpoint import Checkpoint
+from rb_gpu.learn.inputs import median_of
 from rb_gpu.learn.kmeans import KMeansResult, kmeans, kmeans_plus_plus
 
 RNG = np.random.default_rng(0)
@@ -176,3 +178,18 @@ def test_a_process_forked_after_a_call_can_cluster_too():
         assert answers.get() == expected
     finally:
         child.kill()
+
+
+def test_medians_of_mostly_one_value_take_no_longer_than_others():
+    # np.partition took ten times as long: of 2,000 counts of 4,096 dims four fifths of the whole clustering
+    rng = np.random.default_rng(0)
+    dense = torch.from_numpy(rng.normal(size=(1024, 400)).astype(np.float32))
+    sparse = torch.where(torch.from_numpy(rng.random((1024, 400)) < 0.1), dense, 0)
+
+    def seconds(sample: torch.Tensor) -> float:
+        started = time.process_time()
+        median_of(sample)
+        return time.process_time() - started
+
+    assert min(seconds(sparse) for _ in range(5)) < 3 * min(seconds(dense) for _ in range(5))
+    np.testing.assert_array_equal(median_of(dense), np.sort(dense.numpy(), axis=0)[511])

@@ -92,6 +92,18 @@ def test_all_clusters_are_found_among_outliers(seed, share):
     assert result.inertia <= 1.001 * best
 
 
+@pytest.mark.parametrize(("clusters", "dims", "far", "outliers"), [(10, 2, 100, 4), (8, 3, 100, 40), (10, 2, 200, 20)])
+def test_outliers_that_weigh_more_than_clusters_are_parted_from_them(clusters, dims, far, outliers):
+    # no split parted them, nor did an exchange where the cluster to split was the lighter of those to merge: inertia
+    # ended up to twice the best
+    rng = np.random.default_rng(5)
+    x = 6 * rng.normal(size=(clusters, dims))[rng.integers(clusters, size=2000)] + rng.normal(size=(2000, dims))
+    x = np.concatenate([x, rng.uniform(-far, far, (outliers, dims))]).astype(np.float32)
+    best = KMeans(clusters, n_init=30, random_state=0).fit(x).inertia_
+    found = np.array([kmeans(x, clusters, seed=seed).inertia for seed in range(10)])
+    assert np.mean(found) < 1.03 * best and np.max(found) < 1.06 * best
+
+
 def test_inertia_is_no_worse_than_scikit_learns():
     x = np.random.default_rng(0).normal(size=(3000, 12)).astype(np.float32)
     ours = np.median([kmeans(x, 30, seed=s).inertia for s in range(5)])
@@ -264,6 +276,17 @@ def test_a_repair_that_ends_higher_is_undone(monkeypatch):
         labels, d2 = brute_force_labels(x, result.centroids)
         assert np.array_equal(result.labels, labels) and result.inertia == pytest.approx(d2.min(1).sum(), rel=1e-5)
     assert higher > 0
+
+
+def test_what_has_converged_is_repaired_as_long_as_what_has_not():
+    # an exchange was judged after two updates and the search ended where the run before it had converged: small tables
+    # of many clusters ended 1 % higher
+    gains = []
+    for seed in range(12):
+        x = np.random.default_rng(seed).random((150, 4)).astype(np.float32)
+        settled = kmeans(x, 15, init=x[:15], max_iter=300)
+        gains.append(1 - kmeans(x, 15, warm=settled.centroids, max_iter=300).inertia / settled.inertia)
+    assert min(gains) > 0 and np.mean(gains) > 0.06
 
 
 def test_repairs_are_no_more_than_allowed(monkeypatch):

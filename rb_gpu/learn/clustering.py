@@ -68,7 +68,11 @@ def clusters_asked(trajectories: Trajectories, config: TrainConfig) -> int:
     """The number of clusters. Raises ConfigError where there are fewer queries."""
     queries = len(trajectories.query_id)
     if is_auto(config.cluster.k):
-        return auto_k(queries, len(trajectories), len(trajectories.configs))
+        rows, configs = len(trajectories), len(trajectories.configs)
+        k, root = auto_k(queries, rows, configs), round(math.sqrt(queries))
+        thin = f", lowered so that the {rows:,} rows give each config {ROWS_PER_CELL} per cluster on average"
+        log.info("cluster.k=auto: k=%d, the square root of %s queries%s", k, f"{queries:,}", thin if k < root else "")
+        return k
     if int(config.cluster.k) > queries:
         raise ConfigError(
             f"cluster.k={config.cluster.k} exceeds the {queries} queries to learn from in "

@@ -219,7 +219,8 @@ class Solver:
                 progress.before, progress.repairs = run, progress.repairs + 1
                 progress.until = progress.until if progress.until == self.max_iter else run.n_iter + EARLY
                 self.points.assign(centroids_KD)
-            elif progress.until < self.max_iter and not run.converged and run.n_iter < self.max_iter:
+            elif progress.until < self.max_iter and run.n_iter < self.max_iter and (spent or not run.converged):
+                # a converged run continues, too, if an exchange failed: EARLY updates may not show its full value
                 progress.before, progress.repairs, progress.until = None, 0, self.max_iter
                 centroids_KD = run.centroids_KD
             else:

@@ -54,11 +54,12 @@ def exchange(
     for cost, one, other in merges:
         if one in used or other in used:
             continue
-        # remove the lighter of the two: the heavier may be the very cluster to split
-        removed, partner = (one, other) if masses[one] <= masses[other] else (other, one)
-        while splits and splits[-1][1] in used:
+        while splits[-1][1] in used:
             splits.pop()
-        gain, split = next(((g, s) for g, s in reversed(splits) if s not in used and s != removed), (0.0, -1))
+        gain, split = splits[-1]
+        # if one of the two is the cluster to split, it stays; otherwise the lighter one is removed
+        lighter, heavier = (one, other) if masses[one] <= masses[other] else (other, one)
+        removed, partner = (heavier, lighter) if split == lighter else (lighter, heavier)
         alone = not used and gain > WORTH_TRYING * inertia and gain > LEAST_COVERED * cost
         if not (gain > LEAST_RATIO * cost or alone):
             break
@@ -81,9 +82,12 @@ def _split_gains(
     known_K: Tensor,
     halves: ClusterSums,
 ) -> tuple[Tensor, Tensor]:
-    """Inertia saved by a 2-means inside each cluster (K,) float64, and its two centroids in rows 2i and 2i + 1."""
+    """Inertia saved by a 2-means inside each cluster (K,) float64, and its two centroids in rows 2i and 2i + 1.
+
+    The 2-means starts symmetric about the centroid: starting from the centroid and the drawn member would split off a
+    lone outlier. That split is taken only if it saves LEAST_RATIO times as much, since a 2-means does not reach it.
+    """
     k, ranks, weight_N = len(centroids_KD), halves.ranks, halves.weight_N.double()
-    # start symmetric about the centroid: starting from the centroid and a member would split off a lone outlier
     halves_2KD = torch.stack([2 * centroids_KD - drawn_KD, drawn_KD], dim=1).reshape(2 * k, -1)
     after_K = before_K
     half_N, d2_N = torch.empty_like(points.labels_N), torch.empty_like(points.d2_N)
@@ -93,7 +97,19 @@ def _split_gains(
         halves.update(half_N)
         means_2KD, _, lost_2K = halves.means()
         halves_2KD = torch.where(lost_2K[:, None], halves_2KD, means_2KD.float())
-    return torch.where(known_K, before_K - after_K, 0.0), halves_2KD
+    points.nearer_halves(torch.stack([centroids_KD, drawn_KD], dim=1).reshape(2 * k, -1), half_N, d2_N)
+    halves.update(half_N)
+    means_2KD, mass_2K, lost_2K = halves.means()
+    apart_K = (means_2KD[::2] - means_2KD[1::2]).square().sum(1) * _harmonic(mass_2K[::2], mass_2K[1::2])
+    apart_K = torch.where(lost_2K[::2] | lost_2K[1::2], 0.0, apart_K)
+    better_K = apart_K > LEAST_RATIO * (before_K - after_K)
+    halves_2KD = torch.where(better_K.repeat_interleave(2)[:, None], means_2KD.float(), halves_2KD)
+    return torch.where(known_K, torch.where(better_K, apart_K, before_K - after_K), 0.0), halves_2KD
+
+
+def _harmonic(one: Tensor, other: Tensor) -> Tensor:
+    """Product over sum of two masses; times the squared distance of their means, the cost of a merge (Ward 1963)."""
+    return one * other / (one + other).clamp(min=1e-300)
 
 
 def _merge_costs(centroids_KD: Tensor, mass_K: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,15 +118,12 @@ def _merge_costs(centroids_KD: Tensor, mass_K: Tensor) -> tuple[Tensor, Tensor]:
     # centre first: far from the origin, products cancel and leave too few digits of a small distance to decide by
     about_KD = centroids_KD - (mass_K @ centroids_KD.double() / mass_K.sum()).float()
 
-    def harmonic(one: Tensor, other: Tensor) -> Tensor:
-        return one * other / (one + other).clamp(min=1e-300)
-
     partner_K = torch.empty(k, dtype=torch.int64, device=mass_K.device)
     for tile in tiles(k, k, centroids_KD.device):
         rows_T = torch.arange(tile.start, tile.stop, device=mass_K.device)
         d2_TK = torch.cdist(about_KD[tile], about_KD).double().square()
-        cost_TK = d2_TK * harmonic(mass_K[tile, None], mass_K)
+        cost_TK = d2_TK * _harmonic(mass_K[tile, None], mass_K)
         cost_TK[rows_T - tile.start, rows_T] = torch.inf
         partner_K[tile] = cost_TK.argmin(dim=1)
     d2_K = (centroids_KD.double() - centroids_KD[partner_K]).square().sum(1)
-    return d2_K * harmonic(mass_K, mass_K[partner_K]), partner_K
+    return d2_K * _harmonic(mass_K, mass_K[partner_K]), partner_K
