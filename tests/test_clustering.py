@@ -15,8 +15,10 @@ def test_the_log_says_what_auto_made_k_of(learned, caplog):
     caplog.set_level(logging.INFO)
     few = learned.trajectories.select_queries(np.arange(4000) < 200)
     assert clusters_asked(learned.trajectories, TrainConfig()) == 63
-    assert caplog.messages == ["cluster.k=auto: k=63, the root of 4,000 queries"]
+    assert caplog.messages == ["cluster.k=auto: k=63, the square root of 4,000 queries"]
     caplog.clear()
     assert clusters_asked(few, TrainConfig()) == 4
-    assert caplog.messages == ["cluster.k=auto: k=4, the root of 200 queries, but no more than leave each config 10 of "
-                               "the 200 rows in each of them on the mean"]  # fmt: skip
+    assert caplog.messages == [
+        "cluster.k=auto: k=4, the square root of 200 queries, lowered so that the 200 rows give each config 10 per "
+        "cluster on average"
+    ]
