@@ -11,6 +11,7 @@ from torch import Tensor
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.devices import tiles
+from rb_gpu.learn.inputs import median_of
 from rb_gpu.learn.sums import ClusterSums, label_totals
 
 # a split must gain this many times what the merge costs: smaller exchanges are what Lloyd's iterations do by themselves
@@ -115,8 +116,9 @@ def _harmonic(one: Tensor, other: Tensor) -> Tensor:
 def _merge_costs(centroids_KD: Tensor, mass_K: Tensor) -> tuple[Tensor, Tensor]:
     """Each cluster's cheapest merge (K,) float64, and with which other cluster (K,) int64."""
     k = len(centroids_KD)
-    # products cancel far from the origin, and what they leave of a small distance is no cost to decide by
-    about_KD = centroids_KD - (mass_K @ centroids_KD.double() / mass_K.sum()).float()
+    # products cancel far from the origin, and what they leave of a small distance is no cost to decide by; one centroid
+    # may lie so far off that the mean is far from all others
+    about_KD = centroids_KD - median_of(centroids_KD)
 
     partner_K = torch.empty(k, dtype=torch.int64, device=mass_K.device)
     for tile in tiles(k, k, centroids_KD.device):
