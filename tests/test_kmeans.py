@@ -89,7 +89,7 @@ def test_all_clusters_are_found_among_outliers(seed, share):
     assert result.inertia <= 1.001 * best
 
 
-@pytest.mark.parametrize(("clusters", "dims", "far", "outliers"), [(10, 2, 100, 4), (8, 3, 100, 40), (10, 2, 200, 20)])
+@pytest.mark.parametrize(("clusters", "dims", "far", "outliers"), [(10, 2, 100, 4), (10, 2, 200, 20)])
 def test_outliers_that_weigh_more_than_clusters_are_parted_from_them(clusters, dims, far, outliers):
     # no split parted them, nor did an exchange where the cluster to split was the lighter of those to merge: inertia
     # ended up to twice the best

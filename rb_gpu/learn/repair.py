@@ -86,7 +86,7 @@ def _split_gains(
     """What a 2-means inside each cluster saves of its inertia (K,) float64, and its two centroids: rows 2i, 2i + 1.
 
     From the plane through the centroid, as from the centroid itself an outlier would be split off alone; which is done
-    where it saves LEAST_RATIO times as much: iterations that began with halves would not come to it.
+    where that saves LEAST_RATIO times as much, as iterations from the plane would not come to it.
     """
     k, ranks, weight_N = len(centroids_KD), halves.ranks, halves.weight_N.double()
     halves_2KD = torch.stack([2 * centroids_KD - drawn_KD, drawn_KD], dim=1).reshape(2 * k, -1)
@@ -98,19 +98,13 @@ def _split_gains(
         halves.update(half_N)
         means_2KD, _, lost_2K = halves.means()
         halves_2KD = torch.where(lost_2K[:, None], halves_2KD, means_2KD.float())
-    points.nearer_halves(torch.stack([centroids_KD, drawn_KD], dim=1).reshape(2 * k, -1), half_N, d2_N)
-    halves.update(half_N)
-    means_2KD, mass_2K, lost_2K = halves.means()
-    apart_K = (means_2KD[::2] - means_2KD[1::2]).square().sum(1) * _harmonic(mass_2K[::2], mass_2K[1::2])
-    apart_K = torch.where(lost_2K[::2] | lost_2K[1::2], 0.0, apart_K)
-    better_K = apart_K > LEAST_RATIO * (before_K - after_K)
-    halves_2KD = torch.where(better_K.repeat_interleave(2)[:, None], means_2KD.float(), halves_2KD)
-    return torch.where(known_K, torch.where(better_K, apart_K, before_K - after_K), 0.0), halves_2KD
-
-
-def _harmonic(one: Tensor, other: Tensor) -> Tensor:
-    """The masses' product over their sum; times the squared distance of two means what their merge adds (Ward 1963)."""
-    return one * other / (one + other).clamp(min=1e-300)
+    apart_2KD = torch.stack([centroids_KD, drawn_KD], dim=1).reshape(2 * k, -1)
+    points.nearer_halves(apart_2KD, half_N, d2_N)
+    apart_K = before_K - label_totals(weight_N * d2_N, points.labels_N, k, ranks)
+    gain_K = before_K - after_K
+    better_K = apart_K > LEAST_RATIO * gain_K
+    halves_2KD = torch.where(better_K.repeat_interleave(2)[:, None], apart_2KD, halves_2KD)
+    return torch.where(known_K, torch.where(better_K, apart_K, gain_K), 0.0), halves_2KD
 
 
 def _merge_costs(centroids_KD: Tensor, mass_K: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,12 +114,15 @@ def _merge_costs(centroids_KD: Tensor, mass_K: Tensor) -> tuple[Tensor, Tensor]:
     # may lie so far off that the mean is far from all others
     about_KD = centroids_KD - median_of(centroids_KD)
 
+    def harmonic(one: Tensor, other: Tensor) -> Tensor:
+        return one * other / (one + other).clamp(min=1e-300)
+
     partner_K = torch.empty(k, dtype=torch.int64, device=mass_K.device)
     for tile in tiles(k, k, centroids_KD.device):
         rows_T = torch.arange(tile.start, tile.stop, device=mass_K.device)
         d2_TK = torch.cdist(about_KD[tile], about_KD).double().square()
-        cost_TK = d2_TK * _harmonic(mass_K[tile, None], mass_K)
+        cost_TK = d2_TK * harmonic(mass_K[tile, None], mass_K)
         cost_TK[rows_T - tile.start, rows_T] = torch.inf
         partner_K[tile] = cost_TK.argmin(dim=1)
     d2_K = (centroids_KD.double() - centroids_KD[partner_K]).square().sum(1)
-    return d2_K * _harmonic(mass_K, mass_K[partner_K]), partner_K
+    return d2_K * harmonic(mass_K, mass_K[partner_K]), partner_K
