@@ -61,13 +61,11 @@ def test_a_split_gains_what_two_means_inside_the_cluster_save():
             nearer, after = d2.argmin(1), w @ d2.min(1)
             pair = np.stack([np.average(mine[nearer == h], axis=0, weights=w[nearer == h]) if (nearer == h).any()
                              else pair[h] for h in (0, 1)])  # fmt: skip
-        saved, off = before[c] - after, ((mine - drawn[c]) ** 2).sum(1) < ((mine - centroids[c]) ** 2).sum(1)
-        if off.any() and not off.all():
-            means = np.stack([np.average(mine[part], axis=0, weights=w[part]) for part in (~off, off)])
-            apart = w[off].sum() * w[~off].sum() / w.sum() * ((means[0] - means[1]) ** 2).sum()
-            if apart > repair.LEAST_RATIO * saved:
-                saved, pair = apart, means
-                parted.append(c)
+        saved, apart = before[c] - after, np.stack([centroids[c], drawn[c]])
+        parting = before[c] - w @ ((mine[:, None] - apart) ** 2).sum(2).min(1)
+        if parting > repair.LEAST_RATIO * saved:
+            saved, pair = parting, apart
+            parted.append(c)
         assert float(gain[c]) == pytest.approx(saved if known[c] else 0.0, rel=1e-5, abs=1e-4)
         np.testing.assert_allclose(moved[2 * c : 2 * c + 2], pair, atol=1e-5)
     assert parted == [5]

@@ -11,6 +11,7 @@ from torch import Tensor
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.devices import tiles
+from rb_gpu.learn.inputs import median_of
 from rb_gpu.learn.sums import ClusterSums, label_totals
 
 # a split must gain this many times the cost of its merge: Lloyd's iterations make smaller exchanges by themselves
@@ -97,33 +98,31 @@ def _split_gains(
         halves.update(half_N)
         means_2KD, _, lost_2K = halves.means()
         halves_2KD = torch.where(lost_2K[:, None], halves_2KD, means_2KD.float())
-    points.nearer_halves(torch.stack([centroids_KD, drawn_KD], dim=1).reshape(2 * k, -1), half_N, d2_N)
-    halves.update(half_N)
-    means_2KD, mass_2K, lost_2K = halves.means()
-    apart_K = (means_2KD[::2] - means_2KD[1::2]).square().sum(1) * _harmonic(mass_2K[::2], mass_2K[1::2])
-    apart_K = torch.where(lost_2K[::2] | lost_2K[1::2], 0.0, apart_K)
-    better_K = apart_K > LEAST_RATIO * (before_K - after_K)
-    halves_2KD = torch.where(better_K.repeat_interleave(2)[:, None], means_2KD.float(), halves_2KD)
-    return torch.where(known_K, torch.where(better_K, apart_K, before_K - after_K), 0.0), halves_2KD
-
-
-def _harmonic(one: Tensor, other: Tensor) -> Tensor:
-    """Product over sum of two masses; times the squared distance of their means, the cost of a merge (Ward 1963)."""
-    return one * other / (one + other).clamp(min=1e-300)
+    apart_2KD = torch.stack([centroids_KD, drawn_KD], dim=1).reshape(2 * k, -1)
+    points.nearer_halves(apart_2KD, half_N, d2_N)
+    apart_K = before_K - label_totals(weight_N * d2_N, points.labels_N, k, ranks)
+    gain_K = before_K - after_K
+    better_K = apart_K > LEAST_RATIO * gain_K
+    halves_2KD = torch.where(better_K.repeat_interleave(2)[:, None], apart_2KD, halves_2KD)
+    return torch.where(known_K, torch.where(better_K, apart_K, gain_K), 0.0), halves_2KD
 
 
 def _merge_costs(centroids_KD: Tensor, mass_K: Tensor) -> tuple[Tensor, Tensor]:
     """The cost of each cluster's cheapest merge (K,) float64, and the cluster that it merges with (K,) int64."""
     k = len(centroids_KD)
-    # centre first: far from the origin, products cancel and leave too few digits of a small distance to decide by
-    about_KD = centroids_KD - (mass_K @ centroids_KD.double() / mass_K.sum()).float()
+    # centre first: far from the origin, products cancel and leave too few digits of a small distance to decide by; use
+    # the median, since one far centroid would move the mean away from all others
+    about_KD = centroids_KD - median_of(centroids_KD)
+
+    def harmonic(one: Tensor, other: Tensor) -> Tensor:
+        return one * other / (one + other).clamp(min=1e-300)
 
     partner_K = torch.empty(k, dtype=torch.int64, device=mass_K.device)
     for tile in tiles(k, k, centroids_KD.device):
         rows_T = torch.arange(tile.start, tile.stop, device=mass_K.device)
         d2_TK = torch.cdist(about_KD[tile], about_KD).double().square()
-        cost_TK = d2_TK * _harmonic(mass_K[tile, None], mass_K)
+        cost_TK = d2_TK * harmonic(mass_K[tile, None], mass_K)
         cost_TK[rows_T - tile.start, rows_T] = torch.inf
         partner_K[tile] = cost_TK.argmin(dim=1)
     d2_K = (centroids_KD.double() - centroids_KD[partner_K]).square().sum(1)
-    return d2_K * _harmonic(mass_K, mass_K[partner_K]), partner_K
+    return d2_K * harmonic(mass_K, mass_K[partner_K]), partner_K
