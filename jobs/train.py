@@ -34,8 +34,8 @@ def run(config: TrainConfig) -> int:
     evaluation, counts = published.evaluation, published.manifest["counts"]
     print(f"\nOn {evaluation.queries:,} held-out queries ({evaluation.grade} values):\n")
     print(f"{evaluation_tables(evaluation)}\n")
-    print(f"{counted(counts['patterns'], 'pattern')}: on {counts['verdicts']} another config than the default is "
-          f"recommended, on {counts['default_stands']} the default stands")  # fmt: skip
+    print(f"{counted(counts['patterns'], 'pattern')}: for {counts['verdicts']} a config other than the default is "
+          f"recommended, for {counts['default_stands']} the default stands")  # fmt: skip
     promoted = "promoted" if published.decision.promote else "NOT promoted"
     print(f"artifact: {published.folder} (report.html shows it)\n{promoted}: {published.decision.reason}")
     return 0 if published.decision.promote else EXIT_REFUSED
