@@ -87,7 +87,7 @@ def learn(
     if parent is not None:
         unlike = differences(parent, config.cluster.metric, trajectories.x_QD.shape[1], config.data.embedder)
         if unlike:
-            raise ConfigError(f"parent: its {', its '.join(unlike)}; give a bank that is like these trajectories")
+            raise ConfigError(f"parent: its {', its '.join(unlike)}; give a bank that fits these trajectories")
     with full_precision(), reproducible(config.device.deterministic):
         found = (ranks or Ranks(), stages or Stages(), watch or Watch())
         return _learned(trajectories, config, checkpoint, parent, first_id, *found)
@@ -122,8 +122,8 @@ def _learned(
         leaves = making.foretold(leaves, trajectories, objective)
         unused, held_back = is_experiment(trajectories, objective), leaves.field is not None and not leaves.pays
         if unused and not held_back:
-            log.warning("params.default=auto: no config ran twice as often as any other, so that gains are over the "
-                        "one most logged, of several the cheapest, %s; set params.default to what runs today",
+            log.warning("params.default=auto: no config was logged twice as often as any other, so gains are over the "
+                        "most logged one (of several, the cheapest): %s; set params.default to what runs today",
                         trajectories.configs.describe(trajectories.configs.default))  # fmt: skip
         if unused and held_back:
             trajectories = settle_default(trajectories, leaves.evidence, objective)
@@ -133,7 +133,9 @@ def _learned(
         default = trajectories.configs.default
         if leaves.field is not None and not leaves.pays:
             standing = trajectories.configs.describe(default)
-            log.warning("no choice of configs is sure to pay on unseen queries: %s stands everywhere", standing)
+            log.warning(
+                "no choice of configs was shown to beat the default on unseen queries: %s stands everywhere", standing
+            )
         past = gather_past(parent, before_Q, trajectories, leaves.evidence, judging.half_life)
         leaves = with_past(leaves, past)
         judging = replace(judging, min_probability=leaves.least_probability(judging))
