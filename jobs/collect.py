@@ -24,7 +24,9 @@ def run(config: CollectConfig) -> int:
         parameters = f"{c.ef_search:>9} {c.n_probes:>8}"
         print(f"{parameters} {c.precision:>9.4f} {c.recall:>7.4f} {c.latency_p50_us:>10.0f} {c.cost:>9.0f}")
     tables = f"data.queries={summary.out}/queries.parquet data.path={summary.out}/outcomes.parquet"
-    print(f"learn from it: data=files {tables}; params.default says what runs today, else gains are over the cheapest")
+    print(
+        f"learn from it: data=files {tables}; set params.default to what runs today, else gains are over the cheapest"
+    )
     return 0
 
 

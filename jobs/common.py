@@ -83,7 +83,7 @@ def job(
         try:
             check_keys(name, sys.argv[1:])
             if "-m" in sys.argv and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                raise ConfigError("a sweep is one process; under torchrun start a job for each setting, without -m")
+                raise ConfigError("a sweep runs in one process; under torchrun start one job per setting, without -m")
         except ConfigError as error:
             sys.exit(f"{error}")
         with ExitStack() as stack:

@@ -31,8 +31,8 @@ def roofline_tables(result: dict[str, Any]) -> str:
             + render(head, rows)
         )
     note = (
-        "least milliseconds by bytes and operations: k-means++, and one iteration in which a tenth of the points move, "
-        "by products\nin torch, by a fused kernel, and by that from the host's memory"
+        "lower bounds in milliseconds by bytes and operations: k-means++, and one iteration in which a tenth of the "
+        "points move, with\nproducts in torch, with a fused kernel, and with that kernel reading the host's memory"
     )
     return "\n\n".join([note, *said])
 
@@ -61,7 +61,7 @@ def gpu_tables(result: dict[str, Any]) -> str:
         )
         for one in result["labels"]
     ]
-    out.append(render(("labels beside the CPU's", "points", "differ", "worst margin over bound", "right"), rows))
+    out.append(render(("labels compared with the CPU's", "points", "differ", "worst margin over bound", "right"), rows))
     if "note" in result["arrays"][0]:
         out.append(f"what torch lacks, on the GPU: {result['arrays'][0]['note']}")
     else:

@@ -23,9 +23,9 @@ DEFAULT = "params.default"
 WIDTH, INDENT = 118, 38
 GROUP = re.compile(r"- /?(\w+)(?:@(\w+))?: *\"?(\w+)\"?(?: *# *(.*))?")
 ENDING = """
-Exit codes: 0 done, 1 an error that a line of the log explains, 2 a setting that Hydra refuses, 3 the gate refused.
---quiet: warnings and errors only.  --cfg job: the settings as they would run.  -m: a run for each combination of
-settings given as lists with commas.  --hydra-help: Hydra's own flags.  Anything else: rb_gpu's README.
+Exit codes: 0 done, 1 an error that a line of the log explains, 2 a setting that Hydra rejects, 3 the gate refused.
+--quiet: warnings and errors only.  --cfg job: the settings as they would run.  -m: one run for each combination of
+comma-separated values.  --hydra-help: Hydra's own flags.  Everything else: rb_gpu's README.
 """
 
 
@@ -154,7 +154,7 @@ def _check_default(argument: str, key: str, value: Any) -> None:
     these two mistakes are misleading.
     """
     if key.startswith(f"{DEFAULT}."):
-        raise ConfigError(f"{argument}: {DEFAULT} is given whole; write {DEFAULT}='{{{key.split('.')[2]}: ...}}'")
+        raise ConfigError(f"{argument}: {DEFAULT} is set as a whole; write {DEFAULT}='{{{key.split('.')[2]}: ...}}'")
     for name in value if key == DEFAULT and isinstance(value, dict) else ():
         if name not in PARAMETERS:
             near = difflib.get_close_matches(str(name), PARAMETERS, 1, 0.5)

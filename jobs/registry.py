@@ -34,14 +34,14 @@ def run(config: RegistryJobConfig) -> int:
         print(_difference(registry, version, config.other))
     elif config.action == "verify":
         folder = registry.folder(version)
-        print(f"{folder.name}: {len(verify_artifact(folder, registry.hmac_key)['files'])} files are whole")
+        print(f"{folder.name}: {len(verify_artifact(folder, registry.hmac_key)['files'])} files are intact")
     else:
         if not registry.path.is_dir():  # taking the lock would create it
-            raise RegistryError(f"registry.path={registry.path} is no folder; give the one that jobs.train made")
+            raise RegistryError(f"registry.path={registry.path} is not a folder; give the one that jobs.train made")
         with registry.locked():
             if config.action == "promote":
                 for change in _changes(registry, version):
-                    log.warning("its %s as that of what is served: services must send such queries from now on", change)
+                    log.warning("its %s as in the served version: services must send such queries from now on", change)
                 registry.promote(version, "promoted by hand")
             else:
                 registry.rollback()
@@ -69,7 +69,7 @@ def _difference(registry: Registry, version: str, other: str | None) -> str:
     after, manifest = load_artifact(registry.folder(version), registry.hmac_key)
     named = other or manifest.get("parent")
     if named is None:
-        raise RegistryError(f"version={version} has no parent to be told apart from; add other=VERSION")
+        raise RegistryError(f"version={version} has no parent to compare with; add other=VERSION")
     return difference(load_artifact(registry.folder(named), registry.hmac_key)[0], after)
 
 

@@ -123,7 +123,7 @@ class Sweep:
         if best is None:
             return 0 if any(one.error is None for one in members) else EXIT_ERROR
         if not best.promote:
-            print(f"not offered: {best.reason}")
+            print(f"no candidate: {best.reason}")
             return EXIT_REFUSED
         logging.getLogger("rb_gpu.learn").setLevel(logging.WARNING)  # the member's own run has logged the same already
         published = train(self.configs[best.folder], stages=self.stages, promote=False)

@@ -139,7 +139,7 @@ def cluster_tables(result: dict[str, Any]) -> str:
     """Table of the suites cluster, seed and whole: seconds and inertia relative to ours, by data, k and contestant."""
     facts = result["machine"]
     iterations = f"{result['settings']['iterations']} Lloyd iterations"
-    what = {"seed": "seeding", "whole": "whole calls, each as it comes", "cluster": iterations}[result["suite"]]
+    what = {"seed": "seeding", "whole": "whole calls with default settings", "cluster": iterations}[result["suite"]]
     rows = []
     for case in result["cases"]:
         ours = case["rows"]["ours"]

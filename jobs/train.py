@@ -35,8 +35,8 @@ def run(config: TrainConfig) -> int:
     print(f"\nOn {evaluation.queries:,} held-out queries ({evaluation.grade} values):\n")
     print(f"{evaluation_tables(evaluation)}\n")
     why = published.manifest["why_default_stands"]
-    print(f"{counted(counts['patterns'], 'pattern')}: on {counts['verdicts']} another config than the default is "
-          f"recommended, on {counts['default_stands']} the default stands{f': {why}' if why else ''}")  # fmt: skip
+    print(f"{counted(counts['patterns'], 'pattern')}: for {counts['verdicts']} a config other than the default is "
+          f"recommended, for {counts['default_stands']} the default stands{f': {why}' if why else ''}")  # fmt: skip
     promoted = "promoted" if published.decision.promote else "NOT promoted"
     print(f"artifact: {published.folder} (report.html shows it)\n{promoted}: {published.decision.reason}")
     return 0 if published.decision.promote else EXIT_REFUSED

@@ -46,7 +46,7 @@ def listing(registry: Registry) -> str:
     table = render(head, rows) if rows else f"{registry.path} holds no version; run jobs.train"
     if champion is None or champion in registry.versions():
         return table
-    return f"{table}\n{CHAMPION} leads to {champion}, which is not there; restore it, or promote a version"
+    return f"{table}\n{CHAMPION} points to {champion}, which does not exist; restore it, or promote a version"
 
 
 def statistics(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -126,13 +126,15 @@ def _held_out(before: BankData, after: BankData) -> str:
     sizes = [f"{side.get('queries', 0):,} ({side.get('grade', 'not measured')})" for side in sides]
     alike = before.facts.get("objective") == after.facts.get("objective")
     note = f"each on its own held-out queries: {sizes[0]} before, {sizes[1]} after"
-    return f"{render(head, rows)}\n{note}" + ("" if alike else "; the objectives differ, and so do units of utility")
+    return f"{render(head, rows)}\n{note}" + (
+        "" if alike else "; the objectives differ, so the utilities are in different units"
+    )
 
 
 def _patterns(found: Comparison) -> str:
     said = f"patterns of all levels: {len(found.kept)} kept, {len(found.gone)} gone, {len(found.new)} new"
     if found.fates is None:
-        said += "; what split or merged is told beside a version's own parent"
+        said += "; splits and merges are shown only next to a version's own parent"
     else:
         said += "; by lineage " + ", ".join(f"{count} {fate}" for fate, count in found.fates.items())
     for name, ids in (("gone", found.gone), ("new", found.new)):
@@ -142,7 +144,7 @@ def _patterns(found: Comparison) -> str:
 
 
 def _verdicts(found: Comparison) -> str:
-    title = f"of {found.leaves_kept} leaves that are in both, {len(found.verdicts)} have another verdict"
+    title = f"of {found.leaves_kept} leaves in both versions, {len(found.verdicts)} have a different verdict"
     if not found.verdicts:
         return title
     rows = [
@@ -160,7 +162,7 @@ def _verdicts(found: Comparison) -> str:
 
 def _configs(found: Comparison) -> str:
     lines = [f"- {name}" for name in found.configs_gone] + [f"+ {name}" for name in found.configs_new]
-    return "\n".join(["configs that only one knows", *lines]) if lines else "both know the same configs"
+    return "\n".join(["configs in only one version", *lines]) if lines else "both have the same configs"
 
 
 def _more(listed: Sequence[object]) -> str:

@@ -76,10 +76,10 @@ def read_manifest(folder: Path, hmac_key: bytes | None = None) -> dict[str, Any]
         )
     files = manifest.get("files")
     if not isinstance(files, dict) or BANK_FILE not in files:
-        raise ArtifactError(f"{path} names no {BANK_FILE}; the artifact is incomplete")
+        raise ArtifactError(f"{path} lists no {BANK_FILE}; the artifact is incomplete")
     for name, entry in files.items():
         if not FILE_NAME.fullmatch(name) or not isinstance(entry, dict):
-            raise ArtifactError(f"{path} names the file {name!r}, which no job writes; restore it or roll back")
+            raise ArtifactError(f"{path} lists the file {name!r}, which no job writes; restore it or roll back")
     return manifest
 
 
@@ -95,18 +95,22 @@ def map_file(path: Path, most: int | None = None, size: Any = None) -> Any:
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise ArtifactError(f"{path} is no plain file; restore it or roll back")
+                raise ArtifactError(f"{path} is not a regular file; restore it or roll back")
             if size is not None and status.st_size != size:
-                raise ArtifactError(f"{path} is no plain file of the manifest's {size} bytes; restore it or roll back")
+                raise ArtifactError(
+                    f"{path} has {status.st_size} bytes, not the manifest's {size}; restore it or roll back"
+                )
             if most is not None and status.st_size > most:
-                raise ArtifactError(f"{path} is no plain file of at most {most} bytes; this is no artifact")
+                raise ArtifactError(
+                    f"{path} has {status.st_size} bytes, over the limit of {most}; this is not an artifact"
+                )
             # an empty file cannot be mapped
             return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ) if status.st_size else b""
         finally:
             os.close(descriptor)
     except (OSError, ValueError) as error:
         if getattr(error, "errno", None) == errno.ELOOP:
-            raise ArtifactError(f"{path} is no plain file but a link; restore it or roll back") from error
+            raise ArtifactError(f"{path} is a link, not a regular file; restore it or roll back") from error
         reason = getattr(error, "strerror", None) or error
         raise ArtifactError(f"{path} cannot be read ({reason}); give the directory that a job published") from error
 
@@ -120,7 +124,7 @@ def read_file(folder: Path, manifest: dict[str, Any], name: str) -> Any:
         return None
     size = entry.get("size")
     if type(size) is not int:
-        raise ArtifactError(f"{folder / MANIFEST} gives {name} the size {size!r}; restore it or roll back")
+        raise ArtifactError(f"{folder / MANIFEST} gives the size of {name} as {size!r}; restore it or roll back")
     import hashlib
 
     content = map_file(folder / name, size=size)
@@ -141,7 +145,7 @@ def load_artifact(folder: str | Path, hmac_key: bytes | None = None) -> tuple[Ba
     content = read_file(folder, manifest, BANK_FILE)
     try:
         if not isinstance(manifest["tiers"], list):
-            raise TypeError("tiers are no list")
+            raise TypeError("tiers are not a list")
         data = BankData(
             arrays=map_tensors(content),
             tiers=tuple(str(t) for t in manifest["tiers"]),

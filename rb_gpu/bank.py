@@ -291,7 +291,7 @@ class ReasoningBank:
         bare rating.
         """
         if not isinstance(feedback, UserFeedback):
-            raise TypeError(f"feedback={feedback!r} is no UserFeedback; give UserFeedback(rating)")
+            raise TypeError(f"feedback={feedback!r} is not a UserFeedback; give UserFeedback(rating)")
         if self._log is not None and not self._log.record_feedback(trajectory_id, feedback):
             return None
         return self._rate(self._state, trajectory_id, feedback)

@@ -192,7 +192,7 @@ def check_bank(data: BankData) -> None:
     """
     _check_settings(data)
     sizes = _check_shapes(data.arrays)
-    _require(sizes["U"] == sizes["P"] + 1, "score has not one row more than there are leaves")
+    _require(sizes["U"] == sizes["P"] + 1, "score does not have one row more than there are leaves")
     _require(min(sizes["P"], sizes["C"], sizes["D"]) >= 1, "no patterns, configs or dimensions")
     _check_values(data)
     _check_references(data)
@@ -228,13 +228,13 @@ def _check_settings(data: BankData) -> None:
     for name in ("likeliest", "auto_margin"):
         _require(isinstance(getattr(lookup, name), bool), f"lookup.{name} is not true or false")
     next_id = data.facts.get("next_pattern_id", 0)
-    _require(isinstance(next_id, int) and _is_number(next_id, 0, MAX_ID), "next_pattern_id is no count")
+    _require(isinstance(next_id, int) and _is_number(next_id, 0, MAX_ID), "next_pattern_id is not a count")
     facts = {name: data.facts.get(name, {}) for name in ("counts", "evaluation", "index")}
     for name, value in facts.items():
-        _require(isinstance(value, dict), f"{name} is no object")
-    _require(_is_number(facts["counts"].get("trajectories", 0), 0), "counts.trajectories is no count")
+        _require(isinstance(value, dict), f"{name} is not an object")
+    _require(_is_number(facts["counts"].get("trajectories", 0), 0), "counts.trajectories is not a count")
     improvement = facts["evaluation"].get("improvement_percent")
-    _require(improvement is None or _is_number(improvement, -1e300), "evaluation.improvement_percent is no number")
+    _require(improvement is None or _is_number(improvement, -1e300), "evaluation.improvement_percent is not a number")
 
 
 def _is_number(value: Any, low: float, high: float = 1e300) -> bool:
@@ -297,7 +297,7 @@ def _check_field(data: BankData) -> None:
     field = data.field
     if field is None:
         return
-    _require(data.method == "eb" and data.objective.kind != "bound", "a field stands where nothing asks it")
+    _require(data.method == "eb" and data.objective.kind != "bound", "this method and objective use no field")
     _require(len(field.landmarks) > 0, "the field has no landmarks")
     slopes = field.slopes.tolist()
     _require(
@@ -325,11 +325,11 @@ def _check_references(data: BankData) -> None:
     _require((np.diff(np.sort(arrays["pattern_id"])) > 0).all(), "pattern_id repeats")
     newest = int(arrays["pattern_id"].max())
     _require(newest < MAX_ID, f"pattern_id is over {MAX_ID - 1}")
-    _require(data.facts.get("next_pattern_id", MAX_ID) > newest, "next_pattern_id has been given")
+    _require(data.facts.get("next_pattern_id", MAX_ID) > newest, "next_pattern_id is not above all pattern ids")
     _require((np.diff(level) >= 0).all() and (level[:leaves] == 0).all(), "level is out of order")
-    _require((level[leaves:] > 0).all(), "a leaf stands among the levels above")
+    _require((level[leaves:] > 0).all(), "a leaf is listed among the patterns of higher levels")
     top = parent == -1
-    _require(((parent < patterns) & (parent >= -1)).all(), "parent points outside")
+    _require(((parent < patterns) & (parent >= -1)).all(), "parent is out of range")
     _require((level[parent[~top]] == level[~top] + 1).all(), "a parent is not one level above its child")
     _require((top == (level == level.max())).all(), "parent is missing below the top level, or given on it")
     has_children = np.zeros(patterns, dtype=bool)
@@ -340,8 +340,8 @@ def _check_references(data: BankData) -> None:
         ("config_tier", len(data.tiers)),
         ("optimal_tier", len(data.tiers)),
     ):
-        _require((arrays[name] < bound).all(), f"{name} points outside")
+        _require((arrays[name] < bound).all(), f"{name} is out of range")
     _require(_is_number(data.default, 0, configs - 1), f"default_config={data.default} is outside 0 .. {configs - 1}")
     stands = arrays["verdict_stands"]
     _require((stands <= 1).all(), "verdict_stands is neither 0 nor 1")
-    _require((arrays["verdict_config"][stands == 1] == data.default).all(), "a default stands that is not the default")
+    _require((arrays["verdict_config"][stands == 1] == data.default).all(), "a verdict keeps another default")

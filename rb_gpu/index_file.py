@@ -151,7 +151,7 @@ def _graph(reader: _Reader, leaves: int) -> None:
     require(fits and len(neighbours) == ends[-1], "its neighbours are not where its levels say")
     require(((neighbours >= -1) & (neighbours < leaves)).all(), "a neighbour points outside")
     require(
-        0 <= entry < leaves and 0 <= top == levels.max() - 1 and levels[entry] == top + 1, "its entry is no top node"
+        0 <= entry < leaves and 0 <= top == levels.max() - 1 and levels[entry] == top + 1, "its entry is not a top node"
     )
     _check_upper_levels(neighbours, levels, links, ends)
     require(1 <= breadth <= MAX_BREADTH and breadth_built >= 1 and beam >= 1, "its breadth is out of bounds")

@@ -88,7 +88,7 @@ def read_export(path: Path) -> BankData:
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); give a file that bank.export wrote") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ArtifactError(f"{path} is no {FORMAT} export; give a file that bank.export wrote")
+        raise ArtifactError(f"{path} is not a {FORMAT} export; give a file that bank.export wrote")
     if document.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(
             f"{path} has format_version={document.get('format_version')}, this rb_gpu reads {FORMAT_VERSION}; "
@@ -129,7 +129,7 @@ def _only(found: Any, known: Collection[str], where: str) -> None:
     """Raises ValueError if `found` has a key that is not read, since its meaning would be lost silently."""
     odd = set(_exact(where, found, dict)) - set(known)
     if odd:
-        raise ValueError(f"{where} holds {min(odd)!r}, which no export has")
+        raise ValueError(f"{where} holds {min(odd)!r}, which is not a key of an export")
 
 
 def _exact(name: str, value: Any, kind: type[_Kind]) -> _Kind:
@@ -137,7 +137,7 @@ def _exact(name: str, value: Any, kind: type[_Kind]) -> _Kind:
     name.
     """
     if type(value) is not kind:
-        raise TypeError(f"{name}={value!r} is no {kind.__name__}")
+        raise TypeError(f"{name}={value!r} is not of type {kind.__name__}")
     return value
 
 
@@ -149,13 +149,13 @@ def _array(name: str, values: Any) -> npt.NDArray[Any]:
     # NumPy would truncate fractions, and read numbers from strings and booleans
     odd = _kinds(_exact(name, values, list)) - ({int, float, type(None), "inf", "-inf"} if dtype.kind == "f" else {int})
     if odd:
-        raise ValueError(f"{name} holds what is no {dtype}: {min(map(str, odd))}")
+        raise ValueError(f"{name} holds values that are not {dtype}: {min(map(str, odd))}")
     if dtype.kind == "f":
         with np.errstate(over="ignore"):  # float32 overflow gives infinity, which check_bank refuses
             return np.array(values, dtype=np.float64).astype(dtype)
     read = np.array(values)
     if read.dtype.kind not in "iu" or not (read.astype(dtype) == read).all():
-        raise ValueError(f"{name} holds numbers that are no {dtype}")
+        raise ValueError(f"{name} holds numbers that do not fit {dtype}")
     return read.astype(dtype)
 
 

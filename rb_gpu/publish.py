@@ -43,7 +43,7 @@ def write_artifact(
     check_bank(data)
     for name in extra_files:
         if not FILE_NAME.fullmatch(name) or name in (MANIFEST, SIGNATURE_FILE, BANK_FILE):
-            raise ArtifactError(f"{name!r} is no name for a further file of an artifact; choose another")
+            raise ArtifactError(f"{name!r} cannot be the name of a further file of an artifact; choose another")
     if os.path.lexists(folder):
         raise ArtifactError(f"{folder} exists; artifacts are immutable, publish under another version")
     files = {BANK_FILE: tensors_content(data.arrays), **extra_files}

@@ -138,12 +138,12 @@ def _choices(configs: ConfigTable) -> dict[str, int]:
 def _configs(rows: Any, tiers: Any, default: Any) -> ConfigTable:
     """The table of configs. Raises errors that `read_router` catches."""
     if not isinstance(tiers, list) or not all(isinstance(tier, str) and tier for tier in tiers):
-        raise TypeError(f"tiers={tiers!r} is no list of names")
+        raise TypeError(f"tiers={tiers!r} is not a list of names")
     if len(set(tiers)) != len(tiers) or not 1 <= len(rows) <= MAX_CONFIGS:
         raise ValueError(f"tiers={tiers} repeat, or {len(rows)} configs are not 1 to {MAX_CONFIGS}")
     table = ConfigTable.from_params([SearchParams(**dict(zip(PARAMETERS, row, strict=True))) for row in rows], tiers, 0)
     if type(default) is not int or not 0 <= default < len(table):
-        raise ValueError(f"default={default!r} is no config")
+        raise ValueError(f"default={default!r} is not a config")
     return ConfigTable.from_params(list(table), tiers, default)
 
 
@@ -156,7 +156,7 @@ def _unpacked(name: str, stored: Arrays, axes: Mapping[str, int]) -> npt.NDArray
             raise ValueError(f"{name} has {shape} entries")
         ascending = at.ndim == 1 and at.dtype.kind == "u" and bool((at[1:] > at[:-1]).all())
         if not ascending or values.shape != at.shape or (len(at) and int(at[-1]) >= shape[0] * shape[1]):
-            raise ValueError(f"{name}.at is no list of ascending places in {shape}")
+            raise ValueError(f"{name}.at is not a list of ascending places in {shape}")
         whole = np.zeros(shape[0] * shape[1], dtype=values.dtype)
         whole[at] = values
         values = whole.reshape(shape)

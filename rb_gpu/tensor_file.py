@@ -26,7 +26,7 @@ CACHE_LINE = 64
 
 def no_constant(name: str) -> Any:
     """Refuses NaN and Infinity in json.loads, because they are no JSON. Raises ValueError."""
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def tensors_content(arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -66,9 +66,9 @@ def map_tensors(content: Any) -> dict[str, npt.NDArray[Any]]:
     try:
         header = json.loads(bytes(content[8 : 8 + length]), parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"the header is no JSON ({error})") from error
+        raise ValueError(f"the header is not JSON ({error})") from error
     if not isinstance(header, dict):
-        raise ValueError("the header is no object")
+        raise ValueError("the header is not an object")
     header.pop("__metadata__", None)
     arrays = {}
     end = 0

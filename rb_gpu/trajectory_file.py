@@ -218,5 +218,5 @@ def _is_empty(connection: sqlite3.Connection, path: Path) -> bool:
     if application_id == _APPLICATION_ID and version != _VERSION:
         raise DataError(f"{path}: log of schema {version}, this rb_gpu reads {_VERSION}; upgrade rb_gpu")
     if application_id != _APPLICATION_ID and tables:
-        raise DataError(f"{path}: the database is no rb_gpu trajectory log; give another path")
+        raise DataError(f"{path}: the database is not an rb_gpu trajectory log; give another path")
     return bool(application_id != _APPLICATION_ID)

@@ -92,8 +92,8 @@ class BankState:
         data = self.data
         if data.method != "eb" or data.objective.kind != "utility":
             raise ValueError(
-                f"tradeoff needs a bank judged by eb for a utility, this one is {data.method} for "
-                f"{data.objective.kind}; train with judge.method=eb judge.objective=utility"
+                f"tradeoff needs judge.method=eb and judge.objective=utility, this bank has {data.method} and "
+                f"{data.objective.kind}; train it with these settings"
             )
         objective = replace(data.objective, latency_weight=tradeoff.latency_weight, cost_weight=tradeoff.cost_weight)
         if objective == data.objective:
@@ -151,7 +151,7 @@ def queries_of(query: npt.ArrayLike, dim: int, ndim: int) -> Matrix:
         with np.errstate(over="ignore"):  # values that overflow float32 are refused later
             values = given.astype(np.float32, copy=False)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"query is no array of numbers ({error}); give {dim} floats") from None
+        raise ValueError(f"query is not an array of numbers ({error}); give {dim} floats") from None
     if values.ndim != ndim or values.shape[-1] != dim:
         expected = f"({dim},)" if ndim == 1 else f"(B, {dim})"
         raise ValueError(f"query has shape {values.shape}, expected {expected}; embed it with the bank's embedder")

@@ -51,7 +51,7 @@ def _run(method_of: weakref.WeakMethod[Callable[[], object]], interval_s: float,
             method()
         except Exception:
             # whatever the error: if the watcher died, the old artifact would be served for ever
-            log.exception("a look for a new artifact failed; trying again")
+            log.exception("looking for a new artifact failed; will try again")
         del method
 
 

@@ -105,7 +105,8 @@ def ask_tradeoff(bank: ReasoningBank, query: np.ndarray, configs: int) -> None:
     try:
         answer = bank.optimized_params(query, tradeoff=0.5)
     except ValueError as error:
-        if "tradeoff needs a bank judged by eb" not in str(error):  # documented; an ArtifactError is no ValueError
+        # documented; an ArtifactError is no ValueError
+        if "tradeoff needs judge.method=eb and judge.objective=utility" not in str(error):
             raise
         return
     require(answer.config_id is not None and 0 <= answer.config_id < configs, "config_id under a trade-off")

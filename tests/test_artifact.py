@@ -173,7 +173,7 @@ def test_every_truncation_is_refused(artifact: Path) -> None:
     content = path.read_bytes()
     for size in (0, 1, 8, 100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:size])
-        refused(artifact, "is no plain file of the manifest's")
+        refused(artifact, "bytes, not the manifest's")
         forge(artifact, path.name, content[:size])
         refused(artifact, "the bank cannot be read")
         edit_manifest(artifact, lambda m: m["files"]["bank.safetensors"].update(size=len(content)))
@@ -212,7 +212,7 @@ def test_links_out_of_the_folder_are_refused(artifact: Path, tmp_path: Path) -> 
     for name in ("bank.safetensors", "manifest.json"):
         (artifact / name).rename(tmp_path / name)
         (artifact / name).symlink_to(tmp_path / name)
-        refused(artifact, f"{name} is no plain file")
+        refused(artifact, f"{name} is a link, not a regular file")
         (artifact / name).unlink()
         (tmp_path / name).rename(artifact / name)
     load_artifact(artifact)
@@ -223,14 +223,14 @@ def test_a_link_is_refused_even_if_the_manifest_has_its_size(artifact: Path, tmp
     path.rename(tmp_path / "bank")
     path.symlink_to(tmp_path / "bank")
     edit_manifest(artifact, lambda m: m["files"][path.name].update(size=path.lstat().st_size))
-    refused(artifact, "no plain file")
+    refused(artifact, "not a regular file")
 
 
 def test_a_pipe_in_place_of_the_manifest_does_not_hang(artifact: Path) -> None:
     # regression: the pipe was opened, and a reader of a pipe waits for a writer
     (artifact / "manifest.json").unlink()
     os.mkfifo(artifact / "manifest.json")
-    refused(artifact, "no plain file")
+    refused(artifact, "not a regular file")
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "..", "", "a\0b", "\ud800", "sub/x", ".hidden"])
@@ -238,7 +238,7 @@ def test_the_manifest_cannot_name_files_elsewhere(artifact: Path, name: str) -> 
     # regression: load_artifact did not check the names, and verify_artifact raised ValueError for a NUL or lone
     # surrogate
     edit_manifest(artifact, lambda m: m["files"].update({name: {"sha256": "0" * 64, "size": 0}}))
-    refused(artifact, "names the file")
+    refused(artifact, "lists the file")
     with pytest.raises(ArtifactError):
         verify_artifact(artifact)
 

@@ -374,7 +374,7 @@ def test_a_tradeoff_needs_evidence_judged_for_a_utility(data: BankData) -> None:
 # Queries
 
 
-NO_NUMBERS, NOT_FINITE = "no array of numbers", "NaN or infinity"
+NO_NUMBERS, NOT_FINITE = "not an array of numbers", "NaN or infinity"
 BAD_QUERIES: list[tuple[Any, str]] = [
     (np.ones(15), "shape"), (np.ones(17), "shape"), ([], "shape"), (np.float32(1), "shape"), (None, NO_NUMBERS),
     (np.ones((1, 16)), "shape"), (np.ones((2, 16)), "shape"), (np.ones((0, 16)), "shape"), ({}, NO_NUMBERS),
@@ -544,7 +544,7 @@ def test_a_rating_is_an_integer(rating: Any) -> None:
 
 
 def test_one_vote_per_trajectory(bank: ReasoningBank) -> None:
-    with pytest.raises(TypeError, match=r"feedback=5 is no UserFeedback; give UserFeedback\(rating\)"):
+    with pytest.raises(TypeError, match=r"feedback=5 is not a UserFeedback; give UserFeedback\(rating\)"):
         bank.record_feedback(1, 5)  # type: ignore[arg-type]
     centroid, pattern = bank.data.arrays["centroids"][3], 103
     alpha, beta = bank.satisfaction(pattern)

@@ -110,7 +110,7 @@ def test_the_table_shows_it(result):
     assert "no GPU" in table and "1,200 x 16, 40" in table and "3,000 x 16, 40 streamed" in table
     assert (
         "flash_kmeans is not installed" in table
-        and "labels beside the CPU's" in table
+        and "labels compared with the CPU's" in table
         and "yes" in table
         and "NO" not in table
     )

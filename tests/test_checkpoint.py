@@ -121,5 +121,5 @@ def test_a_damaged_checkpoint_is_left_and_named(x, tmp_path, monkeypatch, caplog
 def test_a_checkpoint_that_cannot_be_written_is_a_warning(x, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     result = kmeans(x, checkpoint=Checkpoint(tmp_path / "file" / "kmeans.checkpoint", 3), **SETTINGS)
-    assert "no checkpoint" in caplog.text
+    assert "cannot write checkpoint" in caplog.text
     assert result.inertia == kmeans(x, **SETTINGS).inertia

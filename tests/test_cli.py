@@ -83,7 +83,7 @@ def test_what_hydra_understands_is_left_to_it():
     [
         ("params.default={ef_serach: 64}", "ef_serach is not a search parameter; did you mean ef_search?"),
         ("params.default={1: 64}", "give some of ef_search, n_probes, model_tier, context_tokens, temperature"),
-        ("params.default.ef_search=64", r"is given whole; write params.default='\{ef_search: ...\}'"),
+        ("params.default.ef_search=64", r"is set as a whole; write params.default='\{ef_search: ...\}'"),
     ],
 )
 def test_a_mistyped_default_is_told_what_was_meant(given, said):

@@ -277,9 +277,9 @@ OK = np.random.default_rng(5).standard_normal((400, D)).astype(np.float32)
         (bad_row(np.nan), OK, {}, r"base=.*: row 123 is not finite; drop such rows \(2 among"),
         (bad_row(0), OK, {}, r"base=.*: row 123 has norm 0"),
         (OK, bad_row(np.inf), {}, r"queries=.*: row 123 is not finite"),
-        (OK, OK, {"top_k": 401, "hnsw_ef_search": [500]}, r"top_k=401 is not at most the 400 rows"),
-        (OK, OK, {"ivf_nlist": 401}, r"ivf_nlist=401 is not at most the 400 rows"),
-        (OK, OK, {"ivf_nlist": 4}, r"ivf_n_probes=\[1, 8\] is not at most the 4 cells .*raise ivf_nlist"),
+        (OK, OK, {"top_k": 401, "hnsw_ef_search": [500]}, r"top_k=401 exceeds the 400 rows"),
+        (OK, OK, {"ivf_nlist": 401}, r"ivf_nlist=401 exceeds the 400 rows"),
+        (OK, OK, {"ivf_nlist": 4}, r"ivf_n_probes=\[1, 8\] exceeds the 4 cells .*raise ivf_nlist"),
     ],
 )
 def test_errors_name_key_value_and_remedy(tmp_path, base, queries, settings, message):
@@ -296,7 +296,7 @@ def test_the_default_grid_leaves_out_what_a_small_corpus_has_no_cells_for(tmp_pa
     assert [c.n_probes for c in summary.configs if c.ef_search == 1] == [1, 2, 4, 8]
     assert pq.read_table(tmp_path / "out" / "outcomes.parquet").num_rows == 5 * (6 + 4)
     assert "[16, 32, 64] are left out, since ivf_nlist=auto makes 10 cells of 400 rows; set ivf_nlist" in caplog.text
-    with pytest.raises(ConfigError, match=r"ivf_n_probes=\[11\] is not at most the 10 cells"):
+    with pytest.raises(ConfigError, match=r"ivf_n_probes=\[11\] exceeds the 10 cells"):
         collect(replace(config, ivf_n_probes=[11], out=str(tmp_path / "none")))
 
 
@@ -339,7 +339,7 @@ def test_what_a_job_says_to_learn_from_is_read_as_told(name, tmp_path, capsys):
 def test_settings_that_would_mislabel_a_config_are_refused():
     with pytest.raises(ConfigError, match=r"hnsw_ef_search=\[8, 16\] is not at least top_k=10"):
         CollectConfig(base="b", queries="q", hnsw_ef_search=[8, 16])
-    with pytest.raises(ConfigError, match=r"free of 1"):
+    with pytest.raises(ConfigError, match=r"is not a list without 1, which ivf_n_probes has too"):
         CollectConfig(base="b", queries="q", top_k=1, hnsw_ef_search=[1, 2], ivf_n_probes=[1])
     with pytest.raises(ConfigError, match=r"seed=-1"):
         CollectConfig(base="b", queries="q", seed=-1)

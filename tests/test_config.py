@@ -73,7 +73,7 @@ def test_what_cannot_be_interpolated_names_its_setting(monkeypatch):
     # regression: "KeyError raised while resolving interpolation", without the name of a setting
     monkeypatch.delenv("RB_NOWHERE", raising=False)
     with pytest.raises(
-        ConfigError, match=r"^data\.path: .*'RB_NOWHERE' not found.*; give the setting a value, or mend"
+        ConfigError, match=r"^data\.path: .*'RB_NOWHERE' not found.*; give the setting a value, or correct"
     ):
         composed("train", "data=files", "data.path=${oc.env:RB_NOWHERE}")
 

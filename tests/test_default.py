@@ -72,7 +72,7 @@ def test_a_default_that_is_surely_beaten_is_kept_to_be_measured_against(caplog):
     assert default_of(trajectories) == 0
     # a warning tells the reader that nobody said what runs today
     assert (
-        "gains are over the one most logged, of several the cheapest, ef_search=16; set params.default" in caplog.text
+        "gains are over the most logged one (of several, the cheapest): ef_search=16; set params.default" in caplog.text
     )
     caplog.clear()
     default_of(log_of(0, MEANS, [0.6, 0.1, 0.1, 0.1, 0.1]))

@@ -61,7 +61,7 @@ def test_two_points_at_the_ends_of_float32_are_two_clusters():
 @pytest.mark.parametrize("far", [1e20, 1e30])
 def test_a_start_whose_distances_overflow_is_refused(name, far):
     with pytest.raises(
-        ValueError, match=rf"{name} reaches .* overflow from 4.61e\+18 on; give centroids that lie amid x"
+        ValueError, match=rf"{name} reaches .* overflow from 4.61e\+18 on; give centroids near the points"
     ):
         kmeans(X, 6, **{name: np.full((6, 8), far)})
 

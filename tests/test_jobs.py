@@ -130,7 +130,7 @@ def test_the_whole_way_as_typed(planted, tmp_path):
     assert refused.returncode == 3, refused.stderr
     assert "NOT promoted" in refused.stdout
     assert len(run("registry", "action=list", cwd=tmp_path).stdout.splitlines()) == 3
-    assert "are whole" in run("registry", "action=verify", cwd=tmp_path).stdout
+    assert "files are intact" in run("registry", "action=verify", cwd=tmp_path).stdout
     inspected = json.loads(run("registry", "action=inspect", cwd=tmp_path).stdout)
     assert inspected["counts"]["patterns"] == bank.data.leaves
     told, stats = inspected["statistics"], bank.stats()
@@ -181,7 +181,7 @@ def test_a_damaged_champion_is_not_replaced_unseen(planted, tmp_path):
     bank_file.write_bytes(bank_file.read_bytes()[:-1])
     second = train(config, stages=stages)
     assert not second.decision.promote
-    assert "champion cannot be compared with" in second.decision.reason
+    assert "champion cannot be read" in second.decision.reason
     assert (tmp_path / "champion").resolve() == first.folder.resolve()
 
 
@@ -210,7 +210,7 @@ MISTAKES = {
         lambda p: {"path": write(p / "t.parquet", recall=np.full(200, 2.0))}, {}, "none is left.*recall is outside"),
     "one distinct embedding": (
         lambda p: {"path": write(p / "t.parquet", query_embedding=np.ones((200, 4), np.float32))},
-        {}, "one and the same"),
+        {}, "are identical"),
     "k over n": (
         lambda p: {"path": write(p / "t.parquet")}, {"cluster": ClusterConfig(k=5000)},
         "cluster.k=5000 exceeds the 160 queries.*lower cluster.k or set cluster.k=auto"),

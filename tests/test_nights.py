@@ -22,5 +22,5 @@ def test_in_five_nights_identity_stays_and_nothing_worse_is_served(tmp_path, cap
     changed = nights[4]
     assert not changed.promoted and changed.champion == nights[3].champion is not None
     assert "the champion's embedder is first, not second as the candidate's" in changed.reason
-    assert any("train.parent=champion cannot be gone on from: its embedder" in r.message for r in caplog.records)
+    assert any("train.parent=champion does not fit: its embedder" in r.message for r in caplog.records)
     assert [night.next_id for night in nights] == sorted({night.next_id for night in nights})

@@ -42,8 +42,8 @@ def test_the_parent_is_what_is_served_or_what_is_named(registry: Registry) -> No
 def test_an_unlike_champion_is_left_with_a_warning_and_an_unlike_version_is_an_error(registry, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         assert find_parent(registry, settings("champion", "e5"), BANK.dim + 1) is None
-    assert "its embedder is none, not e5; ids" in caplog.text and f"its dim is {BANK.dim}, not" in caplog.text
-    with pytest.raises(ConfigError, match=f"^train.parent={B} cannot be gone on from: its embedder is none, not e5; "):
+    assert "its embedder is none, not e5; it is ignored" in caplog.text and f"its dim is {BANK.dim}, not" in caplog.text
+    with pytest.raises(ConfigError, match=f"^train.parent={B} does not fit: its embedder is none, not e5; "):
         find_parent(registry, settings(B, "e5"), BANK.dim)
 
 
@@ -55,7 +55,7 @@ def test_a_damaged_champion_is_left_with_a_warning_and_a_damaged_version_is_an_e
         path.write_bytes(content[:-1])
     with caplog.at_level(logging.WARNING):
         assert find_parent(registry, settings("champion"), BANK.dim) is None
-    assert "train.parent=champion cannot be gone on from (" in caplog.text
+    assert "train.parent=champion cannot be read (" in caplog.text
     with pytest.raises(ArtifactError, match=B):
         find_parent(registry, settings(B), BANK.dim)
 

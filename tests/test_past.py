@@ -92,7 +92,7 @@ def test_no_row_counts_twice(learned, case):
     assert second.arrays["evidence_rows"].sum() == len(new)
     rated = np.count_nonzero(new.rating)
     assert second.arrays["rating_count"][:8].sum() == rated
-    assert "none may count twice" in second.facts["lineage"]["evidence"]
+    assert "no row may count twice" in second.facts["lineage"]["evidence"]
 
 
 def test_a_field_learns_from_rows_alone(learned):

@@ -193,7 +193,7 @@ def test_hugging_face_folder_makes_the_bank_of_its_parquet(tmp_path, expected):
         (lambda f: shutil.copytree(f / "data", f / "small"), {}, " has the split train in data, small; name one"),
         (lambda f: shutil.rmtree(f / "data"), {}, " has no split train (train-*.parquet, there or one folder below); "
          "name the folder that holds data/"),
-        (shutil.rmtree, {}, " is no local folder, and nothing is downloaded; fetch it first, e.g. hf download "),
+        (shutil.rmtree, {}, " is not a local folder, and nothing is downloaded; fetch it first, e.g. hf download "),
     ],
 )  # fmt: skip
 def test_hugging_face_folder_that_is_not_whole_says_what_to_do(spoil, settings, message, tmp_path):
@@ -262,7 +262,8 @@ def test_anonymous_requests_carry_no_key(bucket, server, monkeypatch):
     anonymous = S3Config(server, "us-east-1", anonymous=True)
     assert len(load(config("s3://bucket/logs/[01].parquet", s3=anonymous), PARAMS)) == 2 * N // 3 - 16
     with pytest.raises(
-        DataError, match=r"2\.parquet cannot be read \(.*DENIED.*; it is damaged .*, or not to be read with"
+        DataError,
+        match=r"2\.parquet cannot be read \(.*DENIED.*; it is damaged .*, or these credentials may not read it",
     ):
         load(config("s3://bucket/logs", s3=anonymous), PARAMS)
 

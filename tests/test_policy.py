@@ -146,8 +146,8 @@ def test_what_a_gain_over_the_default_says_little_of_is_told():
     # regression: it said "promoted: held-out gain over the default +0.0000", for a default that nobody runs
     nothing = replace(judged({"acted": 0.0}), bank_gains={"default": Gain(0.0, 0.0, 0.0)})
     reason = decide(nothing, GateConfig(), CALM, [], experiment=True).reason
-    said = "; the bank answers all held-out queries with the default; params.default=auto took that from an experiment"
-    assert f"{said}: set params.default to what runs today" in reason
+    said = "; the bank answers all held-out queries with the default; params.default=auto took the default from"
+    assert f"{said} an experiment: set params.default to what runs today" in reason
     assert decide(judged({}), GateConfig(), CALM, []).reason.endswith("above gate.min_gain=-0.005")
     # if there is a champion, the default does not matter
     assert decide(judged({"acted": 0.0}, {}), GateConfig(), CALM, [], experiment=True).reason.endswith("=-0.005")
@@ -209,7 +209,7 @@ def judged(bank: dict, champion: dict | None = None, coverage: float = 1.0) -> E
         (judged({"latency_p95_us": 5000.0}), CALM, None),
         (judged({"latency_p95_us": 5100.0}), CALM, "5.1 times that of the default, over gate.max_p95_latency_ratio=5"),
         # regression: for a floor it advised a setting that a floor does not use
-        (judged({"latency_p95_us": 5100.0}), CALM, "(of judge.objective=floor: lower judge.target)"),
+        (judged({"latency_p95_us": 5100.0}), CALM, "(with judge.objective=floor: lower judge.target)"),
         (judged({"latency_p95_us": 5100.0}, {"latency_p95_us": 5000.0}), CALM, None),
         (judged({"latency_p95_us": 5100.0, "matched": 120}, {"matched": 99}), CALM, None),  # the p95 of too few rows
         (judged({"latency_p95_us": math.nan}), CALM, None),
@@ -259,21 +259,23 @@ def test_a_table_without_the_cost_that_a_utility_counts_is_refused(learned):
     # regression: its cost was taken as 0, and the gain over the default was printed twice too large
     bank, table = learned.bank.bank(), learned.trajectories
     check_cost(bank, table, "artifacts/champion")
-    with pytest.raises(DataError, match=r"has no column cost, which the utility .* counts by judge\.cost_weight=0\.2"):
+    with pytest.raises(
+        DataError, match=r"has no column cost, which the utility .* subtracts by judge\.cost_weight=0\.2"
+    ):
         check_cost(bank, replace(table, cost=None), "artifacts/champion")
 
 
 def test_what_of_a_table_does_not_fit_the_artifact_is_said(learned):
     bank, table = learned.bank.bank(), learned.trajectories
     [old] = doubts(bank, table)
-    assert old.startswith("4,000 of 4,000 queries are no newer than the newest that the artifact learned from")
+    assert old.startswith("4,000 of 4,000 queries are no newer than the artifact's newest training query")
     newer = replace(table, query_time=table.query_time + 10_000)
     assert doubts(bank, newer) == []
     # all rows have one ef_search, as if the column were missing; regression: it said "log some" about unnamed configs
     configs = replace(table.configs, ef_search=np.full(5, 64, np.uint32))
     [missing] = doubts(bank, replace(newer, configs=configs))
-    assert missing.startswith("no row tried ef_search=16 n_probes=1 ") and "and 1 more: a policy that" in missing
-    assert missing.endswith("; all of its rows have ef_search=64: is that column missing?")
+    assert missing.startswith("no row tried ef_search=16 n_probes=1 ") and "and 1 more, so a policy that" in missing
+    assert missing.endswith("; all rows have ef_search=64: is that column missing?")
 
 
 def rows_at(quality, cost, n=300):
@@ -309,11 +311,11 @@ def test_the_best_single_config_keeps_what_the_objective_asks():
         (FLOOR, 3, 1, True, "gain over the default +0.8"),  # regression: refused, because quality falls, as intended
         (FLOOR, 1, 3, False, "gain over the default -0.8"),
         (FLOOR, 3, 0, False, "the bank's held-out quality 0.5"),
-        (FLOOR, 0, 1, True, "no gain is asked over the default, whose held-out quality 0.5"),
+        (FLOOR, 0, 1, True, "no gain over the default is required, as its held-out quality 0.5"),
         (BOUND, 0, 1, True, "gain over the default +0.3"),
         (BOUND, 1, 3, False, "the bank's held-out cost 10 is over judge.max_cost=4.5"),
         (BOUND, 1, 2, False, "the bank's held-out p95 latency 3000 us is over judge.max_latency_us=2500"),
-        (BOUND, 3, 1, True, "over the default, whose held-out cost 10 is over judge.max_cost=4.5"),
+        (BOUND, 3, 1, True, "over the default is required, as its held-out cost 10 is over judge.max_cost=4.5"),
         (BOUND, 1, 0, False, "gain over the default -0.3"),
     ],
 )

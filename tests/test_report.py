@@ -192,7 +192,7 @@ def test_beyond_what_can_be_listed_the_page_says_what_it_leaves_out(pages, monke
     monkeypatch.setattr("rb_gpu.learn.report.patterns.LISTED_PATTERNS", 20)
     bank = ReasoningBank(make_bank(leaves=30, seed=4))
     page = page_of(bank, pages.facts())
-    assert "Of 30 patterns the table lists 20" in page
+    assert "The table lists 20 of 30 patterns" in page
     rows, (root,) = verdict_table(bank).rows, tree(bank)
     acting = sum(not one.default_stands for one in bank.verdicts.values())
     assert [row[1] for row in rows] == (["acts"] * acting + ["default"] * 20)[:20]
@@ -237,10 +237,10 @@ def test_a_floor_that_only_the_bank_keeps_is_no_loss(pages):
     bank = ReasoningBank(replace(data, objective=replace(data.objective, kind="floor", target=0.9)))
     facts["evaluation"]["broken"] = {"default": "held-out quality 0.8 is under judge.target=0.9"}
     said = answer(bank, facts)
-    assert (said.better, said.headline) == ("Yes", "Keeps the floor that was asked for, which the default breaks")
+    assert (said.better, said.headline) == ("Yes", "Meets the required floor, which the default does not")
     assert said.formula.startswith("Utility is − cost / ") and "reaches 0.9" in said.formula
     facts["evaluation"]["broken"] |= {"bank": "held-out quality 0.7 is under judge.target=0.9"}
-    assert answer(bank, facts).headline == "The bank breaks the floor that was asked for"
+    assert answer(bank, facts).headline == "The bank does not meet the required floor"
 
 
 def test_the_first_screen_names_the_default(pages):

@@ -700,7 +700,7 @@ def test_a_table_without_sessions_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"router\.steps=3: the table has no column session"):
         learn(trajectories, TrainConfig(**settings))
     reference = {"judge": JudgeConfig(method="reference"), "router": RouterConfig(kind="fastgrnn", target="bank")}
-    with pytest.raises(ConfigError, match=r"router\.target=bank needs a bank judged by eb"):
+    with pytest.raises(ConfigError, match=r"router\.target=bank needs judge\.method=eb and judge\.objective=utility"):
         learn(trajectories, TrainConfig(**(settings | reference)))
 
 
@@ -759,5 +759,5 @@ def test_lessons_that_cannot_be_learned_from_are_named(lessons, message):
 def test_a_loss_that_is_no_number_stops_the_job():
     x, config, utility, _ = planted(100, 0)
     x[5] = torch.nan
-    with pytest.raises(ConfigError, match="no number after epoch 0"):
+    with pytest.raises(ConfigError, match="not finite after epoch 0"):
         trained(x, config, utility)

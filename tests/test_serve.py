@@ -223,7 +223,7 @@ def test_other_content_types_methods_and_paths_are_refused(client: TestClient) -
     # regression: the bytes of a compressed batch were read as queries if their number fitted
     content = queries_near(make_bank(), 2).astype("<f4").tobytes()
     answer = client.post("/v1/optimized_params/batch", content=content, headers=RAW | {"content-encoding": "gzip"})
-    assert answer.status_code == 415 and "'gzip' is not read" in answer.json()["error"]
+    assert answer.status_code == 415 and "'gzip' is not supported" in answer.json()["error"]
     assert answer.headers["accept-encoding"] == "identity"
     headers = RAW | {"content-encoding": "Identity"}
     assert client.post("/v1/optimized_params/batch", content=content, headers=headers).status_code == 200
@@ -476,7 +476,7 @@ def test_a_body_that_the_end_of_the_service_cuts_off_is_a_503(served: ReasoningB
 
     asyncio.run(run())
     assert sent[0]["status"] == 503 and (b"connection", b"close") in sent[0]["headers"]
-    assert json.loads(sent[1]["body"]) == {"error": "the service ends; try again"}
+    assert json.loads(sent[1]["body"]) == {"error": "the service is shutting down; try again"}
 
 
 def test_readiness_tells_of_a_bad_artifact(client: TestClient, served: ReasoningBank, registry: Registry) -> None:

@@ -102,8 +102,8 @@ def test_a_key_that_is_missing_or_short_is_refused(tmp_path: Path) -> None:
         (np.ones(15), r"shape \(15,\), expected \(16,\)"),
         (np.ones((2, 16)), r"shape \(2, 16\), expected \(16,\)"),
         (np.array([]), r"shape \(0,\)"),
-        (["a"] * 16, "no array of numbers"),
-        (None, "no array of numbers"),
+        (["a"] * 16, "not an array of numbers"),
+        (None, "not an array of numbers"),
         # regression: the value under the mask was used
         (np.ma.masked_values([2.0, *range(15)], 2.0), "some are masked"),
     ],
@@ -483,9 +483,9 @@ def _file(header: bytes, body: bytes = bytes(64)) -> bytes:
     [
         (b"", "longer than the file"),
         ((2**62).to_bytes(8, "little") + b"{}", "longer than the file"),
-        (_file(b"[]   "), "no object"),
-        (_file(b"{nope}  "), "no JSON"),
-        (_file(b"[" * 100_000), "no JSON"),
+        (_file(b"[]   "), "not an object"),
+        (_file(b"{nope}  "), "not JSON"),
+        (_file(b"[" * 100_000), "not JSON"),
         (_file(b"{}      "), "longer than its arrays"),
         (_file(b'{"a":{"dtype":"F64","shape":[9],"data_offsets":[0,72]}}'), "not where"),
         (_file(b'{"a":{"dtype":"F64","shape":[4611686018427387904,4],"data_offsets":[0,64]}}'), "not where"),
@@ -495,7 +495,7 @@ def _file(header: bytes, body: bytes = bytes(64)) -> bytes:
         (_file(b'{"a":{"dtype":"O64","shape":[8],"data_offsets":[0,64]}}'), "damaged"),
         (_file(b'{"a":{"dtype":"F64","shape":[8],"data_offsets":[8,72]}}'), "not where"),
         (_file(b'{"a":{"dtype":"F64","shape":[8],"data_offsets":[0,64,1]}}'), "damaged"),
-        (_file(b'{"a":{"dtype":"F64","shape":[NaN],"data_offsets":[0,64]}}'), "no JSON"),
+        (_file(b'{"a":{"dtype":"F64","shape":[NaN],"data_offsets":[0,64]}}'), "not JSON"),
         (_file(b'{"a":3}'), "damaged"),
         (
             _file(

@@ -575,10 +575,10 @@ def test_too_many_bad_rows_is_an_error_that_counts_reasons_and_shows_the_first_o
         "data.path=logs: 8 of 100 rows are bad, over data.max_bad_fraction=0.05 "
         "(recall is outside [0, 1]: 7, duplicate id: 1); first: "
         + "; ".join(f"x.parquet row {i} (id {i}): recall is outside [0, 1]" for i in range(5))
-        + "; mend the log or raise data.max_bad_fraction"
+        + "; correct the log or raise data.max_bad_fraction"
     )
     # if all rows are bad, raising the allowed share does not help
-    with pytest.raises(DataError, match=r"none is left to learn from.*; mend the log$"):
+    with pytest.raises(DataError, match=r"none is left to learn from.*; correct the log$"):
         bad.check(8, 0.05, "logs")
 
 

@@ -45,7 +45,7 @@ def test_a_night_shift_is_told_with_its_config_and_hours():
     hour = log_of(0, 13.0).timestamp % DAY // 3600
     table = log_of(0, 13.0, config_id=shifted((hour < 6) | (hour >= 21)))
     [warning] = told_by_time(table, 0)
-    assert "which config ran (p 0.002): ef_search=5 in " in warning and "log propensities" in warning
+    assert "the config that ran depends on time (p 0.002): ef_search=5 in " in warning and "log propensities" in warning
     assert warning.count(" h UTC") == 2 and " % of the rows from " in warning
     shares = [float(part.split()[0]) for part in warning.split(" in ")[1:3]]
     assert shares == [pytest.approx(60, abs=15), pytest.approx(10, abs=8)]
@@ -58,7 +58,7 @@ def test_a_roll_out_and_a_weekend_are_told():
     assert "of the rows from 2026-09-2" in rolled and "% from 2026-09-2" in rolled
     day = (log_of(0, 40.0).timestamp - MONDAY) // DAY % 7
     [weekend] = told_by_time(log_of(0, 40.0, config_id=shifted(day >= 5)), 0)
-    assert " of the rows on S" in weekend and "days; if queries differ" in weekend
+    assert " of the rows on S" in weekend and "days; if queries change" in weekend
 
 
 def test_rows_of_a_query_or_a_session_are_one_choice():
@@ -83,9 +83,9 @@ def test_training_says_so_in_its_log_and_its_report(tmp_path, caplog, monkeypatc
     table = replace(table, query_time=table.timestamp, auto_default=True)
     monkeypatch.setattr("rb_gpu.learn.training.load", lambda *_: table)
     published = train(settings(tmp_path))
-    [warning] = [one for one in published.evaluation.warnings if "time tells which config ran" in one]
+    [warning] = [one for one in published.evaluation.warnings if "the config that ran depends on time" in one]
     assert warning in caplog.text
     assert json.loads((published.folder / "manifest.json").read_text())["evaluation"]["warnings"] == [warning]
     assert warning[1:] in (published.folder / "report.html").read_text()
     # nobody runs its default
-    assert "params.default=auto took that from an experiment" in published.decision.reason
+    assert "params.default=auto took the default from an experiment" in published.decision.reason

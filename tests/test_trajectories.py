@@ -244,11 +244,12 @@ def test_few_rows_that_hold_nearly_all_cost_are_told(tmp_path, caplog):
     """
     log = [make(i, ef_search=[32, 64][i % 2], cost=float(100 + i % 7)) for i in range(400)]
     read(parquet(tmp_path / "even.parquet", one_table(log)))
-    assert "few rows hold nearly all" not in caplog.text
+    assert "a few rows make up nearly all" not in caplog.text
     log[33] = make(33, ef_search=64, cost=1e12)
     read(parquet(tmp_path / "odd.parquet", one_table(log)))
     assert (
-        "cost: of 1 configs few rows hold nearly all of it (ef_search=64: 200 rows weigh as much as 1.0" in caplog.text
+        "cost: for 1 configs a few rows make up nearly all of it (ef_search=64: 200 rows count as much as 1.0"
+        in caplog.text
     )
     assert "1e+12, has id 33" in caplog.text and "judge.cost_weight=0" in caplog.text
 
@@ -366,7 +367,7 @@ def test_two_tables_that_share_no_query(tmp_path):
     both = two_tables(tmp_path, LOG)
     queries = pq.read_table(both["queries"])
     parquet(tmp_path / "queries.parquet", queries.set_column(0, "query_id", pa.array(range(20), pa.uint64())))
-    with pytest.raises(DataError, match=r"query_id is not in data\.queries.*; mend the log"):
+    with pytest.raises(DataError, match=r"query_id is not in data\.queries.*; correct the log"):
         read(**both)
     with pytest.raises(DataError, match=r"no row is left to learn from; check data\.queries' query_id"):
         read(**both, max_bad_fraction=1.0)
@@ -465,7 +466,9 @@ def test_idle_host_among_others(tmp_path):
 def test_database_that_is_no_log_names_the_key(tmp_path):
     with sqlite3.connect(tmp_path / "x.db") as connection:
         connection.execute("CREATE TABLE t (a)")
-    with pytest.raises(DataError, match=rf"^data\.path={tmp_path}/x\.db: the database is no rb_gpu trajectory log; "):
+    with pytest.raises(
+        DataError, match=rf"^data\.path={tmp_path}/x\.db: the database is not an rb_gpu trajectory log; "
+    ):
         read(str(tmp_path / "x.db"))
 
 

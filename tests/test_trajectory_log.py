@@ -775,7 +775,7 @@ def make_newer(path: Path) -> None:
     ("make", "says"),
     [
         (make_text, "not a database.*give the path"),
-        (make_foreign, "no rb_gpu trajectory log; give another"),
+        (make_foreign, "not an rb_gpu trajectory log; give another"),
         (make_newer, "schema 2.*upgrade rb_gpu"),
         (Path.mkdir, "give the path"),
     ],

@@ -152,7 +152,7 @@ def test_too_few_effective_rows_give_no_value():
     rows = rows_of(queries=60)
     heavy = replace(rows, propensity=np.where(np.arange(60) < 6, 1e-4, 0.5))
     result = evaluate(heavy, choices(rows.x_QD), 100, 0)
-    assert "weigh as much as" in result.value("bank").unknown
+    assert "count as much as" in result.value("bank").unknown
     unlogged = evaluate(replace(rows, propensity=None), choices(rows.x_QD), 100, 0)
     assert unlogged.grade == "associational" and unlogged.warnings == []
     few = replace(rows_of(queries=30), propensity=None)
@@ -186,8 +186,8 @@ def test_a_few_floored_propensities_and_configs_tried_too_seldom_have_advice_of_
     few = replace(rows, propensity=np.where(np.arange(2000) < 2, 1e-6, rows.propensity))
     found = evaluate(few, choices(rows.x_QD) | {"bank": np.full(2000, rows.config_id[0])}, 100, 0)
     [warning] = found.warnings
-    assert found.value("bank").unknown.endswith("or mend the propensities that a warning names")
-    assert warning.startswith("propensity: 2 held-out rows have 1e-06 or less, and at most 0.012 are expected to; log")
+    assert found.value("bank").unknown.endswith("or correct the propensities that a warning names")
+    assert warning.startswith("propensity: 2 held-out rows have 1e-06 or less, at most 0.012 are expected; log")
     assert warning.endswith("counts as 1,000,000 rows")
     # config 3 is hardly ever chosen in four fifths of the rounds, where config 4 has its share
     later = np.arange(2000) >= 400

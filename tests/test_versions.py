@@ -72,13 +72,13 @@ def test_a_terminal_shows_both_sides(banks: tuple[BankData, BankData]) -> None:
     shown = difference(before, after)
     assert A in shown.splitlines()[0] and B in shown.splitlines()[0]
     assert "15 kept, 1 gone, 1 new; by lineage 15 kept, 1 split" in shown
-    assert "of 11 leaves that are in both, 1 have another verdict" in shown
+    assert "of 11 leaves in both versions, 1 have a different verdict" in shown
     assert shown.endswith("judge.min_probability     0.8    0.7")
 
 
 def test_a_version_does_not_differ_from_itself(banks: tuple[BankData, BankData]) -> None:
     shown = difference(banks[0], banks[0])
-    assert "no setting differs" in shown and "both know the same configs" in shown and "0 gone, 0 new" in shown
+    assert "no setting differs" in shown and "both have the same configs" in shown and "0 gone, 0 new" in shown
 
 
 def test_the_tree_shows_every_pattern_once_below_its_parent(banks: tuple[BankData, BankData]) -> None:
@@ -123,7 +123,7 @@ def test_who_promotes_another_embedder_by_hand_is_told(
     other = "20260103T000000-00000c"
     write_artifact(registry.path / other, replace(make_bank(), embedder="e5"), {})
     run(RegistryJobConfig(action="promote", version=other, registry=settings))
-    assert "its embedder is e5, not none as that of what is served" in caplog.text
+    assert "its embedder is e5, not none as in the served version" in caplog.text
     assert capsys.readouterr().out.endswith(f"serving {other}\n")
 
 
@@ -131,17 +131,17 @@ def test_a_champion_that_is_gone_is_told(registry: Registry, capsys: pytest.Capt
     # regression: the list looked as if nothing was served
     settings = RegistryConfig(str(registry.path))
     run(RegistryJobConfig(registry=settings))
-    assert "not there" not in capsys.readouterr().out
+    assert "does not exist" not in capsys.readouterr().out
     (registry.path / A).rename(registry.path / "away")
     run(RegistryJobConfig(registry=settings))
-    assert f"champion leads to {A}, which is not there" in capsys.readouterr().out
+    assert f"champion points to {A}, which does not exist" in capsys.readouterr().out
 
 
 def test_a_mistyped_path_makes_no_registry(tmp_path: Path) -> None:
     # regression: promote and rollback created the folder before they reported that it holds no version
     settings = RegistryConfig(str(tmp_path / "artefacts"))
     for action, named in (("promote", A), ("rollback", None)):
-        with pytest.raises(RegistryError, match=r"registry\.path=.*artefacts is no folder"):
+        with pytest.raises(RegistryError, match=r"registry\.path=.*artefacts is not a folder"):
             run(RegistryJobConfig(action, named, registry=settings))
     assert not (tmp_path / "artefacts").exists()
 

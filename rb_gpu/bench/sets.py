@@ -79,7 +79,9 @@ def tables(folder: str) -> dict[str, tuple[Trajectories, Trajectories]]:
     for outcomes in sorted(path.glob("outcomes*.parquet")):
         whole = load(DataConfig(path=str(outcomes), queries=str(queries)), ParamsConfig())
         if len(whole) != len(whole.query_id) * len(whole.configs):
-            raise DataError(f"sets={folder}: {outcomes} is no full table; every query must be tried under every config")
+            raise DataError(
+                f"sets={folder}: {outcomes} is not a full table; every query must be tried under every config"
+            )
         name = f"{path.name}/{outcomes.stem.removeprefix('outcomes').strip('_')}".rstrip("/")
         split_Q = _column(folder, "split", whole)
         if split_Q is not None:

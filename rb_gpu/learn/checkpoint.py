@@ -40,7 +40,7 @@ class Checkpoint:
         except OSError as error:
             with suppress(OSError):
                 partial.unlink()
-            log.warning("no checkpoint at %s (%s); a killed job would start over", self.path, error.strerror)
+            log.warning("cannot write checkpoint %s (%s); a killed job would start over", self.path, error.strerror)
 
     def load(self, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and facts of the last save with this fingerprint; None where there is none."""
@@ -50,7 +50,7 @@ class Checkpoint:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("fingerprint") != fingerprint:
-                    log.info("%s is of other data or settings; starting over", self.path)
+                    log.info("%s is for other data or settings; starting over", self.path)
                     return None
                 return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["facts"])  # noqa: SIM118
         except (SafetensorError, OSError, ValueError, KeyError) as error:

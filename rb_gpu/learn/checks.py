@@ -44,7 +44,7 @@ def check_nonnegative(key: str, value: float) -> None:
 
 def check_weight(key: str, value: float) -> None:
     """Raises ConfigError unless a lookup can use value as a weight in float32: 0 <= value <= MAX_WEIGHT."""
-    check(key, value, 0 <= value <= MAX_WEIGHT, f"a number in [0, {MAX_WEIGHT:g}]", "lower it: 1 is much already")
+    check(key, value, 0 <= value <= MAX_WEIGHT, f"a number in [0, {MAX_WEIGHT:g}]", "lower it; 1 is already large")
 
 
 def is_auto(value: int | float | str | None) -> bool:

@@ -95,7 +95,7 @@ def _cluster(
     source = trajectories.source.path or "memory"
     if not any(bool((x_QD[tile] != x_QD[0]).any()) for tile in tiles(queries, x_QD.shape[1], x_QD.device)):
         raise DataError(
-            f"data.path={source}: all {queries} query embeddings are one and the same; check the embedder's output"
+            f"data.path={source}: all {queries} query embeddings are identical; check the embedder's output"
         )
     k = clusters_asked(trajectories, config)
     k, warm = ranks.of_first(warm_start(parent, k, trajectories, config))
@@ -139,9 +139,9 @@ def _warn_of_cone(x_QD: torch.Tensor, found: int, leaves: int, similarity: float
         as_near = usual + similarity * (1.0 - usual)
         # two significant digits of 1 − as_near, but no more digits than float32 has
         digits = min(max(3, 1 - math.floor(math.log10(max(1.0 - as_near, 1e-7)))), 7)
-        log.warning("cluster.merge_similarity=%g merged %d clusters into %d patterns, but two queries have a cosine of "
-                    "%.*f on the mean: what merged may be of different kinds; set cluster.merge_similarity=%.*f, "
-                    "which is as near for this embedder, or 1 to merge none",
+        log.warning("cluster.merge_similarity=%g merged %d clusters into %d patterns, but the mean cosine of two "
+                    "queries is %.*f, so different kinds may have merged; set cluster.merge_similarity=%.*f, which is "
+                    "as close for this embedder, or 1 to merge none",
                     similarity, found, leaves, digits - 1, usual, digits, as_near)  # fmt: skip
 
 

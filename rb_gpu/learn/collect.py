@@ -133,7 +133,7 @@ def collect(config: CollectConfig) -> CollectSummary:
     vectors_MD = open_vectors(config.base, "base")
     m, dim = vectors_MD.shape
     if config.top_k > m:
-        raise ConfigError(f"top_k={config.top_k} is not at most the {m} rows of {name}; lower it")
+        raise ConfigError(f"top_k={config.top_k} exceeds the {m} rows of {name}; lower it")
     config, nlist = _with_cells(config, m)
     queries = read_queries(config.queries, dim, config.max_queries, rng)
     with new_folder(config.out) as folder:
@@ -155,13 +155,13 @@ def _with_cells(config: CollectConfig, m: int) -> tuple[CollectConfig, int]:
     enough = max(1, m // TRAIN_ROWS_PER_CELL[0])
     nlist = min(round(4 * math.sqrt(m)), enough) if is_auto(config.ivf_nlist) else int(config.ivf_nlist)
     if nlist > m:
-        raise ConfigError(f"ivf_nlist={nlist} is not at most the {m} rows of base={config.base}; lower it")
+        raise ConfigError(f"ivf_nlist={nlist} exceeds the {m} rows of base={config.base}; lower it")
     fit = [n_probes for n_probes in config.ivf_n_probes if n_probes <= nlist]
     if fit == config.ivf_n_probes:
         return config, nlist
     if not fit or not is_auto(config.ivf_nlist):
         raise ConfigError(
-            f"ivf_n_probes={list(config.ivf_n_probes)} is not at most the {nlist} cells of the index; "
+            f"ivf_n_probes={list(config.ivf_n_probes)} exceeds the {nlist} cells of the index; "
             "lower it or raise ivf_nlist"
         )
     log.warning("ivf_n_probes=%s: %s are left out, since ivf_nlist=auto makes %d cells of %d rows; set ivf_nlist for "

@@ -79,9 +79,9 @@ def check_merged(
     for c, what in merged.items():
         if odd.get(c, 0.0) > 1.0:
             raise ConfigError(
-                f"{what} ({table.describe(c)}), but their propensities are those of the settings as logged: "
-                f"1/propensity adds up to {odd[c]:.2f} times the rows, 1 is expected; lower the step, or log the "
-                "probability of the merged config"
+                f"{what} ({table.describe(c)}), but their propensities are those of the separate settings: "
+                f"1/propensity adds up to {odd[c]:.2f} times the rows, where 1 is expected; lower the step, or log "
+                "the probability of the merged config"
             )
 
 
@@ -102,7 +102,7 @@ def warn_of_few_costs(
     if len(few):
         worst = int(few[size_C[few].argmin()])
         most = int(np.where(config_id == worst, cost_N, -1.0).argmax())
-        log.warning("cost: of %d configs few rows hold nearly all of it (%s: %d rows weigh as much as %.1f equal ones; "
-                    "the most, %.6g, has id %d), so that its mean is not known; check the unit, or leave cost out with "
-                    "judge.cost_weight=0", len(few), table.describe(worst), rows_C[worst], size_C[worst], cost_N[most],
-                    id_N[most])  # fmt: skip
+        log.warning("cost: for %d configs a few rows make up nearly all of it (%s: %d rows count as much as %.1f equal "
+                    "ones; the largest, %.6g, has id %d), so its mean is unreliable; check the unit, or leave cost out "
+                    "with judge.cost_weight=0", len(few), table.describe(worst), rows_C[worst], size_C[worst],
+                    cost_N[most], id_N[most])  # fmt: skip

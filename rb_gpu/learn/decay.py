@@ -67,7 +67,7 @@ def auto_half_life(
         held_out_outcomes(trajectories, objective).utility,
     )
     days = found.half_life_days
-    log.info("judge.half_life=auto: %s", "null, no decay foretells better" if days is None else f"{days:.3g} days")
+    log.info("judge.half_life=auto: %s", "null, no half-life predicts better" if days is None else f"{days:.3g} days")
     return found
 
 

@@ -49,6 +49,7 @@ def settle_default(trajectories: Trajectories, evidence: Evidence, objective: Ob
     best = int(sure_C.argmax())
     if best == trajectories.configs.default:
         return trajectories
-    log.info("params.default=auto: the log is an experiment, and nothing surely beats the config most logged; the best "
-             "on the whole stands in its place: %s", trajectories.configs.describe(best))  # fmt: skip
+    log.info("params.default=auto: the log is an experiment, and no choice of configs was shown to beat the most "
+             "logged one; the default is now the one of best overall utility: %s",
+             trajectories.configs.describe(best))  # fmt: skip
     return replace(trajectories, configs=replace(trajectories.configs, default=best))

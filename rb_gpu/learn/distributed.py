@@ -114,8 +114,8 @@ def launched(device: torch.device) -> Iterator[Ranks]:
         if "Connection" not in str(error) and not isinstance(error, dist.DistError):
             raise
         raise RbGpuError(
-            f"rank {rank} of {size} lost another rank ({str(error).splitlines()[0]}); the messages of the one that "
-            "ended first say why; nothing was published"
+            f"rank {rank} of {size} lost another rank ({str(error).splitlines()[0]}); the log of the rank that "
+            "ended first says why; nothing was published"
         ) from error
     finally:
         dist.destroy_process_group()

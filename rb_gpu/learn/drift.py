@@ -242,22 +242,22 @@ def _warnings(shares: ShareDrift, embeddings: EmbeddingDrift, outcomes: list[Con
     said = []
     if shares.reading != "stable":
         said.append(
-            f"the newest queries fall into the patterns in other shares (PSI {shares.psi:.2f}, chance alone "
-            f"{shares.chance:.2f}, p {shares.p_value:.3g}: a {shares.reading} change); train more often, and read the "
-            "held-out value as that of the newest traffic only"
+            f"the patterns' shares of the queries have changed (PSI {shares.psi:.2f}, by chance {shares.chance:.2f}, p "
+            f"{shares.p_value:.3g}: a {shares.reading} change); train more often, and read the held-out value as that "
+            "of the newest traffic only"
         )
     if embeddings.p_value <= LEVEL and embeddings.auc >= TELLING_AUC:
         said.append(
-            f"the newest queries' embeddings differ from those learned from (told apart with AUC {embeddings.auc:.2f}, "
-            f"p {embeddings.p_value:.3g}); check that one and the same embedder made both, and log the new kind of "
-            "query under several configs before the next training"
+            f"the newest queries' embeddings differ from the training queries' (classifier's AUC {embeddings.auc:.2f}, "
+            f"p {embeddings.p_value:.3g}); check that the same embedder made both, and log the new kind of query under "
+            "several configs before the next training"
         )
     changed = [config for config in outcomes if config.q_value <= LEVEL]
     if changed:
         worst = max(changed, key=lambda config: abs(config.change))
         said.append(
-            f"utility inside patterns changed (configs: {len(changed)} of {len(outcomes)}, most: {worst.config} by "
-            f"{worst.change:+.4f}, q {worst.q_value:.3g}); set judge.half_life=auto so that old rows weigh less, and "
-            "look for what changed in the service, or for another kind of query in the same patterns"
+            f"utility within patterns has changed (for {len(changed)} of {len(outcomes)} configs, most for "
+            f"{worst.config}: {worst.change:+.4f}, q {worst.q_value:.3g}); set judge.half_life=auto so that old rows "
+            "weigh less, and look for what changed in the service, or for another kind of query in the same patterns"
         )
     return said

@@ -68,7 +68,7 @@ def check_cost(bank: ReasoningBank, table: Trajectories, artifact: str) -> None:
     objective, cost = bank.data.objective, bank.data.evidence.mean[..., OUTCOMES.index("cost")]
     if table.cost is None and objective.kind == "utility" and objective.cost_weight > 0 and (cost > 0).any():
         raise DataError(
-            f"data.path={table.source.path} has no column cost, which the utility of artifact={artifact} counts by "
+            f"data.path={table.source.path} has no column cost, which the utility of artifact={artifact} subtracts by "
             f"judge.cost_weight={objective.cost_weight:g}; log it, or evaluate one trained with judge.cost_weight=0"
         )
 
@@ -80,15 +80,15 @@ def doubts(bank: ReasoningBank, table: Trajectories) -> list[str]:
     old = 0 if newest is None else int((table.query_time <= newest).sum())
     if old:
         said.append(
-            f"{old:,} of {len(table.query_id):,} queries are no newer than the newest that the artifact learned from; "
-            "if they are the same, values are too good: give newer rows"
+            f"{old:,} of {len(table.query_id):,} queries are no newer than the artifact's newest training query; if "
+            "they are the same queries, the values are too optimistic; give newer rows"
         )
     missing = [bank.configs.describe(i) for i, params in enumerate(bank.configs) if table.configs.id_of(params) is None]
     if missing:
         named = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
         values = {name: [{getattr(one, name) for one in side.configs} for side in (table, bank)] for name in PARAMETERS}
-        alike = [f"all of its rows have {name}={next(iter(here))}" for name, (here, learned) in values.items()
+        alike = [f"all rows have {name}={next(iter(here))}" for name, (here, learned) in values.items()
                  if len(here) == 1 < len(learned)]  # fmt: skip
         told = "".join(f"; {one}: is that column missing?" for one in alike)
-        said.append(f"no row tried {named}: a policy that picks one has no value{told}")
+        said.append(f"no row tried {named}, so a policy that picks one of these has no value{told}")
     return said

@@ -45,12 +45,12 @@ def decide(
     if said:
         return Decision(False, "; ".join(said), said)
     if served in evaluation.broken:
-        return Decision(True, f"no gain is asked over the {served}, whose {evaluation.broken[served]}")
-    passed = ", which lets a loss as small as this one pass" if over.high < 0 else ""
+        return Decision(True, f"no gain over the {served} is required, as its {evaluation.broken[served]}")
+    passed = ", which allows a loss this small" if over.high < 0 else ""
     if served == "default" and evaluation.value("bank").acted == 0:
         passed += "; the bank answers all held-out queries with the default"
     if served == "default" and experiment:
-        passed += "; params.default=auto took that from an experiment: set params.default to what runs today"
+        passed += "; params.default=auto took the default from an experiment: set params.default to what runs today"
     return Decision(True, f"{gain}above gate.min_gain={config.min_gain:g}{passed}")
 
 
@@ -66,7 +66,7 @@ def _against_the_gain(evaluation: Evaluation, served: str, config: GateConfig, g
         yield f"the {value.name} has no held-out value: {value.unknown}, or promote by hand"
     for value in (bank, evaluation.value(served)):
         if value.name in evaluation.misled:
-            yield f"the propensities of what the {value.name} picks do not fit the log; a warning says what may help"
+            yield f"the propensities of what the {value.name} picks do not fit the log; see the warning for the remedy"
     if "bank" in evaluation.broken:
         yield f"the bank's {evaluation.broken['bank']}; log more queries, or ask for less"
     asked = not unknown and served not in evaluation.broken
@@ -92,7 +92,7 @@ def _broken_bounds(evaluation: Evaluation, served: str, config: GateConfig, drif
         yield (
             f"p95 latency {bank.latency_p95_us / 1e3:.4g} ms is {ratio:.3g} times that of the {served}, over "
             f"gate.max_p95_latency_ratio={config.max_p95_latency_ratio:g}; raise the bound, or "
-            "judge.latency_weight (of judge.objective=floor: lower judge.target)"
+            "judge.latency_weight (with judge.objective=floor: lower judge.target)"
         )
     # if what is served harms as much, a refusal would spare nobody
     spared = before.harm.sure if served == CHAMPION else 0.0
@@ -108,8 +108,8 @@ def _broken_bounds(evaluation: Evaluation, served: str, config: GateConfig, drif
         )
     if drift.auc > config.max_drift and drift.p_value <= LEVEL:
         yield (
-            f"the newest queries are told from those learned from with AUC {drift.auc:.3g}, over "
-            f"gate.max_drift={config.max_drift:g}; check that one and the same embedder made both"
+            f"a classifier tells the newest queries from the training queries with AUC {drift.auc:.3g}, over "
+            f"gate.max_drift={config.max_drift:g}; check that the same embedder made both"
         )
 
 
@@ -120,6 +120,6 @@ def champion_beside(registry: Registry, bank: ReasoningBank) -> tuple[ReasoningB
     try:
         data, _ = load_artifact(registry.path / CHAMPION, registry.hmac_key)
     except ArtifactError as error:
-        return None, [f"the champion cannot be compared with ({error})"]
+        return None, [f"the champion cannot be read ({error})"]
     unlike = differences(data, bank.data.metric, bank.data.dim, bank.data.embedder)
     return (None if unlike else ReasoningBank(data)), [f"the champion's {one} as the candidate's" for one in unlike]

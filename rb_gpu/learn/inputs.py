@@ -139,7 +139,7 @@ def framed(
         if scale != 1:
             points = _measured(x_ND, replace(frame, scale=scale), crew, where, budget)
     if not bool(torch.isfinite(points.peak_N).all()):
-        raise ValueError("x holds NaN, infinity or what overflows float64 about its middle; drop those rows first")
+        raise ValueError("x holds NaN, infinity or values whose distances overflow float64; drop those rows first")
     return points
 
 
@@ -228,6 +228,6 @@ def checked_start(name: str, given: Array, points: Points, metric: str, device: 
         bound = FARTHEST / points.frame.scale
         raise ValueError(
             f"{name} reaches {float(start.double().abs().max()):.3g}, but distances to x overflow from {bound:.3g} on; "
-            "give centroids that lie amid x"
+            "give centroids near the points"
         )
     return start_KD

@@ -120,10 +120,12 @@ class CollectConfig:
         check("hnsw_ef_search", self.hnsw_ef_search, least_ef >= self.top_k, bound, "raise it or lower top_k")
         # in a table of both indexes, 1 marks the parameter that a row's index does not have
         same = 1 in self.hnsw_ef_search and 1 in self.ivf_n_probes
-        check("hnsw_ef_search", self.hnsw_ef_search, not same, "free of 1 where ivf_n_probes has 1", "leave one 1 out")
+        bound = "a list without 1, which ivf_n_probes has too"
+        check("hnsw_ef_search", self.hnsw_ef_search, not same, bound, "leave 1 out of one of them")
         check_seed(self.seed)
         both_empty = not self.hnsw_ef_search and not self.ivf_n_probes
-        check("hnsw_ef_search", self.hnsw_ef_search, not both_empty, "non-empty where ivf_n_probes is", "give a grid")
+        bound = "a non-empty list, nor is ivf_n_probes"
+        check("hnsw_ef_search", self.hnsw_ef_search, not both_empty, bound, "give a grid")
 
 
 # mean quality of every config that is not a pattern's planted best
@@ -219,7 +221,7 @@ class BenchmarkConfig:
             listed = getattr(self, key)
             ok = all(name and (not known or name in known) for name in listed) and (known == PEERS or len(listed) > 0)
             names = known or (("sample", "FOLDER") if key == "sets" else ("emb", "gauss", "blobs", "FILE.npy"))
-            check(key, listed, ok, f"a list of {', '.join(names)}", "mend it")
+            check(key, listed, ok, f"a list of {', '.join(names)}", "correct it")
         sizes_ok = len(self.sizes) > 0 and all(size >= 0 for size in self.sizes)
         check("sizes", self.sizes, sizes_ok, "a list of integers >= 0", "give e.g. [1000,0]; 0 is all")
         weights_ok = len(self.cost_weights) > 0 and all(math.isfinite(w) and w >= 0 for w in self.cost_weights)
@@ -289,7 +291,7 @@ def to_object(composed: DictConfig) -> Any:
             raise cause from None
         # a failed interpolation, e.g. of a missing environment variable, does not name the setting by itself
         raise ConfigError(
-            f"{error.full_key}: {str(error).splitlines()[0]}; give the setting a value, or mend what it refers to"
+            f"{error.full_key}: {str(error).splitlines()[0]}; give the setting a value, or correct what it refers to"
         ) from error
     _refuse_unknown(settings)
     return settings
@@ -299,6 +301,6 @@ def _refuse_unknown(settings: Any, prefix: str = "") -> None:
     """Raises ConfigError for unknown keys: `+judge.foo=1` makes Hydra add one despite the schema."""
     known = [f.name for f in fields(settings)]
     for name, value in vars(settings).items():
-        check(f"{prefix}{name}", value, name in known, f"one of {', '.join(known)}", "drop it, or mend its name")
+        check(f"{prefix}{name}", value, name in known, f"one of {', '.join(known)}", "drop it, or correct its name")
         if is_dataclass(value):
             _refuse_unknown(value, f"{prefix}{name}.")

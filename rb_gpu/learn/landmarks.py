@@ -153,7 +153,7 @@ def foretell(
 
     rows, in_fit_N = _rows(chosen_Q, trajectories, weight_N, device)
     if configs > MOST_CONFIGS:
-        log.info("field: %d configs, over the %d that tell of their neighbours; each is told of by its own rows",
+        log.info("field: %d configs, over the %d that can learn from similar ones; each learns from its own rows",
                  configs, MOST_CONFIGS)  # fmt: skip
     y_NO = outcomes(trajectories, device)
     quality, *others = (OUTCOMES.index(name) for name in (objective.quality, "log2_latency", "cost"))
@@ -168,7 +168,7 @@ def foretell(
         quality_QC = fits[quality].unseen_QC.cpu().numpy()
         unseen = Unseen(quality_QC, label_Q[chosen_Q.numpy()])
     differing = [OUTCOMES[o] for o, one in fits.items() if one.deviates]
-    log.info("field: %d landmarks, %d queries, slopes %g and %g; configs differ from place to place in %s",
+    log.info("field: %d landmarks, %d queries, slopes %g and %g; differences between configs vary by query in %s",
              landmarks, len(unit_CD), *slopes, ", ".join(differing) or "nothing")  # fmt: skip
     label = torch.from_numpy(label_Q).to(device)
     leaves = int(label_Q.max()) + 1

@@ -42,7 +42,7 @@ def gather_lessons(
     believes = bank.method == "eb" and bank.objective.kind == "utility"
     if asked.target == "bank" and not believes:
         raise ConfigError(
-            f"router.target=bank needs a bank judged by eb for a utility, this one is {bank.method} for "
+            f"router.target=bank needs judge.method=eb and judge.objective=utility, this bank has {bank.method} and "
             f"{bank.objective.kind}; set router.target=log"
         )
     more = asked.steps > 1 or trajectories.feature_QF is not None

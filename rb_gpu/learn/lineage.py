@@ -214,7 +214,7 @@ def inherit(
         retired=fates.retired[:LISTED],
         evidence=evidence,
     )
-    log.info("patterns of all levels beside %s: %s", lineage.parent or "the parent",
+    log.info("patterns of all levels compared with %s: %s", lineage.parent or "the parent",
              ", ".join(f"{count} {fate}" for fate, count in lineage.counts.items()))  # fmt: skip
     return _with(
         data, {"pattern_id": ids, "created_at": created}, {"next_pattern_id": next_id, "lineage": asdict(lineage)}

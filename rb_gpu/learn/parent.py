@@ -31,13 +31,13 @@ def find_parent(registry: Registry, config: TrainConfig, dim: int) -> BankData |
     except ArtifactError as error:
         if named != CHAMPION:
             raise
-        log.warning("%s cannot be gone on from (%s); ids of patterns start anew", key, error)
+        log.warning("%s cannot be read (%s); it is ignored, and pattern ids are new", key, error)
         return None
     unlike = differences(data, config.cluster.metric, dim, config.data.embedder)
     if unlike and named != CHAMPION:
-        raise ConfigError(f"{key} cannot be gone on from: its {', its '.join(unlike)}; name another, or {NO_PARENT}")
+        raise ConfigError(f"{key} does not fit: its {', its '.join(unlike)}; name another version, or {NO_PARENT}")
     if unlike:
-        log.warning("%s cannot be gone on from: its %s; ids of patterns start anew", key, ", its ".join(unlike))
+        log.warning("%s does not fit: its %s; it is ignored, and pattern ids are new", key, ", its ".join(unlike))
         return None
     return data
 

@@ -73,9 +73,9 @@ def gather_past(
     said = f"added, decayed to {kept:.3g}"
     folded = None
     if old.paired != evidence.paired or parent.grade != grade(trajectories.propensity is not None, evidence.paired):
-        said = "not added: only one of the two tables has propensities, or all queries under the default"
+        said = "not added: only one of the two tables has propensities, or has every query under the default"
     elif old.paired and config_C[parent.default] != default:
-        said = "not added: its differences are to another default"
+        said = "not added: its differences are from another default"
     else:
         folded = _on_configs(_decayed(old, kept), config_C, len(trajectories.configs))
     count = np.rint(kept * parent.arrays["rating_count"][: parent.leaves]).astype(np.int64)
@@ -133,7 +133,7 @@ def with_ratings(data: BankData, past: Past | None, label_Q: Rows) -> BankData:
 def tell(past: Past | None, leaves: Leaves) -> str:
     """Whether the parent's evidence was added, and if not, why."""
     if past is None:
-        return "not added: rows of the table are as old as the parent's, and none may count twice"
+        return "not added: some rows are no newer than the parent's newest row, and no row may count twice"
     if past.evidence is not None and leaves.field is not None:
-        return "not added: verdicts rest on a regression on rows; keep older rows in data.path"
+        return "not added: verdicts rest on a regression over single rows; keep older rows in data.path"
     return past.said

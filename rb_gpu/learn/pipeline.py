@@ -88,7 +88,7 @@ def learn(
     if parent is not None:
         unlike = differences(parent, config.cluster.metric, trajectories.x_QD.shape[1], config.data.embedder)
         if unlike:
-            raise ConfigError(f"parent: its {', its '.join(unlike)}; give a bank that is like these trajectories")
+            raise ConfigError(f"parent: its {', its '.join(unlike)}; give a bank that fits these trajectories")
     with full_precision(), reproducible(config.device.deterministic):
         found = (ranks or Ranks(), stages or Stages(), watch or Watch())
         return _learned(trajectories, config, checkpoint, parent, first_id, *found)
@@ -123,8 +123,8 @@ def _learned(
         leaves = making.foretold(leaves, trajectories, objective)
         unused, held_back = is_experiment(trajectories, objective), leaves.field is not None and not leaves.pays
         if unused and not held_back:
-            log.warning("params.default=auto: no config ran twice as often as any other, so that gains are over the "
-                        "one most logged, of several the cheapest, %s; set params.default to what runs today",
+            log.warning("params.default=auto: no config was logged twice as often as any other, so gains are over the "
+                        "most logged one (of several, the cheapest): %s; set params.default to what runs today",
                         trajectories.configs.describe(trajectories.configs.default))  # fmt: skip
         if unused and held_back:
             trajectories = settle_default(trajectories, leaves.evidence, objective)

@@ -127,7 +127,7 @@ def _shards(folder: str, split: str, key: str) -> list[str]:
     root = Path(folder)
     if not root.is_dir():
         raise DataError(
-            f"{key}={folder} is no local folder, and nothing is downloaded; fetch it first, e.g. "
+            f"{key}={folder} is not a local folder, and nothing is downloaded; fetch it first, e.g. "
             f"hf download {folder} --repo-type dataset --local-dir DIR"
         )
     name = re.compile(r"(?P<split>.+?)(-(?P<number>\d+)-of-(?P<count>\d+)(-[0-9a-f]+)?)?\.parquet")

@@ -69,5 +69,5 @@ class BadRows:
         counts = ", ".join(f"{reason}: {n}" for reason, n in self.by_reason().items())
         raise DataError(
             f"data.path={path}: {bad} of {total} rows are bad, {bound} ({counts}); first: {shown}; "
-            f"mend the log{' or raise data.max_bad_fraction' if some else ''}"
+            f"correct the log{' or raise data.max_bad_fraction' if some else ''}"
         )

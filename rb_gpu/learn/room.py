@@ -51,7 +51,7 @@ class Room:
             with self._file(folder, size) as file:
                 mapped = np.memmap(file, np.float32, "r+", shape=(rows, dim))
         except OSError as error:
-            reason = "it has not so much space" if error.errno == errno.ENOSPC else error.strerror
+            reason = "not enough free space" if error.errno == errno.ENOSPC else error.strerror
             raise DataError(
                 f"device.scratch={folder} cannot take {size / 2**30:.2f} GiB of embeddings, which exceed "
                 f"device.memory_budget={budget} or are shared by processes ({reason}); name another folder, or raise "

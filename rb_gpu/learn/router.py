@@ -156,14 +156,14 @@ def train_router(
         losses = total.tolist()
         if not all(map(math.isfinite, losses)):
             raise ConfigError(
-                f"router.learning_rate={config.learning_rate:g}: the loss is no number after epoch {epoch}; lower it, "
+                f"router.learning_rate={config.learning_rate:g}: the loss is not finite after epoch {epoch}; lower it, "
                 "or look for NaN in the embeddings"
             )
         train_loss.append(losses[0])
         valid_loss.append(losses[1])
         step("router", epoch + 1, thin.epochs, "epochs")
         if epoch % PROGRESS_EPOCHS == 0:
-            log.info("router: epoch %d of at most %d, loss %.4f, kept back %.4f", epoch, thin.epochs, *losses)
+            log.info("router: epoch %d of at most %d, loss %.4f, validation loss %.4f", epoch, thin.epochs, *losses)
         if thin.settled(epoch) and losses[1] <= least:
             best, best_epoch, least = copy.deepcopy(net.state_dict()), epoch, losses[1]
         elif thin.settled(epoch) and epoch - best_epoch >= config.patience:

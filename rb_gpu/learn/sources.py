@@ -94,7 +94,7 @@ def open_source(filesystem: pyarrow.fs.FileSystem, name: str, key: str) -> Sourc
         if suffix in SQLITE_SUFFIXES:
             return _open_log(name)
     except (pa.ArrowException, OSError) as error:
-        far = "" if isinstance(filesystem, pyarrow.fs.LocalFileSystem) else ", or not to be read with these keys"
+        far = "" if isinstance(filesystem, pyarrow.fs.LocalFileSystem) else ", or these credentials may not read it"
         raise DataError(
             f"{key}={name} cannot be read ({first_line(error)}); it is damaged or of another format{far}"
         ) from error

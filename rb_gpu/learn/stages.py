@@ -47,7 +47,7 @@ class Stages:
         key = json.dumps(read, sort_keys=True, default=str)
         made = self._made.setdefault(stage, OrderedDict())
         if key in made:
-            log.info("%s: as an earlier run of this sweep left it", stage)
+            log.info("%s: reused from an earlier run of this sweep", stage)
         else:
             while len(made) >= KEPT.get(stage, OTHERS_KEPT):
                 made.popitem(last=False)

@@ -137,15 +137,15 @@ def verdict(members: Sequence[Member]) -> str:
     """Which run is best and how certain that is, or why there is no answer."""
     valued, best = [one for one in members if one.error is None], best_of(members)
     if not valued:
-        return "every run failed; the log in each one's folder says why"
+        return "every run failed; the log in each run's folder says why"
     if best is None:
         return (
-            "no run is the best: what they call utility differs (judge.cost_weight, judge.objective, ...), or the "
-            "default (params.default) or the queries that they are valued on (data, eval.holdout), or none has a "
+            "the runs cannot be ranked: they differ in what defines the utility (judge.cost_weight, judge.objective, "
+            "...), in the default (params.default) or in the held-out queries (data, eval.holdout), or none has a "
             "value; compare quality and cost instead"
         )
     wide = chosen_among(best, members)
     return (
-        f"best: run {best.folder} ({told_apart(members)[best.folder]}), gain {best.gain:+.4f}; as the highest of "
-        f"{len(valued)} runs its 95 % interval is [{wide.gain_low:+.4f}, {wide.gain_high:+.4f}]"
+        f"best: run {best.folder} ({told_apart(members)[best.folder]}), gain {best.gain:+.4f}; corrected for "
+        f"choosing the best of {len(valued)} runs, its 95 % interval is [{wide.gain_low:+.4f}, {wide.gain_high:+.4f}]"
     )

@@ -104,7 +104,8 @@ def _warning(table: Trajectories, p_value: float, count_CB: Rows, names: list[st
     most, least = int(np.nanargmax(surplus_B)), int(np.nanargmin(surplus_B))
     share_B = 100.0 * count_CB[config] / np.maximum(total_B, 1)
     return (
-        f"no propensities, and time tells which config ran (p {p_value:.3g}): {table.configs.describe(config)} in "
-        f"{share_B[most]:.3g} % of the rows {names[most]}, in {share_B[least]:.3g} % {names[least]}; if queries differ "
-        "by then, that looks like what configs do: log propensities, or let a lot choose at all times"
+        f"no propensities, and the config that ran depends on time (p {p_value:.3g}): {table.configs.describe(config)} "
+        f"in {share_B[most]:.3g} % of the rows {names[most]}, in {share_B[least]:.3g} % {names[least]}; if queries "
+        "change with time too, that looks like an effect of the config: log propensities, or choose at random at all "
+        "times"
     )

@@ -70,7 +70,7 @@ def track(run: Run, config: TrackConfig) -> None:
     except ConfigError:
         raise
     except Exception as error:  # clients and servers of other projects, whose errors have no common base class
-        log.warning("track.kind=%s: the run was not tracked (%s); the artifact is what it was", config.kind, error)
+        log.warning("track.kind=%s: the run was not tracked (%s); the artifact is not affected", config.kind, error)
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

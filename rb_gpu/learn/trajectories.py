@@ -157,7 +157,7 @@ def load(
     seen = outcomes.total_rows + (queries.total_rows if queries else 0)
     columns = join(outcomes, queries, bad, data.capacity, features)
     if len(bad):
-        log.warning("set %d of %d rows aside: %s", len(bad), seen, bad.by_reason())
+        log.warning("set aside %d of %d rows: %s", len(bad), seen, bad.by_reason())
         if quarantine is not None and room.ranks.rank == 0:
             bad.write(quarantine)
             log.warning("bad rows are listed in %s", quarantine)
@@ -172,9 +172,9 @@ def load(
     warn_of_few_costs(trajectories.cost, trajectories.config_id, trajectories.id, trajectories.configs)
     if len(np.unique(trajectories.config_id)) == 1:
         one = trajectories.configs[trajectories.config_id[0]]
-        log.warning("data.path=%s: every row ran %s, so that there is nothing to choose from; check that what varied "
-                    "has its column, or let the service try other settings on a share of its queries, by lot, and log "
-                    "the propensity", outcomes.source, one)  # fmt: skip
+        log.warning("data.path=%s: every row ran %s, so there is nothing to choose from; check that every setting that "
+                    "varied has a column, or let the service try other settings on a random share of its queries and "
+                    "log the propensity", outcomes.source, one)  # fmt: skip
     return trajectories
 
 

@@ -72,7 +72,7 @@ def tune_lookup(
     if len(tried) == 1:
         return stands
     if objective.kind != "utility" or len(leaves.mass_P) == 1 or leaves.field is not None:
-        log.info("lookup: top_k=%d, beta=%g; there is nothing to tune them by", *usual)
+        log.info("lookup: top_k=%d, beta=%g; tuned only for a utility, several patterns and no field", *usual)
         return stands
     fold_Q = folds(trajectories.query_id)
     choice_GQ = np.zeros((len(tried), len(fold_Q)), dtype=np.int64)
@@ -150,6 +150,6 @@ def _best(choice_GQ: Choice, table: Trajectories, objective: Objective, tried: l
         error = float(np.linalg.norm(rows.by_query(difference.influence_N))) / len(rows.query_row)
         if difference.value > max(ERRORS * error, best.gain):
             best = Tuned(*setting, difference.value, error, len(tried))
-    log.info("lookup: top_k=%d, beta=%g; %+.4f (standard error %.4f) over the usual ones, of %d settings tried",
+    log.info("lookup: top_k=%d, beta=%g; %+.4f (standard error %.4f) over the usual setting, best of %d settings tried",
              best.top_k, best.beta, best.gain, best.error, len(tried))  # fmt: skip
     return best

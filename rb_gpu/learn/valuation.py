@@ -160,14 +160,14 @@ class Valuation:
             share = 100 * sum(missing.values())
             return f"no held-out row tried {name}{others}, picked on {share:.3g} % of queries; log some"
         if self.grade == "exact":
-            return None if self._everywhere(choice_Q) else "not every query tried what it picks; log the rest"
+            return None if self._everywhere(choice_Q) else "not every query tried what it picks; log the missing rows"
         weight_N = self.weights(choice_Q)
         size = effective_size(weight_N)
         if size < LEAST_SIZE:
             floored = self.floored is not None and bool((self._pscore[weight_N > 0] <= self.floored[1]).any())
-            remedy = "mend the propensities that a warning names" if floored else "explore more evenly"
+            remedy = "correct the propensities that a warning names" if floored else "explore more evenly"
             return (
-                f"the held-out rows that tried what it picks weigh as much as {size:.1f} equal ones, under "
+                f"the held-out rows that tried what it picks count as much as {size:.1f} equally weighted ones, under "
                 f"{LEAST_SIZE:g}; log more queries, or {remedy}"
             )
         return None
@@ -301,8 +301,8 @@ class Valuation:
         if self.floored is not None:
             rows, least, most = self.floored
             said.append(
-                f"propensity: {rows} held-out rows have {least:.2g} or less, and at most {most:.2g} are expected to; "
-                f"log with what probability these were chosen, or leave them out: each counts as {1 / least:,.0f} rows"
+                f"propensity: {rows} held-out rows have {least:.2g} or less, at most {most:.2g} are expected; log the "
+                f"probability with which these were chosen, or leave them out: each counts as {1 / least:,.0f} rows"
             )
         return said
 

@@ -70,10 +70,10 @@ class Guard:
             if not hmac.compare_digest(given, self._api_key):
                 return 401, "the API key is missing or wrong; send it as X-API-Key", [(b"www-authenticate", b"Bearer")]
         if self.in_flight > self._max_concurrency:
-            return 503, f"over {self._max_concurrency} requests are under way; try again", [(b"retry-after", b"1")]
+            return 503, f"over {self._max_concurrency} requests are in progress; try again", [(b"retry-after", b"1")]
         encoding = headers.get(b"content-encoding", b"identity").lower()
         if encoding != b"identity":
-            error = f"content-encoding {encoding.decode('latin-1')!r} is not read; send the body as it is"
+            error = f"content-encoding {encoding.decode('latin-1')!r} is not supported; send the body unencoded"
             return 415, error, [(b"accept-encoding", b"identity")]
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self._max_body_bytes:
@@ -94,7 +94,7 @@ class Guard:
                 raise HTTPException(408, error, {"Connection": "close"}) from None
             except asyncio.CancelledError:
                 # cancelled by a server that shuts down, after waiting as long as it may for the body
-                raise HTTPException(503, "the service ends; try again", {"Connection": "close"}) from None
+                raise HTTPException(503, "the service is shutting down; try again", {"Connection": "close"}) from None
             taken += len(message.get("body", b""))
             if taken > self._max_body_bytes:
                 raise HTTPException(413, self._too_large())

@@ -1,7 +1,7 @@
-"""The self-contained report.html of an artifact: what the bank is worth, how sure that is, and its verdicts.
+"""Renders report.html of an artifact: what the bank is worth, how certain that is, and its verdicts.
 
-The page needs no network: style and script are in it, and its own security policy lets nothing else run. Everything
-that comes from data is escaped where it enters a template.
+The page is self-contained: it needs no network, holds its style and its script, and its content security policy lets
+nothing else run. The templates escape everything that comes from data.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from rb_gpu.learn.report.page import script_digest, templates
 def render_report(
     bank: ReasoningBank, facts: dict[str, Any], version: str, promoted: bool, projection: Projection
 ) -> str:
-    """The page. facts: the manifest's, with evaluation, gate and drift. version: of the artifact it will lie in.
-    promoted: whether it is served from now on; one that the gate lets pass may wait for a person.
+    """The page as HTML. facts: those of the manifest, with evaluation, gate and drift. version: the artifact's name.
+    promoted: whether the artifact is served from now on; promotion may be left to a person even if the gate passes.
     """
     environment = templates()
     registry = shlex.quote(f"registry.path={facts['config']['registry']['path']}")
@@ -68,7 +68,7 @@ def render_report(
 
 
 def _sections(context: dict[str, Any]) -> list[tuple[str, str]]:
-    """Id and name of each section that the page has."""
+    """Id and name of each section on the page, in order."""
     named = {
         "policies": "Policies", "tradeoffs": "Quality over cost", "calibration": "Confidence", "map": "Map",
         "verdicts": "Verdicts", "tree": "Hierarchy", "latency": "Latency", "drift": "Drift", "data": "Data",

@@ -1,6 +1,6 @@
-"""The first screen: is the bank better, by how much, how sure, should it be served, and what may be wrong with that.
+"""The first screen: is the bank better, by how much, how certain is that, should it be served, and what may be wrong.
 
-`evaluation` is what policy.Evaluation holds, as plain values of the manifest: None is a number that is not known.
+`evaluation` has the fields of policy.Evaluation as plain values of the manifest; None stands for an unknown number.
 """
 
 from __future__ import annotations
@@ -30,30 +30,31 @@ from rb_gpu.objective import Objective
 from rb_gpu.registry import CHAMPION
 
 GRADES = {
-    "exact": "exact: every query was tried under every pick",
-    "dr": "estimated doubly robustly from one config per query and its logged propensity",
-    "associational": "associational: no propensities were logged, so that who chose what may mislead",
+    "exact": "exact: every query was tried under every config that a policy picks",
+    "dr": "doubly robust estimates from one logged config per query and its propensity",
+    "associational": "associational: no propensities were logged, so confounding may bias them",
 }
 
 
 def served_before(evaluation: dict[str, Any]) -> str:
-    """What a promotion would replace: the champion, or the default where there is none."""
+    """What a promotion would replace: the champion, or the default if there is no champion."""
     return CHAMPION if CHAMPION in evaluation["bank_gains"] else "default"
 
 
 def formula(objective: Objective, has_cost: bool) -> str:
-    """The objective in words, with its unit. has_cost: whether the log tells what answers cost."""
+    """The objective as a sentence, with units. has_cost: whether the log has the cost of answers."""
     quality = f"quality ({objective.quality}, 0 to 1)"
     if objective.kind == "bound":
         bounds = [
             *([f"p95 latency ≤ {short(objective.max_latency_us)} µs"] if objective.max_latency_us is not None else []),
             *([f"mean cost ≤ {short(objective.max_cost)}"] if objective.max_cost is not None else []),
         ]
-        return f"Utility is {quality}; configs must keep {' and '.join(bounds)}."
+        return f"Utility is {quality}; configs must satisfy {' and '.join(bounds)}."
     if objective.kind == "floor":
         by_latency = f"latency / {short(objective.latency_ref_us)} µs"
         spent = f"cost / {short(objective.cost_ref, 4)}" if has_cost else by_latency
-        return f"Utility is − {spent}: the cheapest config is sought with which {quality} reaches {objective.target:g}."
+        target = f"{quality} reaches {objective.target:g}"
+        return f"Utility is − {spent}: the bank looks for the cheapest config whose {target}."
     terms = []
     if objective.latency_weight:
         terms.append(f" − {objective.latency_weight:g} × log2(latency / {short(objective.latency_ref_us)} µs)")
@@ -64,9 +65,9 @@ def formula(objective: Objective, has_cost: bool) -> str:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the first screen says. state: good, bad or none, of `better`. served: what a promotion replaces. whisker:
-    the gain and its interval, empty where there is none to draw. amounts: name, from and to, and change. others:
-    against what else it was compared. unknown: why there is no value. reasons: the gate's.
+    """The texts of the first screen. state: good, bad or none; the colour of `better`. served: what a promotion would
+    replace. whisker: drawing of the gain and its interval, empty if there is none to draw. amounts: (name, before and
+    after, change). others: comparisons with other policies. unknown: why there is no value. reasons: the gate's.
     """
 
     state: str
@@ -87,7 +88,7 @@ class Answer:
 
 
 def answer(bank: ReasoningBank, facts: dict[str, Any]) -> Answer:
-    """Is it better, by how much, how sure, and what did the gate say."""
+    """Is it better, by how much, how certain is that, and what did the gate decide?"""
     evaluation, gate = facts["evaluation"], facts["gate"]
     served = served_before(evaluation)
     gain = evaluation["bank_gains"][served]
@@ -103,13 +104,13 @@ def answer(bank: ReasoningBank, facts: dict[str, Any]) -> Answer:
     if facts["counts"]["configs"] == 1:
         state, word, headline = "none", "No choice", "Nothing to choose from: the log has one config"
     elif doubted:
-        state, word, headline = "none", "Unknown", "Nobody can say: the logged propensities do not fit the log"
+        state, word, headline = "none", "Unknown", "No valid estimate: the logged propensities do not fit the log"
     elif "bank" in broken:
-        state, word, headline = "bad", "No", f"The bank breaks the {kind} that was asked for"
+        state, word, headline = "bad", "No", f"The bank does not meet the required {kind}"
     elif served in broken:
-        state, word, headline = "good", "Yes", f"Keeps the {kind} that was asked for, which the {served} breaks"
+        state, word, headline = "good", "Yes", f"Meets the required {kind}, which the {served} does not"
     elif low is None or high is None:
-        state, word, headline = "none", "Unknown", "Nobody can say yet whether this bank is better"
+        state, word, headline = "none", "Unknown", "Not known yet whether this bank is better"
     elif unchanged:
         state, word, headline = "none", "No change", "The default stands for every held-out query"
     elif low > 0 and evaluation["grade"] == "associational":
@@ -119,7 +120,7 @@ def answer(bank: ReasoningBank, facts: dict[str, Any]) -> Answer:
     elif high < 0:
         state, word, headline = "bad", "No", f"Worse than the {served}"
     else:
-        state, word, headline = "none", "Cannot tell", f"Not told apart from the {served}"
+        state, word, headline = "none", "Cannot tell", f"Not significantly different from the {served}"
     ends = (min(low or 0.0, 0.0), max(high or 0.0, 0.0))
     return Answer(
         state=state,
@@ -148,11 +149,13 @@ def answer(bank: ReasoningBank, facts: dict[str, Any]) -> Answer:
 
 
 def _sure(gain: dict[str, Any]) -> str:
-    return "better than" if gain["low"] > 0 else "worse than" if gain["high"] < 0 else "not told apart from"
+    return (
+        "better than" if gain["low"] > 0 else "worse than" if gain["high"] < 0 else "not significantly different from"
+    )
 
 
 def _amounts(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Name, from and to with the unit, and the change, of what is known."""
+    """(name, before and after with the unit, change) of quality, cost and p95 latency, if known for both policies."""
     rows = [
         ("quality", number(before["quality"]), number(after["quality"]), change(before["quality"], after["quality"])),
         ("cost", short(before["cost"], 4), short(after["cost"], 4), change(before["cost"], after["cost"])),
@@ -167,10 +170,11 @@ def _amounts(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, s
 
 
 def checks(bank: ReasoningBank, facts: dict[str, Any]) -> list[Check]:
-    """What a careful reader would look at before trusting the answer."""
+    """What a careful reader would check before trusting the answer."""
     evaluation, gate = facts["evaluation"], facts["config"]["gate"]
     values = {value["name"]: value for value in evaluation["values"]}
-    after, before = values["bank"], values[served_before(evaluation)]
+    served = served_before(evaluation)
+    after, before = values["bank"], values[served]
     calibration, harm = evaluation["calibration"], after["harm"]["sure"]
     bad, total = sum(facts["data"]["bad_rows"].values()), facts["data"]["total_rows"]
     p95 = (before["latency_p95_us"], after["latency_p95_us"])
@@ -194,9 +198,10 @@ def checks(bank: ReasoningBank, facts: dict[str, Any]) -> list[Check]:
         Check(
             "none" if calibration is None else "good" if calibration["ece"] <= calibration["chance"] else "bad",
             "Confidence",
-            "too few patterns act to tell"
+            "too few patterns act to check it"
             if calibration is None
-            else f"off by {number(calibration['ece'], 3)}, chance gives up to {number(calibration['chance'], 3)}",
+            else f"calibration error {number(calibration['ece'], 3)}, chance gives up to "
+            f"{number(calibration['chance'], 3)}",
             "policies" if calibration is None else "calibration",
         ),
         Check(
@@ -204,7 +209,7 @@ def checks(bank: ReasoningBank, facts: dict[str, Any]) -> list[Check]:
             "Surely harmed",
             "unknown"
             if harm is None
-            else f"{percent(harm)} of {counted(after['harm']['patterns'], 'pattern')} with a query it acts on",
+            else f"{percent(harm)} of the {counted(after['harm']['patterns'], 'pattern')} in which it acts",
             "policies",
         ),
         Check(
@@ -217,8 +222,9 @@ def checks(bank: ReasoningBank, facts: dict[str, Any]) -> list[Check]:
         Check(
             "none" if ratio is None else "bad" if ratio > gate["max_p95_latency_ratio"] else "good",
             "p95 latency",
-            "unknown" if ratio is None else f"{ratio:.2f} × before; allowed {gate['max_p95_latency_ratio']:g} ×",
+            "unknown" if ratio is None else
+            f"{ratio:.2f} × that of the {served}, up to {gate['max_p95_latency_ratio']:g} × allowed",
             "latency",
         ),
-        Check("bad" if bad else "good", "Bad rows", f"{count(bad)} of {count(total)} read", "data"),
+        Check("bad" if bad else "good", "Bad rows", f"{count(bad)} of {count(total)}", "data"),
     ]  # fmt: skip

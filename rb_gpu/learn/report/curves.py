@@ -1,6 +1,6 @@
-"""Two curves from the held-out queries: what quality costs, and whether confidence keeps its word.
+"""Two figures from the held-out queries: quality over cost, and the calibration of confidence.
 
-Both come as plain values of the manifest, as tradeoffs.Tradeoffs and calibration.Calibration hold them.
+The inputs have the fields of tradeoffs.Tradeoffs and calibration.Calibration as plain values of the manifest.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ NORMAL_95 = 1.959964
 
 
 def tradeoff_figure(bank: ReasoningBank, tradeoffs: dict[str, Any] | None) -> Figure | None:
-    """Quality over cost: the bank under every weight of cost, beside single configs and their mixes."""
+    """Quality over cost: the bank at every cost weight, compared with single configs and their mixes. None if costs are
+    unknown.
+    """
     if tradeoffs is None:
         return None
     ours, theirs = tradeoffs["bank"], tradeoffs["configs"]
@@ -52,18 +54,18 @@ def tradeoff_figure(bank: ReasoningBank, tradeoffs: dict[str, Any] | None) -> Fi
             (swatch("diamond", "ours marked"), f"bank as trained, weight {trained}"),
             (swatch("square", "theirs"), "one config for all queries"),
             (swatch("diamond", "theirs marked"), "default"),
-            (stroke("theirs"), "best mixes of configs, blind to the query"),
+            (stroke("theirs"), "best mixes of configs that ignore the query"),
         ),
-        f"Up and to the left is better; where the bank's line lies above the dashed one, it pays to look at the query. "
-        f"Mean quality over that range of cost (AIQ): {said}. APGR is the share of the way from the "
-        "cheapest config's quality to the dearest one's.",
-        Table("Points of quality over cost", ("curve", "point", "cost", "quality", "on its hull"), rows, (1,),
+        f"Up and to the left is better. Where the bank's line lies above the dashed one, choosing by query pays off. "
+        f"Mean quality over the range of cost (AIQ): {said}. APGR, the average performance gap recovered, is 0 for the "
+        "quality of the cheapest config and 1 for that of the most expensive one.",
+        Table("Points of the curves", ("curve", "point", "cost", "quality", "on the hull"), rows, (1,),
               sortable=True),
     )  # fmt: skip
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share seen in n (Wilson 1927)."""
+    """The 95 % confidence interval of a share observed in n trials (Wilson 1927)."""
     z2 = NORMAL_95**2
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     reach = NORMAL_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
@@ -71,7 +73,9 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def reliability_figure(calibration: dict[str, Any] | None) -> Figure | None:
-    """Foretold probabilities beside the shares that came, on the diagonal where confidence keeps its word."""
+    """Reliability diagram: observed shares over predicted probabilities; a calibrated confidence lies on the diagonal.
+    None if too few patterns act.
+    """
     if calibration is None:
         return None
     foretold, seen, patterns = calibration["foretold"], calibration["seen"], calibration["patterns"]
@@ -79,34 +83,34 @@ def reliability_figure(calibration: dict[str, Any] | None) -> Figure | None:
     sizes = [patterns // bins + (one < patterns % bins) for one in range(bins)]
     ends = [wilson(share, n) for share, n in zip(seen, sizes, strict=True)]
     frame = Frame(
-        linear_axis("probability foretold that a pattern beats the default", [0.0, 1.0]),
-        linear_axis("share of patterns that did", [0.0, 1.0]),
+        linear_axis("predicted probability that a pattern beats the default", [0.0, 1.0]),
+        linear_axis("observed share of patterns that do", [0.0, 1.0]),
         height=340.0,
     )
     frame.line([0, 1], [0, 1], "theirs")
     frame.whiskers(foretold, [low for low, _ in ends], [high for _, high in ends], "ours")
-    frame.dots(foretold, seen, "ours", [f"foretold {told:.2f}, came {came:.2f}, of {n} patterns"
+    frame.dots(foretold, seen, "ours", [f"predicted {told:.2f}, observed {came:.2f}, {n} patterns"
                                         for told, came, n in zip(foretold, seen, sizes, strict=True)])  # fmt: skip
     kept = calibration["ece"] <= calibration["chance"]
     said = (
-        f"Calibration error (ECE) {number(calibration['ece'], 3)}: {'within' if kept else 'over'} the "
-        f"{number(calibration['chance'], 3)} that chance alone gives in 95 % of cases where every probability is "
-        f"right. Brier score {number(calibration['brier'], 3)}."
+        f"Expected calibration error (ECE) {number(calibration['ece'], 3)}: {'within' if kept else 'over'} "
+        f"{number(calibration['chance'], 3)}, the 95 % quantile by chance alone if every probability is right. Brier "
+        f"score {number(calibration['brier'], 3)}."
     )
     rows = [
         (str(one + 1), str(n), number(told, 3), number(came, 3), f"{low:.2f} to {high:.2f}")
         for one, (n, told, came, (low, high)) in enumerate(zip(sizes, foretold, seen, ends, strict=True))
     ]
     return Figure(
-        "Does confidence keep its word?",
+        "Is the confidence calibrated?",
         frame.render("Reliability of confidence", said),
         (
             (
                 swatch("circle", "ours"),
-                f"a tenth of the {patterns} patterns with {LEAST_QUERIES} queries or more it acts on, 95 % interval",
+                f"a tenth of the {patterns} patterns with {LEAST_QUERIES} or more queries it acts on, 95 % interval",
             ),
-            (stroke("theirs"), "every probability right"),
+            (stroke("theirs"), "perfect calibration"),
         ),
         said,
-        Table("Reliability by group", ("group", "patterns", "foretold", "came", "95 % interval"), rows),
+        Table("Reliability by group", ("group", "patterns", "predicted", "observed", "95 % interval"), rows),
     )

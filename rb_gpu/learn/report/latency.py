@@ -1,7 +1,7 @@
-"""Latency of what the verdicts recommend beside the default's, from the evidence's histograms.
+"""Latency under the recommended configs compared with the default's, from the histograms in the evidence.
 
-A pattern counts with its trajectories, whichever config these ran under: the two curves are of the same traffic.
-Suffixes: P leaves, B latency bins.
+Each pattern is weighted by all its trajectories, whatever config they ran under, so that both curves describe the same
+traffic. Suffixes: P leaves, B latency bins.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ EDGES_US = np.exp2(np.arange(LATENCY_BINS + 1) / BINS_PER_OCTAVE)
 
 @dataclass(frozen=True)
 class Mixture:
-    """name: which patterns are mixed. default_B, chosen_B: shares of their traffic by bin, each summing to 1."""
+    """The latency of several patterns together. name: which patterns. default_B, chosen_B: share of their traffic in
+    each bin, under the default and under the recommended configs; each sums to 1.
+    """
 
     name: str
     default_B: Floats
@@ -32,8 +34,8 @@ class Mixture:
 
 
 def mixtures(bank: ReasoningBank) -> list[Mixture]:
-    """Of all patterns first, then of those in which each of the most recommended configs is; none where no pattern was
-    tried under both.
+    """One mixture of all patterns, then one for each of the most recommended configs, of the patterns in which it is
+    recommended. Only patterns with trajectories under both configs count; empty if there are none.
     """
     arrays, leaves, default = bank.data.arrays, bank.data.leaves, bank.data.default
     hist_PCB, chosen_P = arrays["evidence_latency_hist"], arrays["verdict_config"]
@@ -59,14 +61,14 @@ def mixtures(bank: ReasoningBank) -> list[Mixture]:
 
 
 def quantile_us(share_B: Floats, level: float) -> float:
-    """Latency in µs under which that share lies; log-linear inside a bin, as in Evidence.latency_quantile."""
+    """The latency in µs below which a share `level` lies; log-linear inside a bin, as Evidence.latency_quantile is."""
     running = np.concatenate([[0.0], np.cumsum(share_B)])
     octaves = np.interp(level * running[-1], running, np.arange(LATENCY_BINS + 1) / BINS_PER_OCTAVE)
     return float(np.exp2(octaves))
 
 
 def latency_figures(bank: ReasoningBank) -> list[Figure]:
-    """A histogram of each mixture, all on one scale."""
+    """One histogram per mixture, all on the same scale."""
     found = mixtures(bank)
     if not found:
         return []
@@ -79,7 +81,7 @@ def latency_figures(bank: ReasoningBank) -> list[Figure]:
 
 def _figure(one: Mixture, edges_us: list[float], bins: slice, top: float) -> Figure:
     frame = Frame(
-        log_axis("latency, bins of half an octave", edges_us[0], edges_us[-1], latency),
+        log_axis("latency, half-octave bins", edges_us[0], edges_us[-1], latency),
         linear_axis("share of trajectories", [0.0, top], percent0),
         height=250.0,
     )
@@ -87,17 +89,17 @@ def _figure(one: Mixture, edges_us: list[float], bins: slice, top: float) -> Fig
     frame.steps(edges_us, one.chosen_B[bins].tolist(), "ours")
     rows = [
         (name, *(milliseconds(quantile_us(share_B, level)) for level in QUANTILES))
-        for name, share_B in (("default", one.default_B), ("as the verdicts say", one.chosen_B))
+        for name, share_B in (("default", one.default_B), ("as recommended", one.chosen_B))
     ]
     head = ("config", *(f"p{100 * level:g} ms" for level in QUANTILES))
     return Figure(
         one.name,
         frame.render(f"Latency. {one.name}", "Share of trajectories by latency under the default and as recommended."),
-        ((stroke("theirs area"), "default"), (stroke("ours"), "as the verdicts say")),
+        ((stroke("theirs area"), "default"), (stroke("ours"), "as recommended")),
         table=Table(f"Quantiles of latency. {one.name}", head, rows),
     )
 
 
 def percent0(share: float) -> str:
-    """For an axis."""
+    """A share as a whole percentage, for an axis."""
     return percent(share, 0)

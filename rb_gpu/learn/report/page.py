@@ -1,4 +1,4 @@
-"""The templates of pages that need no network, and the digest by which a page lets its own script run and no other."""
+"""The templates of the self-contained pages, and the digest with which a page allows its own script and no other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rb_gpu.learn.report.formats import sentence
 
 
 def templates() -> Environment:
-    """Every text that comes from data is escaped where it enters one."""
+    """The Jinja environment of the pages. It escapes every text that enters a template."""
     environment = Environment(
         loader=PackageLoader("rb_gpu.learn", "report"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -21,6 +21,6 @@ def templates() -> Environment:
 
 
 def script_digest(environment: Environment) -> str:
-    """sha256 of the script of the pages, base64, as a content security policy names it."""
+    """Base64 of the sha256 of the pages' script, as a content security policy expects it."""
     script = environment.get_template("page.js").render()
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""The patterns and their verdicts: the map, the table, the tree.
+"""The patterns and their verdicts: the map, the table and the tree.
 
 Suffixes: A patterns of all levels (leaves first), P leaves, C configs.
 """
@@ -18,33 +18,36 @@ from rb_gpu.learn.projection import Projection
 from rb_gpu.learn.report.formats import UNKNOWN, count, counted, interval, milliseconds, number, percent, short, signed
 from rb_gpu.learn.report.pieces import Figure, Table
 
-# marks on the map, by support; more would hide each other
+# the map shows this many of the largest patterns; more marks would hide each other
 MAP_PATTERNS = 600
-# rows of the table, and leaves of the tree: 4,096 are shown whole, and a page of 5 MB still opens at once
+# limit of the table's rows and the tree's leaves: a bank of 4,096 is shown whole, as a page of 5 MB that opens at once
 LISTED_PATTERNS = 5000
 DEFAULT_STANDS = "default stands"
 P_VALUES = ("adjusted", "sequential")
-# what a verdict's probability is of, by what is maximised
+# head of the column of the verdicts' probability, by objective
 PROBABILITY = {"utility": "P(better)", "bound": "P(better, in bounds)", "floor": "P(reaches target)"}
 
 
 @dataclass(frozen=True)
 class Styles:
-    """How verdicts look: the most recommended configs have a style and a shape each, all others share one."""
+    """How verdicts look. The most recommended configs have their own style and shape; all others share one.
+
+    styles, shapes: by config id. patterns: how many patterns each config is recommended in, by config id, most first.
+    """
 
     styles: dict[int, str]
     shapes: dict[int, str]
     patterns: dict[int, int]
 
     def of(self, config_id: int, stands: bool) -> tuple[str, str]:
-        """Style and shape of a verdict."""
+        """The style and the shape of a verdict."""
         if stands:
             return "stands", "circle"
         return self.styles.get(config_id, "rest"), self.shapes.get(config_id, "cross")
 
 
 def verdict_styles(bank: ReasoningBank) -> Styles:
-    """By how many patterns each config is recommended in."""
+    """Gives styles and shapes to the configs that are recommended in the most patterns."""
     arrays = bank.data.arrays
     config, times = np.unique(arrays["verdict_config"][arrays["verdict_stands"] == 0], return_counts=True)
     order = np.argsort(-times, kind="stable")
@@ -57,7 +60,7 @@ def verdict_styles(bank: ReasoningBank) -> Styles:
 
 
 def map_figure(bank: ReasoningBank, projection: Projection) -> Figure:
-    """Where the patterns lie, largest first, over a sample of their queries; both by verdict."""
+    """The patterns in two dimensions over a sample of their queries, both styled by verdict."""
     arrays, styles = bank.data.arrays, verdict_styles(bank)
     leaves = bank.data.leaves
     config_P, stands_P = arrays["verdict_config"], arrays["verdict_stands"] == 1
@@ -66,7 +69,7 @@ def map_figure(bank: ReasoningBank, projection: Projection) -> Figure:
     look_P = [styles.of(int(c), bool(s)) for c, s in zip(config_P, stands_P, strict=True)]
     every = np.concatenate([projection.centroids_P2, projection.queries_S2])
     low, high = every.min(0), every.max(0)
-    # one scale for both axes: distances would else not compare
+    # both axes have one scale, so that distances can be compared
     longest = max(float((high - low).max()), 1e-9)
     width, height = 1.06 * longest, 1.06 * max(float(high[1] - low[1]), 0.3 * longest)
     x, y = (
@@ -96,24 +99,24 @@ def map_figure(bank: ReasoningBank, projection: Projection) -> Figure:
         legend.append((swatch("cross", "rest"), f"another config: {rest}"))
     left_out = f" The {MAP_PATTERNS} largest of {count(leaves)} patterns are drawn." if leaves > MAP_PATTERNS else ""
     said = (
-        f"Marks are patterns, larger with more trajectories; specks are {count(len(projection.queries_S2))} of the "
-        f"training queries. The two axes are those along which patterns differ most; they hold "
-        f"{percent(projection.share)} of the queries' variance, so that patterns that overlap here may lie far "
-        f"apart.{left_out}"
+        f"Each mark is a pattern, larger if it has more trajectories; the small dots are "
+        f"{count(len(projection.queries_S2))} of the training queries. The axes are the two directions along which "
+        f"patterns differ most; they explain {percent(projection.share)} of the queries' variance, so patterns that "
+        f"overlap here may lie far apart.{left_out}"
     )
     return Figure("Map of the patterns", frame.render("Map of the patterns by verdict", said), tuple(legend), said)
 
 
 def _told(bank: ReasoningBank) -> list[str]:
-    """What each leaf's verdict says."""
+    """The verdict of each leaf in words: the recommended config, or that the default stands."""
     names = [bank.configs.describe(config_id) for config_id in range(len(bank.configs))]
     verdicts = (bank.data.arrays[f"verdict_{name}"].tolist() for name in ("config", "stands"))
     return [DEFAULT_STANDS if stands else names[config_id] for config_id, stands in zip(*verdicts, strict=True)]
 
 
 def rivals(bank: ReasoningBank) -> npt.NDArray[np.int64]:
-    """(P,) the config that each leaf's verdict is about: the recommended one, or where the default stands the likeliest
-    to beat it.
+    """(P,) the config that each leaf's verdict is about: the recommended one or, if the default stands, the one that is
+    most likely to beat it.
     """
     arrays, default = bank.data.arrays, bank.data.default
     other_PC = arrays["probability"][: bank.data.leaves].copy()
@@ -122,8 +125,8 @@ def rivals(bank: ReasoningBank) -> npt.NDArray[np.int64]:
 
 
 def verdict_table(bank: ReasoningBank) -> Table:
-    """One row a leaf: those that act first, then by support. Where the default stands, the row tells of the config that
-    came nearest to beating it, if the method has a posterior.
+    """One row per leaf: first those in which a config is recommended, then the others, each by support. If the default
+    stands and the method has a posterior, the row shows the config that is most likely to beat the default.
     """
     arrays, leaves = bank.data.arrays, bank.data.leaves
     rival_P, support_P = rivals(bank), arrays["support"][:leaves]
@@ -156,7 +159,7 @@ def verdict_table(bank: ReasoningBank) -> Table:
             milliseconds(float(arrays["latency_us"][leaf])),
         ))  # fmt: skip
     head = (
-        "pattern", "verdict", "config", "gain (utility)", f"{signed(ends[0], 3)} to {signed(ends[1], 3)}, rule: 0",
+        "pattern", "verdict", "config", "gain (utility)", f"{signed(ends[0], 3)} to {signed(ends[1], 3)}, line at 0",
         "95 % interval", PROBABILITY[bank.data.objective.kind], "trajectories", "p adjusted", "p any night", "mean ms",
     )  # fmt: skip
     return Table("Verdicts", head, rows, words=(1, 2), drawn=(4,), sortable=True)
@@ -164,8 +167,8 @@ def verdict_table(bank: ReasoningBank) -> Table:
 
 @dataclass(frozen=True)
 class Node:
-    """A pattern in the tree. leaves, acting: how many leaves it has, itself one of them where it is a leaf, and on how
-    many another config than the default is recommended. share: of all trajectories.
+    """A pattern in the tree. leaves: number of leaves below it; 1 for a leaf. acting: number of those for which a
+    config other than the default is recommended. share: its share of all trajectories. told: a leaf's verdict.
     """
 
     pattern_id: int
@@ -179,7 +182,9 @@ class Node:
 
 
 def tree(bank: ReasoningBank) -> list[Node]:
-    """The patterns of the top level with all below them, each level by support; over LISTED_PATTERNS without leaves."""
+    """The patterns of the top level with all those below them, siblings by support. If there are more than
+    LISTED_PATTERNS leaves, they are left out.
+    """
     arrays, leaves = bank.data.arrays, bank.data.leaves
     styles = verdict_styles(bank)
     total, told_P = max(int(arrays["support"][:leaves].sum()), 1), _told(bank)
@@ -203,23 +208,23 @@ def tree(bank: ReasoningBank) -> list[Node]:
 
 
 def left_out(bank: ReasoningBank) -> str:
-    """What the table and the tree do not show; empty where they show all."""
+    """What the table and the tree leave out; empty if they show all patterns."""
     if bank.data.leaves <= LISTED_PATTERNS:
         return ""
     return (
-        f"Of {count(bank.data.leaves)} patterns the table lists {count(LISTED_PATTERNS)}, those that act first, then "
-        "those with most trajectories; the tree ends above the leaves. The bank holds all: bank.verdicts."
+        f"The table lists {count(LISTED_PATTERNS)} of {count(bank.data.leaves)} patterns: first those that act, then "
+        "those with the most trajectories. The tree leaves out the leaves. bank.verdicts has them all."
     )
 
 
 def pattern_counts(facts: dict[str, Any]) -> str:
-    """How many patterns there are and what they say, and why where that is nothing."""
+    """How many patterns there are, from what data, for how many a config is recommended, and if for none, why."""
     counts, why = facts["counts"], facts.get("why_default_stands")
     levels = ", ".join(count(level) for level in counts["levels"])
     return (
         f"{counted(counts['patterns'], 'pattern')} from {count(counts['trajectories'])} trajectories of "
-        f"{count(counts['queries'])} queries under {counted(counts['configs'], 'config')}. On "
-        f"{count(counts['verdicts'])} another config than the default is recommended, on "
+        f"{count(counts['queries'])} queries under {counted(counts['configs'], 'config')}. For "
+        f"{count(counts['verdicts'])} a config other than the default is recommended; for "
         f"{count(counts['default_stands'])} the default stands{': ' + why if why else ''}. "
         f"Patterns by level, leaves first: {levels}."
     )

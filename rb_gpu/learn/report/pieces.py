@@ -1,4 +1,4 @@
-"""What a section of the report is made of. The templates turn it into HTML, and escape every text that is no Markup."""
+"""The building blocks of a section of the report. The templates turn them into HTML and escape all text but Markup."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from markupsafe import Markup
 
 @dataclass(frozen=True)
 class Table:
-    """label: what a screen reader calls it. head: names of the columns with their units. words: columns of text, which
-    stand at the left, as the first always does. drawn: columns of drawings, which nobody sorts by.
+    """A table. label: its caption, also for screen readers. head: the columns' names with units. words: indices of text
+    columns, which are left-aligned, as the first always is. drawn: indices of columns of drawings, which cannot be
+    sorted by.
     """
 
     label: str
@@ -24,7 +25,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing, what its marks stand for, how to read it, and the same numbers as a table where they are few."""
+    """A drawing with a legend, a note on how to read it and, if they are few, its numbers as a table."""
 
     caption: str
     drawing: Markup
@@ -35,7 +36,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that may be wrong. state: good, bad, or none where nothing can be said. section: where more is said."""
+    """One thing that may be wrong. state: good, bad, or none if unknown. section: id of the section with details."""
 
     state: str
     name: str

@@ -1,4 +1,4 @@
-"""The run behind the bank, from the manifest's facts: drift, data, time and memory, lineage, router, settings."""
+"""How the bank was made, from the manifest's facts: drift, data, time and memory, lineage, router and settings."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Facts = dict[str, Any]
 
 
 def drift_tables(drift: Facts) -> list[Table]:
-    """Shares and embeddings beside chance, then each config's change of utility."""
+    """Drift of the patterns' shares and of the embeddings, next to chance; then each config's change in utility."""
     shares, embeddings = drift["shares"], drift["embeddings"]
     asked = [
-        ("Do queries fall into the patterns in other shares?", f"PSI {number(shares['psi'], 3)}",
+        ("Have the patterns' shares of the queries changed?", f"PSI {number(shares['psi'], 3)}",
          f"PSI {number(shares['chance'], 3)} on average", short(shares["p_value"]), shares["reading"]),
-        ("Do their embeddings lie elsewhere?", f"told apart with AUC {number(embeddings['auc'], 3)}", "AUC 0.5",
+        ("Have the embeddings changed?", f"AUC {number(embeddings['auc'], 3)} of a classifier", "AUC 0.5",
          short(embeddings["p_value"]), ""),
     ]  # fmt: skip
     largest = max((abs(config["change"] or 0.0) for config in drift["outcomes"]), default=0.0)
@@ -40,8 +40,8 @@ def drift_tables(drift: Facts) -> list[Table]:
     return [
         Table("Drift of traffic", ("question", "measured", "by chance", "p", "reading"), asked, words=(1, 2, 4)),
         Table(
-            "Change of utility inside patterns, by config",
-            ("config", "change (utility)", "size, filled: q ≤ 0.01", "q", "p all patterns", "p some patterns",
+            "Change in utility within patterns, by config",
+            ("config", "change (utility)", "size (filled: q ≤ 0.01)", "q", "p all patterns", "p some patterns",
              "queries"),
             changed, drawn=(2,), sortable=True,
         ),
@@ -49,14 +49,14 @@ def drift_tables(drift: Facts) -> list[Table]:
 
 
 def data_tables(data: Facts) -> list[Table]:
-    """What was read, and bad rows by reason."""
+    """What was read, and the bad rows by reason."""
     bad, total = data["bad_rows"], data["total_rows"]
     files = data["files"]
     listed = "; ".join(files[:8]) + (f"; and {len(files) - 8} more" if len(files) > 8 else "")
     facts = [
         ("path", data["path"] or UNKNOWN), ("files", f"{count(len(files))}: {listed}" if files else UNKNOWN),
         ("rows read", count(total)), ("bad rows", f"{count(sum(bad.values()))} ({percent(_share(bad, total), 3)})"),
-        ("oldest to newest row learned from",
+        ("time of the training rows",
          f"{date(data['oldest_timestamp'])} to {date(data['newest_timestamp'])} UTC"),
         ("fingerprint of the good rows", data["fingerprint"] or UNKNOWN),
     ]  # fmt: skip
@@ -74,7 +74,7 @@ def _share(bad: dict[str, int], total: int) -> float | None:
 
 
 def timing_table(facts: Facts) -> Table:
-    """Wall seconds by stage, and peak memory where it was measured."""
+    """Wall seconds of each stage, and the peak memory if it was measured."""
     seconds, memory = facts["seconds"], facts.get("memory_mb") or {}
     total, longest = sum(seconds.values()), max(seconds.values(), default=0.0)
     most = max(memory.values(), default=0.0)
@@ -92,7 +92,7 @@ def timing_table(facts: Facts) -> Table:
 
 
 def lineage_table(lineage: Facts) -> Table:
-    """How many patterns stayed, split, merged, were born and ended, and which."""
+    """How many patterns were kept, split, merged, born and retired, and their ids."""
 
     def pairs(groups: dict[str, list[int]], arrow: str) -> str:
         return "; ".join(f"{one} {arrow} {', '.join(map(str, others))}" for one, others in groups.items())
@@ -110,12 +110,12 @@ def lineage_table(lineage: Facts) -> Table:
         (fate, count(counts[fate]), bar(counts[fate], most), Markup("<span class=ids>{}</span>").format(ids))
         for fate, ids in listed.items()
     ]
-    return Table("Patterns of all levels beside the parent's", ("fate", "patterns", "size", "ids, up to a hundred"),
+    return Table("Patterns of all levels compared with the parent's", ("fate", "patterns", "size", "ids, at most 100"),
                  rows, words=(3,), drawn=(2,))  # fmt: skip
 
 
 def router_figure(router: Facts | None) -> Figure | None:
-    """The router's losses by epoch."""
+    """The router's training and validation loss by epoch. None if there is no router."""
     if router is None:
         return None
     train, valid, best = router["train_loss"], router["valid_loss"], router["best_epoch"]
@@ -131,27 +131,27 @@ def router_figure(router: Facts | None) -> Figure | None:
         "How the router learned",
         frame.render("Loss of the router by epoch", f"Best epoch {best}, loss {short(valid[best])}."),
         (
-            (stroke("theirs"), "queries it learned from"),
-            (stroke("ours"), "queries kept back"),
-            (swatch("circle", "ours"), f"best epoch, {best}, whose weights it has"),
+            (stroke("theirs"), "training queries"),
+            (stroke("ours"), "validation queries"),
+            (swatch("circle", "ours"), f"best epoch, {best}, whose weights are used"),
         ),
-        "Loss: mean squared error of utilities, in squared standard deviations. Loss on queries kept back "
-        f"{short(valid[best])}. Its confidence is {calibrated}.",
+        "Loss: mean squared error of utilities, in squared standard deviations. Validation loss "
+        f"{short(valid[best])}. The router's confidence is {calibrated}.",
     )
 
 
 def settings_tables(config: Facts) -> tuple[Table, Table]:
-    """What was set otherwise than the schema's default, and every setting."""
+    """The settings that differ from the schema's defaults, and all settings."""
     usual, now = (dict(_flat(one)) for one in (asdict(TrainConfig()), config))
     changed = [(key, value, usual.get(key, UNKNOWN)) for key, value in now.items() if value != usual.get(key)]
     return (
-        Table("Set otherwise than the default", ("setting", "value", "default"), changed, words=(1, 2)),
+        Table("Settings that differ from their defaults", ("setting", "value", "default"), changed, words=(1, 2)),
         Table("All settings", ("setting", "value"), list(now.items()), words=(1,)),
     )
 
 
 def found_table(bank: ReasoningBank, facts: Facts) -> Table:
-    """What the settings that were left to the job came to."""
+    """The values that the job chose for settings that are auto."""
     config, lookup, objective = facts["config"], bank.data.lookup, bank.data.objective
     margin = bank.data.arrays["margin"]
     least, most = short(float(margin.min())), short(float(margin.max()))
@@ -169,9 +169,9 @@ def found_table(bank: ReasoningBank, facts: Facts) -> Table:
     }
     asked = dict(_flat(config))
     rows = [(key, value) for key, value in found.items() if asked.get(key) == "auto" and value]
-    rows.append(("references of latency and cost", f"{short(objective.latency_ref_us, 4)} µs and "
+    rows.append(("latency and cost references", f"{short(objective.latency_ref_us, 4)} µs and "
                  f"{short(objective.cost_ref, 4)}"))  # fmt: skip
-    return Table("Worked out by the job", ("setting", "value"), rows, words=(1,))
+    return Table("Chosen by the job", ("setting", "value"), rows, words=(1,))
 
 
 def _days(half_life: float | None) -> str:

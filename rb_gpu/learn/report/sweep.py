@@ -1,4 +1,4 @@
-"""The page of a sweep: every run with its gain drawn beside it, sortable, and which one is best."""
+"""The page of a sweep: a sortable table of all runs with their gains drawn, and which run is best."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from rb_gpu.learn.sweep import Member, best_of, told_apart, verdict
 
 
 def render_sweep(name: str, members: Sequence[Member]) -> str:
-    """A self-contained page like the artifact's report. name: of the sweep's folder."""
+    """The page as HTML, self-contained like the artifact's report. name: of the sweep's folder."""
     environment = templates()
     best, settings = best_of(members), told_apart(members)
     valued = [one for one in members if one.error is None]
     return environment.get_template("sweep.html").render(
         script_digest=script_digest(environment),
         name=name,
-        headline=f"{len(valued)} of {len(members)} runs"
-        + ("" if best is None else f", the best with {settings[best.folder]}"),
+        headline=f"{len(valued)} of {len(members)} runs succeeded"
+        + ("" if best is None else f"; best: {settings[best.folder]}"),
         said=verdict(members),
         runs=_table(members),
         served=next((one.served for one in valued), "default"),
@@ -51,6 +51,6 @@ def _table(members: Sequence[Member]) -> Table:
         )
         for one in sorted(members, key=lambda one: -one.gain if math.isfinite(one.gain) else math.inf)
     ]
-    head = ("settings", "gain", "95 % interval", f"{signed(ends[0], 3)} to {signed(ends[1], 3)}, rule: 0", "utility",
+    head = ("settings", "gain", "95 % interval", f"{signed(ends[0], 3)} to {signed(ends[1], 3)}, line at 0", "utility",
             "gate", "patterns", "verdicts", "seconds", "time", "peak MiB", "run")  # fmt: skip
     return Table("Runs by gain", head, rows, words=(5,), drawn=(3, 9), sortable=True)

@@ -1,6 +1,6 @@
-"""What each policy is worth on the held-out queries, and what is wrong with these values.
+"""The value of each policy on the held-out queries, and reasons to doubt these values.
 
-`evaluation` is what policy.Evaluation holds, as plain values of the manifest: None is a number that is not known.
+`evaluation` has the fields of policy.Evaluation as plain values of the manifest; None stands for an unknown number.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from rb_gpu.learn.report.formats import UNKNOWN, count, interval, milliseconds, 
 from rb_gpu.learn.report.pieces import Table
 from rb_gpu.registry import CHAMPION
 
-# whose intervals make the scale: what lies far off, as hindsight does, would make all these look alike
+# the policies whose intervals set the scale: one far off, such as the oracle, would make the others look alike
 COMPARED = ("default", SINGLE, "bank", CHAMPION)
 
 
 def policy_tables(evaluation: dict[str, Any]) -> list[Table]:
-    """Each policy's utility and the bank's gain over it, both drawn; then what it costs and whom it touches."""
+    """A table of each policy's utility and the bank's gain over it, both drawn; one of quality, cost, latency and harm;
+    and one of other estimators if values are estimated.
+    """
     values, gains = evaluation["values"], evaluation["bank_gains"]
     ends = _ends([(value["low"], value["high"]) for value in values if value["name"] in COMPARED])
     gain_ends = _ends([(0.0, 0.0), *((gain["low"], gain["high"]) for name, gain in gains.items() if name in COMPARED)])
@@ -49,8 +51,8 @@ def policy_tables(evaluation: dict[str, Any]) -> list[Table]:
     tables = [
         Table(
             "Utility of each policy on held-out queries",
-            ("policy", "utility", f"{number(ends[0], 3)} to {number(ends[1], 3)}, rule: default", "95 % interval",
-             "bank's gain over it", f"{signed(gain_ends[0], 3)} to {signed(gain_ends[1], 3)}, rule: 0",
+            ("policy", "utility", f"{number(ends[0], 3)} to {number(ends[1], 3)}, line at default", "95 % interval",
+             "bank's gain over it", f"{signed(gain_ends[0], 3)} to {signed(gain_ends[1], 3)}, line at 0",
              "95 % interval of the gain"),
             worth, drawn=(2, 5), sortable=True,
         ),
@@ -73,7 +75,7 @@ def policy_tables(evaluation: dict[str, Any]) -> list[Table]:
 
 
 def _ends(intervals: list[tuple[float | None, float | None]]) -> tuple[float, float]:
-    """A scale that holds all intervals, and half as much again on both sides for what is near them."""
+    """The ends of a scale that covers all intervals, with half their range added on each side for values nearby."""
     known = [end for pair in intervals for end in pair if end is not None]
     low, high = min(known, default=0.0), max(known, default=1.0)
     room = (high - low) / 2 or 0.5
@@ -81,7 +83,7 @@ def _ends(intervals: list[tuple[float | None, float | None]]) -> tuple[float, fl
 
 
 def doubts(evaluation: dict[str, Any]) -> list[str]:
-    """What is wrong with the propensities or the want of them, and which policies have no value and why."""
+    """The warnings about propensities, logged or missing, and why some policies have no value."""
     unknown = [f"{value['name']} has no value: {value['unknown']}" for value in evaluation["values"]
                if value["unknown"]]  # fmt: skip
     return [*evaluation["warnings"], *unknown]
