@@ -128,8 +128,8 @@ def believe(
     effect, variance = effects(judged, objective.direction, default, apart)
     gain, gain_variance, root_variance = pool(effect, variance, parents, tested=True, gated=field is not None)
     if field is not None:
-        foretold, foretold_variance, root_variance = _foretold(field, objective.direction, default)
-        gain, gain_variance = gain + foretold, gain_variance + foretold_variance
+        predicted, predicted_variance, root_variance = _predicted(field, objective.direction, default)
+        gain, gain_variance = gain + predicted, gain_variance + predicted_variance
     gain[:, default], gain_variance[:, default] = 0.0, 0.0
     configs = len(root_variance)
     if isinstance(margin, str):
@@ -199,7 +199,7 @@ def surely_better(field: Field, objective: Objective, default: int) -> bool:
     return bool(normal_cdf(-z_C.max()) * max(len(z_C) - 1, 1) < FAMILY_ERROR)
 
 
-def _foretold(field: Field, direction_O: Floats, default: int) -> tuple[Floats, Floats, Floats]:
+def _predicted(field: Field, direction_O: Floats, default: int) -> tuple[Floats, Floats, Floats]:
     """The field's predicted gain of every leaf (P + 1, C), its variance, and the variance of the overall gain (C,).
 
     The overall gains of all configs are shrunk towards 0 together (James & Stein 1961, with τ² by the method of

@@ -19,12 +19,12 @@ from rb_gpu.learn.valuation import Valuation, held_out_outcomes  # noqa: E402
 
 def test_a_right_confidence_is_called_calibrated_and_a_boast_is_not():
     rng = np.random.default_rng(6)
-    foretold = rng.uniform(0.5, 1, 600)
-    right = compare(foretold, rng.random(600) < foretold, 0)
+    predicted = rng.uniform(0.5, 1, 600)
+    right = compare(predicted, rng.random(600) < predicted, 0)
     assert right.ece <= right.chance < 0.1 and right.patterns == 600
-    boast = compare(foretold, rng.random(600) < 0.5, 0)
+    boast = compare(predicted, rng.random(600) < 0.5, 0)
     assert boast.ece > 2 * boast.chance and boast.brier > right.brier
-    assert np.mean(boast.foretold) - np.mean(boast.seen) == pytest.approx(boast.ece, abs=0.05)
+    assert np.mean(boast.predicted) - np.mean(boast.seen) == pytest.approx(boast.ece, abs=0.05)
 
 
 @pytest.mark.parametrize("boast", [1.0, 20.0], ids=["right", "boasting"])
@@ -87,12 +87,12 @@ def test_of_many_queries_the_held_out_means_error_is_added_to_the_confidences():
     found = measure_calibration(valuation, choice, default, leaf, promise, 0)
     gain = (quality.reshape(-1, 6)[:, 1] - quality.reshape(-1, 6)[:, 0]).astype(float)
     error = np.array([sem(gain[leaf == p]) for p in range(10)])
-    foretold = norm.cdf((expected - margin) / np.hypot(sd, error))
-    order = np.argsort(foretold)
-    assert found is not None and found.foretold == pytest.approx(foretold[order].tolist(), rel=1e-4)
+    predicted = norm.cdf((expected - margin) / np.hypot(sd, error))
+    order = np.argsort(predicted)
+    assert found is not None and found.predicted == pytest.approx(predicted[order].tolist(), rel=1e-4)
     seen = np.array([gain[leaf == p].mean() > margin for p in range(10)])
     assert found.seen == seen[order].tolist()
-    assert found.brier == pytest.approx(np.mean((foretold - seen) ** 2), rel=1e-4)
+    assert found.brier == pytest.approx(np.mean((predicted - seen) ** 2), rel=1e-4)
     # None for too few patterns to fill the bins, a policy that never acts, and values that are only associational
     assert measure_calibration(valuation, choice, default, leaf % 9, promise, 0) is None
     assert measure_calibration(valuation, default, default, leaf, promise, 0) is None

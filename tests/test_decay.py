@@ -91,8 +91,8 @@ def test_gain_and_error_are_those_of_brute_force():
             for i in np.flatnonzero(keep[start:stop]) + start:
                 same, config = cell[:start] == cell[i], cell[:start] % configs == cell[i] % configs
                 root = (w * utility[:start])[config].sum() / w[config].sum()
-                foretold = ((w * utility[:start])[same].sum() + prior * root) / (w[same].sum() + prior)
-                lost += weight[i] * (utility[i] - foretold) ** 2
+                predicted = ((w * utility[:start])[same].sum() + prior * root) / (w[same].sum() + prior)
+                lost += weight[i] * (utility[i] - predicted) ** 2
                 seen += weight[i]
         return lost, seen
 

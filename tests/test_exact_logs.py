@@ -74,7 +74,7 @@ def test_what_is_better_in_every_repeat_is_chosen(kinds, log):
 
 @pytest.mark.parametrize("log", LOGS)
 def test_a_config_that_is_better_by_as_much_everywhere_is_chosen(log):
-    # its level was foretold without an error, which was taken for no knowledge, and so no choice was sure to pay
+    # its level was predicted without an error, which was taken for no knowledge, and so no choice was sure to pay
     worth_KC = np.tile([0.2, 0.2, 0.3], (12, 1))
     chosen, confidence = answers(learned(repeats(worth_KC, 30, log), 12), 12)
     assert chosen == [2] * 12 and (confidence > 0.99).all()

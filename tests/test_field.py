@@ -66,7 +66,7 @@ def test_leave_one_out_errors_are_those_of_refits():
         assert found[left] == pytest.approx(y[left] - np.append(1.0, x[left]) @ coef, rel=1e-9)
 
 
-def test_a_row_is_foretold_without_all_rows_of_its_query():
+def test_a_row_is_predicted_without_all_rows_of_its_query():
     # regression: with only the row itself left out, the other rows of its query predicted the query's own deviation,
     # and 13 % of the worlds in which no config is better passed the gate
     rng = np.random.default_rng(1)
@@ -82,7 +82,7 @@ def test_a_row_is_foretold_without_all_rows_of_its_query():
         assert found[left] == pytest.approx(y[left] - np.append(1.0, x[left]) @ coef, rel=1e-9)
 
 
-def test_a_second_regression_foretells_a_row_whose_query_neither_has_seen():
+def test_a_second_regression_predicts_a_row_whose_query_neither_has_seen():
     # regression: the first regression had seen the row, so that where outcomes were high, residuals nearby were low
     rng = np.random.default_rng(9)
     for times in (1, 2):
@@ -108,7 +108,7 @@ def test_a_second_regression_foretells_a_row_whose_query_neither_has_seen():
         errors = {}
         for slope in (0, 1):
             solved = own[slope].solve(left)
-            foretold = {
+            predicted = {
                 name: left[:, 0] - task.errors(slope, solved, ridge)[:, 0]
                 for name, task in (("unheard", Task(own, left, missed)), ("heard", Task(own, left)))
             }
@@ -119,7 +119,7 @@ def test_a_second_regression_foretells_a_row_whose_query_neither_has_seen():
                 mean, products = again.solve(rest)
                 coef = again.vectors_FE @ (products[:, 0] * again.shrunk_EL[:, ridge])
                 refit = float(mean[0] + (tensor(features[slope][query[row]]) - again.mean_F) @ coef)
-                for name, said in foretold.items():
+                for name, said in predicted.items():
                     errors.setdefault(name, []).append(float(said[at]) - refit)
         assert np.abs(errors["unheard"]).mean() < (0.1 if times == 1 else 0.3) * np.abs(errors["heard"]).mean()
 
@@ -295,7 +295,7 @@ def test_what_tells_configs_apart_has_a_ridge_of_its_own():
     assert found.coefs[0].mean(1).numpy() == pytest.approx(together.coefs[0].mean(1).numpy(), abs=0.1)
 
 
-def test_a_query_of_a_full_table_is_foretold_in_coordinates_that_do_not_know_it():
+def test_a_query_of_a_full_table_is_predicted_in_coordinates_that_do_not_know_it():
     # regression: the coordinates were fitted to the noise of all queries, and half of the predicted noise came true
     rng = np.random.default_rng(6)
     n, configs, told = 400, 9, []
@@ -515,7 +515,7 @@ def test_no_margin_near_a_leaf_and_one_near_none(bank):
     assert (lead[-1, others] < -1e-4).all()
 
 
-def test_a_place_unlike_all_queries_is_not_foretold_beyond_them(bank):
+def test_a_place_unlike_all_queries_is_not_predicted_beyond_them(bank):
     # regression: a leaf's centroid is nearer to many landmarks than any query is; unbounded, the field predicted +0.7
     # for it
     data, field = bank.data, bank.data.field
@@ -617,10 +617,10 @@ def test_a_lookup_is_told_the_kernel_regression_within_what_training_queries_wer
     x_BD = np.concatenate([field.landmarks[:20] @ field.axes, rng.normal(size=(20, data.dim))])
     cosine_BM = places(field, x_BD) @ field.landmarks.T.astype(np.float64)
     kernels_BF = np.concatenate([np.exp(slope * (cosine_BM - 1.0)) for slope in field.slopes], axis=1)
-    foretold_BC = kernels_BF @ (field.coef.astype(np.float64) @ direction)
+    predicted_BC = kernels_BF @ (field.coef.astype(np.float64) @ direction)
     ends = [end * direction for end in (field.gain_low, field.gain_high)]
     low_C, high_C = np.minimum(*ends).sum(1), np.maximum(*ends).sum(1)
-    expected_BC = np.clip(foretold_BC - foretold_BC[:, [default]], low_C, high_C)
+    expected_BC = np.clip(predicted_BC - predicted_BC[:, [default]], low_C, high_C)
     x_BD = x_BD.astype(np.float32)
     scale_B = 1.0 / np.linalg.norm(x_BD, axis=1)
     assert lookup.shifts(x_BD, scale_B)[:, :configs] == pytest.approx(expected_BC, abs=1e-5)
@@ -687,7 +687,7 @@ def test_choices_are_tried_on_more_queries_than_regressions_see(monkeypatch):
         log, leaf_Q, weight_N = table(3), np.arange(1500) % 7, torch.ones(1500)
         objective = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
         unit_QD = torch.nn.functional.normalize(torch.as_tensor(log.x_QD), dim=1)
-        found = landmarks.foretell(unit_QD, leaf_Q, log, weight_N, objective, 0, torch.device("cpu"))
+        found = landmarks.fit_field(unit_QD, leaf_Q, log, weight_N, objective, 0, torch.device("cpu"))
         return found.trial, found.unseen_NO
 
     (few, _), (many, unseen_NO) = tried(400), tried(1000)
@@ -737,7 +737,7 @@ def test_queries_in_a_narrow_cone_are_told_what_they_would_be_told_elsewhere():
         )
         weight_N = torch.ones(len(one.query_row), dtype=torch.float64)
         told.append(
-            landmarks.foretell(torch.from_numpy(one.x_QD), leaf_Q, one, weight_N, objective, 0, torch.device("cpu"))
+            landmarks.fit_field(torch.from_numpy(one.x_QD), leaf_Q, one, weight_N, objective, 0, torch.device("cpu"))
         )
     assert (told[0].slopes_S == told[1].slopes_S).all()
     assert told[1].unseen_NO.numpy() == pytest.approx(told[0].unseen_NO.numpy(), abs=0.02)

@@ -18,7 +18,7 @@ from rb_gpu.learn.field_variance import Inside, variances  # noqa: E402
 from rb_gpu.learn.proof import _root, pays  # noqa: E402
 from rb_gpu.objective import Objective  # noqa: E402
 from rb_gpu.params import ConfigTable, SearchParams  # noqa: E402
-from rb_gpu.posterior import _foretold  # noqa: E402
+from rb_gpu.posterior import _predicted  # noqa: E402
 
 CPU = torch.device("cpu")
 STEPS, QUERIES, DIM, NOISE = 9, 400, 6, 0.5
@@ -179,7 +179,7 @@ def test_configs_that_share_nothing_keep_their_own():
     assert found.coefs[0][0].numpy() == pytest.approx(slope, abs=0.1)
 
 
-def test_a_row_is_foretold_without_its_query_where_deviations_are_shared():
+def test_a_row_is_predicted_without_its_query_where_deviations_are_shared():
     place, mixed, seen, unseen, honest = np.arange(STEPS) / (STEPS - 1) - 0.5, [], [], [], []
     for seed in range(8):
         x, config, y = log(seed)
@@ -253,7 +253,7 @@ def test_a_config_that_is_worse_is_not_drawn_to_the_default():
     variance = np.zeros((5, 4))
     variance[:, 0] = np.where(np.arange(5) == 2, 0.0, 0.02)
     field = SimpleNamespace(base=base, mean=nothing, level_variance=variance, gain_variance=nothing)
-    foretold, foretold_variance, _ = _foretold(field, UTILITY.direction, 2)
-    assert foretold[0, :3] == pytest.approx(gain[:3])
-    assert (foretold[0, 3:] < 0.9 * gain[3:]).all() and (foretold[0, 3:] > 0.3 * gain[3:]).all()
-    assert foretold_variance[0, :2] == pytest.approx(0.02)
+    predicted, predicted_variance, _ = _predicted(field, UTILITY.direction, 2)
+    assert predicted[0, :3] == pytest.approx(gain[:3])
+    assert (predicted[0, 3:] < 0.9 * gain[3:]).all() and (predicted[0, 3:] > 0.3 * gain[3:]).all()
+    assert predicted_variance[0, :2] == pytest.approx(0.02)

@@ -1,4 +1,4 @@
-"""What `foretell` returns, recomputed with NumPy from its intermediate results: by query, by leaf and at the ends."""
+"""What `fit_field` returns, recomputed with NumPy from its intermediate results: by query, by leaf and at the ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from test_field import table  # noqa: E402
 
 from rb_gpu.evidence import OUTCOMES  # noqa: E402
 from rb_gpu.learn import devices, landmarks  # noqa: E402
-from rb_gpu.learn.landmarks import NUGGET, foretell, with_residuals  # noqa: E402
+from rb_gpu.learn.landmarks import NUGGET, fit_field, with_residuals  # noqa: E402
 from rb_gpu.objective import Objective  # noqa: E402
 
 QUERIES, SEEN, TRIED, LEAVES, DEFAULT = 600, 200, 300, 5, 2
@@ -28,7 +28,7 @@ def objective(kind: str) -> Objective:
 
 @pytest.fixture(scope="module")
 def world() -> SimpleNamespace:
-    """A log whose default is config 2, of which the regressions see a third, and the results of `foretell` on it."""
+    """A log whose default is config 2, of which the regressions see a third, and the results of `fit_field` on it."""
     rng = np.random.default_rng(0)
     log = table(3, n=QUERIES)
     log = replace(
@@ -51,8 +51,8 @@ def world() -> SimpleNamespace:
             landmarks, "two_slopes", lambda kernel_of, y_N: told.update(slopes_y_N=y_N) or slopes(kernel_of, y_N)
         )
         given = torch.from_numpy(unit_QD), leaf_Q, log, torch.from_numpy(weight_N)
-        floor = foretell(*given, objective("floor"), 1, torch.device("cpu"))
-        found = foretell(*given, objective("utility"), 1, torch.device("cpu"))
+        floor = fit_field(*given, objective("floor"), 1, torch.device("cpu"))
+        found = fit_field(*given, objective("utility"), 1, torch.device("cpu"))
     place_QR = unit_QD.astype(np.float64) @ found.axes_RD.T - found.centre_R
     cosine_QM = place_QR / np.linalg.norm(place_QR, axis=1, keepdims=True) @ found.landmarks_MR.T
     kernels_QF = np.concatenate([np.exp(slope * (cosine_QM - 1.0)) for slope in found.slopes_S], axis=1)
@@ -62,7 +62,7 @@ def world() -> SimpleNamespace:
     return SimpleNamespace(**locals())
 
 
-def test_rows_of_queries_that_no_regression_saw_are_foretold_by_it_and_others_without_themselves(world):
+def test_rows_of_queries_that_no_regression_saw_are_predicted_by_it_and_others_without_themselves(world):
     said_NO = world.said_QCO[np.arange(QUERIES), world.log.config_id] + world.found.base_CO[world.log.config_id]
     fitted, found = (
         [PRODUCT, *(OUTCOMES.index(name) for name in ("log2_latency", "cost"))],
@@ -144,7 +144,9 @@ def test_too_few_queries_or_one_config_have_no_field(world):
     def tried(keep, log=world.log):
         part = log.select_queries(keep)
         unit_QD = torch.from_numpy(world.unit_QD[keep])
-        return foretell(unit_QD, world.leaf_Q[keep], part, weight[: len(part)], objective("utility"), 1, unit_QD.device)
+        return fit_field(
+            unit_QD, world.leaf_Q[keep], part, weight[: len(part)], objective("utility"), 1, unit_QD.device
+        )
 
     first = np.arange(QUERIES)
     assert tried(first < 31) is None and tried(first < 32) is not None

@@ -19,7 +19,7 @@ from rb_gpu.moderation import moderated
 from rb_gpu.normal import normal_cdf
 from rb_gpu.objective import Objective, choose
 from rb_gpu.pooling import _drawn_together, paule_mandel, pool
-from rb_gpu.posterior import _foretold, believe, effects, surely_better, widest
+from rb_gpu.posterior import _predicted, believe, effects, surely_better, widest
 
 UTILITY = Objective("utility", "f1", 0.0, 0.0, 1.0, 1.0, 0.95, None, None)
 
@@ -297,7 +297,7 @@ def test_a_fields_levels_are_shrunk_together():
     # shrunk
     half = replace(UTILITY, latency_weight=0.5)
     level, variance = np.array([0.5, 0.58, 0.47, 0.9, 0.5]), np.array([0.0, 4e-4, 1e-4, 0.0, 9e-4])
-    gain, gain_variance, error = _foretold(field_of(level, variance), half.direction, 0)
+    gain, gain_variance, error = _predicted(field_of(level, variance), half.direction, 0)
     known = [1, 2, 4]
     shift = level - 0.5
     excess = sum(shift[c] ** 2 / variance[c] for c in known) - len(known)
@@ -314,7 +314,7 @@ def test_a_fields_levels_are_shrunk_together():
     field = field._replace(**{
         name: np.roll(getattr(field, name), OUTCOMES.index("log2_latency"), -1) for name in ("mean", "level_variance")
     })  # fmt: skip
-    np.testing.assert_allclose(_foretold(field, half.direction, 0)[2], 0.25 * error)
+    np.testing.assert_allclose(_predicted(field, half.direction, 0)[2], 0.25 * error)
 
 
 def test_a_query_unlike_those_learned_from_is_asked_for_a_margin_that_leaves_are_not():
@@ -398,9 +398,9 @@ def test_with_a_field_leaves_are_drawn_together():
     found = believe(evidence, [], UTILITY, 0, "auto", unexplained(field, evidence))
     effect, variance = effects(evidence.with_unknown(), UTILITY.direction, 0, 0.5)
     drawn = pool(effect, variance, [], tested=True, gated=True)
-    foretold = _foretold(field, UTILITY.direction, 0)
-    np.testing.assert_allclose(found.gain[:, 1:], (drawn[0] + foretold[0])[:, 1:])
-    np.testing.assert_allclose(found.gain_variance[:, 1:], (drawn[1] + foretold[1])[:, 1:])
+    predicted = _predicted(field, UTILITY.direction, 0)
+    np.testing.assert_allclose(found.gain[:, 1:], (drawn[0] + predicted[0])[:, 1:])
+    np.testing.assert_allclose(found.gain_variance[:, 1:], (drawn[1] + predicted[1])[:, 1:])
 
 
 def test_each_configs_scatter_is_drawn_to_that_of_all_as_far_as_chance_explains_how_they_differ():

@@ -170,9 +170,9 @@ def test_choices_by_place_of_an_experiment_need_but_seem_to_gain():
         x, config = np.sign(rng.normal(size=400)), rng.integers(2, size=400)
         y_NO = torch.zeros(400, len(OUTCOMES), dtype=torch.float64)
         y_NO[:, F1] = torch.as_tensor(effect * x * config + 0.3 * rng.normal(size=400))
-        ones, foretold_QC = torch.ones(400, dtype=torch.float64), torch.as_tensor(np.c_[0.0 * x, 0.03 * x])
+        ones, predicted_QC = torch.ones(400, dtype=torch.float64), torch.as_tensor(np.c_[0.0 * x, 0.03 * x])
         rows = Rows(torch.arange(400), torch.as_tensor(config), ones, ones, 400, 2)
-        told = Fit([], foretold_QC[0], foretold_QC[rows.query_N, rows.config_N], foretold_QC, True, ones, {})
+        told = Fit([], predicted_QC[0], predicted_QC[rows.query_N, rows.config_N], predicted_QC, True, ones, {})
         return pays({F1: told}, rows, y_NO, alike(rows), QUALITY, 0, seed, in_use)
 
     def passed(effect, in_use):

@@ -49,7 +49,7 @@ def test_kernels_are_as_steep_as_outcomes_change(log):
 
 
 @pytest.mark.parametrize("log", [False, True])
-def test_where_nothing_is_foretold_the_usual_slopes_stand(log):
+def test_where_nothing_is_predicted_the_usual_slopes_stand(log):
     kernel_of, outcome, asked = world(log)
     assert tuple(two_slopes(kernel_of, outcome(0))) == tuple(asked) == USUAL
     assert tuple(two_slopes(kernel_of, torch.ones_like(outcome(0)))) == USUAL

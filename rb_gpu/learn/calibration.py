@@ -36,14 +36,14 @@ NEAR_ONE = 1.0 - 1e-7
 class Calibration:
     """patterns: number of those that act on enough held-out queries. brier: mean squared error of the probability. ece:
     expected calibration error (Naeini, Cooper & Hauskrecht 2015) over bins of equally many patterns; chance: its 95 %
-    quantile if every probability is right. foretold, seen: by bin, mean probability and share that did beat it.
+    quantile if every probability is right. predicted, seen: by bin, mean probability and share that did beat it.
     """
 
     patterns: int
     brier: float
     ece: float
     chance: float
-    foretold: list[float]
+    predicted: list[float]
     seen: list[float]
 
 
@@ -88,14 +88,14 @@ def measure_calibration(
     judged_P = (told_P >= LEAST_ROWS) & (count_P >= LEAST_QUERIES) & (np.hypot(sd_P, error_P) > 0)
     if judged_P.sum() < BINS:
         return None
-    foretold_P = _exceeding(lead_P, np.hypot(sd_P, error_P))
+    predicted_P = _exceeding(lead_P, np.hypot(sd_P, error_P))
     few_A = judged_P[leaf_A] & (count_P[leaf_A] < MANY_QUERIES)
     if few_A.any():
         # unbiased: subtracting the pattern's own mean shrinks the spread of its gains
         away_A = away_A * np.sqrt(count_P / np.maximum(count_P - 1, 1))[leaf_A]
         few_P, leaf_F = np.unique(leaf_A[few_A], return_inverse=True)
-        foretold_P[few_P] = _of_few(lead_P[few_P], sd_P[few_P], away_A[few_A], choice_Q[acts_Q][few_A], leaf_F, seed)
-    return compare(foretold_P[judged_P], seen_P[judged_P] > 0, seed)
+        predicted_P[few_P] = _of_few(lead_P[few_P], sd_P[few_P], away_A[few_A], choice_Q[acts_Q][few_A], leaf_F, seed)
+    return compare(predicted_P[judged_P], seen_P[judged_P] > 0, seed)
 
 
 def _exceeding(mean: Floats, sd: Floats) -> Floats:
@@ -123,23 +123,23 @@ def _of_few(lead_P: Floats, sd_P: Floats, away_A: Floats, config_A: Choice, leaf
     return exceeding_P / draws
 
 
-def compare(foretold_P: Floats, seen_P: npt.NDArray[np.bool_], seed: int) -> Calibration:
+def compare(predicted_P: Floats, seen_P: npt.NDArray[np.bool_], seed: int) -> Calibration:
     """Compares predicted probabilities (P,) with what happened."""
-    order = np.argsort(foretold_P, kind="stable")
+    order = np.argsort(predicted_P, kind="stable")
     bins = np.array_split(order, BINS)
     share_B = np.array([len(index) for index in bins]) / len(order)
-    foretold_B = np.array([foretold_P[index].mean() for index in bins])
+    predicted_B = np.array([predicted_P[index].mean() for index in bins])
 
     def ece(seen: npt.NDArray[np.bool_]) -> float:
-        return float(share_B @ np.abs(foretold_B - [seen[index].mean() for index in bins]))
+        return float(share_B @ np.abs(predicted_B - [seen[index].mean() for index in bins]))
 
     rng = np.random.default_rng(seed)
-    by_chance = [ece(rng.random(len(foretold_P)) < foretold_P) for _ in range(DRAWS)]
+    by_chance = [ece(rng.random(len(predicted_P)) < predicted_P) for _ in range(DRAWS)]
     return Calibration(
-        patterns=len(foretold_P),
-        brier=float(np.mean((foretold_P - seen_P) ** 2)),
+        patterns=len(predicted_P),
+        brier=float(np.mean((predicted_P - seen_P) ** 2)),
         ece=ece(seen_P),
         chance=float(np.quantile(by_chance, 0.95)),
-        foretold=foretold_B.tolist(),
+        predicted=predicted_B.tolist(),
         seen=[float(seen_P[index].mean()) for index in bins],
     )

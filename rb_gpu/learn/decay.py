@@ -117,9 +117,9 @@ def choose_half_life(
             n, total = plain
             constant, *decayed = (_predict(prior_rows, one[0], one[1]) for one in past)
             seen += n.sum((1, 2))
-            for h, foretold in enumerate(decayed):
+            for h, predicted in enumerate(decayed):
                 # Σw·(y − a)² − Σw·(y − b)², which needs no squares of y
-                lost[h] += ((constant - foretold) * (n * (constant + foretold) - 2.0 * total)).sum((1, 2))
+                lost[h] += ((constant - predicted) * (n * (constant + predicted) - 2.0 * total)).sum((1, 2))
         past[0] += plain
         now = time_N[stop - 1]
         elapsed = now - time_N[max(start - 1, 0)]

@@ -56,11 +56,11 @@ def gather_evidence(
     patterns: int,
     weight_N: Tensor,
     device: torch.device,
-    foretold_NO: Tensor | None = None,
+    predicted_NO: Tensor | None = None,
 ) -> Evidence:
     """Evidence of each (pattern, config) cell. label_Q: (Q,) pattern of each query, negative leaves its rows out.
 
-    foretold_NO: predictions to subtract from the outcomes first, so that the moments are those of the residuals.
+    predicted_NO: predictions to subtract from the outcomes first, so that the moments are those of the residuals.
 
     Two passes with centred squares avoid cancellation. The sums do not depend on the order of the rows, up to float64
     rounding.
@@ -71,8 +71,8 @@ def gather_evidence(
     label_N = label_Q.to(device)[query_row]
     cell_N = torch.where(label_N < 0, patterns * configs, label_N * configs + config_N)
     y_NO = outcomes(trajectories, device)
-    if foretold_NO is not None:
-        y_NO = y_NO - foretold_NO
+    if predicted_NO is not None:
+        y_NO = y_NO - predicted_NO
     weight_N = weight_N.to(device)
     latency_us_N = torch.from_numpy(trajectories.latency_us).to(device, torch.float64)
     extra_N3 = torch.stack(

@@ -63,8 +63,8 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Foretold:
-    """The result of `foretell`; attributes that rb_gpu.field.Field has too mean the same here.
+class FittedField:
+    """The result of `fit_field`; attributes that rb_gpu.field.Field has too mean the same here.
 
     unseen_NO: (N, O) float64, leave-one-query-out prediction of each row; 0 for outcomes that are not predicted.
     unseen: for a floor, the predicted quality of queries; else None. trial: the input of the test whether its choices
@@ -122,7 +122,7 @@ def with_residuals(field: Field, evidence: Evidence, left: Evidence) -> Field:
     )
 
 
-def foretell(
+def fit_field(
     unit_QD: Tensor,
     label_Q: npt.NDArray[np.int64],
     trajectories: Trajectories,
@@ -130,7 +130,7 @@ def foretell(
     objective: Objective,
     seed: int,
     device: torch.device,
-) -> Foretold | None:
+) -> FittedField | None:
     """Fits the outcomes that the objective weighs. None with fewer than two configs, or too few queries for landmarks.
 
     unit_QD: embeddings of norm 1. weight_N: (N,) weights of the evidence, decay over propensity. label_Q: (Q,) leaf of
@@ -226,7 +226,7 @@ def foretell(
         o: replace(one, coefs=[], ridges={}, unseen_N=unseen_NO[in_trial_N, o], unseen_QC=away[o])
         for o, one in fits.items()
     }
-    return Foretold(
+    return FittedField(
         np.array(slopes),
         axes_RD.cpu().numpy(),
         centre_R.cpu().numpy(),

@@ -20,7 +20,7 @@ from rb_gpu.learn.distances import label_sums, normalise_, normed
 from rb_gpu.learn.evidence import gather_evidence
 from rb_gpu.learn.floor import spend
 from rb_gpu.learn.hierarchy import build_hierarchy, level_counts
-from rb_gpu.learn.landmarks import Foretold, foretell, tempered
+from rb_gpu.learn.landmarks import FittedField, fit_field, tempered
 from rb_gpu.learn.stages import Stages, digest
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.objective import Objective
@@ -63,7 +63,7 @@ class LeafMaking:
         method = self.config.judge.method == "eb"
         return [self.read, digest(leaves.label_Q), default, objective.kind, objective.quality, self.config.seed, method]
 
-    def foretold(
+    def with_field(
         self,
         leaves: Leaves,
         trajectories: Trajectories,
@@ -82,8 +82,8 @@ class LeafMaking:
             return leaves
         unit_QD = self.x_QD if normed(self.x_QD) else normalise_(self.x_QD.clone())
 
-        def fit() -> tuple[Foretold, Field] | None:
-            found = foretell(unit_QD, leaves.label_Q, trajectories, self.weight_N, objective, seed, self.device)
+        def fit() -> tuple[FittedField, Field] | None:
+            found = fit_field(unit_QD, leaves.label_Q, trajectories, self.weight_N, objective, seed, self.device)
             if found is None:
                 return None
             labels = torch.from_numpy(leaves.label_Q).to(self.device)

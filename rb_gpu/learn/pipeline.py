@@ -120,7 +120,7 @@ def _learned(
         making = LeafMaking(x_QD, weight_Q, weight_N, config, device, stages, read)
         leaves = making.gathered(label_Q, trajectories)
         objective = resolve_objective(judging, config.quality, trajectories, leaves.evidence)
-        leaves = making.foretold(leaves, trajectories, objective)
+        leaves = making.with_field(leaves, trajectories, objective)
         unused, held_back = is_experiment(trajectories, objective), leaves.field is not None and not leaves.pays
         if unused and not held_back:
             log.warning("params.default=auto: no config was logged twice as often as any other, so gains are over the "
@@ -130,7 +130,7 @@ def _learned(
             trajectories = settle_default(trajectories, leaves.evidence, objective)
             leaves = making.gathered(label_Q, trajectories)
             objective = resolve_objective(judging, config.quality, trajectories, leaves.evidence)
-            leaves = making.foretold(leaves, trajectories, objective, in_use=False)
+            leaves = making.with_field(leaves, trajectories, objective, in_use=False)
         default = trajectories.configs.default
         past = gather_past(parent, before_Q, trajectories, leaves.evidence, judging.half_life)
         leaves = with_past(leaves, past)
@@ -147,7 +147,7 @@ def _learned(
                 )
             gone_p = chosen_p(leaves.evidence, trajectories.configs, objective, judging, verdicts.config_id)[~kept_P]
             pays, leaves = leaves.pays, making.gathered(drop_labels(leaves.label_Q, kept_P), trajectories)
-            leaves = with_past(making.foretold(leaves, trajectories, objective, pays), past)
+            leaves = with_past(making.with_field(leaves, trajectories, objective, pays), past)
             beliefs = believed(leaves, objective, default, config)
             # the multiplicity correction counts every test, including those of the pruned patterns
             verdicts = (

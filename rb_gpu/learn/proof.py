@@ -101,7 +101,7 @@ def pays(
         left_N = left_N - left_QC[rows.query_N, default]
     size = float((y_NO.abs() @ weighed_O.abs()).mean())
     if float(left_N.abs().max()) <= ROUNDING * size:
-        return _more_foretold(away_QC, rows, default) > ROUNDING * size
+        return _predicted_lead(away_QC, rows, default) > ROUNDING * size
     rare = rare_size(left_N.cpu().numpy())
     leaf_Q = torch.where(leaf_Q < 0, leaf_Q.max() + 1, leaf_Q)
     pseudo = Pseudo(away_QC, leaf_Q, left_N, share_N * rows.queries, ROUNDING * size, rare)
@@ -124,7 +124,7 @@ def pays(
     return joined > math.tan((0.5 - FAMILY_ERROR) * math.pi)
 
 
-def _more_foretold(away_QC: Tensor, rows: Rows, default: int) -> float:
+def _predicted_lead(away_QC: Tensor, rows: Rows, default: int) -> float:
     """Mean over queries of the predicted gain of the best config that ran more than once over the default.
 
     Used if every row equals its leave-one-out prediction: with as many queries as a field has, that is no coincidence.

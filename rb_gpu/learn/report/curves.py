@@ -78,8 +78,8 @@ def reliability_figure(calibration: dict[str, Any] | None) -> Figure | None:
     """
     if calibration is None:
         return None
-    foretold, seen, patterns = calibration["foretold"], calibration["seen"], calibration["patterns"]
-    bins = len(foretold)
+    predicted, seen, patterns = calibration["predicted"], calibration["seen"], calibration["patterns"]
+    bins = len(predicted)
     sizes = [patterns // bins + (one < patterns % bins) for one in range(bins)]
     ends = [wilson(share, n) for share, n in zip(seen, sizes, strict=True)]
     frame = Frame(
@@ -88,9 +88,9 @@ def reliability_figure(calibration: dict[str, Any] | None) -> Figure | None:
         height=340.0,
     )
     frame.line([0, 1], [0, 1], "theirs")
-    frame.whiskers(foretold, [low for low, _ in ends], [high for _, high in ends], "ours")
-    frame.dots(foretold, seen, "ours", [f"predicted {told:.2f}, observed {came:.2f}, {n} patterns"
-                                        for told, came, n in zip(foretold, seen, sizes, strict=True)])  # fmt: skip
+    frame.whiskers(predicted, [low for low, _ in ends], [high for _, high in ends], "ours")
+    frame.dots(predicted, seen, "ours", [f"predicted {told:.2f}, observed {came:.2f}, {n} patterns"
+                                        for told, came, n in zip(predicted, seen, sizes, strict=True)])  # fmt: skip
     kept = calibration["ece"] <= calibration["chance"]
     said = (
         f"Expected calibration error (ECE) {number(calibration['ece'], 3)}: {'within' if kept else 'over'} "
@@ -99,7 +99,7 @@ def reliability_figure(calibration: dict[str, Any] | None) -> Figure | None:
     )
     rows = [
         (str(one + 1), str(n), number(told, 3), number(came, 3), f"{low:.2f} to {high:.2f}")
-        for one, (n, told, came, (low, high)) in enumerate(zip(sizes, foretold, seen, ends, strict=True))
+        for one, (n, told, came, (low, high)) in enumerate(zip(sizes, predicted, seen, ends, strict=True))
     ]
     return Figure(
         "Is the confidence calibrated?",
