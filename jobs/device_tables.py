@@ -63,14 +63,14 @@ def gpu_tables(result: dict[str, Any]) -> str:
     ]
     out.append(render(("labels compared with the CPU's", "points", "differ", "worst margin over bound", "right"), rows))
     if "note" in result["arrays"][0]:
-        out.append(f"what torch lacks, on the GPU: {result['arrays'][0]['note']}")
+        out.append(f"functions that torch lacks, on the GPU: {result['arrays'][0]['note']}")
     else:
         rows = [
             (f"{one['function']}, {one['n']:,}", *(_milliseconds(one[key]) for key in ("host_ms", "device_ms")),
              f"{one['apart']:.1e}")
             for one in result["arrays"]
         ]  # fmt: skip
-        out.append(render(("what torch lacks", "SciPy ms", "CuPy ms", "apart"), rows))
+        out.append(render(("functions that torch lacks", "SciPy ms", "CuPy ms", "difference"), rows))
     out.append(_iteration_table(result["iterations"]))
     rows = []
     for one in result["clusterings"]:

@@ -145,7 +145,8 @@ def verdict(members: Sequence[Member]) -> str:
             "value; compare quality and cost instead"
         )
     wide = chosen_among(best, members)
+    runs = f"{len(valued)} run{'s' * (len(valued) > 1)}"
     return (
         f"best: run {best.folder} ({told_apart(members)[best.folder]}), gain {best.gain:+.4f}; corrected for "
-        f"choosing the best of {len(valued)} runs, its 95 % interval is [{wide.gain_low:+.4f}, {wide.gain_high:+.4f}]"
+        f"choosing the best of {runs}, its 95 % interval is [{wide.gain_low:+.4f}, {wide.gain_high:+.4f}]"
     )
