@@ -24,10 +24,10 @@ import pandas as pd
 
 log = pd.read_csv("log.csv", parse_dates=["ts"])
 table = pd.DataFrame({
-    "id": log.index,                                         # or your own number of the request
+    "id": log.index,                                         # or your own request number
     "timestamp": log["ts"],                                  # UTC
     "query_embedding": log["embedding"].map(json.loads),     # of an .npy: list(numpy.load("embeddings.npy"))
-    "ef_search": log["ef"],                                  # what you tuned
+    "ef_search": log["ef"],                                  # the tuned parameter
     "precision": log["hits"] / log["returned"],              # right answers among those returned
     "recall": log["hits"] / log["wanted"],                   # right answers among those there are
     "latency_us": (1000 * log["ms"]).round().astype(int),
@@ -62,10 +62,10 @@ bank = ReasoningBank.load("artifacts/champion", log="trajectories.sqlite")
 chosen = bank.optimized_params(query).params
 params = random.choice(list(bank.configs)) if random.random() < 0.05 else chosen
 bank.record_trajectory(QueryTrajectory(
-    id=1, query_embedding=query, search_params=params, precision=0.9, recall=0.8, latency_us=480,  # what came of it
+    id=1, query_embedding=query, search_params=params, precision=0.9, recall=0.8, latency_us=480,  # the outcome
     timestamp=int(time.time()), propensity=0.05 / len(bank.configs) + 0.95 * (params == chosen),
 ))
-bank.record_feedback(1, UserFeedback(rating=5))  # perhaps later: what the user thought of it
+bank.record_feedback(1, UserFeedback(rating=5))  # the user's rating, possibly much later
 bank.close()
 """
 
