@@ -30,8 +30,9 @@ def moderated(variance: Floats, size: Floats, paired: bool, apart: float) -> Flo
     """Like `alike`, but each config's variance is scaled by the leaf, in proportion to how much leaves are found to
     differ.
 
-    apart: the widest difference between outcomes of one leaf. A config (or a leaf's scale) without any spread in n rows
-    is not certain: its variance is that of one deviation by `apart` among the n. If apart is 0 it is unknown.
+    apart: how far the means of two configs lie apart in one leaf at most (`posterior.widest`). A config (or a leaf's
+    scale) without any spread in n rows is not certain: its variance is that of one deviation by `apart` among the n. If
+    apart is 0 it is unknown.
 
     A leaf's scale is shrunk towards 1 by empirical Bayes, as Smyth (2004) shrinks variances. Its error does not follow
     the chi-squared law, by which 40 rows without a click would prove that nothing is ever clicked; it is estimated by
@@ -45,9 +46,9 @@ def moderated(variance: Floats, size: Floats, paired: bool, apart: float) -> Flo
     """
     freedom, within = _known(variance, size)
     total_C = freedom.sum(0)
-    even_C = (total_C > 0) & ((freedom * within).sum(0) <= total_C * (ROUNDING * apart) ** 2)
-    of_config = _of_config(freedom, np.where(even_C, apart**2 / np.maximum(total_C, 1.0), within))
-    freedom = np.where((of_config > 0) & ~even_C, freedom, 0.0)
+    constant_C = (total_C > 0) & ((freedom * within).sum(0) <= total_C * (ROUNDING * apart) ** 2)
+    of_config = _of_config(freedom, np.where(constant_C, apart**2 / np.maximum(total_C, 1.0), within))
+    freedom = np.where((of_config > 0) & ~constant_C, freedom, 0.0)
     scale = np.divide(within, of_config, out=np.ones(size.shape), where=freedom > 0)
     rows = freedom.sum(1, keepdims=True)
     leaf = np.divide((freedom * scale).sum(1, keepdims=True), rows, out=np.ones(rows.shape), where=rows > 0)
@@ -61,9 +62,10 @@ def moderated(variance: Floats, size: Floats, paired: bool, apart: float) -> Flo
     if paired:
         spread, noise = spread - noise * cells / max(total, 1e-300), 2.0 * noise
         leaf, rows = scale, freedom
-    seen = np.where(freedom > 0, freedom * of_config, 0.0)
-    one = apart**2 / np.maximum(seen if paired else seen.sum(1, keepdims=True), 1e-300)
-    leaf = np.where(leaf > 0, leaf, one)
+    # the scale of a leaf without spread: as if one of its rows had deviated by `apart`
+    expected = np.where(freedom > 0, freedom * of_config, 0.0)
+    one_deviation = apart**2 / np.maximum(expected if paired else expected.sum(1, keepdims=True), 1e-300)
+    leaf = np.where(leaf > 0, leaf, one_deviation)
     known = max(spread, 0.0) * rows
     kept = np.divide(known, known + noise, out=np.zeros(rows.shape), where=known > 0)
     # the inverse of an estimated scale is too large on average; this is the first-order correction

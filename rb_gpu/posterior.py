@@ -73,16 +73,16 @@ def effects(evidence: Evidence, direction_O: Floats, default: int, apart: float)
     """Raw effect over the default (P, C) and its variance, infinite where the cell or the default has no evidence.
 
     Differences are paired if every query was also tried under the default. The variance of a cell's mean is based on
-    its config's variance over all patterns, moderated by the leaf's scale (rb_gpu/moderation.py); where that is zero or
-    unknown, the effect counts as unknown and its variance is infinite. apart: `widest` of the outcomes (`evidence` may
-    hold residuals instead).
+    its config's variance over all patterns, moderated by the leaf's scale (rb_gpu/moderation.py); where nothing is
+    known of it, the effect counts as unknown and its variance is infinite. apart: `widest` of the outcomes, also where
+    `evidence` holds residuals: how far a config that never varied may still deviate.
     """
     if evidence.paired:
         moments = (evidence.pair_w, evidence.pair_w2, evidence.pair_mean, evidence.pair_comoment)
         effect, variance, size = linear_moments(*moments, direction_O)
-        # its differences to itself are no evidence of how far any scatters
+        # the default's differences to itself are always 0 and must not count as a config without spread
         variance[:, default] = np.nan
-        # either of the two may come out otherwise
+        # either side of a difference may deviate
         error = moderated(variance, size, True, math.sqrt(2.0) * apart)
     else:
         mean, variance, size = linear_moments(evidence.w, evidence.w2, evidence.mean, evidence.comoment, direction_O)
@@ -139,9 +139,9 @@ def believe(
         margin_C = np.broadcast_to(np.asarray(margin, dtype=np.float64), (configs,)).copy()
         unknown_C = margin_C.copy()
     margin_C[default] = unknown_C[default] = 0.0
-    lead, none = gain - margin_C, LEAST_GAIN * apart
+    lead, negligible = gain - margin_C, LEAST_GAIN * apart
     # a config that answers as the default does is no better, whichever side of 0 rounding puts it on
-    lead[np.abs(gain) < none] -= none
+    lead[np.abs(gain) < negligible] -= negligible
     # the test that choices pay covers queries like those of the training; a query near no leaf is unlike them and keeps
     # the margin
     lead[-1] = gain[-1] - unknown_C

@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from rb_gpu.evidence import ROUNDING
 from rb_gpu.learn import ladder
 from rb_gpu.learn.canonical import average_coordinates
 from rb_gpu.learn.echo import echoes
@@ -23,8 +24,6 @@ from rb_gpu.learn.ridge import RIDGES, TINY, Average, Ridge, Task, average, loss
 SWEEPS = 3
 # fewest rows with which a config may deviate from the others
 LEAST_ROWS = 3
-# an outcome whose RMS within configs, relative to its overall RMS, is below this counts as constant
-ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)

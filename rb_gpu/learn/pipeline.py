@@ -155,8 +155,8 @@ def _learned(
                 if judging.method == "eb"
                 else verdicts.of(kept_P)
             )
-        none = bool(verdicts.stands.all())
-        why = why_default_stands(leaves, beliefs, objective, default, judging) if none else None
+        abstains = bool(verdicts.stands.all())
+        why = why_default_stands(leaves, beliefs, objective, default, judging) if abstains else None
         tuned = tune_lookup(making, leaves, trajectories, objective, judging)
     with watch.stage("index"):
         data = assemble(trajectories, config, leaves, objective, beliefs, verdicts, 0.0)

@@ -14,8 +14,9 @@ import torch
 from scipy.stats import t as students_t
 from torch import Tensor
 
+from rb_gpu.evidence import ROUNDING
 from rb_gpu.learn.estimators import RARE_ROWS, rare_size
-from rb_gpu.learn.field import ROUNDING, Fit, Rows
+from rb_gpu.learn.field import Fit, Rows
 from rb_gpu.learn.ladder import settled, to_default
 from rb_gpu.learn.ridge import FOLDS, TINY, folds_in_turn
 from rb_gpu.objective import Objective
