@@ -287,11 +287,12 @@ def _gain_table(cases: list[dict[str, Any]], seeds: str) -> str:
             for case in cases
         )
         below = sum(case["methods"][name]["high"] < 0 for case in cases)
-        notes.append((name, str(best), str(below)))
+        ahead = sum(case["methods"][name]["ahead"] > 0 for case in cases)
+        notes.append((name, str(best), str(below), "" if name == "bank" else str(ahead)))
     return (
         f"gain of utility over the best single config of the same training data, on held-out queries; {seeds}\n\n"
         f"{render(head, rows)}\n\nof {len(cases)} settings\n"
-        + render(("method", "best of all", "surely below the best single config"), notes)
+        + render(("method", "best of all", "surely below the best single config", "surely above the bank"), notes)
     )
 
 

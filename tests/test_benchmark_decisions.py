@@ -17,9 +17,10 @@ torch = pytest.importorskip("torch")
 from jobs.tables import decision_tables  # noqa: E402
 from rb_gpu.bench import decisions, searches  # noqa: E402
 from rb_gpu.bench.plot import plot_decisions  # noqa: E402
-from rb_gpu.bench.sets import kinds, tables  # noqa: E402
+from rb_gpu.bench.sets import FOLDS, fold_of, kinds, tables, whole_tables  # noqa: E402
 from rb_gpu.errors import DataError  # noqa: E402
 from rb_gpu.learn.config import BASELINE_NAMES, SAMPLE_FOLDER  # noqa: E402
+from rb_gpu.learn.policy import SINGLE  # noqa: E402
 
 WORDNET = Path(__file__).parents[2] / "shared/data/ann_wordnet"
 
@@ -58,7 +59,38 @@ def test_a_small_run_values_every_method(result: dict[str, Any]):
         assert gains["bank"] >= gains["default"] - 0.01
         assert set(BASELINE_NAMES) < set(gains)
     text = decision_tables(result)
+    assert "surely above the bank" in text
     assert "of 2 settings" in text and "mean over settings" in text and "cost at mean recall 0.95" in text
+
+
+def test_every_query_is_held_out_by_one_of_five_seeds():
+    [(name, whole)] = whole_tables("sample").items()
+    held = []
+    for seed in range(FOLDS):
+        training, held_out = fold_of("sample", name, seed)
+        assert not set(training.query_id) & set(held_out.query_id)
+        assert len(training.query_id) + len(held_out.query_id) == len(whole.query_id)
+        held += held_out.query_id.tolist()
+    assert sorted(held) == sorted(whole.query_id.tolist())
+    again = fold_of("sample", name, FOLDS)[1]
+    assert again.query_id.tolist() == fold_of("sample", name, 0)[1].query_id.tolist()
+
+
+def test_a_query_that_two_runs_held_out_counts_once():
+    def run(ids: list[int], bank: list[float], ridge: list[float]) -> decisions.Run:
+        zero = np.zeros(len(ids))
+        worth = {SINGLE: zero, "bank": np.array(bank), "ridge": np.array(ridge), "oracle": zero + 2.0}
+        return decisions.Run(100, np.array(ids, np.uint64), worth)
+
+    setting = decisions.Setting("sample", "sample", 0.2, "full", 0)
+    once = run([1, 2], [0.5, 0.7], [0.6, 0.9])
+    methods = decisions.case_of(setting, [once, run([3], [0.0], [0.1])])["methods"]
+    assert methods["bank"]["gain"] == pytest.approx(0.4) and methods["bank"]["captured"] == pytest.approx(0.2)
+    twice = decisions.case_of(setting, [once, run([3], [0.0], [0.1]), run([2, 1], [0.9, 0.3], [0.9, 0.6])])["methods"]
+    assert twice["bank"]["gain"] == pytest.approx(0.4)
+    # the leads are .2 at most and .1 at least on each query, while the bank's own interval holds 0
+    assert methods["bank"]["ahead"] == 0.0 and 0.1 - 1e-9 <= methods["ridge"]["ahead"] <= 0.2
+    assert methods["bank"]["low"] == 0.0
 
 
 def test_a_mean_recall_costs_what_its_choices_cost(result: dict[str, Any]):

@@ -2,7 +2,9 @@
 
 Every data set is a full table: each query was tried under every config, so that the value of any choice is known
 exactly. The bank and the baselines learn from the full table, or from logs of one config per query that are drawn from
-it with known propensities. Suffixes: Q queries, N rows, C configs, B queries to answer.
+it with known propensities, always without a fifth of the queries, which they then answer; each seed holds out another
+fifth. Suffixes: Q queries, N rows, C configs, B queries to answer, H queries that were held out at least once, M
+methods.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from rb_gpu.bench.searches import averaged, matched_recall, pooled, recall_floor, searches
-from rb_gpu.bench.sets import outcomes_of, tables
+from rb_gpu.bench.sets import FOLDS, fold_of, outcomes_of, whole_tables
 from rb_gpu.learn.baselines import Training
 from rb_gpu.learn.config import BASELINE_NAMES, JudgeConfig, TrainConfig
 from rb_gpu.learn.pipeline import choices_beside, learn
@@ -104,14 +106,26 @@ class Setting:
     size: int
 
 
+@dataclass(frozen=True)
+class Run:
+    """One training run: the number of training queries; the ids (B,) of the held-out queries; and for each method the
+    utility (B,) of its choices on them.
+    """
+
+    training_queries: int
+    query_id: npt.NDArray[np.uint64]
+    worth: dict[str, Floats]
+
+
 def settings_of(settings: dict[str, Any]) -> list[Setting]:
     """All combinations of data set, cost weight, logging policy and size that the suite was asked for."""
     out = []
     for folder in settings["sets"]:
-        for name, (training, _) in tables(folder).items():
-            sizes = dict.fromkeys(size if size < len(training.query_id) else 0 for size in settings["sizes"])
+        for name, whole in whole_tables(folder).items():
+            training_queries = len(whole.query_id) * (FOLDS - 1) // FOLDS
+            sizes = dict.fromkeys(size if size < training_queries else 0 for size in settings["sizes"])
             # at cost weight 0 the most expensive setting of a search is best for every query: nothing to learn
-            weights = [weight for weight in settings["cost_weights"] if weight > 0 or not searches(training)]
+            weights = [weight for weight in settings["cost_weights"] if weight > 0 or not searches(whole)]
             out += [
                 Setting(folder, name, weight, policy, size)
                 for weight in weights
@@ -121,11 +135,10 @@ def settings_of(settings: dict[str, Any]) -> list[Setting]:
     return out
 
 
-def _run(setting: Setting, seed: int) -> tuple[int, dict[str, Floats]]:
-    """Number of training queries, and the utilities (B,) of every method."""
-    training, held_out = tables(setting.folder)[setting.name]
+def _run(setting: Setting, seed: int) -> Run:
+    training, held_out = fold_of(setting.folder, setting.name, seed)
     drawn = draw(training, setting.log, setting.size, np.random.default_rng(seed))
-    return len(drawn.query_id), _one(drawn, held_out, setting.cost_weight, seed)
+    return Run(len(drawn.query_id), held_out.query_id, _one(drawn, held_out, setting.cost_weight, seed))
 
 
 def quietly() -> None:
@@ -137,17 +150,17 @@ def quietly() -> None:
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
     """Gains over the best single config, with 95 % intervals, for every data set, cost weight, log policy and size.
 
-    The best single config is the one with the highest mean utility on the same training data. The intervals bootstrap
-    the held-out queries, for the mean over seeds. For nearest-neighbour searches the result also has the cost at a
-    given mean recall and the cost under a recall floor (searches.py).
+    The best single config is the one with the highest mean utility on the same training data. For nearest-neighbour
+    searches the result also has the cost at a given mean recall and the cost under a recall floor (searches.py), both
+    on the sets' own split.
     """
     seeds = range(settings["rounds"])
     asked = settings_of(settings)
     found = {
         name: (folder, name)
         for folder in settings["sets"]
-        for name, (training, _) in tables(folder).items()
-        if searches(training)
+        for name, whole in whole_tables(folder).items()
+        if searches(whole)
     }
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), quietly) as pool:
         runs = [[pool.submit(_run, setting, seed) for seed in seeds] for setting in asked]
@@ -170,28 +183,39 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def case_of(setting: Setting, runs: list[tuple[int, dict[str, Floats]]]) -> dict[str, Any]:
+def case_of(setting: Setting, runs: list[Run]) -> dict[str, Any]:
     """One row of the result: each method's gain over the best single config with a 95 % interval, and `captured`, that
-    gain as a share of the oracle's.
+    gain as a share of the oracle's; `ahead`, the lower bound of its lead over the bank.
+
+    The intervals bootstrap the held-out queries; a query that several runs held out counts with its mean over them.
     """
-    names = list(runs[0][1])
-    gain_MB = np.stack([np.mean([worth[name] - worth[SINGLE] for _, worth in runs], axis=0) for name in names])
-    rng = np.random.default_rng(0)
-    drawn = np.stack([
-        gain_MB[:, rng.integers(gain_MB.shape[1], size=gain_MB.shape[1])].mean(1) for _ in range(RESAMPLES)
-    ])  # fmt: skip
-    low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
-    headroom = float(gain_MB[names.index("oracle")].mean())
+    names = list(runs[0].worth)
+    gain_MB = np.concatenate([np.stack([run.worth[name] - run.worth[SINGLE] for name in names]) for run in runs], 1)
+    _, query_B, count_H = np.unique(np.concatenate([run.query_id for run in runs]), return_inverse=True,
+                                    return_counts=True)  # fmt: skip
+    gain_MH = np.stack([np.bincount(query_B, gain_B) for gain_B in gain_MB]) / count_H
+    lead_MH = gain_MH - gain_MH[names.index("bank")]
+    rng, queries = np.random.default_rng(0), len(count_H)
+    gains, leads = [], []
+    for _ in range(RESAMPLES):
+        times_H = np.bincount(rng.integers(queries, size=queries), minlength=queries)
+        gains.append(gain_MH @ times_H / queries)
+        leads.append(lead_MH @ times_H / queries)
+    low, high = np.quantile(gains, (0.025, 0.975), axis=0)
+    ahead = np.quantile(leads, 0.025, axis=0)
+    gain_M = gain_MH.mean(1)
+    headroom = float(gain_M[names.index("oracle")])
     methods = {
         name: {
-            "gain": float(gain_MB[m].mean()),
+            "gain": float(gain_M[m]),
             "low": float(low[m]),
             "high": float(high[m]),
-            "captured": float(gain_MB[m].mean()) / headroom if headroom > 0 else 0.0,
+            "captured": float(gain_M[m]) / headroom if headroom > 0 else 0.0,
+            "ahead": float(ahead[m]),
         }
         for m, name in enumerate(names)
     }
     return {
-        "set": setting.name, "cost_weight": setting.cost_weight, "log": setting.log, "queries": runs[0][0],
-        "methods": methods,
+        "set": setting.name, "cost_weight": setting.cost_weight, "log": setting.log,
+        "queries": runs[0].training_queries, "methods": methods,
     }  # fmt: skip

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rb_gpu.bench.decisions import Floats, Setting, case_of, draw, quietly, settings_of
+from rb_gpu.bench.decisions import Floats, Run, Setting, case_of, draw, quietly, settings_of
 from rb_gpu.bench.runner import each_call_us
-from rb_gpu.bench.sets import outcomes_of, tables
+from rb_gpu.bench.sets import fold_of, outcomes_of
 from rb_gpu.learn.baselines import Training
 from rb_gpu.learn.config import JudgeConfig, RouterConfig, TrainConfig
 from rb_gpu.learn.lessons import routed
@@ -98,10 +98,11 @@ def _one(
     return worth | {"oracle": utility_BC.max(1)}, costs
 
 
-def _run(setting: Setting, seed: int) -> tuple[int, dict[str, Floats], dict[str, tuple[int, float, float]]]:
-    training, held_out = tables(setting.folder)[setting.name]
+def _run(setting: Setting, seed: int) -> tuple[Run, dict[str, tuple[int, float, float]]]:
+    training, held_out = fold_of(setting.folder, setting.name, seed)
     drawn = draw(training, setting.log, setting.size, np.random.default_rng(seed))
-    return len(drawn.query_id), *_one(drawn, held_out, setting.cost_weight, seed)
+    worth, costs = _one(drawn, held_out, setting.cost_weight, seed)
+    return Run(len(drawn.query_id), held_out.query_id, worth), costs
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
@@ -115,8 +116,8 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         cases, costs = [], []
         for setting, futures in zip(asked, runs, strict=True):
             found = [future.result() for future in futures]
-            cases.append(case_of(setting, [(queries, worth) for queries, worth, _ in found]))
-            costs += [cost for _, _, cost in found]
+            cases.append(case_of(setting, [run for run, _ in found]))
+            costs += [cost for _, cost in found]
             log.info("%s", cases[-1])
     names = ("bytes", "train_s", "pass_us")
     routers = {

@@ -22,6 +22,8 @@ from rb_gpu.objective import Objective
 
 Floats = npt.NDArray[np.float64]
 HOLDOUT = 0.2
+# of `fold_of`: each part of a table is held out once
+FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -67,29 +69,48 @@ def kinds(folder: str, table: Trajectories) -> npt.NDArray[np.str_] | None:
 
 
 @cache
-def tables(folder: str) -> dict[str, tuple[Trajectories, Trajectories]]:
-    """Training and held-out queries of each outcomes*.parquet in a folder; `sample` is the bundled one.
+def whole_tables(folder: str) -> dict[str, Trajectories]:
+    """Each outcomes*.parquet in a folder; `sample` is the bundled one.
 
-    They are split by the column `split` of queries.parquet (train or dev) if there is one, else by time. Raises
-    DataError if the folder has no such file, or if a query was not tried under every config.
+    Raises DataError if the folder has no such file, or if a query was not tried under every config.
     """
     path = _folder(folder)
-    queries = path / "queries.parquet"
     found = {}
     for outcomes in sorted(path.glob("outcomes*.parquet")):
-        whole = load(DataConfig(path=str(outcomes), queries=str(queries)), ParamsConfig())
+        whole = load(DataConfig(path=str(outcomes), queries=str(path / "queries.parquet")), ParamsConfig())
         if len(whole) != len(whole.query_id) * len(whole.configs):
             raise DataError(
                 f"sets={folder}: {outcomes} is not a full table; every query must be tried under every config"
             )
-        name = f"{path.name}/{outcomes.stem.removeprefix('outcomes').strip('_')}".rstrip("/")
-        split_Q = _column(folder, "split", whole)
-        if split_Q is not None:
-            found[name] = whole.select_queries(split_Q == "train"), whole.select_queries(split_Q == "dev")
-        else:
-            found[name] = split_by_time(whole, HOLDOUT)
+        found[f"{path.name}/{outcomes.stem.removeprefix('outcomes').strip('_')}".rstrip("/")] = whole
     if not found:
         raise DataError(
             f"sets={folder} has no outcomes*.parquet; give folders with queries.parquet and outcomes.parquet"
         )
     return found
+
+
+@cache
+def tables(folder: str) -> dict[str, tuple[Trajectories, Trajectories]]:
+    """Training and held-out queries of each table in a folder, split by the column `split` of queries.parquet (train or
+    dev) if there is one, else by time. Raises DataError as `whole_tables` does.
+    """
+    found = {}
+    for name, whole in whole_tables(folder).items():
+        split_Q = _column(folder, "split", whole)
+        if split_Q is not None:
+            found[name] = whole.select_queries(split_Q == "train"), whole.select_queries(split_Q == "dev")
+        else:
+            found[name] = split_by_time(whole, HOLDOUT)
+    return found
+
+
+def fold_of(folder: str, name: str, seed: int) -> tuple[Trajectories, Trajectories]:
+    """Training and held-out queries of a table: a fifth of the queries, drawn at random, is held out, another one for
+    each of FOLDS consecutive seeds. A set's own split has too few held-out queries to tell similar methods apart.
+    """
+    whole = whole_tables(folder)[name]
+    queries = len(whole.query_id)
+    held_Q = np.zeros(queries, dtype=np.bool_)
+    held_Q[np.random.default_rng(0).permutation(queries)[seed % FOLDS :: FOLDS]] = True
+    return whole.select_queries(~held_Q), whole.select_queries(held_Q)
