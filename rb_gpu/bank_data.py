@@ -93,7 +93,7 @@ class LookupSettings:
     """How an answer is computed.
 
     top_k: number of nearest patterns. beta: slope of the softmax of their cosines. floor: least cosine.
-    min_probability: least probability of beating the default. likeliest: if no config is probable enough, the one of
+    min_probability: least probability of beating the default. likeliest: if no config is likely enough, the one of
     highest quality runs in place of the default. auto_margin: whether the margin is worked out anew under another
     trade-off.
     """

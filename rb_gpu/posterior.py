@@ -58,13 +58,13 @@ class Beliefs:
     def choose(self, min_probability: float, default: int, likeliest: bool) -> Rows:
         """(P + 1,) the config of highest score among those with probability >= min_probability, else the default.
 
-        likeliest: if no config is probable enough, choose the one of highest quality in place of the default (used by
+        likeliest: if no config is likely enough, choose the one of highest quality in place of the default (used by
         the floor objective).
         """
         return choose(self.score, self.probability, self.quality, min_probability, default, likeliest)
 
     def held_back(self) -> Beliefs:
-        """A copy in which no config is probable enough anywhere, so that the default stands."""
+        """A copy in which no config is likely enough anywhere, so that the default stands."""
         nothing = np.zeros_like(self.gain)
         return replace(self, probability=nothing, test=nothing + NO_CHANCE, test_sd=nothing)
 

@@ -31,9 +31,9 @@ FLOAT32 = np.dtype(np.float32)
 SAFE_SQUARES = (1e-30, 1e30)
 NO_SOURCE = ParamSource(None)
 BY_NEAR = "best config by the vote of the nearest patterns"
-BY_ALL = "best config by the vote of all patterns, for none is near"
-DEFAULT_BY_NEAR = "the default stands: no config is probable enough to beat it by the nearest patterns"
-DEFAULT_BY_ALL = "the default stands: no config is probable enough to beat it by all patterns, for none is near"
+BY_ALL = "best config by the vote of all patterns, as none is near"
+DEFAULT_BY_NEAR = "the default stands: in the nearest patterns, no config is likely enough to beat it"
+DEFAULT_BY_ALL = "the default stands: no pattern is near, and over all of them no config is likely enough to beat it"
 
 
 class BankState:

@@ -128,7 +128,7 @@ def test_a_config_that_no_row_tried_leaves_its_policy_without_a_value():
     share = 100 * (picked["bank"] == 3).mean()
     result = evaluate(rows, picked, 100, 0, np.zeros(600, int))
     bank = result.value("bank")
-    assert bank.unknown == f"no held-out row tried ef_search=128, picked on {share:.3g} % of queries; log some"
+    assert bank.unknown == f"no held-out row tried ef_search=128, picked on {share:.3g} % of queries; log rows with it"
     unknown = (bank.utility, bank.low, bank.quality, bank.cost, bank.latency_p50_us, bank.harm.negative)
     assert all(math.isnan(value) for value in (*unknown, result.bank_gains["default"].low))
     untried = replace(rows, **{name: getattr(rows, name)[rows.config_id != 0] for name in PER_ROW})

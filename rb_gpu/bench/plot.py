@@ -62,7 +62,7 @@ def plot_load(result: dict[str, Any], path: Path) -> bool:
         speeds = {name: row["gb_per_s"] for name, row in reversed(result["formats"].items())}
         speeds["memcpy"] = result["memcpy_gb_per_s"]
         panels[0].barh(list(speeds), list(speeds.values()))
-        panels[0].set(xlabel="GB/s of embeddings, read and checked")
+        panels[0].set(xlabel="GB/s of embeddings, whole loads")
 
     return _picture(path, 1, (7, 3.2), draw)
 

@@ -158,7 +158,7 @@ class Valuation:
             name = "a config that the table does not have" if worst < 0 else self.rows.configs.describe(worst)
             others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             share = 100 * sum(missing.values())
-            return f"no held-out row tried {name}{others}, picked on {share:.3g} % of queries; log some"
+            return f"no held-out row tried {name}{others}, picked on {share:.3g} % of queries; log rows with it"
         if self.grade == "exact":
             return None if self._everywhere(choice_Q) else "not every query tried what it picks; log the missing rows"
         weight_N = self.weights(choice_Q)
