@@ -34,6 +34,13 @@ UNORDERED = {
     aten.cumsum.default,
 }  # fmt: skip
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+# operations besides the elementwise ones that take a single number of the host
+TAKING = INDEXING | {aten.copy_.default, aten.fill_.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor}
+# products that cuBLAS has for floating point numbers only
+PRODUCTS = {
+    aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.addmv.default,
+    aten.dot.default,
+}  # fmt: skip
 
 
 class MixedError(RuntimeError):
@@ -105,6 +112,18 @@ class Operations(TorchDispatchMode):
             raise ValueError("Tensors must be contiguous")  # as NCCL says
         if here and func is not aten.copy_.default:
             raise MixedError(f"{func}: {here} of the host beside the device's")
+        numbers = any(not isinstance(t, OnDevice) and t.dim() == 0 for t in tensors)
+        if numbers and func not in TAKING and torch.Tag.pointwise not in func.tags:
+            raise MixedError(f"{func}: a number of the host beside the device's")
+        if func is not aten.copy_.default and _writes_to_host(func, args, kwargs):
+            raise MixedError(f"{func} of the device's numbers into a tensor of the host")
+        if func in INDEXING and func is not aten.index.Tensor and torch.are_deterministic_algorithms_enabled():
+            wanted = aten.index.Tensor(*_held(args[:2])).numel()
+            if args[2].dim() > 0 and args[2].numel() < wanted:
+                # mended in torch 2.8 (pytorch/pytorch#79987)
+                raise RuntimeError(f"number of flattened indices did not match: {wanted} vs {args[2].numel()}")
+        if func in PRODUCTS and not args[0].dtype.is_floating_point:
+            raise NotImplementedError(f"{func} not implemented for {args[0].dtype}")
         refused = func in UNORDERED and (func is not aten.cumsum.default or args[0].dtype.is_floating_point)
         refused |= func is aten.bincount.default and len(args) > 1 and args[1] is not None
         if refused or not torch.are_deterministic_algorithms_enabled():
@@ -153,6 +172,11 @@ class Devices(TorchFunctionMode):
             tensor = args[0] if target is None else self.moved(args[0], target)
             return tensor if kind is None else func(tensor, kind)
         target = kwargs.get("device")
+        drawn = kwargs.get("generator")
+        if isinstance(drawn, torch.Generator):
+            there = any(isinstance(a, OnDevice) for a in args) or (target and torch.device(target).type == "cuda")
+            if bool(there) != (getattr(drawn, "kind", "cpu") == "cuda"):
+                raise MixedError(f"{func}: a generator of another device")
         if target is None or torch.device(target).type != "cuda":
             return func(*args, **kwargs)
         del kwargs["device"]
@@ -170,8 +194,12 @@ class Devices(TorchFunctionMode):
 class Drawing(torch.Generator):
     """A host generator that can be created for any device."""
 
-    def __new__(cls, device: object = "cpu") -> Drawing:
-        return super().__new__(cls)
+    kind: str
+
+    def __new__(cls, device: Any = "cpu") -> Drawing:
+        made = super().__new__(cls)
+        made.kind = torch.device(device).type
+        return made
 
 
 # operations take and return tensors and flat lists of them; torch's general tree traversal took most of the time
@@ -181,6 +209,12 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)
+
+
+def _writes_to_host(func: Any, args: Any, kwargs: Any) -> bool:
+    given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+    written = (given.get(a.name) for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    return any(isinstance(t, torch.Tensor) and not isinstance(t, OnDevice) for t in written)
 
 
 def _held(value: Any) -> Any:

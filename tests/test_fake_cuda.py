@@ -62,6 +62,27 @@ def test_mixed_tensors_are_refused_and_waits_are_counted():
             assert sum(operations.waits.values()) == count
 
 
+def test_what_only_a_gpu_refuses_is_refused():
+    with pretended(), devices.reproducible(True):
+        there, mask = torch.ones(4, 3, device="cuda"), torch.tensor([True, False, True, True], device="cuda")
+        for mixed in (
+            lambda: torch.stack([there[0, 0], torch.ones(())]),
+            lambda: torch.ones(()).add_(there[0, 0]),
+            lambda: torch.rand(3, device="cuda", generator=torch.Generator()),
+            lambda: there.normal_(generator=torch.Generator()),
+            lambda: torch.rand(3, generator=torch.Generator(device="cuda")),
+        ):
+            with pytest.raises(MixedError):
+                mixed()
+        with pytest.raises(NotImplementedError, match="int64"):
+            there.long() @ there.long().T
+        with pytest.raises(RuntimeError, match="9 vs 3"):
+            there[mask] = there[0]
+        there[mask] = 2.0
+        there[mask] = there[mask] * torch.ones(())
+        there.normal_(generator=torch.Generator(device="cuda"))
+
+
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_from_one_start_the_device_comes_to_the_bits_of_the_host(metric):
     here = kmeans(X, 30, init=X[:30], device="cpu", metric=metric)
