@@ -24,6 +24,7 @@ from rb_gpu.bench.roofline import Card
 from rb_gpu.errors import ConfigError
 from rb_gpu.learn.arrays import HOST
 from rb_gpu.learn.job_config import BenchmarkConfig
+from rb_gpu.learn.progress import channel
 
 CPU = torch.device("cpu")
 SETTINGS = {"gpu_rows": [3000, 1200], "gpu_clusters": [5, 40, 2000], "gpu_dim": 16, "gpu_budget_s": 300,
@@ -141,6 +142,33 @@ def test_what_the_budget_has_no_time_for_is_left_out():
     bench.case(1200, False)
     assert {one["note"] for one in (*bench.iterations, *bench.clusterings)} == {gpu.LEFT_OUT}
     assert "left out" in gpu_tables(result)
+
+
+def test_what_outruns_the_budget_is_stopped(monkeypatch):
+    # regression: a clustering of 100M streamed points with many repairs could take ten minutes after the last of eight
+    card = Card("c", 1, 1, 1, 100, 10, 1)
+    bench = gpu.Bench(SETTINGS, CPU, card, gpu.Clock(0, time.perf_counter()), [])
+    monkeypatch.setattr(gpu.Clock, "allows", lambda *_: True)
+    before = channel.handlers[:]
+    with gpu.Deadline(bench.clock).watched():
+        bench._clustering(planted(2000, 16, 0, CPU, CPU), 40, False, None)
+        bench._job(1200)
+    assert [one["note"] for one in (*bench.clusterings, *bench.jobs)] == [gpu.STOPPED] * 2
+    assert not any(one.get("failed") for one in (*bench.clusterings, *bench.jobs)) and channel.handlers == before
+
+
+def test_times_of_points_on_the_card_do_not_predict_those_of_streamed_ones(monkeypatch):
+    clock = iter(range(1, 10**9))
+    monkeypatch.setattr(gpu, "timed", lambda device, call: (call(), 1e-9 * next(clock))[1])
+    card = Card("slow", 1e-5, 1e-5, 1e-5, 1, 1, 1)
+    bench = gpu.Bench(SETTINGS, CPU, card, gpu.Clock(9, time.perf_counter()), [])
+    x = planted(5000, 16, 0, CPU, CPU)
+    bench.slack["ours", False] = bench.slack["clustering", False] = 1e-9
+    for streamed in (False, True):
+        bench._iteration("ours", "fp32", gpu.ours("torch", "ieee", None), x, x[:40], streamed)
+        bench._clustering(x, 40, streamed, None)
+    notes = [one.get("note") for one in (*bench.iterations, *bench.clusterings)]
+    assert notes == [None, gpu.LEFT_OUT] * 2
 
 
 def test_of_points_from_the_host_only_the_engine_that_runs_by_itself_is_timed(monkeypatch):
