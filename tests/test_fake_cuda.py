@@ -159,6 +159,22 @@ def test_the_whole_job_runs_on_the_device(learned):
     assert not operations.unordered and not operations.serial and operations.raced == 0
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and pytest -m cuda")
+def test_a_deterministic_job_on_a_card_gives_the_same_bits_twice(learned):
+    # what the simulated device takes on trust: that torch has a deterministic algorithm for every operation
+    config = replace(
+        learned.config, device=DeviceConfig("cuda", deterministic=True), router=RouterConfig("fastgrnn", epochs=2)
+    )
+    one, other = (learn(learned.trajectories, config) for _ in range(2))
+    for name, array in one.data.arrays.items():
+        assert array.tobytes() == other.data.arrays[name].tobytes(), name
+    assert one.router.to_bytes() == other.router.to_bytes()
+    # seeds are drawn by the card's own generator, but the planted patterns are the same
+    pairs = np.unique(np.stack([one.label_Q, learned.bank.label_Q]), axis=1)
+    assert pairs.shape[1] == one.data.leaves == learned.bank.data.leaves
+
+
 def test_points_beyond_a_small_card_stay_on_the_host_without_being_told_to(monkeypatch, caplog):
     # regression: with device.memory_budget=null, 30 GB of embeddings ended a job on an L4
     monkeypatch.setattr(devices, "LEAST_ROOM", 2**14)
