@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,6 +172,7 @@ class Devices(TorchFunctionMode):
             kind = next((a for a in args[1:] if isinstance(a, torch.dtype)), kwargs.pop("dtype", None))
             tensor = args[0] if target is None else self.moved(args[0], target)
             return tensor if kind is None else func(tensor, kind)
+        kwargs.pop("pin_memory", None)
         target = kwargs.get("device")
         drawn = kwargs.get("generator")
         if isinstance(drawn, torch.Generator):
@@ -252,8 +254,11 @@ def pretended(memory: int = 2**36) -> Iterator[Operations]:
         for name in ("memory_reserved", "memory_allocated"):
             patch.setattr(torch.cuda, name, lambda device=None: 0)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-        for name in ("max_memory_allocated", "reset_peak_memory_stats", "utilization"):
+        for name in ("max_memory_allocated", "reset_peak_memory_stats", "utilization", "empty_cache"):
             patch.setattr(torch.cuda, name, lambda: 0)
+        patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        card = SimpleNamespace(name="NVIDIA Simulated", total_memory=2**37, major=9, minor=0)
+        patch.setattr(torch.cuda, "get_device_properties", lambda device=None: card)
         patch.setattr(torch, "Generator", Drawing)
         # makes Module.to replace parameters by the moved tensors instead of changing them in place
         patch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)

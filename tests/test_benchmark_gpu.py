@@ -15,13 +15,15 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from pretend import pretended
 
 from jobs import benchmark
 from jobs.device_tables import gpu_tables
-from rb_gpu.bench import gpu, gpu_peers
+from rb_gpu.bench import device_facts, gpu, gpu_peers
 from rb_gpu.bench.device_facts import agreement, array_functions, excess, measured_card, planted
 from rb_gpu.bench.roofline import Card
 from rb_gpu.errors import ConfigError
+from rb_gpu.learn import devices
 from rb_gpu.learn.arrays import HOST
 from rb_gpu.learn.job_config import BenchmarkConfig
 from rb_gpu.learn.progress import channel
@@ -104,6 +106,23 @@ def test_every_size_and_contestant_is_measured_or_says_why_not(result):
     assert all(one["seconds"] > 0 and one["updates"] >= 1 for one in result["clusterings"])
     assert [one["n"] for one in result["jobs"]] == [1200, 3000] and result["jobs"][0]["patterns"] >= 1
     assert set(result["jobs"][0]["stages_s"]) >= {"cluster", "judge", "index"}
+
+
+def test_it_runs_where_points_and_results_lie_on_a_device(monkeypatch):
+    monkeypatch.setattr(gpu, "STREAMED_ROWS", 300)
+    monkeypatch.setattr(gpu, "resolve_engine", lambda *_: "torch")
+    monkeypatch.setattr(devices, "_triton_found", lambda: False)
+    job = gpu.Bench._job
+    monkeypatch.setattr(gpu.Bench, "_job", lambda self, n: job(self, n) if n == 200 else None)
+    clock = iter(range(1, 10**9))
+    monkeypatch.setattr(gpu, "timed", lambda device, call: (call(), 1e-3 * next(clock))[1])
+    for name, size in (("PRODUCT_SIZE", 64), ("COPY_BYTES", 2**12)):
+        monkeypatch.setitem(getattr(device_facts, name), "cuda", size)
+    with pretended() as operations:
+        result = gpu.run(SETTINGS | {"gpu_rows": [200, 300], "gpu_clusters": [5]}, torch.device("cuda"))
+    assert result["failed"] == [] and result["labels"][0]["worst_over_bound"] <= 1 and not operations.serial
+    assert [one["streamed"] for one in result["clusterings"] if "seconds" in one] == [False, True]
+    assert result["jobs"][0]["patterns"] >= 1
 
 
 def test_the_table_shows_it(result):
