@@ -10,10 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from pretend import GPU, Devices, MixedError, OnDevice, pretended
 
+from rb_gpu.artifact import verify_artifact
 from rb_gpu.learn import assign_device, devices, learn, progress
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.checkpoint import Checkpoint
@@ -24,13 +27,16 @@ from rb_gpu.learn.config import (
     IndexConfig,
     JudgeConfig,
     ParamsConfig,
+    PruneConfig,
+    RegistryConfig,
     RouterConfig,
     TrainConfig,
 )
 from rb_gpu.learn.kmeans import kmeans, nearest
 from rb_gpu.learn.lloyd import Solver
 from rb_gpu.learn.projection import project
-from rb_gpu.learn.trajectories import load
+from rb_gpu.learn.training import train
+from rb_gpu.learn.trajectories import Trajectories, load
 
 X = np.random.default_rng(0).normal(size=(1500, 12)).astype(np.float32)
 
@@ -228,12 +234,72 @@ def test_a_part_of_a_gpu_that_has_no_utilisation_ends_no_job(monkeypatch, error)
         assert progress.gpu_facts() == {"gpu_memory_mb": 0.0}
 
 
-def test_what_a_full_table_a_parent_and_a_decay_take_runs_on_the_device():
+SAMPLE = Path(progress.__file__).parents[1] / "sample"
+FILES = DataConfig(path=str(SAMPLE / "outcomes.parquet"), queries=str(SAMPLE / "queries.parquet"))
+
+
+@pytest.fixture(scope="module")
+def full() -> Trajectories:
+    """500 queries of the sample, each under every config."""
+    table = load(FILES, ParamsConfig())
+    return table.select_queries(np.arange(len(table.query_id)) % 16 == 0)
+
+
+@pytest.fixture(scope="module")
+def log(full) -> Trajectories:
+    """One config per query, drawn at random."""
+    drawn_Q = np.random.default_rng(0).integers(len(full.configs), size=len(full.query_id))
+    rows = full.config_id == drawn_Q[full.query_row]
+    columns = ("query_row", "config_id", "precision", "recall", "latency_us", "cost", "rating", "timestamp", "id")
+    kept = {name: getattr(full, name)[rows] for name in columns}
+    return replace(full, **kept, propensity=np.full(rows.sum(), 1.0 / len(full.configs), np.float32))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"judge": JudgeConfig(method="welch", half_life="auto")},
+        {"judge": JudgeConfig(method="reference", half_life=30.0)},
+        {"judge": JudgeConfig(objective="bound", max_latency_us=5000.0), "cluster": ClusterConfig(k=60, n_init=2)},
+        {"judge": JudgeConfig(objective="floor", target=0.7), "prune": PruneConfig(min_confidence=0.3)},
+        {"cluster": ClusterConfig(k=12, metric="l2"), "router": RouterConfig("fastgrnn", epochs=1, target="log")},
+    ],
+    ids=["welch", "reference", "bound", "floor", "l2"],
+)
+def test_a_log_under_every_method_and_objective(log, settings):
+    config = replace(TrainConfig(), device=DeviceConfig("cpu"), cluster=ClusterConfig(k=12), index=IndexConfig("off"))
+    config = replace(config, **settings)
+    here = learn(log, config)
+    # a budget that keeps the points on the host
+    device = DeviceConfig("cuda", memory_budget=2**20, deterministic=True)
+    with pretended() as operations:
+        there = learn(log, replace(config, device=device, cluster=replace(config.cluster, engine="torch")))
+    assert np.array_equal(there.label_Q, here.label_Q)
+    np.testing.assert_allclose(there.data.arrays["gain"], here.data.arrays["gain"], atol=1e-9)
+    assert not operations.unordered and not operations.serial and operations.raced == 0
+
+
+def test_the_job_around_learning(tmp_path):
+    # loading, checkpoints, evaluation and the map of the report
+    queries, rows = (pq.read_table(SAMPLE / f"{name}.parquet") for name in ("queries", "outcomes"))
+    queries = queries.slice(0, 400)
+    pq.write_table(queries, tmp_path / "queries.parquet")
+    pq.write_table(rows.filter(pc.is_in(rows["query_id"], queries["query_id"])), tmp_path / "outcomes.parquet")
+    files = DataConfig(path=str(tmp_path / "outcomes.parquet"), queries=str(tmp_path / "queries.parquet"))
+    config = replace(
+        TrainConfig(), data=files, index=IndexConfig("off"), judge=JudgeConfig(method="welch"),
+        device=DeviceConfig("cuda", deterministic=True), registry=RegistryConfig(path=str(tmp_path / "artifacts")),
+        cluster=ClusterConfig(k=8, engine="torch", checkpoint_every=1),
+    )  # fmt: skip
+    with pretended():
+        published = train(config)
+    assert published is not None
+    assert verify_artifact(published.folder)["device"].startswith("cuda")
+
+
+def test_what_a_full_table_a_parent_and_a_decay_take_runs_on_the_device(full):
     # more dims than axes, a pruned router, a drawn map: code that had not run on simulated device tensors before
-    sample = Path(progress.__file__).parents[1] / "sample"
-    files = {name: str(sample / f"{file}.parquet") for name, file in (("path", "outcomes"), ("queries", "queries"))}
-    table = load(DataConfig(**files), ParamsConfig())
-    table = table.select_queries(np.arange(len(table.query_id)) % 16 == 0)
+    table = full
     config = replace(
         TrainConfig(), device=DeviceConfig("cpu"), cluster=ClusterConfig(k=12), index=IndexConfig("flat"),
         judge=JudgeConfig(half_life="auto"), router=RouterConfig("fastgrnn", epochs=1, sparsity=0.5),
