@@ -7,6 +7,7 @@ FakeTensorMode.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,10 +49,31 @@ class MixedError(RuntimeError):
     """Raised if one operation gets tensors of both the host and the device."""
 
 
+class Memory:
+    """Bytes that tensors hold now, and the most that they held; views hold what their base does."""
+
+    def __init__(self) -> None:
+        self.users: Counter[tuple[int, int]] = Counter()
+        self.now = self.peak = 0
+
+    def take(self, tensor: OnDevice) -> None:
+        storage = tensor.held.untyped_storage()
+        place = (storage.data_ptr(), storage.nbytes())
+        self.now += storage.nbytes() * (self.users[place] == 0)
+        self.users[place] += 1
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(tensor, self.free, place).atexit = False
+
+    def free(self, place: tuple[int, int]) -> None:
+        self.users[place] -= 1
+        self.now -= place[1] * (self.users[place] == 0)
+
+
 class OnDevice(torch.Tensor):
     """A tensor that reports the device cuda:0, with its values in `held`, on the CPU."""
 
     held: torch.Tensor
+    memory = Memory()
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> OnDevice:
@@ -59,6 +81,7 @@ class OnDevice(torch.Tensor):
         # internally it has the host's device, because a build of torch without CUDA has no other
         made = torch.Tensor._make_wrapper_subclass(cls, held.shape, device=held.device, **options)
         made.held = held.detach()
+        cls.memory.take(made)
         return made
 
     @property
@@ -80,7 +103,8 @@ class Operations(TorchDispatchMode):
     """Runs every operation on the held values, and records what would be slow or nondeterministic on a GPU.
 
     waits: how often the host waited, by operation. unordered: operations that torch would refuse under deterministic
-    algorithms, or that ran without that mode. raced: number of indexed writes beyond the first to the same place, where
+    algorithms, or that ran without that mode. memory: what the tensors on the device take; what an operation takes
+    while it runs is not counted. raced: number of indexed writes beyond the first to the same place, where
     any of the threads may win. serial: shapes of cumulative sums along a dimension other than the last, for which a GPU
     uses one thread per column.
     """
@@ -91,6 +115,7 @@ class Operations(TorchDispatchMode):
         self.unordered: set[str] = set()
         self.serial: list[tuple[int, ...]] = []
         self.raced = 0
+        self.memory = Memory()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -260,6 +285,7 @@ def pretended(memory: int = 2**36) -> Iterator[Operations]:
         card = SimpleNamespace(name="NVIDIA Simulated", total_memory=2**37, major=9, minor=0)
         patch.setattr(torch.cuda, "get_device_properties", lambda device=None: card)
         patch.setattr(torch, "Generator", Drawing)
+        patch.setattr(OnDevice, "memory", operations.memory)
         # makes Module.to replace parameters by the moved tensors instead of changing them in place
         patch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
         for name, function in straight.items():

@@ -193,6 +193,22 @@ def test_points_beyond_a_small_card_stay_on_the_host_without_being_told_to(monke
     assert found[0].centroids.tobytes() == found[1].centroids.tobytes()
 
 
+@pytest.mark.parametrize(("metric", "dim", "budget"), [("l2", 8, None), ("l2", 8, 2**17), ("cosine", 40, None)])
+def test_a_clustering_takes_no_more_of_a_card_than_is_kept_for_it(metric, dim, budget, monkeypatch):
+    # regression: on a card that points fill but for what `points_room` keeps free, a repair ran out of memory, at 140
+    # bytes a point instead of 128; and with cosine, points that were not of norm 1 took twice their room
+    monkeypatch.setitem(devices.TILE_SCORES, "cuda", 2**14)
+    rng = np.random.default_rng(0)
+    n, centres = 40_000, rng.normal(size=(60, dim)) * 4
+    x = (centres[rng.integers(60, size=n)] + rng.normal(size=(n, dim))).astype(np.float32)
+    given = x.copy()
+    with pretended() as operations:
+        kmeans(x, 60, device="cuda", engine="torch", metric=metric, max_iter=4, memory_budget=budget)
+    assert np.array_equal(x, given)
+    points = 0 if budget else x.nbytes
+    assert points < operations.memory.peak < points + n * devices.BYTES_OF_A_POINT
+
+
 def test_a_checkpoint_takes_no_second_copy_of_the_points_to_the_host(tmp_path, monkeypatch):
     monkeypatch.setitem(devices.TILE_SCORES, "cuda", 256 * X.shape[1])
     taken: list[tuple[int, ...]] = []
