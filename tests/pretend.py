@@ -272,7 +272,8 @@ def pretended(memory: int = 2**36) -> Iterator[Operations]:
     }
     operations = Operations()
     with pytest.MonkeyPatch.context() as patch, Devices(operations), operations:
-        patch.setattr(torch.cuda, "is_available", lambda: True)
+        for name in ("is_available", "is_initialized"):
+            patch.setattr(torch.cuda, name, lambda: True)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch.setattr(devices, "_triton_fault", lambda: "")
         patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (memory, 2**37))

@@ -295,6 +295,18 @@ def test_a_log_under_every_method_and_objective(log, settings):
     assert not operations.unordered and not operations.serial and operations.raced == 0
 
 
+def test_a_job_on_the_cpu_leaves_the_gpu_alone(monkeypatch):
+    # regression: asking for a GPU's statistics starts CUDA, which takes memory of a card that may be full
+    def started() -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", started)
+    with progress.Watch().stage("load"):
+        assert progress.gpu_facts() == {}
+
+
 def test_the_job_around_learning(tmp_path):
     # loading, checkpoints, evaluation and the map of the report
     queries, rows = (pq.read_table(SAMPLE / f"{name}.parquet") for name in ("queries", "outcomes"))
