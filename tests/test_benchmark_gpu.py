@@ -163,6 +163,15 @@ def test_what_the_budget_has_no_time_for_is_left_out():
     assert "left out" in gpu_tables(result)
 
 
+def test_what_is_measured_is_logged_at_once(caplog):
+    # a peer's segmentation fault would take with it all that had been measured before
+    caplog.set_level("INFO", logger="rb_gpu.bench.gpu")
+    row = {"contestant": "ours"}
+    with gpu.told(row):
+        row |= {"ms": 1.5}
+    assert caplog.messages == ["{'contestant': 'ours', 'ms': 1.5}"]
+
+
 def test_what_outruns_the_budget_is_stopped(monkeypatch):
     # regression: a clustering of 100M streamed points with many repairs could take ten minutes after the last of eight
     card = Card("c", 1, 1, 1, 100, 10, 1)

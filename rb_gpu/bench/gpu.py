@@ -135,7 +135,9 @@ def sizes(rows: list[int], dim: int, card_bytes: int, host_bytes: int) -> list[t
 
 @contextmanager
 def told(row: dict[str, Any]) -> Iterator[None]:
-    """Turns an exception inside the block into the row's note, so that one failure does not end the suite."""
+    """Turns an exception inside the block into the row's note, so that one failure does not end the suite; and logs the
+    row, because a fault inside a peer's library can end the process before the results are written.
+    """
     try:
         yield
     except ImportError as error:
@@ -148,6 +150,7 @@ def told(row: dict[str, Any]) -> Iterator[None]:
         log.warning("%s", row, exc_info=True)
         said = [*str(error).splitlines(), ""][0]
         row |= {"note": f"failed: {type(error).__name__}: {said}"[:MOST_SAID], "failed": True}
+    log.info("%s", row)
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
