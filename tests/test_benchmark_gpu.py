@@ -249,6 +249,22 @@ def test_what_fails_costs_neither_the_others_nor_what_was_measured(monkeypatch):
     assert "NO" in gpu_tables(result)
 
 
+def test_points_that_cannot_be_made_cost_only_their_size(monkeypatch):
+    # regression: after a fault the card makes no more points, and the error ended the suite without its results
+    def made(n: int, *more: Any) -> torch.Tensor:
+        if n > 1000:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return planted(n, *more)
+
+    monkeypatch.setattr(gpu, "planted", made)
+    monkeypatch.setattr(gpu, "PEERS", {})
+    monkeypatch.setattr(gpu.Bench, "_job", lambda self, n: None)
+    result = gpu.run(SETTINGS | {"gpu_rows": [500, 1200], "gpu_clusters": [5]}, CPU)
+    assert [one.get("note") for one in result["clusterings"]][1:] == [*result["failed"]]
+    assert result["failed"] == ["failed: RuntimeError: CUDA error: unspecified launch failure"]
+    assert result["failed"][0] in gpu_tables(result)
+
+
 def test_rates_and_labels_are_those_of_float32_in_an_image_that_allows_tf32(monkeypatch):
     # as NVIDIA's images do with TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1; regression: right labels were reported as wrong
     seen = []

@@ -180,7 +180,17 @@ def _run(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
     bench = Bench(settings, device, card, clock, engines)
     with Deadline(clock).watched():
         for n, streamed in sizes(settings["gpu_rows"], dim, known["memory_bytes"], free_memory()):
-            bench.case(n, streamed)
+            # what no row accounts for: points that do not fit, or a card that has failed for good
+            case: dict[str, Any] = {
+                "n": n,
+                "dim": dim,
+                "k": min(settings["gpu_clusters"], default=0),
+                "streamed": streamed,
+            }
+            with told(case):
+                bench.case(n, streamed)
+            if "note" in case:
+                bench.clusterings.append(case)
     arrays: list[dict[str, Any]] = [{}]
     with told(arrays[0]):
         arrays = array_functions(device)
