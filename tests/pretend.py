@@ -7,9 +7,11 @@ FakeTensorMode.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,16 +36,44 @@ UNORDERED = {
     aten.cumsum.default,
 }  # fmt: skip
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+# operations besides the elementwise ones that take a single number of the host
+TAKING = INDEXING | {aten.copy_.default, aten.fill_.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor}
+# products that cuBLAS has for floating point numbers only
+PRODUCTS = {
+    aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.addmv.default,
+    aten.dot.default,
+}  # fmt: skip
 
 
 class MixedError(RuntimeError):
     """Raised if one operation gets tensors of both the host and the device."""
 
 
+class Memory:
+    """Bytes that tensors hold now, and the most that they held; views hold what their base does."""
+
+    def __init__(self) -> None:
+        self.users: Counter[tuple[int, int]] = Counter()
+        self.now = self.peak = 0
+
+    def take(self, tensor: OnDevice) -> None:
+        storage = tensor.held.untyped_storage()
+        place = (storage.data_ptr(), storage.nbytes())
+        self.now += storage.nbytes() * (self.users[place] == 0)
+        self.users[place] += 1
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(tensor, self.free, place).atexit = False
+
+    def free(self, place: tuple[int, int]) -> None:
+        self.users[place] -= 1
+        self.now -= place[1] * (self.users[place] == 0)
+
+
 class OnDevice(torch.Tensor):
     """A tensor that reports the device cuda:0, with its values in `held`, on the CPU."""
 
     held: torch.Tensor
+    memory = Memory()
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> OnDevice:
@@ -51,6 +81,7 @@ class OnDevice(torch.Tensor):
         # internally it has the host's device, because a build of torch without CUDA has no other
         made = torch.Tensor._make_wrapper_subclass(cls, held.shape, device=held.device, **options)
         made.held = held.detach()
+        cls.memory.take(made)
         return made
 
     @property
@@ -72,7 +103,8 @@ class Operations(TorchDispatchMode):
     """Runs every operation on the held values, and records what would be slow or nondeterministic on a GPU.
 
     waits: how often the host waited, by operation. unordered: operations that torch would refuse under deterministic
-    algorithms, or that ran without that mode. raced: number of indexed writes beyond the first to the same place, where
+    algorithms, or that ran without that mode. memory: what the tensors on the device take; what an operation takes
+    while it runs is not counted. raced: number of indexed writes beyond the first to the same place, where
     any of the threads may win. serial: shapes of cumulative sums along a dimension other than the last, for which a GPU
     uses one thread per column.
     """
@@ -83,6 +115,7 @@ class Operations(TorchDispatchMode):
         self.unordered: set[str] = set()
         self.serial: list[tuple[int, ...]] = []
         self.raced = 0
+        self.memory = Memory()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -105,6 +138,18 @@ class Operations(TorchDispatchMode):
             raise ValueError("Tensors must be contiguous")  # as NCCL says
         if here and func is not aten.copy_.default:
             raise MixedError(f"{func}: {here} of the host beside the device's")
+        numbers = any(not isinstance(t, OnDevice) and t.dim() == 0 for t in tensors)
+        if numbers and func not in TAKING and torch.Tag.pointwise not in func.tags:
+            raise MixedError(f"{func}: a number of the host beside the device's")
+        if func is not aten.copy_.default and _writes_to_host(func, args, kwargs):
+            raise MixedError(f"{func} of the device's numbers into a tensor of the host")
+        if func in INDEXING and func is not aten.index.Tensor and torch.are_deterministic_algorithms_enabled():
+            wanted = aten.index.Tensor(*_held(args[:2])).numel()
+            if args[2].dim() > 0 and args[2].numel() < wanted:
+                # mended in torch 2.8 (pytorch/pytorch#79987)
+                raise RuntimeError(f"number of flattened indices did not match: {wanted} vs {args[2].numel()}")
+        if func in PRODUCTS and not args[0].dtype.is_floating_point:
+            raise NotImplementedError(f"{func} not implemented for {args[0].dtype}")
         refused = func in UNORDERED and (func is not aten.cumsum.default or args[0].dtype.is_floating_point)
         refused |= func is aten.bincount.default and len(args) > 1 and args[1] is not None
         if refused or not torch.are_deterministic_algorithms_enabled():
@@ -152,7 +197,13 @@ class Devices(TorchFunctionMode):
             kind = next((a for a in args[1:] if isinstance(a, torch.dtype)), kwargs.pop("dtype", None))
             tensor = args[0] if target is None else self.moved(args[0], target)
             return tensor if kind is None else func(tensor, kind)
+        kwargs.pop("pin_memory", None)
         target = kwargs.get("device")
+        drawn = kwargs.get("generator")
+        if isinstance(drawn, torch.Generator):
+            there = any(isinstance(a, OnDevice) for a in args) or (target and torch.device(target).type == "cuda")
+            if bool(there) != (getattr(drawn, "kind", "cpu") == "cuda"):
+                raise MixedError(f"{func}: a generator of another device")
         if target is None or torch.device(target).type != "cuda":
             return func(*args, **kwargs)
         del kwargs["device"]
@@ -170,8 +221,12 @@ class Devices(TorchFunctionMode):
 class Drawing(torch.Generator):
     """A host generator that can be created for any device."""
 
-    def __new__(cls, device: object = "cpu") -> Drawing:
-        return super().__new__(cls)
+    kind: str
+
+    def __new__(cls, device: Any = "cpu") -> Drawing:
+        made = super().__new__(cls)
+        made.kind = torch.device(device).type
+        return made
 
 
 # operations take and return tensors and flat lists of them; torch's general tree traversal took most of the time
@@ -181,6 +236,12 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)
+
+
+def _writes_to_host(func: Any, args: Any, kwargs: Any) -> bool:
+    given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+    written = (given.get(a.name) for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    return any(isinstance(t, torch.Tensor) and not isinstance(t, OnDevice) for t in written)
 
 
 def _held(value: Any) -> Any:
@@ -211,16 +272,21 @@ def pretended(memory: int = 2**36) -> Iterator[Operations]:
     }
     operations = Operations()
     with pytest.MonkeyPatch.context() as patch, Devices(operations), operations:
-        patch.setattr(torch.cuda, "is_available", lambda: True)
+        for name in ("is_available", "is_initialized"):
+            patch.setattr(torch.cuda, name, lambda: True)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch.setattr(devices, "_triton_fault", lambda: "")
         patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (memory, 2**37))
         for name in ("memory_reserved", "memory_allocated"):
             patch.setattr(torch.cuda, name, lambda device=None: 0)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-        for name in ("max_memory_allocated", "reset_peak_memory_stats", "utilization"):
+        for name in ("max_memory_allocated", "reset_peak_memory_stats", "utilization", "empty_cache"):
             patch.setattr(torch.cuda, name, lambda: 0)
+        patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        card = SimpleNamespace(name="NVIDIA Simulated", total_memory=2**37, major=9, minor=0)
+        patch.setattr(torch.cuda, "get_device_properties", lambda device=None: card)
         patch.setattr(torch, "Generator", Drawing)
+        patch.setattr(OnDevice, "memory", operations.memory)
         # makes Module.to replace parameters by the moved tensors instead of changing them in place
         patch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
         for name, function in straight.items():

@@ -15,15 +15,18 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from pretend import pretended
 
 from jobs import benchmark
 from jobs.device_tables import gpu_tables
-from rb_gpu.bench import gpu, gpu_peers
+from rb_gpu.bench import device_facts, gpu, gpu_peers
 from rb_gpu.bench.device_facts import agreement, array_functions, excess, measured_card, planted
 from rb_gpu.bench.roofline import Card
 from rb_gpu.errors import ConfigError
+from rb_gpu.learn import devices
 from rb_gpu.learn.arrays import HOST
 from rb_gpu.learn.job_config import BenchmarkConfig
+from rb_gpu.learn.progress import channel
 
 CPU = torch.device("cpu")
 SETTINGS = {"gpu_rows": [3000, 1200], "gpu_clusters": [5, 40, 2000], "gpu_dim": 16, "gpu_budget_s": 300,
@@ -105,6 +108,23 @@ def test_every_size_and_contestant_is_measured_or_says_why_not(result):
     assert set(result["jobs"][0]["stages_s"]) >= {"cluster", "judge", "index"}
 
 
+def test_it_runs_where_points_and_results_lie_on_a_device(monkeypatch):
+    monkeypatch.setattr(gpu, "STREAMED_ROWS", 300)
+    monkeypatch.setattr(gpu, "resolve_engine", lambda *_: "torch")
+    monkeypatch.setattr(devices, "_triton_found", lambda: False)
+    job = gpu.Bench._job
+    monkeypatch.setattr(gpu.Bench, "_job", lambda self, n: job(self, n) if n == 200 else None)
+    clock = iter(range(1, 10**9))
+    monkeypatch.setattr(gpu, "timed", lambda device, call: (call(), 1e-3 * next(clock))[1])
+    for name, size in (("PRODUCT_SIZE", 64), ("COPY_BYTES", 2**12)):
+        monkeypatch.setitem(getattr(device_facts, name), "cuda", size)
+    with pretended() as operations:
+        result = gpu.run(SETTINGS | {"gpu_rows": [200, 300], "gpu_clusters": [5]}, torch.device("cuda"))
+    assert result["failed"] == [] and result["labels"][0]["worst_over_bound"] <= 1 and not operations.serial
+    assert [one["streamed"] for one in result["clusterings"] if "seconds" in one] == [False, True]
+    assert result["jobs"][0]["patterns"] >= 1
+
+
 def test_the_table_shows_it(result):
     table = gpu_tables(result)
     assert "no GPU" in table and "1,200 x 16, 40" in table and "3,000 x 16, 40 streamed" in table
@@ -141,6 +161,42 @@ def test_what_the_budget_has_no_time_for_is_left_out():
     bench.case(1200, False)
     assert {one["note"] for one in (*bench.iterations, *bench.clusterings)} == {gpu.LEFT_OUT}
     assert "left out" in gpu_tables(result)
+
+
+def test_what_is_measured_is_logged_at_once(caplog):
+    # a peer's segmentation fault would take with it all that had been measured before
+    caplog.set_level("INFO", logger="rb_gpu.bench.gpu")
+    row = {"contestant": "ours"}
+    with gpu.told(row):
+        row |= {"ms": 1.5}
+    assert caplog.messages == ["{'contestant': 'ours', 'ms': 1.5}"]
+
+
+def test_what_outruns_the_budget_is_stopped(monkeypatch):
+    # regression: a clustering of 100M streamed points with many repairs could take ten minutes after the last of eight
+    card = Card("c", 1, 1, 1, 100, 10, 1)
+    bench = gpu.Bench(SETTINGS, CPU, card, gpu.Clock(0, time.perf_counter()), [])
+    monkeypatch.setattr(gpu.Clock, "allows", lambda *_: True)
+    before = channel.handlers[:]
+    with gpu.Deadline(bench.clock).watched():
+        bench._clustering(planted(2000, 16, 0, CPU, CPU), 40, False, None)
+        bench._job(1200)
+    assert [one["note"] for one in (*bench.clusterings, *bench.jobs)] == [gpu.STOPPED] * 2
+    assert not any(one.get("failed") for one in (*bench.clusterings, *bench.jobs)) and channel.handlers == before
+
+
+def test_times_of_points_on_the_card_do_not_predict_those_of_streamed_ones(monkeypatch):
+    clock = iter(range(1, 10**9))
+    monkeypatch.setattr(gpu, "timed", lambda device, call: (call(), 1e-9 * next(clock))[1])
+    card = Card("slow", 1e-5, 1e-5, 1e-5, 1, 1, 1)
+    bench = gpu.Bench(SETTINGS, CPU, card, gpu.Clock(9, time.perf_counter()), [])
+    x = planted(5000, 16, 0, CPU, CPU)
+    bench.slack["ours", False] = bench.slack["clustering", False] = 1e-9
+    for streamed in (False, True):
+        bench._iteration("ours", "fp32", gpu.ours("torch", "ieee", None), x, x[:40], streamed)
+        bench._clustering(x, 40, streamed, None)
+    notes = [one.get("note") for one in (*bench.iterations, *bench.clusterings)]
+    assert notes == [None, gpu.LEFT_OUT] * 2
 
 
 def test_of_points_from_the_host_only_the_engine_that_runs_by_itself_is_timed(monkeypatch):
@@ -191,6 +247,22 @@ def test_what_fails_costs_neither_the_others_nor_what_was_measured(monkeypatch):
     result = gpu.run(small, CPU)
     assert result["failed"] == [said, said] and result["jobs"][0]["note"] == said
     assert "NO" in gpu_tables(result)
+
+
+def test_points_that_cannot_be_made_cost_only_their_size(monkeypatch):
+    # regression: after a fault the card makes no more points, and the error ended the suite without its results
+    def made(n: int, *more: Any) -> torch.Tensor:
+        if n > 1000:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return planted(n, *more)
+
+    monkeypatch.setattr(gpu, "planted", made)
+    monkeypatch.setattr(gpu, "PEERS", {})
+    monkeypatch.setattr(gpu.Bench, "_job", lambda self, n: None)
+    result = gpu.run(SETTINGS | {"gpu_rows": [500, 1200], "gpu_clusters": [5]}, CPU)
+    assert [one.get("note") for one in result["clusterings"]][1:] == [*result["failed"]]
+    assert result["failed"] == ["failed: RuntimeError: CUDA error: unspecified launch failure"]
+    assert result["failed"][0] in gpu_tables(result)
 
 
 def test_rates_and_labels_are_those_of_float32_in_an_image_that_allows_tf32(monkeypatch):

@@ -119,7 +119,7 @@ def test_points_get_what_is_free_on_a_gpu_less_what_work_with_them_takes(monkeyp
     told = {"mem_get_info": (20 * 2**30, 2**35), "memory_reserved": 3 * 2**30, "memory_allocated": 2**30}
     for name, value in told.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    assert devices.points_room(2**23, gpu) == (20 + 2 - 4 - 1) * 2**30
+    assert devices.points_room(2**23, gpu) == (20 + 2 - 4 - 1) * 2**30 * 32 // 33
     assert devices.points_room(2**28, gpu) == devices.LEAST_ROOM
 
 

@@ -5,6 +5,7 @@ cases.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 import oracles
@@ -426,16 +427,39 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @pytest.mark.cuda
 @needs_gpu
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "ieee"])
-def test_labels_of_a_gpu_are_those_of_float64(precision):
-    # the inputs of the tests in Triton's interpreter, and enough points to keep the tensor cores busy
-    for name, (x, centroids) in pytest.importorskip("interpreted").cases().items():
+def test_labels_of_a_gpu_are_those_of_float64_in_every_block_shape(precision, monkeypatch):
+    # tuning would try only the fastest shape of each size; and one shape per case takes a third of the time to compile
+    interpreted, triton = pytest.importorskip("interpreted"), pytest.importorskip("triton")
+    triton_assign = pytest.importorskip("rb_gpu.learn.triton_assign")
+
+    def labels(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
         points = DeviceAssignment(x.cuda(), x[::7].mean(0).cuda(), engine="triton", precision=precision)
         points.assign(centroids.cuda())
-        assert torch.equal(points.labels_N.cpu(), brute_force(x, centroids).argmin(1)), name
-    x = torch.randn(300_000, 128, generator=torch.Generator().manual_seed(0))
-    points = DeviceAssignment(x.cuda(), x[:999].mean(0).cuda(), engine="triton", precision=precision)
-    points.assign(x[:1000].cuda())
-    assert torch.equal(points.labels_N.cpu(), nearest(x, x[:1000], torch.device("cpu"))[0])
+        return points.labels_N.cpu()
+
+    def shapes(dims: int) -> list[Any]:
+        width = triton_assign.width_of(dims)
+        return triton_assign._fitting(triton_assign.block_shapes(), {}, WIDTH=width, PRECISION=precision)
+
+    def only(shape: Any) -> Any:
+        return triton.autotune([shape], [])(triton_assign.kernels.nearest_kernel)
+
+    # enough points to keep the tensor cores busy, and one tuned call
+    for dims in (128, 384):
+        x = torch.randn(200_000, dims, generator=torch.Generator().manual_seed(0))
+        truth = nearest(x, x[:1000], torch.device("cpu"))[0]
+        if dims == 128:
+            assert torch.equal(labels(x, x[:1000]), truth)
+        for shape in shapes(dims):
+            with monkeypatch.context() as patch:
+                patch.setattr(triton_assign, "nearest_kernel", only(shape))
+                assert torch.equal(labels(x, x[:1000]), truth), shape
+    # the inputs of the tests in Triton's interpreter, and as there a few of them for the other precisions
+    for i, (name, (x, centroids)) in enumerate(interpreted.cases().items()):
+        if precision == "tf32" or name in interpreted.FEW:
+            fitting = shapes(x.shape[1])
+            monkeypatch.setattr(triton_assign, "nearest_kernel", only(fitting[i % len(fitting)]))
+            assert torch.equal(labels(x, centroids), brute_force(x, centroids).argmin(1)), name
 
 
 @pytest.mark.cuda

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from pretend import pretended
 
-from rb_gpu.learn import repair
+from rb_gpu.learn import devices, repair
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.shard import Shard, peaks
@@ -30,6 +31,15 @@ def test_a_merge_costs_what_it_adds_to_the_inertia(offset):
             added[i, j] = mass[i] * ((each[i] - mean) ** 2).sum() + mass[j] * ((each[j] - mean) ** 2).sum()
     np.testing.assert_allclose(cost, added[np.arange(40), partner], rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(cost, added.min(1), rtol=1e-3, atol=1e-9)
+
+
+def test_the_costs_of_merges_fit_the_memory_that_is_kept_for_tiles(monkeypatch):
+    # regression: from 16,384 clusters on they took 8 GB of a card on which 4 GB were kept free
+    k = 1500
+    monkeypatch.setitem(devices.TILE_SCORES, "cuda", k * k)
+    with pretended() as operations:
+        repair._merge_costs(torch.randn(k, 4, device="cuda"), torch.ones(k, dtype=torch.float64, device="cuda"))
+    assert operations.memory.peak < 3 * 4 * k * k
 
 
 def test_a_split_gains_what_two_means_inside_the_cluster_save():

@@ -9,8 +9,9 @@ torch = pytest.importorskip("torch")
 
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from pretend import pretended  # noqa: E402
 
-from rb_gpu.learn import sums  # noqa: E402
+from rb_gpu.learn import devices, sums  # noqa: E402
 from rb_gpu.learn.distributed import Ranks  # noqa: E402
 from rb_gpu.learn.segments import runs  # noqa: E402
 from rb_gpu.learn.shard import Shard  # noqa: E402
@@ -25,6 +26,20 @@ def test_runs_are_those_of_any_number_of_labels(k):
     order, bounds = runs(labels, k)
     assert torch.equal(bounds.diff(), torch.bincount(labels, minlength=k))
     assert torch.equal(order, torch.argsort(labels, stable=True))
+
+
+def test_sums_of_pieces_take_the_share_of_the_points_that_is_kept_for_them(monkeypatch):
+    # regression: for 130 GB of points on a card they took all of the 4 GB that were kept for everything
+    triton_sums = pytest.importorskip("rb_gpu.learn.triton_sums")
+    monkeypatch.setattr(triton_sums, "launch", lambda *_, **__: None)
+    n, dims, k = 2**15, 512, 2
+    with pretended() as operations:
+        x, weight = torch.ones(n, dims, device="cuda"), torch.ones(n, dtype=torch.float64, device="cuda")
+        order, bounds = runs((torch.arange(n) % k).to("cuda"), k)
+        before = operations.memory.peak
+        triton_sums.piece_sums(x, weight, order, bounds)
+    taken = operations.memory.peak - before
+    assert x.held.nbytes / 64 < taken < x.held.nbytes / devices.BYTES_OF_A_SUM
 
 
 @settings(max_examples=40, deadline=None)

@@ -12,8 +12,11 @@ import textwrap
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -112,6 +115,56 @@ def test_a_planted_spill_is_seen(tmp_path, monkeypatch):
     absurd = {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_D": 32}
     _, spilled = compiled((80, 384, "nearest_kernel", "tf32", absurd, 1, 1), tmp_path)
     assert spilled > 0
+
+
+class Driver:
+    """Triton's driver of an H100 on which every run of a kernel takes as long as the ones before took together."""
+
+    utils = SimpleNamespace(get_device_properties=lambda _device: {"max_shared_mem": SHARED[90]})
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[str, dict[str, Any]]] = []
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_benchmarker(self) -> Any:
+        return lambda call, quantiles: (call(), [float(len(self.runs))] * 3)[1]
+
+    def run(self, kernel: Any, *arguments: Any, **named: Any) -> None:
+        given = dict(zip(kernel.arg_names, arguments, strict=False)) | named
+        assert set(kernel.arg_names) <= set(given)
+        assert all(size > 0 for size in (named["grid"](given) if callable(named["grid"]) else named["grid"]))
+        self.runs.append((kernel.fn.__name__, given))
+
+
+def test_block_shapes_are_tuned_once_and_kept_on_disk(tmp_path, monkeypatch):
+    # the tuner itself, which the interpreter goes around, with kernels that do nothing
+    driver, active = Driver(), triton.runtime.driver
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(active, "_active" if hasattr(active, "_active") else "active", driver)
+    monkeypatch.setattr(triton.JITFunction, "run", lambda kernel, *given, **named: driver.run(kernel, *given, **named))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    tuned = triton_assign.nearest_kernel
+    monkeypatch.setattr(tuned, "cache", {})
+    monkeypatch.setattr(tuned, "cache_results", True)
+    x = torch.randn(300, 128)
+
+    def runs(precision: str, k: int) -> list[tuple[int, ...]]:
+        """Block shapes of the runs of nearest_kernel for the first k points as centroids."""
+        driver.runs.clear()
+        d2, labels = torch.full((300,), torch.inf), torch.full((300,), -1)
+        triton_assign.lower_exactly(x, x[0], d2, labels, x[:k], 0, precision)
+        assert driver.runs[-1][0] == "settle_kernel" and bool((labels == -1).all())
+        return [tuple(given[f"BLOCK_{letter}"] for letter in "NKD") for name, given in driver.runs[:-1]]
+
+    assert runs("tf32", 200) == [(64, 64, 128), (64, 64, 128), (128, 64, 128), (128, 128, 128), (64, 64, 128)]
+    assert runs("tf32", 129) == [(64, 64, 128)] and len(runs("tf32", 257)) == len(runs("bf16", 200)) == 5
+    assert runs("ieee", 200)[-1] == (32, 64, 16)
+    # another process
+    tuned.cache.clear()
+    assert runs("tf32", 200) == [(64, 64, 128)]
 
 
 def test_no_function_calls_itself():

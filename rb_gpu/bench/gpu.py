@@ -37,6 +37,7 @@ from rb_gpu.learn.devices import (
 from rb_gpu.learn.job_config import SynthesizeConfig
 from rb_gpu.learn.kmeans import kmeans
 from rb_gpu.learn.pipeline import learn
+from rb_gpu.learn.progress import channel
 from rb_gpu.learn.streaming import BUFFERS, CHUNK_BYTES
 from rb_gpu.learn.synthesize import synthesize
 from rb_gpu.learn.trajectories import load
@@ -52,11 +53,15 @@ STREAM_BUDGET = BUFFERS * CHUNK_BYTES
 DRAWN_BYTES_S = 1e9
 # untimed iterations before the timed ones, which pay for filling caches and for kernel tuning
 BEFORE = 2
+# points of the untimed clustering before a timed one: enough for the block shapes that are used for many points
+TUNED_ROWS = 2**18
 # maximum Lloyd updates of a clustering
 UPDATES = 20
-# expected time of a call as a multiple of the roofline, and of a job per row, until one has been measured
-SLACK, JOB_S_PER_ROW = 8.0, 1e-4
+# expected time of a call as a multiple of the roofline, by whether points are streamed (the bus is then the roofline,
+# which host memory nearly keeps up with), and of a job per row, until one has been measured
+SLACK, JOB_S_PER_ROW = {False: 8.0, True: 4.0}, 1e-4
 LEFT_OUT = "left out: no time"
+STOPPED = "stopped: no time"
 OURS = "ours"
 # maximum length of a failure note, in characters
 MOST_SAID = 100
@@ -81,6 +86,37 @@ class Clock:
         return expected_s <= SHARE * self.left
 
 
+class OutOfTimeError(Exception):
+    """Raised inside a measurement once the suite's time budget is spent."""
+
+
+class Deadline(logging.Handler):
+    """Ends what runs inside `watched` at its next step of progress after the budget is spent: how long a clustering
+    takes can only be predicted roughly, since it depends on the number of repairs.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def emit(self, _record: logging.LogRecord) -> None:
+        """Raises OutOfTimeError if no time is left."""
+        if self.clock.left <= 0:
+            raise OutOfTimeError
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Checks the time at every step of progress inside the block."""
+        level = channel.level
+        channel.setLevel(logging.INFO)
+        channel.addHandler(self)
+        try:
+            yield
+        finally:
+            channel.removeHandler(self)
+            channel.setLevel(level)
+
+
 def sizes(rows: list[int], dim: int, card_bytes: int, host_bytes: int) -> list[tuple[int, bool]]:
     """The cases as (number of points, whether they are streamed from the host).
 
@@ -99,17 +135,22 @@ def sizes(rows: list[int], dim: int, card_bytes: int, host_bytes: int) -> list[t
 
 @contextmanager
 def told(row: dict[str, Any]) -> Iterator[None]:
-    """Turns an exception inside the block into the row's note, so that one failure does not end the suite."""
+    """Turns an exception inside the block into the row's note, so that one failure does not end the suite; and logs the
+    row, because a fault inside a peer's library can end the process before the results are written.
+    """
     try:
         yield
     except ImportError as error:
         row["note"] = f"{error.name} is not installed"
     except torch.cuda.OutOfMemoryError:
         row["note"] = "out of the card's memory"
+    except OutOfTimeError:
+        row["note"] = STOPPED
     except Exception as error:
         log.warning("%s", row, exc_info=True)
         said = [*str(error).splitlines(), ""][0]
         row |= {"note": f"failed: {type(error).__name__}: {said}"[:MOST_SAID], "failed": True}
+    log.info("%s", row)
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
@@ -137,8 +178,19 @@ def _run(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
         with told(labels[-1]):
             labels[-1] |= agreement(device, engine, precision, settings["seed"])
     bench = Bench(settings, device, card, clock, engines)
-    for n, streamed in sizes(settings["gpu_rows"], dim, known["memory_bytes"], free_memory()):
-        bench.case(n, streamed)
+    with Deadline(clock).watched():
+        for n, streamed in sizes(settings["gpu_rows"], dim, known["memory_bytes"], free_memory()):
+            # what no row accounts for: points that do not fit, or a card that has failed for good
+            case: dict[str, Any] = {
+                "n": n,
+                "dim": dim,
+                "k": min(settings["gpu_clusters"], default=0),
+                "streamed": streamed,
+            }
+            with told(case):
+                bench.case(n, streamed)
+            if "note" in case:
+                bench.clusterings.append(case)
     arrays: list[dict[str, Any]] = [{}]
     with told(arrays[0]):
         arrays = array_functions(device)
@@ -155,7 +207,9 @@ def _run(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 class Bench:
-    """The results so far. slack: measured time over the roofline, by contestant; it predicts the next call's time."""
+    """The results so far. slack: measured time over the roofline, by contestant and by whether points were streamed; it
+    predicts the next call's time.
+    """
 
     def __init__(
         self, settings: dict[str, Any], device: torch.device, card: Card, clock: Clock,
@@ -165,7 +219,7 @@ class Bench:
         self.iterations: list[dict[str, Any]] = []
         self.clusterings: list[dict[str, Any]] = []
         self.jobs: list[dict[str, Any]] = []
-        self.slack: dict[str, float] = {}
+        self.slack: dict[tuple[str, bool], float] = {}
         self.job_s_per_row = JOB_S_PER_ROW
 
     def case(self, n: int, streamed: bool) -> None:
@@ -200,7 +254,7 @@ class Bench:
         self.iterations.append(row)
         parts = iteration(n, dim, k, product, "fused")
         least = streamed_seconds(n, dim, self.card, parts) if streamed else seconds(parts, self.card)
-        if not self.clock.allows(self.slack.get(name, SLACK) * least * (3 * BEFORE + more)):
+        if not self.clock.allows(self.slack.get((name, streamed), SLACK[streamed]) * least * (3 * BEFORE + more)):
             row["note"] = LEFT_OUT
             return
         with told(row):
@@ -215,7 +269,7 @@ class Bench:
             if took <= 0:
                 row["note"] = "too short to be timed"
                 return
-            self.slack[name] = took / least
+            self.slack[name, streamed] = took / least
             rate = 2.0 * n * dim * k / took / 1e12
             row |= {
                 "inertia": self._inertia(x_ND, centroids[0]), "ms": 1e3 * took, "tflops": rate, "product": product,
@@ -240,14 +294,16 @@ class Bench:
             least += UPDATES * streamed_seconds(n, dim, self.card, one)
         else:
             least = seconds(seeds, self.card) + UPDATES * seconds(one, self.card)
-        if not self.clock.allows(self.slack.get("clustering", SLACK) * least):
+        if not self.clock.allows(self.slack.get(("clustering", streamed), SLACK[streamed]) * least):
             row["note"] = LEFT_OUT
             return
         found: list[Any] = []
         with told(row):
+            # choose the kernels' block shapes for every number of seeds, which is done once per machine
+            kmeans(x_ND[:TUNED_ROWS], k, max_iter=1, seed=seed, device=self.device.type, memory_budget=budget)
             took = timed(self.device, lambda: found.append(kmeans(
                 x_ND, k, max_iter=UPDATES, seed=seed, device=self.device.type, memory_budget=budget)))  # fmt: skip
-            self.slack["clustering"] = took / least
+            self.slack["clustering", streamed] = took / least
             row |= {"seconds": took, "updates": found[0].n_iter, "inertia": found[0].inertia,
                     "of_roofline": least / took}  # fmt: skip
 

@@ -25,6 +25,8 @@ LEAST_CAPABILITY = (8, 0)
 TILE_SCORES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 # bytes of GPU memory reserved for tiles and NCCL, and per point for labels, distances and sorting
 WORK_BYTES, BYTES_OF_A_POINT = 4 * 2**30, 128
+# for every this many bytes of points, one byte is reserved too: for Triton's sums over pieces of clusters
+BYTES_OF_A_SUM = 32
 # the least room that points get there: two chunks while streaming from the host
 LEAST_ROOM = 2**27
 MEMINFO, OWN_GROUPS, CGROUP = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -191,7 +193,8 @@ def points_room(rows: int, device: torch.device) -> int:
     """
     free, _ = torch.cuda.mem_get_info(device)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(LEAST_ROOM, free + kept - WORK_BYTES - BYTES_OF_A_POINT * rows)
+    left = free + kept - WORK_BYTES - BYTES_OF_A_POINT * rows
+    return max(LEAST_ROOM, left * BYTES_OF_A_SUM // (BYTES_OF_A_SUM + 1))
 
 
 def free_memory() -> int:

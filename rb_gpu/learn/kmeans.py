@@ -194,7 +194,7 @@ def _opened(
             memory_budget = points_room(len(given_ND), where)
         points = framed(given_ND, metric, crew, where, memory_budget, ranks)
         if metric == "cosine":
-            points = _on_sphere(points, crew, memory_budget)
+            points = _on_sphere(points, given_ND, crew, memory_budget)
         if points.x_ND.device.type != where.type:
             log.info("points stay on the host: they exceed the %.2f GiB of the GPU's memory that are theirs",
                      (memory_budget or 0) / 2**30)  # fmt: skip
@@ -208,13 +208,15 @@ def _opened(
         yield _Opened(points, assignment, shard, crew, typical, weight_scale)
 
 
-def _on_sphere(points: Points, crew: Workers | None, budget: int | None) -> Points:
+def _on_sphere(points: Points, given_ND: Tensor, crew: Workers | None, budget: int | None) -> Points:
+    """The points, scaled to norm 1. given_ND: what the caller passed, which must not be modified."""
     if not bool((points.peak_N > 0).all()):
         zeros = int((points.peak_N == 0).sum())
         raise ValueError(f"x has {zeros} rows of norm 0; cosine needs a direction, drop them")
     if float((points.norm_N - 1).abs().max()) <= NORMED:
         return points
-    x_ND = normalise_(points.x_ND.clone())
+    # a copy was made on the way to a GPU, which may have no room for another
+    x_ND = normalise_(points.x_ND.clone() if points.x_ND is given_ND else points.x_ND)
     return Points(x_ND, *peaks(x_ND, crew, points.peak_N.device, budget), points.frame)
 
 

@@ -228,19 +228,26 @@ class Solver:
             run = self._lloyd(centroids_KD, run.n_iter)
 
     def _exchanged(self, centroids_KD: Tensor) -> Tensor | None:
-        k, labels_N, shard = len(centroids_KD), self.points.labels_N, self.shard
+        k = len(centroids_KD)
         if k < 3:
             return None
-        # the first of independent exponential clocks with rates w·D² samples one member per cluster in proportion to it
+        drawn_KD, known_K = self._members_drawn(k)
+        _, mass_K, _ = self._held_sums(k).means()
+        halves = ClusterSums(self.shard, self.peak_N, 2 * k, self.crew)
+        moved_KD = exchange(self.points, centroids_KD, mass_K, drawn_KD, known_K, halves)
+        return normalise_(moved_KD) if moved_KD is not None and self.on_sphere else moved_KD
+
+    def _members_drawn(self, k: int) -> tuple[Tensor, Tensor]:
+        """One member (K, D) of each cluster, drawn with probability in proportion to w·D², and which clusters have one
+        at D > 0. Its arrays over the points are freed on return: a GPU that is full of points has no room for them.
+        """
+        shard = self.shard
+        # the first of independent exponential clocks with rates w·D²
         rate_N = shard.weight_N.double() * self.points.d2_N
         uniform_N = torch.rand(shard.count, dtype=torch.float64, generator=self.generator, device=shard.device)
         uniform_N = uniform_N[shard.first : shard.first + len(rate_N)].clamp_(min=1e-300)
         clock_N = torch.where(rate_N > 0, -uniform_N.log() / rate_N, torch.inf)
-        drawn_KD, known_K = shard.first_of_each(clock_N, labels_N, k)
-        _, mass_K, _ = self._held_sums(k).means()
-        halves = ClusterSums(shard, self.peak_N, 2 * k, self.crew)
-        moved_KD = exchange(self.points, centroids_KD, mass_K, drawn_KD, known_K, halves)
-        return normalise_(moved_KD) if moved_KD is not None and self.on_sphere else moved_KD
+        return shard.first_of_each(clock_N, self.points.labels_N, k)
 
     def _held_sums(self, k: int) -> ClusterSums:
         """The cluster sums of the last update's labels; kept across restarts, as they are updated by difference."""

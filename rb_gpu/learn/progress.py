@@ -44,8 +44,11 @@ def peak_memory_mb() -> float:
 
 
 def gpu_facts() -> dict[str, float]:
-    """Peak memory since the last call (MiB) and utilisation now (percent) of the current GPU; empty without one."""
-    if not torch.cuda.is_available():
+    """Peak memory since the last call (MiB) and utilisation now (percent) of the current GPU; empty while this process
+    uses none.
+    """
+    # a job on the CPU must not start CUDA, for which another process's GPU may have no room
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return {}
     facts = {"gpu_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1)}
     torch.cuda.reset_peak_memory_stats()

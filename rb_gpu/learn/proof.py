@@ -181,7 +181,9 @@ def _shares(pseudo: Pseudo, rows: Rows, default: int, generator: torch.Generator
             best_QC.scatter_add_(1, best_Q, torch.ones_like(best_Q, dtype=best_QC.dtype))
         by_query_QC[mine_Q] = best_QC / DRAWS
         best_G = (level_C + noise_GC).argmax(1)
-        alike_QC[mine_Q] = torch.bincount(best_G, minlength=rows.configs).to(alike_QC) / DRAWS
+        alike_C = torch.bincount(best_G, minlength=rows.configs).to(alike_QC) / DRAWS
+        # no masked assignment: under deterministic algorithms, torch before 2.8 cannot broadcast its value on a GPU
+        alike_QC = torch.where(mine_Q[:, None], alike_C, alike_QC)
     return by_query_QC, alike_QC
 
 

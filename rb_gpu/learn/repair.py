@@ -118,7 +118,8 @@ def _merge_costs(centroids_KD: Tensor, mass_K: Tensor) -> tuple[Tensor, Tensor]:
         return one * other / (one + other).clamp(min=1e-300)
 
     partner_K = torch.empty(k, dtype=torch.int64, device=mass_K.device)
-    for tile in tiles(k, k, centroids_KD.device):
+    # half a dozen float64 arrays of a tile: on a GPU, all K x K at once would take 10 GB
+    for tile in tiles(k, 4 * k, centroids_KD.device):
         rows_T = torch.arange(tile.start, tile.stop, device=mass_K.device)
         d2_TK = torch.cdist(about_KD[tile], about_KD).double().square()
         cost_TK = d2_TK * harmonic(mass_K[tile, None], mass_K)

@@ -290,8 +290,9 @@ def _finish_utility(net: RouterNet, target: _Targets) -> None:
         head.weight *= target.spread
         head.bias.mul_(target.spread).add_(target.offset_C + target.level)
         lowest = torch.where(ran_C, head.bias, torch.full_like(head.bias, math.inf)).argmin()
-        head.weight[~ran_C] = head.weight[lowest].clone()
-        head.bias[~ran_C] = head.bias[lowest] - target.spread
+        # no masked assignment: under deterministic algorithms, torch before 2.8 cannot broadcast its value on a GPU
+        head.weight.copy_(torch.where(ran_C[:, None], head.weight, head.weight[lowest]))
+        head.bias.copy_(torch.where(ran_C, head.bias, head.bias[lowest] - target.spread))
 
 
 def _calibrate(net: RouterNet, lessons: Lessons, target: _Targets, last: Tensor, default: int) -> int:
