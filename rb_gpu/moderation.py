@@ -29,6 +29,25 @@ def alike(variance: Floats, size: Floats) -> Floats:
     return _of_mean(_of_config(freedom, within), size)
 
 
+def degrees_of_freedom(variance: Floats, size: Floats, default: int | None) -> Floats:
+    """(C,) degrees of freedom of the variance of each config's overall effect, when a config's own variance is shrunk
+    as in `moderated`. default: the config whose variance adds to the others' (Satterthwaite 1946), None if paired.
+    """
+    freedom, within = _known(variance, size)
+    total_C = freedom.sum(0)
+    own_C = total_C / (PRIOR_CONFIG_ROWS + total_C)
+    # variance of the shrunk estimate, in units of that of an estimate with one degree of freedom; the pooled variance
+    # contains the config's own rows
+    noise_C = own_C**2 / np.maximum(total_C, 1e-300) + (1.0 - own_C**2) / max(total_C.sum(), 1e-300)
+    if default is not None:
+        rows_C = np.maximum(size.sum(0), 1e-300)
+        part_C = np.nan_to_num(_of_config(freedom, within)) / rows_C
+        both_C = part_C + part_C[default]
+        squares_C = part_C**2 * noise_C + part_C[default] ** 2 * noise_C[default]
+        noise_C = np.divide(squares_C, both_C**2, out=noise_C, where=both_C > 0)
+    return np.asarray(1.0 / noise_C)
+
+
 def unseen_falls(level: Floats, variance: Floats, size: Floats) -> Floats:
     """Variance (P, C) of each cell's mean quality due to failures that the config's rows in all leaves did not show.
 

@@ -19,7 +19,7 @@ from rb_gpu.bank_data import NO_CHANCE
 from rb_gpu.evidence import OUTCOMES, ROUNDING, Evidence, Floats, linear_moments
 from rb_gpu.field import Field
 from rb_gpu.homogeneity import FAMILY_ERROR
-from rb_gpu.moderation import alike, moderated, unseen_falls
+from rb_gpu.moderation import alike, degrees_of_freedom, moderated, unseen_falls
 from rb_gpu.normal import normal_cdf
 from rb_gpu.objective import Objective, choose
 from rb_gpu.pooling import SPIKE, pool
@@ -98,6 +98,17 @@ def effects(evidence: Evidence, direction_O: Floats, default: int, apart: float)
     return effect, error
 
 
+def _freedom(evidence: Evidence, direction_O: Floats, default: int) -> Floats:
+    """(C,) degrees of freedom of the variances of `effects`."""
+    if evidence.paired:
+        moments = (evidence.pair_w, evidence.pair_w2, evidence.pair_mean, evidence.pair_comoment)
+        _, variance, size = linear_moments(*moments, direction_O)
+        variance[:, default] = np.nan
+        return degrees_of_freedom(variance, size, None)
+    _, variance, size = linear_moments(evidence.w, evidence.w2, evidence.mean, evidence.comoment, direction_O)
+    return degrees_of_freedom(variance, size, default)
+
+
 def widest(evidence: Evidence, direction_O: Floats) -> float:
     """The widest difference between the means of two configs in one pattern; 0 if no pattern ran two configs or the
     difference is mere rounding.
@@ -129,7 +140,8 @@ def believe(
     parents = [np.append(parent, parent.max() + 1) for parent in parents]
     apart = widest(evidence, objective.direction)
     effect, variance = effects(judged, objective.direction, default, apart)
-    gain, gain_variance, root_variance = pool(effect, variance, parents, tested=True, gated=field is not None)
+    freedom = _freedom(judged, objective.direction, default)
+    gain, gain_variance, root_variance = pool(effect, variance, parents, True, field is not None, freedom)
     if field is not None:
         predicted, predicted_variance, root_variance = _predicted(field, objective.direction, default)
         gain, gain_variance = gain + predicted, gain_variance + predicted_variance
