@@ -94,8 +94,8 @@ class LookupSettings:
 
     top_k: number of nearest patterns. beta: slope of the softmax of their cosines. floor: least cosine.
     min_probability: least probability of beating the default. likeliest: if no config is likely enough, the one of
-    highest quality runs in place of the default. auto_margin: whether the margin is worked out anew under another
-    trade-off.
+    highest quality (with a field, of its highest lower bound) runs in place of the default. auto_margin: whether the
+    margin is worked out anew under another trade-off.
     """
 
     top_k: int

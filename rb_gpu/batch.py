@@ -115,9 +115,9 @@ def decide(state: BankState, voters: Voters) -> Votes:
     score_sure_BE = _blocks(state, 0, 2, voters)
     score_BC, sure_BC = score_sure_BE[:, :configs], score_sure_BE[:, configs:]
     least = settings.min_probability if field is None else 0.0
-    # only the likeliest config is chosen by quality; otherwise it need not be computed
-    quality_BC = _blocks(state, 3, 4, voters) if settings.likeliest else score_BC
-    config_B = choose(score_BC, sure_BC, quality_BC, least, default, settings.likeliest)
+    # as in vote.answer; only the likeliest config is ever chosen by quality, else it need not be computed
+    second_BC = _blocks(state, 3, 4, voters) if settings.likeliest and field is None else sure_BC
+    config_B = choose(score_BC, sure_BC, second_BC, least, default, settings.likeliest)
     acted_B = config_B != default
     sure_B = sure_BC[np.arange(len(config_B)), config_B]
     if field is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rb_gpu.evidence import Floats
-from rb_gpu.normal import normal_cdf
+from rb_gpu.normal import as_normal, normal_cdf
 
 FAMILY_ERROR = 0.05
 
@@ -26,22 +26,25 @@ def _rejects(p_C: Floats) -> npt.NDArray[np.bool_]:
     return rejected
 
 
-def differs(mean_C: Floats, var_C: Floats) -> npt.NDArray[np.bool_]:
-    """Which configs differ from the default overall, by a two-sided normal test."""
+def differs(mean_C: Floats, var_C: Floats, freedom_C: Floats) -> npt.NDArray[np.bool_]:
+    """Which configs differ from the default overall, by a two-sided t test. freedom_C: degrees of freedom of the
+    variances.
+    """
     known = np.isfinite(var_C) & (var_C > 0)
-    z = np.divide(np.abs(mean_C), np.sqrt(var_C), out=np.zeros(len(mean_C)), where=known)
-    return _rejects(np.where(known, 2.0 * normal_cdf(-z), np.nan))
+    t = np.divide(np.abs(mean_C), np.sqrt(var_C), out=np.zeros(len(mean_C)), where=known)
+    return _rejects(np.where(known, 2.0 * normal_cdf(-as_normal(t, freedom_C)), np.nan))
 
 
-def varies(effect: Floats, variance: Floats) -> npt.NDArray[np.bool_]:
-    """Which configs' effects scatter over the leaves by more than their errors explain: Cochran's Q (1954), with its
-    chi-squared tail by Wilson & Hilferty's cube root (1931).
+def varies(effect: Floats, variance: Floats, freedom_C: Floats) -> npt.NDArray[np.bool_]:
+    """Which configs' effects scatter over the leaves by more than their errors explain: Cochran's Q (1954). Its tail is
+    that of F, since few rows estimate the variances with freedom_C (C,) degrees of freedom, by the cube roots of Wilson
+    & Hilferty (1931) and Paulson (1942).
     """
     weight = np.where(np.isfinite(variance), 1.0 / variance, 0.0)
     total = weight.sum(0)
     centre = np.divide((weight * effect).sum(0), total, out=np.zeros(total.shape), where=total > 0)
     freedom = np.isfinite(variance).sum(0) - 1.0
-    ratio = (weight * (effect - centre) ** 2).sum(0) / np.maximum(freedom, 1.0)
-    part = 2.0 / (9.0 * np.maximum(freedom, 1.0))
-    z = (np.cbrt(ratio) - (1.0 - part)) / np.sqrt(part)
+    root = np.cbrt((weight * (effect - centre) ** 2).sum(0) / np.maximum(freedom, 1.0))
+    part, of_variance = 2.0 / (9.0 * np.maximum(freedom, 1.0)), 2.0 / (9.0 * np.maximum(freedom_C, 1e-9))
+    z = (root * (1.0 - of_variance) - (1.0 - part)) / np.sqrt(part + root**2 * of_variance)
     return _rejects(np.where(freedom > 0, normal_cdf(-z), np.nan))

@@ -14,6 +14,9 @@ from rb_gpu.evidence import ROUNDING, Floats
 PRIOR_CONFIG_ROWS = 20.0
 # relative variance of a variance estimate from normal rows, times its degrees of freedom
 NORMAL_NOISE = 2.0
+# falls that rows may have missed by chance (the rule of three, Hanley & Lippman-Hand 1983): a normal variance of this
+# many in n rows reaches 3 / n at 95 %, and as far as the Beta(1, n + 1) posterior of a rate of none in n at 80 %
+UNSEEN_FALLS = 3.0
 
 
 def alike(variance: Floats, size: Floats) -> Floats:
@@ -23,7 +26,40 @@ def alike(variance: Floats, size: Floats) -> Floats:
     known.
     """
     freedom, within = _known(variance, size)
-    return _of_mean(np.broadcast_to(_of_config(freedom, within), size.shape), size)
+    return _of_mean(_of_config(freedom, within), size)
+
+
+def degrees_of_freedom(variance: Floats, size: Floats, default: int | None) -> Floats:
+    """(C,) degrees of freedom of the variance of each config's overall effect, when a config's own variance is shrunk
+    as in `moderated`. default: the config whose variance adds to the others' (Satterthwaite 1946), None if paired.
+    """
+    freedom, within = _known(variance, size)
+    total_C = freedom.sum(0)
+    own_C = total_C / (PRIOR_CONFIG_ROWS + total_C)
+    # variance of the shrunk estimate, in units of that of an estimate with one degree of freedom; the pooled variance
+    # contains the config's own rows
+    noise_C = own_C**2 / np.maximum(total_C, 1e-300) + (1.0 - own_C**2) / max(total_C.sum(), 1e-300)
+    if default is not None:
+        rows_C = np.maximum(size.sum(0), 1e-300)
+        part_C = np.nan_to_num(_of_config(freedom, within)) / rows_C
+        both_C = part_C + part_C[default]
+        squares_C = part_C**2 * noise_C + part_C[default] ** 2 * noise_C[default]
+        noise_C = np.divide(squares_C, both_C**2, out=noise_C, where=both_C > 0)
+    return np.asarray(1.0 / noise_C)
+
+
+def unseen_falls(level: Floats, variance: Floats, size: Floats) -> Floats:
+    """Variance (P, C) of each cell's mean quality due to failures that the config's rows in all leaves did not show.
+
+    A few rows that are all perfect show no variance, and yet prove little. So UNSEEN_FALLS of a config's rows may as
+    well have fallen short of quality 1. How far is the mean over the falls seen, weighted by their size, and one more
+    from 1 to 0, which alone decides where none was seen. level, variance, size: (P, C) mean quality of a cell's rows,
+    their sample variance and effective number. Infinite for cells without rows.
+    """
+    freedom, within = _known(variance, size)
+    fall = np.where(size > 0, 1.0 - level, 0.0)
+    large_C = (1.0 + (size * fall**2 + freedom * within).sum(0)) / (1.0 + (size * fall).sum(0))
+    return _of_mean(UNSEEN_FALLS * large_C**2 / np.maximum(size.sum(0), 1e-300), size)
 
 
 def moderated(variance: Floats, size: Floats, paired: bool, apart: float) -> Floats:
@@ -89,5 +125,6 @@ def _of_config(freedom: Floats, within: Floats) -> Floats:
 
 
 def _of_mean(variance: Floats, size: Floats) -> Floats:
+    variance = np.broadcast_to(variance, size.shape)
     error: Floats = np.divide(variance, size, out=np.full(size.shape, np.inf), where=(size > 0) & (variance > 0))
     return error

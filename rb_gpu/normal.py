@@ -23,3 +23,13 @@ def normal_quantile(share: float) -> float:
         middle = 0.5 * (low + high)
         low, high = (middle, high) if 0.5 * math.erfc(-middle / math.sqrt(2.0)) < share else (low, middle)
     return high
+
+
+def as_normal(t: Floats, freedom: Floats) -> Floats:
+    """The standard normal quantile, above 0, that is exceeded as often as t >= 0 by Student's t with `freedom` degrees
+    of freedom (Wallace 1959, off by a tenth of the tail at most from 2 on); elementwise. 0 without any freedom.
+    """
+    finite = np.where(np.isfinite(freedom), np.maximum(freedom, 1e-9), 1.0)
+    squared = np.where(np.isfinite(freedom), finite * np.log1p(t**2 / finite), t**2)
+    shrunk = np.where(np.isfinite(freedom), (8.0 * finite + 1.0) / (8.0 * finite + 3.0), 1.0)
+    return np.asarray(shrunk * np.sqrt(squared))

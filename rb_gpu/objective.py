@@ -60,16 +60,17 @@ class Objective:
 def choose(
     score: npt.NDArray[np.floating],
     probability: npt.NDArray[np.floating],
-    quality: npt.NDArray[np.floating],
+    second: npt.NDArray[np.floating],
     least: float | npt.NDArray[np.floating],
     default: int,
     likeliest: bool,
 ) -> npt.NDArray[np.int64]:
-    """For each row of (P, C): argmax of score where probability >= least; else the default or, if likeliest, argmax
-    quality.
+    """For each row of (P, C): argmax of score where probability >= least; else the default or, if likeliest, argmax of
+    `second`.
+
+    For a floor far out of reach all probabilities are 0, so second is another measure of how near a config comes to it.
     """
     eligible = np.where(probability >= least, score, -np.inf)
     best = eligible.argmax(1)
     none = eligible[np.arange(len(best)), best] == -np.inf
-    # if a floor is far out of reach, all probabilities are 0; the highest quality is then the likeliest to reach it
-    return np.where(none, quality.argmax(1) if likeliest else default, best)
+    return np.where(none, second.argmax(1) if likeliest else default, best)

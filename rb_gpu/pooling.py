@@ -20,8 +20,9 @@ SPIKE = 1e-6
 
 
 def pool(
-    effect: Floats, variance: Floats, parents: Sequence[Rows], tested: bool, gated: bool = False
-) -> tuple[Floats, Floats, Floats]:
+    effect: Floats, variance: Floats, parents: Sequence[Rows], tested: bool, gated: bool = False,
+    freedom: Floats | None = None,
+) -> tuple[Floats, Floats, Floats]:  # fmt: skip
     """Posterior mean and variance of every cell (P, C), and the variance of the root (C,) before any test.
 
     A normal model on the tree: a child scatters around its parent with variance τ² (one per level and config, Paule &
@@ -34,11 +35,12 @@ def pool(
     effect is 0, and its root variance is multiplied by SPIKE, unless a test rejects that; its τ² are 0 unless Cochran's
     Q over the leaves rejects homogeneity. Both tests together keep FAMILY_ERROR over all configs. gated: set if choices
     are only made once they were shown to pay as a whole; the τ² of a level are then shrunk towards a common one in
-    place of the test.
+    place of the test. freedom: (C,) degrees of freedom of each config's variance; None if variances are known.
     """
+    freedom = np.full(effect.shape[1], np.inf) if freedom is None else freedom
     levels = [*parents, np.zeros(_width(parents, len(effect)), dtype=np.int64)]
     mean, var = effect, variance
-    varied = varies(effect, variance) if tested else np.ones(effect.shape[1], dtype=bool)
+    varied = varies(effect, variance, freedom) if tested else np.ones(effect.shape[1], dtype=bool)
     messages: list[tuple[Floats, Floats, Floats, Floats]] = []
     for parent in levels:
         groups = int(parent.max()) + 1
@@ -52,7 +54,7 @@ def pool(
         mean, var = up, np.divide(1.0, total, out=np.full(total.shape, np.inf), where=total > 0)
     root_var = var[0].copy()
     if tested:
-        doubtful = ~differs(mean[0], root_var)
+        doubtful = ~differs(mean[0], root_var, freedom)
         mean[0, doubtful] = 0.0
         var[0, doubtful] *= SPIKE
     for parent, (child_mean, child_var, precision, tau2) in zip(reversed(levels), reversed(messages), strict=True):

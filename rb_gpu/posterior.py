@@ -19,7 +19,7 @@ from rb_gpu.bank_data import NO_CHANCE
 from rb_gpu.evidence import OUTCOMES, ROUNDING, Evidence, Floats, linear_moments
 from rb_gpu.field import Field
 from rb_gpu.homogeneity import FAMILY_ERROR
-from rb_gpu.moderation import alike, moderated
+from rb_gpu.moderation import alike, degrees_of_freedom, moderated, unseen_falls
 from rb_gpu.normal import normal_cdf
 from rb_gpu.objective import Objective, choose
 from rb_gpu.pooling import SPIKE, pool
@@ -42,6 +42,8 @@ class Beliefs:
         target.
     score: what is maximised among the configs whose probability is high enough.
     quality: expected quality. margin: (C,).
+    second: what is maximised under a floor where no config is likely enough: the quality or, once a field's surplus
+        was spent (rb_gpu.learn.floor), `test` less as many standard deviations as min_probability asks for.
     test, test_sd: mean and standard deviation of the normal variable whose probability of exceeding 0 is `probability`;
         NO_CHANCE and 0 where nothing is known. A bound is not part of this variable.
     """
@@ -52,16 +54,17 @@ class Beliefs:
     score: Floats
     quality: Floats
     margin: Floats
+    second: Floats
     test: Floats
     test_sd: Floats
 
     def choose(self, min_probability: float, default: int, likeliest: bool) -> Rows:
         """(P + 1,) the config of highest score among those with probability >= min_probability, else the default.
 
-        likeliest: if no config is likely enough, choose the one of highest quality in place of the default (used by
+        likeliest: if no config is likely enough, choose the one of highest `second` in place of the default (used by
         the floor objective).
         """
-        return choose(self.score, self.probability, self.quality, min_probability, default, likeliest)
+        return choose(self.score, self.probability, self.second, min_probability, default, likeliest)
 
     def held_back(self) -> Beliefs:
         """A copy in which no config is likely enough anywhere, so that the default stands."""
@@ -95,6 +98,17 @@ def effects(evidence: Evidence, direction_O: Floats, default: int, apart: float)
     return effect, error
 
 
+def _freedom(evidence: Evidence, direction_O: Floats, default: int) -> Floats:
+    """(C,) degrees of freedom of the variances of `effects`."""
+    if evidence.paired:
+        moments = (evidence.pair_w, evidence.pair_w2, evidence.pair_mean, evidence.pair_comoment)
+        _, variance, size = linear_moments(*moments, direction_O)
+        variance[:, default] = np.nan
+        return degrees_of_freedom(variance, size, None)
+    _, variance, size = linear_moments(evidence.w, evidence.w2, evidence.mean, evidence.comoment, direction_O)
+    return degrees_of_freedom(variance, size, default)
+
+
 def widest(evidence: Evidence, direction_O: Floats) -> float:
     """The widest difference between the means of two configs in one pattern; 0 if no pattern ran two configs or the
     difference is mere rounding.
@@ -126,7 +140,8 @@ def believe(
     parents = [np.append(parent, parent.max() + 1) for parent in parents]
     apart = widest(evidence, objective.direction)
     effect, variance = effects(judged, objective.direction, default, apart)
-    gain, gain_variance, root_variance = pool(effect, variance, parents, tested=True, gated=field is not None)
+    freedom = _freedom(judged, objective.direction, default)
+    gain, gain_variance, root_variance = pool(effect, variance, parents, True, field is not None, freedom)
     if field is not None:
         predicted, predicted_variance, root_variance = _predicted(field, objective.direction, default)
         gain, gain_variance = gain + predicted, gain_variance + predicted_variance
@@ -153,7 +168,11 @@ def believe(
     level, level_var, size = linear_moments(judged.w, judged.w2, judged.mean, judged.comoment, direction)
     # with a rare outcome, a leaf in which it never occurred has next to no variance of its own, and would dominate the
     # mean over leaves; so the variance is the config's
-    quality, quality_var, _ = pool(level, alike(level_var, size), parents, tested=False)
+    level_error = alike(level_var, size)
+    if objective.kind == "floor":
+        raw, raw_var, _ = linear_moments(evidence.w, evidence.w2, evidence.mean, evidence.comoment, direction)
+        level_error = np.where(np.isfinite(level_error), level_error, 0.0) + unseen_falls(raw, raw_var, size)
+    quality, quality_var, _ = pool(level, level_error, parents, tested=False)
     quality = np.where(np.isfinite(quality_var), quality, _fallback_quality(level, evidence.w))
     if field is not None:
         quality, quality_var = quality + (field.base + field.mean) @ direction, quality_var + field.quality_variance
@@ -174,7 +193,7 @@ def believe(
         score = -_expense(evidence)
         test, test_sd = quality - objective.target, np.sqrt(np.where(certain, quality_var, 0.0))
         test[:, never_C] = NO_CHANCE
-    return Beliefs(gain, gain_variance, probability, score, quality, margin_C, test, test_sd)
+    return Beliefs(gain, gain_variance, probability, score, quality, margin_C, quality, test, test_sd)
 
 
 def _sampling_error(variance: Floats) -> Floats:

@@ -199,7 +199,9 @@ def answer(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
     score_C[sure_C < state.least_sure] = -math.inf
     config = int(score_C.argmax())
     if score_C.item(config) == -math.inf:
-        config = int(mixed_E[3 * configs : 4 * configs].argmax()) if settings.likeliest else default
+        # with a field, the highest quality may be that of a few lucky rows, which its standard deviation tells
+        second_C = mixed_E[3 * configs : 4 * configs] if field is None else sure_C
+        config = int(second_C.argmax()) if settings.likeliest else default
     quality = _quality(state, config, mixed_E.item(3 * configs + config))
     if config == default:
         reason = DEFAULT_BY_NEAR if row >= 0 else DEFAULT_BY_ALL

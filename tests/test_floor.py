@@ -7,7 +7,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from rb_gpu.learn import learn  # noqa: E402
+from rb_gpu.learn.config import ClusterConfig, IndexConfig, JudgeConfig, ParamsConfig, TrainConfig  # noqa: E402
 from rb_gpu.learn.floor import Unseen, spend  # noqa: E402
+from rb_gpu.learn.trajectories import Source, assemble  # noqa: E402
 from rb_gpu.objective import choose  # noqa: E402
 from rb_gpu.posterior import Beliefs  # noqa: E402
 
@@ -24,7 +27,7 @@ def world(seed: int, sd: float = 1e-9):
     mean = np.vstack([mean, mean.mean(0)])
     nothing, flat = np.zeros((3, 4)), np.full((3, 4), sd)
     score = np.tile(-COST, (3, 1))
-    beliefs = Beliefs(nothing, nothing, nothing, score, mean, np.zeros(4), mean - 0.95, flat)
+    beliefs = Beliefs(nothing, nothing, nothing, score, mean, np.zeros(4), mean, mean - 0.95, flat)
     return beliefs, Unseen(quality, label)
 
 
@@ -72,3 +75,38 @@ def test_the_probability_is_that_of_the_test():
     spent = spend(beliefs, unseen, 0.95, 0.8, 0)
     assert ((spent.probability > 0.5) == (spent.test > 0)).all()
     assert (spent.test - beliefs.test).max() > 0.005 and (spent.test[-1] == beliefs.test[-1]).all()
+
+
+def test_the_bar_does_not_settle_just_above_a_config_that_breaks_the_floor():
+    # regression: it did where all predictions are alike, and a lookup's rounding served it to half the queries
+    quality = np.tile([0.93, 0.99, 0.99, 0.99], (400, 1))
+    mean, nothing = np.tile(quality[0], (3, 1)), np.zeros((3, 4))
+    beliefs = Beliefs(
+        nothing, nothing, nothing, np.tile(-COST, (3, 1)), mean, np.zeros(4), mean, mean - 0.95, nothing + 0.02
+    )
+    spent = spend(beliefs, Unseen(quality, np.repeat([0, 1], 200)), 0.95, 0.8, 0)
+    sure = spent.test - 0.8416 * spent.test_sd
+    assert (sure[:2, 0] < -0.01).all() and (sure[:2, 1:] > 0.01).all()
+
+
+@pytest.mark.parametrize(("rows", "chosen"), [(3, 1), (10, 1), (60, 0)])
+@pytest.mark.parametrize("failures", [0, 3])
+def test_a_cheap_config_needs_enough_perfect_rows(rows, chosen, failures):
+    # regression: 3 of them were certain. Where the default's own failures leave its floor in doubt, the 3 rows had the
+    # highest quality of all, and were chosen for that
+    config = np.repeat([0, 1], [rows, 60])
+    quality = np.ones(len(config), np.float32)
+    quality[rows : rows + failures] = 0.0
+    each = np.arange(len(config))
+    columns = {
+        "id": each.astype(np.uint64), "query_id": each.astype(np.uint64), "query_row": each, "query_time": each,
+        "x_QD": (1.0 + 0.1 * np.random.default_rng(0).normal(size=(len(config), 8))).astype(np.float32),
+        "timestamp": each, "ef_search": 16 * (config + 1).astype(np.uint32), "precision": quality, "recall": quality,
+        "latency_us": np.full(len(config), 1000), "cost": (config + 1).astype(np.float32),
+    }  # fmt: skip
+    trajectories = assemble(columns, [], ParamsConfig(default={"ef_search": 32}), Source())
+    judging = JudgeConfig(objective="floor", target=0.95, latency_weight=0.0)
+    given = TrainConfig(cluster=ClusterConfig(k=1), judge=judging, index=IndexConfig(kind="off"))
+    bank = learn(trajectories, given).bank()
+    assert (bank.optimized_params_batch(trajectories.x_QD)["config_id"] == chosen).all()
+    assert all(bank.optimized_params(x).config_id == chosen for x in trajectories.x_QD[:5])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 from test_posterior import UTILITY, levels, world
 
 from rb_gpu.evidence import Evidence
 from rb_gpu.homogeneity import varies
-from rb_gpu.moderation import moderated
+from rb_gpu.moderation import degrees_of_freedom, moderated
+from rb_gpu.normal import as_normal
 from rb_gpu.posterior import believe, effects, widest
 
 
@@ -125,7 +127,7 @@ def test_leaves_that_scatter_more_are_trusted_less():
         sd = np.where(np.arange(24) % 3, 0.15, 0.45)
         evidence = cells(list(sd[:, None, None] * rng.normal(size=(24, 4, 40))))
         effect, variance = effects(evidence, UTILITY.direction, 0, widest(evidence, UTILITY.direction))
-        found.append(varies(effect, variance)[1:].any())
+        found.append(varies(effect, variance, np.full(len(effect[0]), np.inf))[1:].any())
         apart.append(np.median(variance[::3, 1:]) / np.median(variance[1::3, 1:]))
     assert np.mean(found) <= 0.08
     assert 8.0 < np.mean(apart) < 10.0
@@ -176,3 +178,54 @@ def test_a_leaf_without_spread_keeps_its_own_rows():
     beliefs = believe(evidence, levels(2, []), UTILITY, 1, "auto")
     assert (beliefs.probability[0, [0, 2]] > 0.99).all()
     assert (beliefs.probability[1, [0, 2]] < 0.01).all()
+
+
+@pytest.mark.parametrize("leaves", [1, 3])
+def test_few_pairs_do_not_show_how_they_scatter(leaves):
+    # regression: 3 pairs of each config were tested by the normal distribution, as if their variance were known, and a
+    # bank acted in one of seven worlds where nothing differs
+    acted = []
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        per_leaf = rng.multinomial(3, np.full(leaves, 1 / leaves), size=5)
+        difference = [[0.15 * np.sqrt(1.25) * rng.normal(size=per_leaf[c, p]) for c in range(5)] for p in range(leaves)]
+        evidence = pairs(difference, 24 // leaves)
+        acted.append((believe(evidence, levels(leaves, []), UTILITY, 0, "auto").choose(0.8, 0, False) != 0).any())
+    assert np.mean(acted) <= 0.06
+
+
+def pairs(difference: list[list[np.ndarray]], queries: int) -> Evidence:
+    """Evidence of configs that ran on some queries of the default (config 0), with these differences to it."""
+    known = [[np.zeros(queries), *(y if len(y) else np.zeros(1) for y in one)] for one in difference]
+    evidence, n_PC = cells(known), np.array([[queries, *map(len, one)] for one in difference])
+    w = n_PC.astype(float)
+    return evidence._replace(
+        rows=n_PC, w=w, w2=w, pair_rows=n_PC, pair_w=w, pair_w2=w, pair_mean=evidence.mean,
+        pair_comoment=evidence.comoment,
+    )  # fmt: skip
+
+
+def test_a_few_rows_test_as_students_t_and_f_do():
+    t, freedom = np.array([0.5, 1.5, 3.0, 6.0]), np.array([2.0, 5.0, 20.0, np.inf])
+    tails = [stats.norm.sf(as_normal(t, np.full(4, one))) for one in freedom]
+    exact = [stats.t.sf(t, one) if np.isfinite(one) else stats.norm.sf(t) for one in freedom]
+    np.testing.assert_allclose(tails, exact, rtol=0.13)
+    # Cochran's Q of 6 leaves over its degrees of freedom, at and just past the critical values of F
+    for freedom_of_variance in (4.0, 10.0, 60.0, 1e9):
+        critical = stats.f.isf(0.025, 5, freedom_of_variance)
+        effect = np.array([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])[:, None]
+        for factor, found in ((0.9, False), (1.1, True)):
+            variance = np.full((6, 1), 6.0 / 5.0 / (factor * critical))
+            assert varies(effect, variance, np.array([freedom_of_variance]))[0] == found
+
+
+def test_the_freedom_of_a_shrunk_variance_is_that_of_its_scatter():
+    rng = np.random.default_rng(0)
+    size = np.array([[4.0, 9.0, 31.0], [3.0, 12.0, 1.0]])
+    found = degrees_of_freedom(np.where(size > 1, 1.0, np.nan), size, None)
+    total = np.maximum(size - 1, 0).sum(0)
+    assert (found >= total).all() and (found <= total.sum() * 1.001).all()
+    own = total / (20 + total)
+    of_config = rng.chisquare(total, (4000, 3)) / total
+    shrunk = own * of_config + (1.0 - own) * (of_config @ total / total.sum())[:, None]
+    np.testing.assert_allclose(found, 2.0 / shrunk.var(0), rtol=0.1)

@@ -255,19 +255,36 @@ def test_a_cell_without_evidence_has_no_test():
     assert (held.choose(0.5, 0, False) == 0).all() and (held.test == NO_CHANCE).all() and not held.test_sd.any()
 
 
-def constant(**outcomes: list[float]) -> Evidence:
+def constant(rows: int = 30, **outcomes: list[float]) -> Evidence:
     """One leaf in which all rows of a config have the same outcomes."""
-    evidence = world(np.random.default_rng(12), 1, 2, 30)
+    evidence = world(np.random.default_rng(12), 1, 2, rows)
     mean = np.zeros_like(evidence.mean)
     for name, values in outcomes.items():
         mean[..., OUTCOMES.index(name)] = values
-    return evidence._replace(mean=mean, comoment=0 * evidence.comoment)
+    n = np.full((1, 2), rows)
+    w = n.astype(float)
+    return evidence._replace(rows=n, w=w, w2=w, mean=mean, comoment=0 * evidence.comoment)
 
 
-def test_what_is_just_at_a_floor_or_a_bound_keeps_it():
-    floor = replace(UTILITY, kind="floor", target=0.9)
-    sure = believe(constant(f1=[0.8, 0.9]), [], floor, 0, "auto")
-    assert sure.probability[0].tolist() == [0, 1] and not sure.test_sd.any()
+@pytest.mark.parametrize(("rows", "sure"), [(3, 0.534), (10, 0.614), (30, 0.807), (100, 0.998)])
+def test_equal_outcomes_clear_a_floor_as_surely_as_the_rule_of_three_says(rows, sure):
+    # regression: they had no variance, so that 3 rows of recall 1 were certain
+    floor = replace(UTILITY, kind="floor", target=0.95)
+    beliefs = believe(constant(rows, f1=[1.0, 0.9]), [], floor, 0, "auto")
+    assert beliefs.probability[0, 0] == pytest.approx(sure, abs=1e-3) and beliefs.probability[0, 1] < 0.5
+
+
+def test_a_floor_is_cleared_sooner_where_falls_were_seen_to_be_small():
+    floor = replace(UTILITY, kind="floor", target=0.95)
+    evidence = constant(60, f1=[0.97, 0.97])
+    # the first scatters by .03; the second fails completely in 3 rows of 100
+    for config, variance in enumerate((0.03**2, 0.97 * 0.03)):
+        evidence.comoment[:, config, 0, 0] = evidence.w[:, config] * variance
+    sure = believe(evidence, [], floor, 0, "auto").probability[0]
+    assert sure[0] > 0.85 and sure[1] < 0.75
+
+
+def test_what_is_just_at_a_bound_keeps_it():
     # the default breaks the bound, so that any config that keeps it is better
     for limit, kept in ((2.0, [0, 1]), (1.9, [0, 0])):
         bound = replace(UTILITY, kind="bound", max_cost=limit)
@@ -345,6 +362,10 @@ def test_a_quality_is_its_leaves_posterior_though_no_test_finds_them_to_differ(b
     rng = np.random.default_rng(23)
     evidence = world(rng, 8, 3, 12, 0.06 * rng.normal(size=(8, 3)), sd=0.2)
     level, error = evidence.mean[..., 0], alike_error(evidence)
+    n = evidence.rows
+    squares = (evidence.comoment[..., 0, 0] + n * (1 - level) ** 2).sum(0)
+    fall = (1 + squares) / (1 + (n * (1 - level)).sum(0))
+    error = error + 3 * fall**2 / n.sum(0) / n
     expected, variance = np.zeros((8, 3)), np.zeros((8, 3))
     for c in range(3):
         tau2 = oracles.paule_mandel(level[:, c].tolist(), error[:, c].tolist())
@@ -355,7 +376,7 @@ def test_a_quality_is_its_leaves_posterior_though_no_test_finds_them_to_differ(b
             expected[p, c], variance[p, c] = oracles.empirical_bayes_posterior(
                 level[p, c], error[p, c], mean, 1 / weight.sum() + tau2
             )
-    assert not varies(level, error).any()
+    assert not varies(level, error, np.full(3, np.inf)).any()
     field = None
     if by_field:
         of_leaves = rng.normal(size=(9, 3)) * 0.01

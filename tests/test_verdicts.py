@@ -14,11 +14,12 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from rb_gpu.learn import learn
+from rb_gpu.learn.assemble import grade
 from rb_gpu.learn.config import ClusterConfig, IndexConfig, JudgeConfig, PruneConfig, QualityConfig, TrainConfig
 from rb_gpu.learn.evidence import gather_evidence, row_weights
 from rb_gpu.learn.extractor import VerdictJudge
 from rb_gpu.learn.trajectories import Trajectories
-from rb_gpu.learn.verdicts import benjamini_hochberg, compare, grade, holm, judge, resolve_objective
+from rb_gpu.learn.verdicts import benjamini_hochberg, compare, holm, judge, resolve_objective
 from rb_gpu.params import ConfigTable, SearchParams
 from rb_gpu.posterior import believe
 from rb_gpu.types import LearnedPattern, QueryTrajectory
@@ -241,10 +242,44 @@ def test_a_floor_takes_the_cheapest_that_clears_it():
     assert judged(rows, label_Q, 1, objective="floor", target=0.99)[0].config_id[0] == 3
 
 
-def test_grades():
-    assert grade(logged_propensity=True, paired=False) == "randomized"
-    assert grade(logged_propensity=False, paired=True) == "randomized"
-    assert grade(logged_propensity=False, paired=False) == "associational"
+def repeated(share: float, kept: str, queries: int = 200) -> Trajectories:
+    """Each query ran under the default (0), or under any one config if kept is "any"; a share of them, the hardest,
+    also ran under 1 and 2. If kept is "half", they ran under 1, and all others under 2.
+    """
+    rng = np.random.default_rng(3)
+    hard_Q = np.arange(queries) < share * queries
+    first_Q = rng.integers(3, size=queries) if kept == "any" else np.zeros(queries, int)
+    more = (1,) if kept == "half" else (1, 2)
+    pairs = [(q, first_Q[q]) for q in range(queries)] + [(q, c) for q in range(queries) if hard_Q[q] for c in more]
+    if kept == "half":
+        pairs += [(q, 2) for q in range(queries) if not hard_Q[q]]
+    query_N, config_N = np.unique(np.array(pairs), axis=0).T
+    rows = len(query_N)
+    quality = rng.random(rows).astype(np.float32)
+    configs = ConfigTable.from_params([SearchParams(ef_search=10 * (c + 1)) for c in range(3)], ("auto",), 0)
+    return Trajectories(
+        x_QD=rng.normal(size=(queries, 4)).astype(np.float32), query_row=query_N, query_id=np.arange(queries),
+        query_time=np.arange(queries), config_id=config_N, precision=quality, recall=quality,
+        latency_us=np.full(rows, 1000), cost=None, rating=np.zeros(rows, np.int8), timestamp=np.arange(rows),
+        propensity=None, id=np.arange(rows, dtype=np.uint64), configs=configs,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("share", "kept", "expected"),
+    [
+        # regression: a hundredth of the queries ran under both, the hardest, and verdicts for all were "randomized"
+        (0.01, "default", "adjusted"), (0.1, "default", "adjusted"), (0.5, "default", "adjusted"),
+        (0.5, "half", "adjusted"), (1.0, "default", "randomized"), (1.0, "half", "randomized"),
+        (0.01, "any", "associational"), (0.1, "any", "associational"), (0.5, "any", "associational"),
+    ],
+)  # fmt: skip
+def test_a_grade_claims_no_more_than_the_repeated_queries_show(share, kept, expected):
+    rows = repeated(share, kept)
+    evidence = gather_evidence(
+        rows, torch.zeros(len(rows.query_id), dtype=torch.int64), 1, row_weights(rows, None), torch.device("cpu")
+    )
+    assert grade(False, evidence, 0) == expected and grade(True, evidence, 0) == "randomized"
 
 
 def one_good_pattern_in_ten(seed: int = 0) -> Trajectories:

@@ -19,7 +19,7 @@ from rb_gpu.learn.config import JudgeConfig, TrainConfig
 from rb_gpu.learn.floor import Unseen
 from rb_gpu.learn.patterns import summarise
 from rb_gpu.learn.trajectories import Trajectories
-from rb_gpu.learn.verdicts import VerdictColumns, grade, verdict_matrices
+from rb_gpu.learn.verdicts import VerdictColumns, verdict_matrices
 from rb_gpu.objective import Objective
 from rb_gpu.params import ConfigTable
 from rb_gpu.posterior import Beliefs
@@ -103,7 +103,7 @@ def assemble(
         metric=config.cluster.metric,
         embedder=config.data.embedder,
         method=config.judge.method,
-        grade=grade(trajectories.propensity is not None, leaves.evidence.paired),
+        grade=grade(trajectories.propensity is not None, leaves.evidence, configs.default),
         objective=objective,
         lookup=LookupSettings(
             top_k=USUAL_TOP_K if is_auto(config.lookup.top_k) else int(config.lookup.top_k),
@@ -114,6 +114,17 @@ def assemble(
             auto_margin=is_auto(config.judge.margin),
         ),
     )
+
+
+def grade(logged_propensity: bool, evidence: Evidence, default: int) -> str:
+    """How far a verdict may be read causally: randomized if propensities are logged, or if every query ran under every
+    tried config; adjusted if each row of another config is compared with the default's on its own query, though which
+    queries it ran on may depend on what it is worth there; else associational.
+    """
+    ran = evidence.pair_rows[:, evidence.rows.sum(0) > 0]
+    if logged_propensity or (evidence.paired and (ran == evidence.pair_rows[:, [default]]).all()):
+        return "randomized"
+    return "adjusted" if evidence.paired else "associational"
 
 
 def confidence_of(verdicts: VerdictColumns, beliefs: Beliefs, configs: ConfigTable, method: str) -> Floats:

@@ -54,12 +54,19 @@ def spend(beliefs: Beliefs, unseen: Unseen, target: float, min_probability: floa
     low_P, high_P = np.full(leaves, 2 * target - 1.0), np.full(leaves, target)
     for _ in range(STEPS):
         middle_P = 0.5 * (low_P + high_P)
-        choice_Q = choose(score_QC, sure_QC, quality_QC, middle_P[label_Q, None], default, likeliest=True)
+        choice_Q = choose(score_QC, sure_QC, sure_QC, middle_P[label_Q, None], default, likeliest=True)
         reached_P = np.bincount(label_Q, sure_QC[each, choice_Q], leaves) / np.maximum(count_P, 1)
         keeps_P = reached_P >= target
         high_P, low_P = np.where(keeps_P, middle_P, high_P), np.where(keeps_P, low_P, middle_P)
-    spare_U = np.append(np.where(count_P > 0, target - high_P, 0.0), 0.0)
+    # just below the bar may lie a config that would break the floor on many queries at once, and a lookup's prediction
+    # differs a little: so the bar is put in the middle of the range in which it makes these choices
+    choice_Q = choose(score_QC, sure_QC, sure_QC, high_P[label_Q, None], default, likeliest=True)
+    passes_Q = sure_QC[each, choice_Q] >= high_P[label_Q]
+    most_P = np.full(leaves, target)
+    np.minimum.at(most_P, label_Q[passes_Q], sure_QC[each, choice_Q][passes_Q])
+    spare_U = np.append(np.where(count_P > 0, target - 0.5 * (high_P + most_P), 0.0), 0.0)
     test = np.where(beliefs.test == NO_CHANCE, NO_CHANCE, beliefs.test + spare_U[:, None])
     certain = beliefs.test_sd > 0
     z = np.divide(test, beliefs.test_sd, out=np.zeros(test.shape), where=certain)
-    return replace(beliefs, test=test, probability=np.where(certain, normal_cdf(z), test >= 0.0))
+    sure = test - least_z * beliefs.test_sd
+    return replace(beliefs, test=test, second=sure, probability=np.where(certain, normal_cdf(z), test >= 0.0))

@@ -15,10 +15,9 @@ import numpy.typing as npt
 
 from rb_gpu.bank_data import BankData
 from rb_gpu.evidence import Evidence
-from rb_gpu.learn.assemble import Leaves
+from rb_gpu.learn.assemble import Leaves, grade
 from rb_gpu.learn.evidence import SECONDS_PER_DAY
 from rb_gpu.learn.trajectories import Trajectories
-from rb_gpu.learn.verdicts import grade
 
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -72,7 +71,9 @@ def gather_past(
     config_C = [trajectories.configs.id_of(params) for params in parent.configs]
     said = f"added, decayed to {kept:.3g}"
     folded = None
-    if old.paired != evidence.paired or parent.grade != grade(trajectories.propensity is not None, evidence.paired):
+    now = grade(trajectories.propensity is not None, evidence, default)
+    # of two paired tables the grade says only which queries ran what; their differences can be added
+    if old.paired != evidence.paired or (not old.paired and parent.grade != now):
         said = "not added: only one of the two tables has propensities, or has every query under the default"
     elif old.paired and config_C[parent.default] != default:
         said = "not added: its differences are from another default"

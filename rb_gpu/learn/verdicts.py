@@ -303,13 +303,6 @@ def _relative(quality: Floats, base: Floats, known: npt.NDArray[np.bool_]) -> Fl
     return relative
 
 
-def grade(logged_propensity: bool, paired: bool) -> str:
-    """How far a verdict may be read causally: randomized if propensities are logged, or if every query also ran under
-    the default; else associational.
-    """
-    return "randomized" if logged_propensity or paired else "associational"
-
-
 def verdict_matrices(
     verdicts: VerdictColumns, beliefs: Beliefs, configs: ConfigTable, method: str
 ) -> tuple[Floats, Floats, Floats]:
