@@ -22,10 +22,16 @@ def normalised(x: np.ndarray) -> np.ndarray:
 def one_run(
     x: np.ndarray, weight: np.ndarray, uniform: np.ndarray, max_iter: int, least_shift: float, on_sphere: bool
 ) -> tuple[np.ndarray, float]:
-    d2, rows = np.ones(len(x)), []
-    for number in uniform:
-        rows.append(int(np.searchsorted(np.cumsum(weight * d2), number * (weight * d2).sum(), side="right")))
-        d2 = ((x[:, None] - x[rows]) ** 2).sum(2).min(1)
+    def drawn(mass: np.ndarray, number: float) -> int:
+        return int(np.searchsorted(np.cumsum(mass), number * mass.sum(), side="right"))
+
+    def squares(rows: list[int]) -> np.ndarray:
+        return ((x[:, None] - x[rows]) ** 2).sum(2).min(1)
+
+    rows = [drawn(weight, uniform[0, 0])]
+    for numbers in uniform[1:]:
+        candidates = [drawn(weight * squares(rows), number) for number in numbers]
+        rows.append(min(candidates, key=lambda row: weight @ squares([*rows, row])))
     centroids, still = x[rows], False
     previous, k = centroids, len(rows)
     for update in range(max_iter):
@@ -59,7 +65,7 @@ def run(x: np.ndarray, weight: np.ndarray, uniform: np.ndarray, max_iter: int, o
 def test_the_best_run_is_that_of_numpy(max_iter, on_sphere):
     rng = np.random.default_rng(5)
     x = (4 * rng.normal(size=(5, 3))[rng.integers(5, size=200)] + rng.normal(size=(200, 3))).astype(np.float32)
-    x, weight, uniform = normalised(x) if on_sphere else x, rng.exponential(size=200), rng.random((6, 5))
+    x, weight, uniform = normalised(x) if on_sphere else x, rng.exponential(size=200), rng.random((6, 5, 3))
     runs = [one_run(x.astype(float), weight, one, max_iter, 1e-4, on_sphere) for one in uniform]
     best, least = min(runs, key=lambda made: made[1])
     found = run(x, weight, uniform, max_iter, on_sphere)
@@ -69,19 +75,19 @@ def test_the_best_run_is_that_of_numpy(max_iter, on_sphere):
 
 def test_work_bounds_the_starts_and_the_updates_of_one():
     rng = np.random.default_rng(1)
-    x, weight, uniform = rng.normal(size=(400, 2)), np.ones(400), rng.random((10, 8))
+    x, weight, uniform = rng.normal(size=(400, 2)), np.ones(400), rng.random((10, 8, 1))
     assignment = 400 * 2 * 8
     assert np.array_equal(run(x, weight, uniform, 10**9, False, 0), run(x, weight, uniform[:1], 2, False))
-    # the first run ends within the work of three updates and one more, and is the only one
-    most = run(x, weight, uniform, 10**9, False, 2.5 * assignment)
+    # seeds and three updates exceed the work: one more update ends the first run, which is the only one
+    most = run(x, weight, uniform, 10**9, False, 3.5 * assignment)
     assert np.array_equal(most, run(x, weight, uniform[:1], 4, False))
 
 
 def test_rows_of_weight_zero_are_no_seeds_and_too_few_others_no_start():
     x, weight = np.repeat(np.arange(6.0)[:, None], 3, axis=0), np.repeat([1.0, 1, 0, 0, 1, 1], 3)
-    uniform = np.random.default_rng(2).random((10, 4))
+    uniform = np.random.default_rng(2).random((10, 4, 2))
     assert sorted(run(x, weight, uniform, 1, False)[:, 0]) == [0, 1, 4, 5]
-    assert run(x, weight, np.random.default_rng(2).random((10, 5)), 1, False) is None
+    assert run(x, weight, np.random.default_rng(2).random((10, 5, 2)), 1, False) is None
 
 
 def test_only_small_tables_have_several_starts(monkeypatch):

@@ -1,11 +1,13 @@
 """The start of k-means on a small table: the best of several whole runs, made by one compiled function.
 
 On a small table such a run takes less time than one exchange of clusters, and where clusters are few, a new start
-leaves a poor local optimum more often than exchanges do. Suffixes: N points, K clusters, D dims, S starts.
+leaves a poor local optimum more often than exchanges do. Suffixes: N points, K clusters, D dims, S starts, L candidates
+for a seed.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -25,33 +27,70 @@ LEAST_NORM = 1e-12
 
 
 @compiled()
-def _drawn(weight_N: Any, d2_N: Any, uniform: float) -> Any:
-    """A row drawn by a uniform number with probability proportional to weight · d2; -1 where all of these are 0."""
-    total, running, drawn = 0.0, 0.0, -1
-    for i in range(weight_N.shape[0]):
-        total += np.float64(weight_N[i]) * d2_N[i]
-    for i in range(weight_N.shape[0]):
-        mass = np.float64(weight_N[i]) * d2_N[i]
-        running += mass
-        if mass > 0:
-            drawn = i
-            if running > uniform * total:
-                break
-    return drawn
+def _drawn(running_N: Any, uniform: float) -> Any:
+    """The row drawn by a uniform number below 1, given the running sum of masses; a row without mass never is."""
+    target, low, high = uniform * running_N[-1], 0, running_N.shape[0] - 1
+    while low < high:
+        middle = (low + high) // 2
+        if running_N[middle] > target:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@compiled()
+def _square(x_DN: Any, rows_RD: Any, row: int, sum_N: Any) -> None:
+    """Writes the squared distance of each point to the row to sum (N,) float32."""
+    sum_N[:] = 0
+    # the inner loop runs over points, so that the compiler can vectorise it
+    for t in range(x_DN.shape[0]):
+        place = rows_RD[row, t]
+        for i in range(x_DN.shape[1]):
+            sum_N[i] += (x_DN[t, i] - place) * (x_DN[t, i] - place)
 
 
 @compiled()
 def _lower(x_DN: Any, centroids_KD: Any, j: int, labels_N: Any, d2_N: Any, sum_N: Any) -> None:
-    """Lowers labels and squared distances d2 by centroid j. sum (N,) float32 is scratch space."""
-    sum_N[:] = 0
-    # the inner loops run over points, so that the compiler can vectorise them
-    for t in range(x_DN.shape[0]):
-        centroid = centroids_KD[j, t]
-        for i in range(x_DN.shape[1]):
-            sum_N[i] += (x_DN[t, i] - centroid) * (x_DN[t, i] - centroid)
-    for i in range(x_DN.shape[1]):
+    """Lowers labels and squared distances d2 by centroid j. sum (N,) is scratch space."""
+    _square(x_DN, centroids_KD, j, sum_N)
+    for i in range(sum_N.shape[0]):
         labels_N[i] = j if sum_N[i] < d2_N[i] else labels_N[i]
         d2_N[i] = min(sum_N[i], d2_N[i])
+
+
+@compiled()
+def _seeded(
+    x_ND: Any, x_DN: Any, weight_N: Any, uniform_KL: Any, centroids_KD: Any, labels_N: Any, d2_N: Any, sum_N: Any,
+    running_N: Any,
+) -> Any:  # fmt: skip
+    """Chooses seeds by greedy k-means++ (Arthur & Vassilvitskii 2007) and assigns all points to them; returns whether
+    there are K distinct points. Of L candidates drawn by D², the one that leaves the least inertia becomes a seed.
+    """
+    d2_N[:] = 1
+    for j in range(uniform_KL.shape[0]):
+        mass = 0.0
+        for i in range(running_N.shape[0]):
+            mass += np.float64(weight_N[i]) * d2_N[i]
+            running_N[i] = mass
+        if mass == 0:
+            return False
+        if j == 0:
+            # the first seed is drawn by weight alone
+            d2_N[:], seed = np.inf, _drawn(running_N, uniform_KL[0, 0])
+        else:
+            seed, least = -1, np.inf
+            for one in range(uniform_KL.shape[1]):
+                row, inertia = _drawn(running_N, uniform_KL[j, one]), 0.0
+                _square(x_DN, x_ND, row, sum_N)
+                for i in range(sum_N.shape[0]):
+                    inertia += np.float64(weight_N[i]) * min(sum_N[i], d2_N[i])
+                if inertia < least:
+                    seed, least = row, inertia
+        for t in range(x_ND.shape[1]):
+            centroids_KD[j, t] = x_ND[seed, t]
+        _lower(x_DN, centroids_KD, j, labels_N, d2_N, sum_N)
+    return True
 
 
 @compiled()
@@ -106,33 +145,26 @@ def _update(
 
 @compiled()
 def best_of_starts(
-    x_ND: Any, x_DN: Any, weight_N: Any, uniform_SK: Any, max_iter: int, least_shift: float, momentum: Any,
+    x_ND: Any, x_DN: Any, weight_N: Any, uniform_SKL: Any, max_iter: int, least_shift: float, momentum: Any,
     on_sphere: bool, work: float, best_KD: Any,
 ) -> Any:  # fmt: skip
     """Writes the centroids of the run of least inertia to best (K, D) float32; returns whether K points are distinct.
 
-    x (N, D), its transpose and weight (N,) are float32. Each row of uniform (S, K) float64 seeds one run of at most
+    x (N, D), its transpose and weight (N,) are float32. Each of uniform (S, K, L) float64 seeds one run of at most
     max_iter updates, and `work` bounds the multiplications of all runs. momentum: its initial value, its decrease per
     update and its minimum; once centroids are within least_shift of their clusters' means, updates are plain means.
     """
     (n, dims), k = x_ND.shape, best_KD.shape[0]
     centroids_KD, labels_N = np.empty((k, dims), np.float32), np.empty(n, np.int32)
-    d2_N, sum_N = np.empty(n, np.float32), np.empty(n, np.float32)
+    d2_N, sum_N, running_N = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n)
     previous_KD, means_KD, mass_K = np.empty((k, dims)), np.empty((k, dims)), np.empty(k)
     least, done = np.inf, 0.0
-    for s in range(uniform_SK.shape[0]):
+    for s in range(uniform_SKL.shape[0]):
         if done > work:
             break
-        d2_N[:] = 1
-        for j in range(k):
-            row = _drawn(weight_N, d2_N, uniform_SK[s, j])
-            if row < 0:
-                return False
-            if j == 0:
-                d2_N[:] = np.inf
-            for t in range(dims):
-                centroids_KD[j, t] = x_ND[row, t]
-            _lower(x_DN, centroids_KD, j, labels_N, d2_N, sum_N)
+        if not _seeded(x_ND, x_DN, weight_N, uniform_SKL[s], centroids_KD, labels_N, d2_N, sum_N, running_N):
+            return False
+        done += n * k * dims * uniform_SKL.shape[2]
         _copy(centroids_KD, previous_KD)
         still = False
         for update in range(max_iter):
@@ -174,10 +206,11 @@ def best_start(
     if k == 1 or k > n or n * k * dims > SMALL_WORK:
         return None
     x_ND, weight_N = shard.ranks.joined(shard.x_ND).cpu(), shard.ranks.joined(shard.weight_N).cpu()
-    uniform_SK = torch.rand(STARTS, k, dtype=torch.float64, generator=generator, device=shard.device).cpu()
+    shape = STARTS, k, 2 + int(math.log(k))
+    uniform_SKL = torch.rand(shape, dtype=torch.float64, generator=generator, device=shard.device).cpu()
     best_KD = np.empty((k, dims), np.float32)
     enough = best_of_starts(
-        x_ND.numpy(), x_ND.T.contiguous().numpy(), weight_N.numpy(), uniform_SK.numpy(), max_iter, least_shift,
+        x_ND.numpy(), x_ND.T.contiguous().numpy(), weight_N.numpy(), uniform_SKL.numpy(), max_iter, least_shift,
         momentum, on_sphere, float(MOST_WORK), best_KD,
     )  # fmt: skip
     return torch.from_numpy(best_KD).to(shard.device) if enough else None
