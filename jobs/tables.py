@@ -183,8 +183,8 @@ def classic_tables(result: dict[str, Any]) -> str:
             cells.append(f"{median(over):.2f} / {max(over):.2f} / {median(row['seconds']) / ours:.2f}")
         rows.append(cells)
     note = (
-        f"% of inertia over the best of all runs, median / worst of {result['settings']['rounds']} seeds / time over "
-        f"ours; x10: best of 10 starts; one thread, {result['machine']['processor']}"
+        f"% of inertia over the best of all runs, median / worst of {result['settings']['rounds']} seeds / CPU time "
+        f"over ours; x10: best of 10 starts; one thread, {result['machine']['processor']}"
     )
     return "\n".join([note, *result["missing"].values()]) + "\n\n" + render(("data", "ours takes", *names), rows)
 
