@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rb_gpu.bench import cluster, decisions, gpu, growth, load, lookup, roofline, routers, sweeps
+from rb_gpu.bench import classic, cluster, decisions, gpu, growth, load, lookup, roofline, routers, sweeps
 from rb_gpu.bench.plot import plot_cases, plot_decisions, plot_growth, plot_load, plot_lookup
 from rb_gpu.learn.job_config import BenchmarkConfig
 
 from .common import EXIT_ERROR, job, run_folder
 from .device_tables import gpu_tables, roofline_tables
 from .tables import (
+    classic_tables,
     cluster_tables,
     decision_tables,
     growth_tables,
@@ -44,6 +45,7 @@ SUITES: dict[str, Suite] = {
     "cluster": (partial(cluster.measure, "cluster"), cluster_tables, plot_cases),
     "seed": (partial(cluster.measure, "seed"), cluster_tables, plot_cases),
     "whole": (partial(cluster.measure, "whole"), cluster_tables, plot_cases),
+    "classic": (classic.measure, classic_tables, no_picture),
     "growth": (growth.measure, growth_tables, plot_growth),
     "load": (load.measure, load_tables, plot_load),
     "decisions": (decisions.measure, decision_tables, plot_decisions),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rb_gpu.learn.policy import Evaluation
@@ -168,6 +169,24 @@ def cluster_tables(result: dict[str, Any]) -> str:
         + (" ".join(f"{k}={v}" for k, v in facts["faiss_environment"].items()) or "the kernels it picks"),
     ]
     return "\n".join(notes) + "\n\n" + render(head, rows)
+
+
+def classic_tables(result: dict[str, Any]) -> str:
+    """Table of the suite classic: inertia over the best of all runs, median and worst, and time relative to ours."""
+    names, rows = list(result["cases"][0]["rows"]), []
+    for case in result["cases"]:
+        best = min(min(row["inertia"]) for row in case["rows"].values())
+        ours = median(case["rows"]["ours"]["seconds"])
+        cells = [f"{case['data']} {case['n']:,} x {case['dim']}, k={case['k']}", f"{1e3 * ours:.3g} ms"]
+        for row in case["rows"].values():
+            over = [100 * (one / best - 1) for one in row["inertia"]]
+            cells.append(f"{median(over):.2f} / {max(over):.2f} / {median(row['seconds']) / ours:.2f}")
+        rows.append(cells)
+    note = (
+        f"% of inertia over the best of all runs, median / worst of {result['settings']['rounds']} seeds / CPU time "
+        f"over ours; x10: best of 10 starts; one thread, {result['machine']['processor']}"
+    )
+    return "\n".join([note, *result["missing"].values()]) + "\n\n" + render(("data", "ours takes", *names), rows)
 
 
 def growth_tables(result: dict[str, Any]) -> str:

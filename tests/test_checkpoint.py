@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rb_gpu.learn import lloyd
+from rb_gpu.learn import lloyd, starts
 from rb_gpu.learn.checkpoint import Checkpoint
 from rb_gpu.learn.kmeans import kmeans
 from rb_gpu.learn.lloyd import Solver
@@ -66,6 +66,7 @@ def test_it_goes_on_to_the_same_bits_from_every_save(x, tmp_path, monkeypatch):
 def test_a_small_run_goes_on_from_every_update_to_no_more_repairs_than_it_has(tmp_path, monkeypatch):
     # regression: a save after the run had ended, or after its repairs were used up, allowed one more repair on resuming
     monkeypatch.setattr(lloyd, "MAX_REPAIRS", 1)
+    monkeypatch.setattr(starts, "SMALL_WORK", 0)
     rng = np.random.default_rng(1)
     points = (6 * rng.normal(size=(20, 2))[rng.integers(20, size=400)] + rng.normal(size=(400, 2))).astype(np.float32)
     asked, path, real = {"k": 20, "seed": 4, "epsilon": 0.0}, tmp_path / "kmeans.checkpoint", Solver._save

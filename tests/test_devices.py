@@ -213,7 +213,8 @@ def test_a_thread_that_comes_to_torch_during_a_call_keeps_its_threads():
         inside: list[int] = []
         with workers() as crew:
             crew.each(30, 1, lambda *_: inside.append(int(torch.rand(2**16).sum() > 0) * torch.get_num_threads()))
-        assert set(inside) == {1}
+            assert seen() == expected
+        assert set(inside) == {1} and torch.get_num_threads() == 3 and seen() == expected
     finally:
         with devices.own_threads():
             devices.set_own_threads(own)

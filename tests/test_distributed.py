@@ -26,17 +26,18 @@ from rb_gpu.learn.kmeans import kmeans
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# metric, number of copies of a centroid in the start, offset of all points, device
+# metric, number of copies of a centroid in the start, offset of all points, device, rows: of 900 rows, several starts
+# are made
 CASES = {
-    2: [("cosine", 0, 0, "cpu"), ("l2", 30, 0, "cpu"), ("l2", 0, 1e7, "cpu"), ("cosine", 0, 0, "cuda"),
-        ("l2", 30, 0, "cuda")],
-    3: [("l2", 0, 0, "cpu")],
+    2: [("cosine", 0, 0, "cpu", 4000), ("l2", 30, 0, "cpu", 4000), ("l2", 0, 1e7, "cpu", 4000),
+        ("cosine", 0, 0, "cuda", 4000), ("l2", 30, 0, "cuda", 4000), ("l2", 0, 0, "cuda", 900)],
+    3: [("l2", 0, 0, "cpu", 4000), ("cosine", 0, 0, "cpu", 900)],
 }  # fmt: skip
 
 
-def points(copies: int, offset: float) -> dict[str, np.ndarray]:
+def points(copies: int, offset: float, rows: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    x = (rng.normal(size=(30, 12))[rng.integers(30, size=4000)] + 0.8 * rng.normal(size=(4000, 12))).astype(np.float32)
+    x = (rng.normal(size=(30, 12))[rng.integers(30, size=rows)] + 0.8 * rng.normal(size=(rows, 12))).astype(np.float32)
     weight = rng.exponential(size=len(x)).astype(np.float32)
     weight[::50] = 0
     if offset:  # all ranks must centre x on the same middle and use the same scale
@@ -49,15 +50,15 @@ def points(copies: int, offset: float) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("processes", CASES)
 def test_ranks_end_on_the_bits_of_one_process(tmp_path, processes):
     folders = {case: tmp_path / str(i) for i, case in enumerate(CASES[processes])}
-    for (_, copies, offset, _), folder in folders.items():
+    for (_, copies, offset, _, rows), folder in folders.items():
         folder.mkdir()
-        np.savez(folder / "data.npz", **points(copies, offset))
-    cases = [f"{metric}:{device}:{folder}" for (metric, _, _, device), folder in folders.items()]
+        np.savez(folder / "data.npz", **points(copies, offset, rows))
+    cases = [f"{metric}:{device}:{folder}" for (metric, _, _, device, _), folder in folders.items()]
     for rank in run_ranks(processes, "ranks_kmeans", "37", "5", *cases, cwd=tmp_path):
         assert rank.returncode == 0, rank.stderr[-3000:]
     for case, folder in folders.items():
-        metric, copies, offset, device = case
-        data, found = points(copies, offset), np.load(folder / "out.npz")
+        metric, copies, offset, device, rows = case
+        data, found = points(copies, offset, rows), np.load(folder / "out.npz")
         with pretended() if device == "cuda" else nullcontext():
             alone = kmeans(
                 data["x"], 37, data.get("start", "k-means++"), metric=metric, seed=5, weight=data["weight"], n_init=2,

@@ -124,6 +124,8 @@ def test_arguments_as_numpy_gives_them(tmp_path):
     assert found.centroids.tobytes() == expected.centroids.tobytes()
     backward = kmeans(X[::-1], 6, init=X[5::-1])
     assert np.array_equal(backward.labels, kmeans(X[::-1].copy(), 6, init=X[5::-1].copy()).labels)
+    # regression: NumPy takes one row of negative stride for contiguous, and torch refused it
+    assert np.array_equal(kmeans(X, 1, init=X[:1][::-1]).centroids, kmeans(X, 1, init=X[:1]).centroids)
 
 
 def test_weights_that_float32_cannot_hold_count_by_their_shares():

@@ -18,7 +18,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from test_assign import brute_force
 
-from rb_gpu.learn import assign, choice, devices, lloyd, seeding
+from rb_gpu.learn import assign, choice, devices, lloyd, seeding, starts
 from rb_gpu.learn.assign import Assignment
 from rb_gpu.learn.assign_device import DeviceAssignment
 from rb_gpu.learn.distributed import Ranks
@@ -293,6 +293,7 @@ def test_what_has_converged_is_repaired_as_long_as_what_has_not():
 def test_repairs_are_no_more_than_allowed(monkeypatch):
     x, tried, exchange = blobs(80, 20, 3, 0.2)[0], [], lloyd.exchange
     monkeypatch.setattr(lloyd, "exchange", lambda *given: tried.append(1) or exchange(*given))
+    monkeypatch.setattr(starts, "SMALL_WORK", 0)
     kmeans(x, 80, seed=1)
     assert len(tried) > 2
     tried.clear()
@@ -506,6 +507,7 @@ def test_further_restarts_are_drawn_and_the_best_is_kept(monkeypatch):
     stale = np.repeat(x[:1], 30, axis=0)
     one, more = (kmeans(x, 30, seed=1, warm=stale, n_init=n).inertia for n in (1, 4))
     assert more <= one
+    monkeypatch.setattr(starts, "SMALL_WORK", 0)
     given, seed = [], lloyd.seed_plus_plus
     monkeypatch.setattr(lloyd, "seed_plus_plus", lambda *args: given.append(args[-1] is not None) or seed(*args))
     kmeans(x, 30, seed=1, warm=stale, n_init=3)

@@ -1,9 +1,9 @@
-"""Runs one contestant of the suites cluster, seed and whole in a process of its own.
+"""The contestants of the suites cluster, seed, whole and classic. Runs one of the first three in a process of its own.
 
 `python -m rb_gpu.bench.kmeans_peers` reads the settings as JSON on its standard input and prints the time and memory
 as JSON. Every contestant first solves a small problem, so that compilation and thread starts are not timed. Those of
-`cluster` take points (N, D), a start (K, D) and a number of iterations; those of `seed` and `whole` take points, K and
-a seed. All return centroids (K, D). Suffixes: N points, K clusters, D dims.
+`cluster` take points (N, D), a start (K, D) and a number of iterations; those of the other suites take points, K and a
+seed. All return centroids (K, D). Suffixes: N points, K clusters, D dims.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from rb_gpu.bench.runner import answer
 
 Matrix = npt.NDArray[np.float32]
+Table = npt.NDArray[Any]
 WARM_ROWS, WARM_K = 12_000, 256
 
 
@@ -147,6 +149,24 @@ def whole_faiss(x: Matrix, k: int, seed: int) -> Matrix:
     return np.asarray(model.centroids)
 
 
+def scikit_learn_starts(n_init: int, x: Table, k: int, seed: int) -> Table:
+    """sklearn.cluster.KMeans, the best of n_init starts; its default is 1 with greedy k-means++."""
+    from sklearn.cluster import KMeans
+
+    return np.asarray(KMeans(k, n_init=n_init, random_state=seed).fit(x).cluster_centers_)
+
+
+def faiss_starts(n_init: int, x: Table, k: int, seed: int) -> Table:
+    """faiss.Kmeans on all points, the best of n_init starts of 25 iterations."""
+    import faiss as library
+
+    model = library.Kmeans(
+        x.shape[1], k, nredo=n_init, seed=seed + 1, max_points_per_centroid=10**9, min_points_per_centroid=1
+    )
+    model.train(x.astype(np.float32))
+    return np.asarray(model.centroids)
+
+
 CLUSTER: dict[str, Callable[[Matrix, Matrix, int], Matrix]] = {
     "ours": ours,
     "ours, lean": ours_lean,
@@ -165,6 +185,13 @@ WHOLE: dict[str, Callable[[Matrix, int, int], Matrix]] = {
     "ours": whole_ours,
     "scikit-learn": whole_scikit_learn,
     "faiss": whole_faiss,
+}
+CLASSIC: dict[str, Callable[[Table, int, int], Table]] = {
+    "ours": whole_ours,
+    "scikit-learn": partial(scikit_learn_starts, 1),
+    "scikit-learn x10": partial(scikit_learn_starts, 10),
+    "faiss": partial(faiss_starts, 1),
+    "faiss x10": partial(faiss_starts, 10),
 }
 CONTESTANTS: dict[str, dict[str, Any]] = {"cluster": CLUSTER, "seed": SEED, "whole": WHOLE}
 

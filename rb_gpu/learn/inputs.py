@@ -67,7 +67,8 @@ def _real_values(name: str, array: Any) -> npt.NDArray[Any]:
     if values.dtype.kind not in "biuf":
         raise ValueError(f"{name} is of dtype {values.dtype}; give real numbers, such as {name}.astype('float32')")
     kind = np.dtype(np.float64) if values.dtype.itemsize > 8 else values.dtype.newbyteorder("=")
-    values = values.astype(kind, copy=False)
+    # NumPy takes a reversed axis of length 1 for contiguous, torch refuses its negative stride
+    values = values.astype(kind, copy=min(values.strides, default=0) < 0)
     return values if values.flags.writeable else np.asarray(_Writable(values))
 
 

@@ -171,7 +171,8 @@ class SynthesizeConfig:
 
 
 SUITES = (
-    "lookup", "cluster", "seed", "whole", "growth", "load", "decisions", "router", "sweep", "roofline", "gpu", "all"
+    "lookup", "cluster", "seed", "whole", "classic", "growth", "load", "decisions", "router", "sweep", "roofline",
+    "gpu", "all",
 )  # fmt: skip
 LOGS = ("full", "uniform", "skewed", "confounded")
 PEERS = ("faiss", "scikit-learn", "scikit-learn-intelex", "SuperKMeans", "plain torch", "sequential torch")
@@ -183,8 +184,8 @@ class BenchmarkConfig:
 
     patterns: sizes of the bank. distinct_queries: in all rounds together. batch: queries per batch. threads: concurrent
     clients. Suites cluster, seed and whole: points are emb, gauss, blobs or .npy files, of at most n rows each;
-    clusters: numbers of clusters; iterations: of Lloyd; peers: other implementations to measure. Suite growth:
-    growth_rows at 1,024 clusters, growth_clusters at n rows. Suite decisions: sets are folders of full tables;
+    clusters: numbers of clusters; iterations: of Lloyd; peers: other implementations to measure (and in suite classic).
+    Suite growth: growth_rows at 1,024 clusters, growth_clusters at n rows. Suite decisions: sets are folders of tables;
     cost_weights: of the utility; logs: how queries were logged; sizes: how many queries (0: all); each round uses
     another seed. Suites roofline and gpu: gpu_rows, gpu_clusters and gpu_dim of the points; gpu_budget_s: most seconds
     of the suite gpu. The suite all is every suite except gpu.

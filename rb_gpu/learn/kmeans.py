@@ -38,6 +38,7 @@ from rb_gpu.learn.inputs import (
 from rb_gpu.learn.lloyd import EARLY, MOMENTUM, Solver
 from rb_gpu.learn.seeding import seed_plus_plus
 from rb_gpu.learn.shard import Shard, peaks
+from rb_gpu.learn.starts import STARTS
 from rb_gpu.learn.workers import Workers, workers
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ log = logging.getLogger(__name__)
 class KMeansResult:
     """Centroids (K, D) and labels (N,) int64, both NumPy or torch as x was; inertia is Σ w·||x − c||².
 
-    Centroids are float64 where x is float64 or a 32- or 64-bit integer type, else float32. n_iter counts Lloyd updates.
+    Centroids are float64 where x is float64 or a 32- or 64-bit integer type, else float32. n_iter counts Lloyd updates,
+    without those of a small table's starts.
     Labels are the exact assignment to these centroids. K may be less than requested, because it never exceeds the
     number of distinct points. computed_share is the share of all point-centroid distances that were computed in full
     (1 on a GPU).
@@ -82,8 +84,9 @@ def kmeans(
     """Clusters the rows of x (N, D), a NumPy or torch array of real numbers, into min(k, distinct rows) clusters.
 
     init: "k-means++" (Arthur & Vassilvitskii 2007, true D² sampling; poor seeds are repaired by merging and splitting,
-    and centroids move with momentum, Polyak 1964, until they settle) or a (k, D) array of initial centroids (plain
-    Lloyd iterations, n_init is 1 and nothing is repaired; a row that attracts no weight is re-seeded).
+    and centroids move with momentum, Polyak 1964, until they settle; where N·k·D is at most 2^19, up to 20 such runs
+    are made and the best is repaired) or a (k, D) array of initial centroids (plain Lloyd iterations, n_init is 1 and
+    nothing is repaired; a row that attracts no weight is re-seeded).
     epsilon: stop once the root mean square distance over the points between a centroid and its cluster's mean is at
     most this, in units of the data's median distance to its median. metric: "l2", or "cosine": rows are normalised and
     centroids kept on the unit sphere.
@@ -123,7 +126,7 @@ def kmeans(
         generator = generator_of(seed, where)
         settings = {"k": k, "init": _digest(start), "warm": _digest(begun), "max_iter": max_iter, "epsilon": epsilon,
                     "n_init": n_init, "metric": metric, "seed": int(seed), "early": EARLY,
-                    "momentum": MOMENTUM}  # fmt: skip
+                    "momentum": MOMENTUM, "starts": STARTS}  # fmt: skip
         solver = Solver(
             opened.assignment, opened.shard, opened.points.peak_N, opened.crew, max_iter, epsilon * opened.typical,
             metric == "cosine", generator, checkpoint, settings,

@@ -26,6 +26,7 @@ from rb_gpu.learn.progress import step
 from rb_gpu.learn.repair import exchange
 from rb_gpu.learn.seeding import more_seeds, seed_plus_plus
 from rb_gpu.learn.shard import Shard
+from rb_gpu.learn.starts import best_start
 from rb_gpu.learn.sums import ClusterSums, exact_total
 from rb_gpu.learn.workers import Workers
 
@@ -131,6 +132,9 @@ class Solver:
             self._assign_first(start)
             return self._lloyd(start, 0)
         started = time.perf_counter()
+        if warm is None:
+            momentum = MOMENTUM, MOMENTUM_LOST, LEAST_MOMENTUM
+            warm = best_start(self.shard, k, self.max_iter, self.least_shift, momentum, self.on_sphere, self.generator)
         seeds_KD = seed_plus_plus(self.points, self.shard, k, self.generator, warm)
         log.debug("%d seeds in %.2f s", len(seeds_KD), time.perf_counter() - started)
         return self._lloyd(seeds_KD, 0)

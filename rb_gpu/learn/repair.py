@@ -90,18 +90,16 @@ def _split_gains(
     """
     k, ranks, weight_N = len(centroids_KD), halves.ranks, halves.weight_N.double()
     halves_2KD = torch.stack([2 * centroids_KD - drawn_KD, drawn_KD], dim=1).reshape(2 * k, -1)
-    after_K = before_K
     half_N, d2_N = torch.empty_like(points.labels_N), torch.empty_like(points.d2_N)
     for _ in range(SPLIT_ITERATIONS):
         points.nearer_halves(halves_2KD, half_N, d2_N)
-        after_K = label_totals(weight_N * d2_N, points.labels_N, k, ranks)
         halves.update(half_N)
         means_2KD, _, lost_2K = halves.means()
         halves_2KD = torch.where(lost_2K[:, None], halves_2KD, means_2KD.float())
+    gain_K = before_K - label_totals(weight_N * d2_N, points.labels_N, k, ranks)
     apart_2KD = torch.stack([centroids_KD, drawn_KD], dim=1).reshape(2 * k, -1)
     points.nearer_halves(apart_2KD, half_N, d2_N)
     apart_K = before_K - label_totals(weight_N * d2_N, points.labels_N, k, ranks)
-    gain_K = before_K - after_K
     better_K = apart_K > LEAST_RATIO * gain_K
     halves_2KD = torch.where(better_K.repeat_interleave(2)[:, None], apart_2KD, halves_2KD)
     return torch.where(known_K, torch.where(better_K, apart_K, gain_K), 0.0), halves_2KD

@@ -19,21 +19,29 @@ class Workers:
     """
 
     def __init__(self) -> None:
-        with own_threads():
-            self.count = torch.get_num_threads()
-            set_own_threads(1)
-            # torch's thread count is per thread: without this, a new thread would use one per core
-            self._pool = ThreadPoolExecutor(
-                max(1, self.count - 1), "rb_gpu-kmeans", initializer=set_own_threads, initargs=(1,)
-            )
-            # all must have set their count before `own_threads` restores the value that new threads begin with
-            started = threading.Barrier(self.count)
-            try:
-                for _ in range(1, self.count):
-                    self._pool.submit(started.wait)
-                started.wait()
-            finally:
-                started.abort()
+        self.count = torch.get_num_threads()
+        self._pool: ThreadPoolExecutor | None = None
+        if self.count > 1:
+            with own_threads():
+                set_own_threads(1)
+
+    def _started(self) -> ThreadPoolExecutor:
+        """The other threads, started on first use: on a small table that would take longer than all the rest."""
+        if self._pool is None:
+            with own_threads():
+                # torch's thread count is per thread: without this, a new thread would use one per core
+                self._pool = ThreadPoolExecutor(
+                    self.count - 1, "rb_gpu-kmeans", initializer=set_own_threads, initargs=(1,)
+                )
+                # all must have set their count before `own_threads` restores the value that new threads begin with
+                started = threading.Barrier(self.count)
+                try:
+                    for _ in range(1, self.count):
+                        self._pool.submit(started.wait)
+                    started.wait()
+                finally:
+                    started.abort()
+        return self._pool
 
     def each(self, n: int, step: int, work: Callable[[int, int, int], None]) -> None:
         """Runs work(worker, start, stop) over all slices of n rows; raises the first error after all have stopped."""
@@ -51,7 +59,7 @@ class Workers:
                     return
                 work(worker, start, min(start + step, n))
 
-        futures = [self._pool.submit(run, worker) for worker in range(1, self.count)]
+        futures = [self._started().submit(run, worker) for worker in range(1, self.count)]
         try:
             run(0)
         finally:
@@ -61,9 +69,11 @@ class Workers:
 
     def close(self) -> None:
         """Ends the threads and restores torch's thread count; must be called from the thread that created them."""
-        self._pool.shutdown()
-        with own_threads():
-            set_own_threads(self.count)
+        if self._pool is not None:
+            self._pool.shutdown()
+        if self.count > 1:
+            with own_threads():
+                set_own_threads(self.count)
 
 
 @contextmanager
