@@ -190,7 +190,7 @@ def _opened(
     engine = resolve_engine(engine, where)
     with ExitStack() as stack:
         stack.enter_context(full_precision())
-        # start the workers before torch starts threads of its own, which a process forked later would lack
+        # take torch's threads over before it starts any of its own, which a process forked later would lack
         crew = stack.enter_context(workers()) if where.type == "cpu" else None
         weight_N, weight_scale = checked_weight(weight, len(given_ND), ranks)
         if memory_budget is None and where.type == "cuda":
