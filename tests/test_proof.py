@@ -261,38 +261,6 @@ def test_a_p_value_is_a_t_tests_with_satterthwaites_freedom():
     assert _p_value(torch.as_tensor(moved * 1e-10), pseudo, rows) == 1.0
 
 
-def singles(rng: np.random.Generator, effect: float, default_rows: int, configs: int = 9, each: int = 30) -> float:
-    """P-value of `_any_single` in a log where all configs beat the first by `effect` times the noise."""
-    config = np.concatenate([np.zeros(default_rows, int), np.repeat(np.arange(1, configs), each)])
-    n = len(config)
-    y = rng.normal(size=n) + effect * (config > 0)
-    # leave-one-out residuals, as `pays` makes them
-    count = np.bincount(config)
-    mean = np.bincount(config, y) / count
-    left = (y - mean[config]) * (count / (count - 1))[config] + mean[config]
-    weight, query = torch.as_tensor(1.0 / count[config] / configs * n), torch.arange(n)
-    rows = Rows(query, torch.as_tensor(config), torch.ones(n).double(), weight, n, configs)
-    nothing, share = torch.zeros(n, configs, dtype=torch.float64), torch.as_tensor(n / count[config])
-    pseudo = Pseudo(nothing, torch.zeros(n).long(), torch.as_tensor(left), share, 1e-9, 0.0)
-    return proof._any_single(pseudo, rows, 0, torch.Generator().manual_seed(int(rng.integers(2**31))))
-
-
-@pytest.mark.parametrize("default_rows", [5, 700])
-def test_that_no_single_config_is_better_is_seldom_rejected(default_rows):
-    # with five rows, the default's error is most of that of every difference, and the same for all of them
-    rng = np.random.default_rng(0)
-    rejected = np.mean([singles(rng, 0.0, default_rows) < 0.05 for _ in range(300)])
-    assert (0.02 if default_rows == 700 else 0.0) <= rejected <= 0.085
-
-
-def test_several_configs_that_are_each_a_little_better_are_found_together():
-    # regression: with 1,000 rows, 70 % of them under a default that nearly everything beat, three logs of ten failed
-    rng = np.random.default_rng(0)
-    # a single z score of 0.3 * sqrt(30) = 1.6 needs 2.5 to pass among eight (Bonferroni)
-    assert np.mean([singles(rng, 0.3, 700) < 0.05 for _ in range(60)]) > 0.8
-    assert np.mean([singles(rng, -0.3, 700) for _ in range(20)]) > 0.9
-
-
 def test_what_leaves_show_is_shrunk_as_far_as_chance_explains_it():
     # computed leaf by leaf, for every effect with rows, and large enough that some of it is kept
     rng = np.random.default_rng(2)
