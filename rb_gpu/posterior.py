@@ -140,8 +140,8 @@ def believe(
     parents = [np.append(parent, parent.max() + 1) for parent in parents]
     apart = widest(evidence, objective.direction)
     effect, variance = effects(judged, objective.direction, default, apart)
-    freedom = _freedom(judged, objective.direction, default)
-    gain, gain_variance, root_variance = pool(effect, variance, parents, True, field is not None, freedom)
+    freedom_C, gated = _freedom(judged, objective.direction, default), field is not None
+    gain, gain_variance, root_variance = pool(effect, variance, parents, tested=True, gated=gated, freedom=freedom_C)
     if field is not None:
         predicted, predicted_variance, root_variance = _predicted(field, objective.direction, default)
         gain, gain_variance = gain + predicted, gain_variance + predicted_variance
