@@ -48,6 +48,17 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert "faiss is not installed" in classic_tables(result)
 
 
+def test_without_scikit_learn_its_bundled_tables_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    # regression: the suite, and suite=all with it, ended in a traceback
+    monkeypatch.undo()
+    monkeypatch.setattr(classic, "optional", lambda _module: None)
+    few = [table for table in classic.tables() if table[0] in ("iris", "sparse bits")]
+    assert [table[0] for table in few] == ["sparse bits"]
+    monkeypatch.setattr(classic, "tables", lambda: few)
+    monkeypatch.setattr(classic, "in_process", lambda _module, settings, **_: classic.run(settings))
+    assert "bundled tables are left out: pip install" in classic_tables(classic.measure(SETTINGS | {"peers": []}))
+
+
 def test_inertia_is_that_of_the_nearest_centroids() -> None:
     x, centroids = np.arange(2001)[:, None] % 7, np.array([[1.0], [5.5]], np.float32)
     expected = sum(min((i % 7 - 1) ** 2, (i % 7 - 5.5) ** 2) for i in range(2001))

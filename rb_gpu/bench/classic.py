@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from rb_gpu.bench.cluster import best_kernels
 from rb_gpu.bench.kmeans_peers import CLASSIC
-from rb_gpu.bench.runner import answer, in_process, interleaved, machine
+from rb_gpu.bench.runner import answer, in_process, interleaved, machine, optional
 
 Table = npt.NDArray[Any]
 BUNDLED = {"iris": 3, "wine": 3, "breast_cancer": 2, "digits": 10}
@@ -94,8 +94,10 @@ def _grid(rng: np.random.Generator) -> Table:
 
 
 def tables() -> Iterator[tuple[str, Table, int]]:
-    """Name, points (N, D) of any real dtype, and K of each table; always the same bits."""
-    for name, k in BUNDLED.items():
+    """Name, points (N, D) of any real dtype, and K of each table; always the same bits. Without scikit-learn, its
+    bundled tables are left out.
+    """
+    for name, k in BUNDLED.items() if optional("sklearn") is not None else ():
         yield name, _bundled(name, standardised=False), k
         yield f"{name}, standardised", _bundled(name, standardised=True), k
     drawn: dict[str, tuple[Callable[[np.random.Generator], Table], int]] = {
@@ -128,6 +130,8 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     names = [name for name in CLASSIC if name == "ours" or name.removesuffix(" x10") in settings["peers"]]
     warm = np.random.default_rng(0).standard_normal((500, 4))
     missing: dict[str, str] = {}
+    if optional("sklearn") is None:
+        missing["bundled"] = "scikit-learn's bundled tables are left out: pip install 'rb_gpu[bench]'"
     for name in names:
         try:
             CLASSIC[name](warm, 3, 0)
