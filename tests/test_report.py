@@ -159,6 +159,13 @@ def test_a_gain_by_association_is_not_said_to_be_sure(pages):
     assert (said.better, said.headline) == ("Looks so", "Looks better than the default, by association alone")
 
 
+@pytest.mark.parametrize("grade", ["randomized", "adjusted", "associational"])
+def test_every_grade_of_verdicts_is_explained(pages, grade):
+    """Regression: the page said "adjusted verdicts" and nothing more."""
+    bank = ReasoningBank(replace(pages.bank.data, grade=grade))
+    assert f"The verdicts are {grade}: " in page_of(bank, pages.facts())
+
+
 def test_no_string_of_the_data_becomes_markup(pages):
     evil = "<img src=x onerror=alert(1)>'\"&"
     data = make_bank()

@@ -23,6 +23,13 @@ MAP_PATTERNS = 600
 # limit of the table's rows and the tree's leaves: a bank of 4,096 is shown whole, as a page of 5 MB that opens at once
 LISTED_PATTERNS = 5000
 DEFAULT_STANDS = "default stands"
+# how far verdicts may be read causally (rb_gpu.learn.assemble.grade)
+GRADES = {
+    "randomized": "randomized: propensities were logged, or every query ran every config",
+    "adjusted": "adjusted: each row is compared with the default's on its own query, but which queries a config ran on "
+    "may depend on what it is worth there",
+    "associational": "associational: a config that received easier queries looks better than it is",
+}
 P_VALUES = ("adjusted", "sequential")
 # head of the column of the verdicts' probability, by objective
 PROBABILITY = {"utility": "P(better)", "bound": "P(better, in bounds)", "floor": "P(reaches target)"}
