@@ -29,8 +29,8 @@ _ROWS_PER_STATEMENT = 50  # inserted in one hold of the GIL; 50 * 16 values are 
 _WARNING_INTERVAL_S = 60.0
 
 _UNUSABLE = (
-    "recorded a precision, recall or propensity out of bounds; training sets such rows aside, and stops if they are more "
-    "than data.max_bad_fraction"
+    "recorded a precision, recall or propensity out of bounds; training sets such rows aside, and stops if they are "
+    "more than data.max_bad_fraction"
 )
 
 _INSERT = "INSERT INTO {} VALUES {} ON CONFLICT (id) DO NOTHING"

@@ -73,7 +73,10 @@ class BadRows:
         remedy = "correct the log" + " or raise data.max_bad_fraction" * some
         for column, without in WHOLE.items():
             if f"{column} is null or not a number" in reasons:
-                remedy += f"; if {column} was logged in some rows only, leave out the others, or the column ({without})"
+                remedy += (
+                    f"; if {column} was logged in some rows only, leave out the others (data.capacity keeps the "
+                    f"newest), or the column ({without})"
+                )
         raise DataError(
             f"data.path={path}: {bad} of {total} rows are bad, {bound} ({counts}); first: {shown}; {remedy}"
         )
