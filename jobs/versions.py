@@ -17,6 +17,8 @@ from .columns import amount, number, render
 
 # rows shown of a long list; the printed counts are over the whole list
 LISTED = 20
+# what the gate said of a version
+GATE = {True: "promotes", False: "refuses"}
 
 
 def listing(registry: Registry) -> str:
@@ -28,7 +30,7 @@ def listing(registry: Registry) -> str:
     for version, manifest in registry.manifests():
         mark = "serving" if version == champion else ""
         if manifest is None:
-            rows.append((version, mark, "damaged", "", "", ""))
+            rows.append((version, mark, "damaged", "", "", "", ""))
             continue
         gain = (manifest.get("evaluation") or {}).get("bank_gains", {}).get("default") or {}
         counts = manifest.get("counts", {})
@@ -40,9 +42,10 @@ def listing(registry: Registry) -> str:
                 str(counts.get("patterns", "")),
                 str(counts.get("verdicts", "")),
                 number(float("nan") if gain.get("gain") is None else gain["gain"], "+.4f"),
+                GATE.get((manifest.get("gate") or {}).get("promote"), "-"),
             )
         )
-    head = ("version", "", "trajectories", "patterns", "verdicts", "gain over default")
+    head = ("version", "", "trajectories", "patterns", "verdicts", "gain over default", "gate")
     table = render(head, rows) if rows else f"{registry.path} holds no version; run jobs.train"
     if champion is None or champion in registry.versions():
         return table

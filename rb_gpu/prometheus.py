@@ -26,7 +26,7 @@ def bank_metrics(bank: ReasoningBank) -> str:
             metric("hits_total", "counter", "Queries for which a pattern chose.", ("", hits)),
             metric("confidence_mean", "gauge", "Mean confidence of answers.",
                    ("", stats.avg_recommendation_confidence)),
-            metric("expected_gain_mean", "gauge", "Mean utility that answers are expected to gain over the default.",
+            metric("expected_gain_mean", "gauge", "Mean expected gain over the default, in utility (floor: quality).",
                    ("", stats.avg_expected_gain)),
             metric("improvement_percent", "gauge", "Held-out quality over the default's, NaN if unknown.",
                    ("", stats.avg_improvement_percent)),

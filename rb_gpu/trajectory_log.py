@@ -28,6 +28,11 @@ _ROWS_PER_TRANSACTION = 1000  # short enough for other processes to get their tu
 _ROWS_PER_STATEMENT = 50  # inserted in one hold of the GIL; 50 * 16 values are below the 999 of SQLite's oldest builds
 _WARNING_INTERVAL_S = 60.0
 
+_UNUSABLE = (
+    "recorded a precision, recall or propensity out of bounds; training sets such rows aside, and stops if they are "
+    "more than data.max_bad_fraction"
+)
+
 _INSERT = "INSERT INTO {} VALUES {} ON CONFLICT (id) DO NOTHING"
 _EVICT = "DELETE FROM {0} WHERE seq <= (SELECT max(seq) FROM {0}) - ?"
 _open_logs: set[TrajectoryLog] = set()
@@ -115,7 +120,8 @@ class TrajectoryLog:
         """Queues a copy of a trajectory, with its feedback as a vote. Returns False if it was dropped.
 
         Raises DataError if the embedding is not one vector of length `dim` or has masked entries, or if an integer does
-        not fit its 64 bits; TypeError or ValueError if another field has a wrong type.
+        not fit its 64 bits; TypeError or ValueError if another field has a wrong type. A precision, recall or
+        propensity that training cannot use is stored, with a warning.
         """
         shape = np.shape(trajectory.query_embedding)
         if len(shape) != 1 or self._dim not in (None, shape[0]):
@@ -131,6 +137,8 @@ class TrajectoryLog:
         price = _signed(trajectory.latency_us), None if trajectory.cost is None else float(trajectory.cost)
         odds = None if trajectory.propensity is None else float(trajectory.propensity)
         origin = _signed(trajectory.timestamp, -(2**63)), odds, _text(trajectory.policy)
+        if not (0 <= quality[0] <= 1 and 0 <= quality[1] <= 1 and (odds is None or 0 < odds <= 1)):  # true for NaN too
+            self._warn(_UNUSABLE)
         retrieved = json.dumps(trajectory.retrieved_ids)
         embedding = np.asarray(trajectory.query_embedding, dtype="<f4").tobytes()
         record: _Record = {

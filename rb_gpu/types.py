@@ -175,8 +175,10 @@ class OptimizedParams(NamedTuple):
 
     confidence: probability that `params` beat the default by the margin; 0 if the default is returned.
     expected_quality: expected quality of `params` on this query, in [0, 1]; NaN if unknown. expected_gain: expected
-    gain over the default in the objective's unit. config_id: row of `bank.configs`, or None for an interpolated setting
-    that was never tried. reason: a few words on why this is the answer.
+    gain over the default in the objective's unit. With judge.objective=floor, confidence is the probability that
+    quality reaches judge.target, and expected_gain is in quality: it is below 0 where a cheaper config gives up quality
+    that the target does not need. config_id: row of `bank.configs`, or None for an interpolated setting that was never
+    tried. reason: a few words on why this is the answer.
     """
 
     params: SearchParams

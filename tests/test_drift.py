@@ -249,10 +249,10 @@ def sample() -> Trajectories:
     return rows.select_queries(keep)
 
 
-def measured(rows: Trajectories, held_Q: np.ndarray, seed: int) -> drift.Drift:
+def measured(rows: Trajectories, held_Q: np.ndarray, seed: int, decays: bool = False) -> drift.Drift:
     training, newest = rows.select_queries(~held_Q), rows.select_queries(held_Q)
     label_Q = kmeans(training.x_QD, 30, metric="cosine", max_iter=10, seed=seed, device="cpu").labels
-    return drift.measure_drift(training, newest, label_Q, QUALITY, seed)
+    return drift.measure_drift(training, newest, label_Q, QUALITY, seed, decays)
 
 
 def test_a_random_split_of_real_queries_raises_no_alarm_and_a_chosen_one_does(sample):
@@ -279,6 +279,9 @@ def test_a_drop_of_quality_is_warned_of(sample):
     found = measured(replace(sample, recall=worse, precision=worse), held, 0)
     assert all(config.change < 0 for config in found.outcomes if config.q_value <= 0.01)
     assert ["half_life" in warning for warning in found.warnings] == [True]
+    # regression: a job with judge.half_life=auto was advised to set judge.half_life=auto
+    found = measured(replace(sample, recall=worse, precision=worse), held, 0, decays=True)
+    assert ["look for what changed" in warning and "half_life" not in warning for warning in found.warnings] == [True]
 
 
 def test_training_publishes_what_changed(sample, tmp_path, caplog, monkeypatch):

@@ -157,6 +157,15 @@ def test_a_gain_by_association_is_not_said_to_be_sure(pages):
     facts["evaluation"]["bank_gains"]["default"] = {"gain": 0.14, "low": 0.12, "high": 0.17}
     said = answer(pages.bank, facts)
     assert (said.better, said.headline) == ("Looks so", "Looks better than the default, by association alone")
+    # regression: next to that, the page said "It is better than the best single config", and that too few patterns act
+    # to check the confidence, although 99 of 104 did
+    facts["evaluation"]["bank_gains"]["best single config"] = {"gain": 0.09, "low": 0.07, "high": 0.12}
+    assert "It looks better than the best single config: +0.0900" in page_of(pages.bank, facts)
+    facts["evaluation"] |= {"calibration": None}
+    for value in facts["evaluation"]["values"]:
+        value["harm"] = {"patterns": 0, "negative": None, "sure": None}
+    told = {check.name: check.text for check in answer(pages.bank, facts).checks}
+    assert told["Confidence"] == told["Surely harmed"] == "unknown: needs propensities"
 
 
 @pytest.mark.parametrize("grade", ["randomized", "adjusted", "associational"])

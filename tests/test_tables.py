@@ -582,6 +582,12 @@ def test_too_many_bad_rows_is_an_error_that_counts_reasons_and_shows_the_first_o
         bad.check(8, 0.05, "logs")
 
 
+def test_a_column_that_was_logged_for_part_of_the_time_is_told_what_to_do():
+    # regression: the only advice was to raise the bound, which silently trains on the rows that have it
+    with pytest.raises(DataError, match=r"logged in some rows only, leave out the others \(data.capacity keeps the"):
+        bad_rows(60, "propensity is null or not a number").check(100, 0.01, "x")
+
+
 def test_all_rows_bad_is_an_error_whatever_is_allowed():
     with pytest.raises(DataError, match=r"^data\.path=x: 4 of 4 rows are bad, and none is left to learn from \(r: 4\)"):
         bad_rows(4).check(4, 1.0, "x")

@@ -315,6 +315,18 @@ def test_half_full_queue_is_written_at_once(tmp_path: Path) -> None:
         assert ids(path) == list(range(5))
 
 
+def test_what_training_cannot_use_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # regression: a service's error (0 / 0 for a query without answers) showed only at night, when training stopped, and
+    # the next nights, until such rows were 1 % of the log
+    with TrajectoryLog(tmp_path / "log.db") as log, caplog.at_level(logging.WARNING):
+        log.record(trajectory(0, propensity=1.0))
+        assert not caplog.records
+        for row, field in enumerate(({"precision": float("nan")}, {"recall": 1.5}, {"propensity": 0.0})):
+            log.record(trajectory(row + 1, **field))
+    assert ["out of bounds" in record.getMessage() for record in caplog.records] == [True]
+    assert len(ratings(tmp_path / "log.db")) == 4
+
+
 def test_failed_transaction_is_tried_again_as_a_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "log.db"
     with TrajectoryLog(path, flush_interval=0.3) as log, closing(sqlite3.connect(path)) as other:

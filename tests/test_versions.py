@@ -11,7 +11,7 @@ import pytest
 from conftest import A, B, make_bank
 
 from jobs.registry import run
-from jobs.versions import difference, tree
+from jobs.versions import difference, listing, tree
 from rb_gpu.artifact import load_artifact
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ConfigError, RegistryError
@@ -135,6 +135,15 @@ def test_a_champion_that_is_gone_is_told(registry: Registry, capsys: pytest.Capt
     (registry.path / A).rename(registry.path / "away")
     run(RegistryJobConfig(registry=settings))
     assert f"champion points to {A}, which does not exist" in capsys.readouterr().out
+
+
+def test_the_list_says_what_the_gate_said(tmp_path: Path) -> None:
+    # regression: after a night without a promotion the list showed the new version's gain, and not that it was refused
+    registry, data = Registry(tmp_path), make_bank()
+    for version, gate in zip((A, B), ({"promote": True}, {"promote": False}), strict=True):
+        write_artifact(registry.path / version, replace(data, facts=data.facts | {"gate": gate}), {})
+    head, first, second = listing(registry).splitlines()[:3]
+    assert (head.split()[-1], first.split()[-1], second.split()[-1]) == ("gate", "promotes", "refuses")
 
 
 def test_a_mistyped_path_makes_no_registry(tmp_path: Path) -> None:

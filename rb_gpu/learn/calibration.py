@@ -84,7 +84,7 @@ def measure_calibration(
     seen_P, lead_P, sd_P = mean(seen_A), mean(lead_Q[acts_Q]), mean(sd_Q[acts_Q])
     away_A = seen_A - seen_P[leaf_A]
     error_P = np.sqrt(mean(away_A**2) / np.maximum(count_P - 1, 1))
-    told_P = np.bincount(leaf_A, telling_rows(valuation, choice_Q, default_Q)[acts_Q])
+    told_P = telling_rows(valuation, choice_Q, default_Q, leaf_Q)[: len(count_P)]
     judged_P = (told_P >= LEAST_ROWS) & (count_P >= LEAST_QUERIES) & (np.hypot(sd_P, error_P) > 0)
     if judged_P.sum() < BINS:
         return None

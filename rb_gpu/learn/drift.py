@@ -70,9 +70,10 @@ class Drift:
 
 
 def measure_drift(
-    training: Trajectories, newest: Trajectories, label_Q: Rows, objective: Objective, seed: int
+    training: Trajectories, newest: Trajectories, label_Q: Rows, objective: Objective, seed: int, decays: bool
 ) -> Drift:
     """Compares at most MAX_QUERIES queries of each side. label_Q: (Q,) leaf of each training query, negative for none.
+    decays: whether judge.half_life is set, which then needs no advice.
 
     Both tables must name the same configs. Time and memory are linear in the queries.
     """
@@ -90,7 +91,7 @@ def measure_drift(
         shares=shares,
         embeddings=embeddings,
         outcomes=outcomes,
-        warnings=_warnings(shares, embeddings, outcomes),
+        warnings=_warnings(shares, embeddings, outcomes, decays),
     )
 
 
@@ -238,7 +239,7 @@ def _utilities(table: Trajectories, objective: Objective, leaf_Q: Rows) -> Utili
     return Utilities(value, leaf_Q[pair_N // len(table.configs)], pair_N % len(table.configs))
 
 
-def _warnings(shares: ShareDrift, embeddings: EmbeddingDrift, outcomes: list[ConfigDrift]) -> list[str]:
+def _warnings(shares: ShareDrift, embeddings: EmbeddingDrift, outcomes: list[ConfigDrift], decays: bool) -> list[str]:
     said = []
     if shares.reading != "stable":
         said.append(
@@ -255,9 +256,10 @@ def _warnings(shares: ShareDrift, embeddings: EmbeddingDrift, outcomes: list[Con
     changed = [config for config in outcomes if config.q_value <= LEVEL]
     if changed:
         worst = max(changed, key=lambda config: abs(config.change))
+        decay = "" if decays else "set judge.half_life=auto so that old rows weigh less, and "
         said.append(
             f"utility within patterns has changed (for {len(changed)} of {len(outcomes)} configs, most for "
-            f"{worst.config}: {worst.change:+.4f}, q {worst.q_value:.3g}); set judge.half_life=auto so that old rows "
-            "weigh less, and look for what changed in the service, or for another kind of query in the same patterns"
+            f"{worst.config}: {worst.change:+.4f}, q {worst.q_value:.3g}); {decay}look for what changed in the "
+            "service, or for another kind of query in the same patterns"
         )
     return said

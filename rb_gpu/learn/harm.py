@@ -16,7 +16,8 @@ from rb_gpu.learn.valuation import Choice, Floats, Valuation
 from rb_gpu.learn.verdicts import holm
 
 LEVEL = 0.05
-# fewest rows that tried one of two differing picks: with fewer, a pattern's gain is only a model's prediction
+# fewest rows that tried each of two differing picks: with fewer of either, half of a pattern's gain is only a model's
+# prediction, whose error no spread of the rows shows
 LEAST_ROWS = 2
 
 
@@ -45,17 +46,17 @@ def measure_harm(valuation: Valuation, choice_Q: Choice, default_Q: Choice, leaf
     gain_R = valuation.estimate("utility", choice_Q).over(valuation.estimate("utility", default_Q)).score_N
     query_R, queries = valuation.round_query, len(leaf_Q)
     gain_Q, rounds_Q = np.bincount(query_R, gain_R, queries), np.bincount(query_R, minlength=queries)
-    tells_Q = telling_rows(valuation, choice_Q, default_Q)
 
     leaves = int(leaf_Q.max()) + 1
     members_P, rounds_P = np.bincount(leaf_Q, minlength=leaves), np.bincount(leaf_Q, rounds_Q, leaves)
-    told_P, acted_P = np.bincount(leaf_Q, tells_Q, leaves), np.bincount(leaf_Q, choice_Q != default_Q, leaves)
+    told_P, acted_P = telling_rows(valuation, choice_Q, default_Q, leaf_Q), np.bincount(leaf_Q, choice_Q != default_Q)
     mean_P = np.bincount(leaf_Q, gain_Q, leaves) / np.maximum(rounds_P, 1)
     away_Q = gain_Q - rounds_Q * mean_P[leaf_Q]
     spread_P = np.bincount(leaf_Q, away_Q**2, leaves) * members_P / np.maximum(members_P - 1, 1)
     error_P = np.sqrt(spread_P) / np.maximum(rounds_P, 1)
-    # for a doubly robust gain, queries whose picks no row tried contribute next to no information
-    freedom_P = (members_P if valuation.grade == "exact" else np.minimum(members_P, told_P)) - 1
+    # for a doubly robust gain, queries whose picks no row tried contribute next to no information. 2 (n - 1) are the
+    # degrees of freedom of a difference of two means of n rows each
+    freedom_P = members_P - 1 if valuation.grade == "exact" else np.minimum(members_P - 1, 2 * (told_P - 1))
 
     judged_P = (acted_P > 0) & (told_P >= LEAST_ROWS) & (members_P > 1)
     mean, error, freedom = mean_P[judged_P], error_P[judged_P], freedom_P[judged_P]
@@ -65,7 +66,14 @@ def measure_harm(valuation: Valuation, choice_Q: Choice, default_Q: Choice, leaf
     return Harm(len(mean), float((mean < 0).mean()), float((holm(p_value) < LEVEL).mean()))
 
 
-def telling_rows(valuation: Valuation, choice_Q: Choice, other_Q: Choice) -> Floats:
-    """(Q,) rows of each query that tried exactly one of its two picks; rows that match both do not tell them apart."""
-    tells_N = (valuation.weights(choice_Q) > 0) != (valuation.weights(other_Q) > 0)
-    return np.bincount(valuation.rows.query_row, tells_N, len(choice_Q)).astype(np.float64)
+def telling_rows(valuation: Valuation, choice_Q: Choice, other_Q: Choice, leaf_Q: Choice) -> Floats:
+    """(P,) rows of each pattern that tried only the first of two picks or only the second, whichever are fewer.
+
+    Rows that match both picks do not tell them apart. Where a service explores little, a pattern has many rows of what
+    runs and few or none of what is picked. For the grade exact a query has rows of both, so that one is enough: all of
+    them are counted.
+    """
+    first_N, second_N = valuation.weights(choice_Q) > 0, valuation.weights(other_Q) > 0
+    leaf_N = leaf_Q[valuation.rows.query_row]
+    tried = [np.bincount(leaf_N, only_N, leaf_Q.max() + 1) for only_N in (first_N & ~second_N, second_N & ~first_N)]
+    return np.asarray(sum(tried) if valuation.grade == "exact" else np.minimum(*tried))

@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 from rb_gpu.errors import DataError
 
 OFFENDERS_SHOWN = 5
+# columns that a log may lack in all rows, but not in some, and what the job does without them
+WHOLE = {"propensity": "values are then associational", "cost": "utility then has no cost"}
 
 
 @dataclass
@@ -66,8 +68,15 @@ class BadRows:
         shown = "; ".join(f"{Path(s).name} row {r} (id {i}): {why}" for s, r, i, why in first)
         some = bad < total
         bound = f"over data.max_bad_fraction={max_bad_fraction:g}" if some else "and none is left to learn from"
-        counts = ", ".join(f"{reason}: {n}" for reason, n in self.by_reason().items())
+        reasons = self.by_reason()
+        counts = ", ".join(f"{reason}: {n}" for reason, n in reasons.items())
+        remedy = "correct the log" + " or raise data.max_bad_fraction" * some
+        for column, without in WHOLE.items():
+            if f"{column} is null or not a number" in reasons:
+                remedy += (
+                    f"; if {column} was logged in some rows only, leave out the others (data.capacity keeps the "
+                    f"newest), or the column ({without})"
+                )
         raise DataError(
-            f"data.path={path}: {bad} of {total} rows are bad, {bound} ({counts}); first: {shown}; "
-            f"correct the log{' or raise data.max_bad_fraction' if some else ''}"
+            f"data.path={path}: {bad} of {total} rows are bad, {bound} ({counts}); first: {shown}; {remedy}"
         )

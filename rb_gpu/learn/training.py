@@ -184,7 +184,10 @@ def _publish(candidate: Candidate, config: TrainConfig, registry: Registry, watc
     learned, evaluation, decision = candidate.learned, candidate.evaluation, candidate.decision
     with watch.stage("report"):
         objective = candidate.bank.data.objective
-        drift = measure_drift(candidate.training, candidate.held_out, learned.label_Q, objective, config.seed)
+        drift = measure_drift(
+            candidate.training, candidate.held_out, learned.label_Q, objective, config.seed,
+            decays=config.judge.half_life is not None,
+        )  # fmt: skip
         for warning in drift.warnings:
             log.warning("drift: %s", warning)
         arrays, leaves = learned.data.arrays, learned.data.leaves

@@ -96,6 +96,7 @@ def answer(bank: ReasoningBank, facts: dict[str, Any]) -> Answer:
     before, after = values[served], values["bank"]
     broken, kind = evaluation["broken"], bank.data.objective.kind
     unchanged = served == "default" and not after["acted"]
+    associational = evaluation["grade"] == "associational"
     misled = set(evaluation["misled"])
     doubted = bool(misled & {"bank", served}) and not unchanged
     if doubted:
@@ -113,7 +114,7 @@ def answer(bank: ReasoningBank, facts: dict[str, Any]) -> Answer:
         state, word, headline = "none", "Unknown", "Not known yet whether this bank is better"
     elif unchanged:
         state, word, headline = "none", "No change", "The default stands for every held-out query"
-    elif low > 0 and evaluation["grade"] == "associational":
+    elif low > 0 and associational:
         state, word, headline = "none", "Looks so", f"Looks better than the {served}, by association alone"
     elif low > 0:
         state, word, headline = "good", "Yes", f"Better than the {served}"
@@ -135,7 +136,8 @@ def answer(bank: ReasoningBank, facts: dict[str, Any]) -> Answer:
         grade=GRADES[evaluation["grade"]],
         acted=percent(after["acted"]),
         others=[
-            f"{_sure(other)} the {name}: {signed(other['gain'])} ({interval(other['low'], other['high'])})"
+            f"{_sure(other, associational)} the {name}: {signed(other['gain'])} "
+            f"({interval(other['low'], other['high'])})"
             for name, other in evaluation["bank_gains"].items()
             if name in ("default", SINGLE)
             and name != served
@@ -148,10 +150,11 @@ def answer(bank: ReasoningBank, facts: dict[str, Any]) -> Answer:
     )
 
 
-def _sure(gain: dict[str, Any]) -> str:
-    return (
-        "better than" if gain["low"] > 0 else "worse than" if gain["high"] < 0 else "not significantly different from"
-    )
+def _sure(gain: dict[str, Any], associational: bool) -> str:
+    verb = "looks" if associational else "is"
+    if gain["low"] > 0:
+        return f"{verb} better than"
+    return f"{verb} worse than" if gain["high"] < 0 else "is not significantly different from"
 
 
 def _amounts(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -181,6 +184,11 @@ def checks(bank: ReasoningBank, facts: dict[str, Any]) -> list[Check]:
     ratio = p95[1] / p95[0] if p95[0] and p95[1] else None
     warnings = len(facts["drift"]["warnings"])
     suspect = len(evaluation["warnings"])
+    unchecked = (
+        "unknown: needs propensities"
+        if evaluation["grade"] == "associational"
+        else "unknown: it acts in too few patterns, or too few rows tried what it picks"
+    )
     return [
         Check(
             "bad" if evaluation["grade"] == "associational" or suspect else "good",
@@ -198,7 +206,7 @@ def checks(bank: ReasoningBank, facts: dict[str, Any]) -> list[Check]:
         Check(
             "none" if calibration is None else "good" if calibration["ece"] <= calibration["chance"] else "bad",
             "Confidence",
-            "too few patterns act to check it"
+            unchecked
             if calibration is None
             else f"calibration error {number(calibration['ece'], 3)}, chance gives up to "
             f"{number(calibration['chance'], 3)}",
@@ -207,7 +215,7 @@ def checks(bank: ReasoningBank, facts: dict[str, Any]) -> list[Check]:
         Check(
             "none" if harm is None else "bad" if harm > gate["max_harm_rate"] else "good",
             "Surely harmed",
-            "unknown"
+            unchecked
             if harm is None
             else f"{percent(harm)} of the {counted(after['harm']['patterns'], 'pattern')} in which it acts",
             "policies",
