@@ -5,7 +5,7 @@ Suffixes: P patterns, C configs, O outcomes, B latency bins, M merged patterns.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -86,13 +86,9 @@ class Evidence(NamedTuple):
             pair_comoment=pair_comoment_M,
         )
 
-    def select(self, rows_P: npt.NDArray[np.int64]) -> Evidence:
-        """The evidence of the given patterns (rows), in the given order."""
-        return Evidence._make(x[rows_P] for x in self)
-
     def with_unknown(self) -> Evidence:
         """The same evidence with one more pattern at the end, about which nothing is known."""
-        return Evidence._make(_one_more_row(x) for x in self)
+        return Evidence._make(np.concatenate([x, np.zeros_like(x, shape=(1, *x.shape[1:]))]) for x in self)
 
     @property
     def paired(self) -> bool:
@@ -118,10 +114,6 @@ class Evidence(NamedTuple):
         below = np.take_along_axis(running, bin_PC[..., None], -1)[..., 0] - inside
         octaves = (bin_PC + _ratio(target - below, inside)) / BINS_PER_OCTAVE
         return np.where(total > 0, np.exp2(octaves), np.nan)
-
-
-def _one_more_row(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return np.concatenate([x, np.zeros_like(x, shape=(1, *x.shape[1:]))])
 
 
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:
