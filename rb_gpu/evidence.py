@@ -86,6 +86,10 @@ class Evidence(NamedTuple):
             pair_comoment=pair_comoment_M,
         )
 
+    def pooled(self) -> Evidence:
+        """The evidence of all patterns as one, (1, C)."""
+        return self.regroup(np.zeros(len(self.rows), dtype=np.int64), 1)
+
     def with_unknown(self) -> Evidence:
         """The same evidence with one more pattern at the end, about which nothing is known."""
         return Evidence._make(np.concatenate([x, np.zeros_like(x, shape=(1, *x.shape[1:]))]) for x in self)
@@ -101,6 +105,14 @@ class Evidence(NamedTuple):
         freedom = np.maximum(self.pair_rows - 1, 0).sum(0)
         told = (self.pair_rows.sum(0) == self.rows.sum(0)) | (freedom >= LEAST_PAIRS)
         return bool(self.pair_rows.sum() > 0 and (beside & told)[other].all())
+
+    def moments(self, direction_O: Floats) -> tuple[Floats, Floats, Floats]:
+        """`linear_moments` of the outcomes."""
+        return linear_moments(self.w, self.w2, self.mean, self.comoment, direction_O)
+
+    def pair_moments(self, direction_O: Floats) -> tuple[Floats, Floats, Floats]:
+        """`linear_moments` of the differences to the default."""
+        return linear_moments(self.pair_w, self.pair_w2, self.pair_mean, self.pair_comoment, direction_O)
 
     def latency_quantile(self, q: float) -> Floats:
         """(P, C) latency in µs below which a share q of the weight lies, log-linear inside a bin; NaN for an empty

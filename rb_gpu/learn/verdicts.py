@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from rb_gpu.evidence import OUTCOMES, Evidence, linear_moments
+from rb_gpu.evidence import OUTCOMES, Evidence
 from rb_gpu.learn.arrays import student_tail
 from rb_gpu.learn.config import JudgeConfig, QualityConfig
 from rb_gpu.learn.sequential import sequential_p
@@ -74,15 +74,14 @@ def compare(evidence: Evidence, direction_O: Floats, default: int, min_samples: 
     the common mean for two samples. The reason: a few rows that all succeed show no variance of their own.
     """
     if evidence.paired:
-        moments = (evidence.pair_w, evidence.pair_w2, evidence.pair_mean, evidence.pair_comoment)
-        effect, variance, size = linear_moments(*moments, direction_O)
+        effect, variance, size = evidence.pair_moments(direction_O)
         squared = variance / np.maximum(size, 1e-300)
         freedom = size - 1.0
         tested = evidence.pair_rows >= min_samples
         unit = variance + effect**2
         null_squared = unit / np.maximum(size, 1e-300)
     else:
-        mean, variance, size = linear_moments(evidence.w, evidence.w2, evidence.mean, evidence.comoment, direction_O)
+        mean, variance, size = evidence.moments(direction_O)
         part = variance / np.maximum(size, 1e-300)
         effect = mean - mean[:, [default]]
         squared = part + part[:, [default]]
@@ -271,9 +270,7 @@ def _columns(
     gone_p: Floats | tuple[()],
 ) -> VerdictColumns:
     stands = chosen == configs.default
-    quality, variance, _ = linear_moments(
-        evidence.w, evidence.w2, evidence.mean, evidence.comoment, objective.quality_direction
-    )
+    quality, variance, _ = evidence.moments(objective.quality_direction)
     with np.errstate(divide="ignore", invalid="ignore"):
         consistency = 1.0 / (1.0 + np.sqrt(_pick(variance, chosen)) / _pick(quality, chosen))
     return VerdictColumns(
@@ -324,7 +321,7 @@ def resolve_objective(
     judging: JudgeConfig, quality: QualityConfig, trajectories: Trajectories, evidence: Evidence
 ) -> Objective:
     """The objective with its references: the default's geometric mean latency and the dearest config's mean cost."""
-    root = evidence.regroup(np.zeros(len(evidence.rows), dtype=np.int64), 1)
+    root = evidence.pooled()
     octaves = root.mean[0, :, OUTCOMES.index("log2_latency")]
     default = trajectories.configs.default
     tried = root.rows[0] > 0
