@@ -19,7 +19,7 @@ from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ConfigError
 from rb_gpu.learn.abstention import why_default_stands
 from rb_gpu.learn.assemble import assemble, confidence_of
-from rb_gpu.learn.baselines import BASELINES, Training, unit
+from rb_gpu.learn.baselines import LEARNERS, Training, unit
 from rb_gpu.learn.checkpoint import Checkpoint
 from rb_gpu.learn.checks import is_auto
 from rb_gpu.learn.clustering import cluster_queries, drop_labels
@@ -253,8 +253,9 @@ def choices_beside(
     table, unit_BD = Training.of(training, objective), unit(x_BD)
     for name in names:
         log.info("baseline: %s", name)
-        if name in BASELINES:
-            found[name] = BASELINES[name](table, unit_BD, np.random.default_rng(config.seed))
+        if name in LEARNERS:
+            predict = LEARNERS[name](table, np.random.default_rng(config.seed))
+            found[name] = predict(table, unit_BD).argmax(1).astype(np.int64)
         else:
             judging = replace(config.judge, method="reference")
             own = replace(config, judge=judging, index=IndexConfig(kind="off"), router=RouterConfig())
