@@ -178,10 +178,25 @@ def judge(
     probability = _pick(beliefs.probability[:-1], chosen)
     quality = beliefs.quality[:-1]
     improvement = _relative(_pick(quality, chosen), quality[:, configs.default], evidence.rows[:, configs.default] > 0)
-    return _columns(
-        evidence, objective, configs, chosen, comparison, adjusted, peeked, probability, probability, effect, half,
-        improvement, gone_p,
-    )  # fmt: skip
+    mean, variance, _ = evidence.moments(objective.quality_direction)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        consistency = 1.0 / (1.0 + np.sqrt(_pick(variance, chosen)) / _pick(mean, chosen))
+    stands = chosen == configs.default
+    return VerdictColumns(
+        config_id=chosen,
+        stands=stands,
+        confidence=np.where(stands, 0.0, probability),
+        probability=probability,
+        effect=np.where(stands, 0.0, effect),
+        effect_low=np.where(stands, 0.0, effect - half),
+        effect_high=np.where(stands, 0.0, effect + half),
+        p_value=_pick(comparison.p_value, chosen),
+        p_adjusted=benjamini_hochberg(np.concatenate([_pick(adjusted, chosen), gone_p]))[: len(chosen)],
+        p_sequential=_pick(peeked, chosen),
+        improvement=np.where(stands & np.isfinite(improvement), 0.0, improvement),
+        consistency=consistency,
+        support=_pick(evidence.rows, chosen),
+    )
 
 
 def _welch(comparison: Comparison, adjusted: Floats, default: int, alpha: float) -> Rows:
@@ -254,42 +269,6 @@ def _reference(
     )
 
 
-def _columns(
-    evidence: Evidence,
-    objective: Objective,
-    configs: ConfigTable,
-    chosen: Rows,
-    comparison: Comparison,
-    adjusted: Floats,
-    peeked: Floats,
-    confidence: Floats,
-    probability: Floats,
-    effect: Floats,
-    half: Floats,
-    improvement: Floats,
-    gone_p: Floats | tuple[()],
-) -> VerdictColumns:
-    stands = chosen == configs.default
-    quality, variance, _ = evidence.moments(objective.quality_direction)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        consistency = 1.0 / (1.0 + np.sqrt(_pick(variance, chosen)) / _pick(quality, chosen))
-    return VerdictColumns(
-        config_id=chosen,
-        stands=stands,
-        confidence=np.where(stands, 0.0, confidence),
-        probability=probability,
-        effect=np.where(stands, 0.0, effect),
-        effect_low=np.where(stands, 0.0, effect - half),
-        effect_high=np.where(stands, 0.0, effect + half),
-        p_value=_pick(comparison.p_value, chosen),
-        p_adjusted=benjamini_hochberg(np.concatenate([_pick(adjusted, chosen), gone_p]))[: len(chosen)],
-        p_sequential=_pick(peeked, chosen),
-        improvement=np.where(stands & np.isfinite(improvement), 0.0, improvement),
-        consistency=consistency,
-        support=_pick(evidence.rows, chosen),
-    )
-
-
 def _pick(values_PC: npt.NDArray[Any], chosen_P: Rows) -> npt.NDArray[Any]:
     return np.take_along_axis(values_PC, chosen_P[:, None], axis=1)[:, 0]
 
@@ -300,9 +279,7 @@ def _relative(quality: Floats, base: Floats, known: npt.NDArray[np.bool_]) -> Fl
     return relative
 
 
-def verdict_matrices(
-    verdicts: VerdictColumns, beliefs: Beliefs, configs: ConfigTable, method: str
-) -> tuple[Floats, Floats, Floats]:
+def verdict_matrices(verdicts: VerdictColumns, beliefs: Beliefs, method: str) -> tuple[Floats, Floats, Floats]:
     """What a lookup votes with: score, probability, gain, (P + 1, C) each; the last row is for queries near no pattern.
 
     eb votes with its beliefs. The tests of welch and reference only say yes or no, so a pattern gives its whole vote to
