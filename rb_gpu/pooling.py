@@ -38,7 +38,8 @@ def pool(
     place of the test. freedom: (C,) degrees of freedom of each config's variance; None if variances are known.
     """
     freedom = np.full(effect.shape[1], np.inf) if freedom is None else freedom
-    levels = [*parents, np.zeros(_width(parents, len(effect)), dtype=np.int64)]
+    top = int(parents[-1].max()) + 1 if parents else len(effect)
+    levels = [*parents, np.zeros(top, dtype=np.int64)]
     mean, var = effect, variance
     varied = varies(effect, variance, freedom) if tested else np.ones(effect.shape[1], dtype=bool)
     messages: list[tuple[Floats, Floats, Floats, Floats]] = []
@@ -71,10 +72,6 @@ def pool(
         mean = np.divide(own * child_mean + prior * prior_mean, total, out=np.zeros(total.shape), where=total > 0)
         var = np.divide(1.0, total, out=np.full(total.shape, np.inf), where=total > 0)
     return mean, var, root_var
-
-
-def _width(parents: Sequence[Rows], leaves: int) -> int:
-    return int(parents[-1].max()) + 1 if parents else leaves
 
 
 def _add(x: Floats, group: Rows, groups: int) -> Floats:
