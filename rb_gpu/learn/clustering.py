@@ -19,7 +19,7 @@ from rb_gpu.learn.checkpoint import Checkpoint
 from rb_gpu.learn.checks import is_auto
 from rb_gpu.learn.config import TrainConfig
 from rb_gpu.learn.devices import resolve_device, tiles
-from rb_gpu.learn.distances import normalise_, normed
+from rb_gpu.learn.distances import normalised
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.evidence import row_weights
 from rb_gpu.learn.hierarchy import consolidate
@@ -57,8 +57,8 @@ def cluster_queries(
     """
     cluster, queries = config.cluster, len(trajectories.query_id)
     x_QD = torch.from_numpy(trajectories.x_QD)
-    if cluster.metric == "cosine" and not normed(x_QD):
-        x_QD = normalise_(x_QD.clone())
+    if cluster.metric == "cosine":
+        x_QD = normalised(x_QD)
     half_life = None if is_auto(config.judge.half_life) else config.judge.half_life
     decay_N = row_weights(replace(trajectories, propensity=None), half_life).numpy()
     weight_Q = torch.from_numpy(np.bincount(trajectories.query_row, weights=decay_N)).float()
