@@ -62,7 +62,7 @@ class Evidence(NamedTuple):
 
         def moments(w: Floats, mean: Floats, comoment: Floats) -> tuple[Floats, Floats, Floats]:
             w_M = add(w)
-            mean_M = _ratio(add(w[..., None] * mean), w_M[..., None])
+            mean_M = ratio(add(w[..., None] * mean), w_M[..., None])
             away = np.where(kept[:, None, None], mean - mean_M[np.maximum(group_P, 0)], 0.0)
             spread = w[..., None, None] * away[..., :, None] * away[..., None, :]
             return w_M, mean_M, add(comoment + spread)
@@ -75,9 +75,9 @@ class Evidence(NamedTuple):
             w2=add(self.w2),
             mean=mean_M,
             comoment=comoment_M,
-            precision=_ratio(add(self.w * self.precision), w_M),
-            recall=_ratio(add(self.w * self.recall), w_M),
-            latency_us=_ratio(add(self.w * self.latency_us), w_M),
+            precision=ratio(add(self.w * self.precision), w_M),
+            recall=ratio(add(self.w * self.recall), w_M),
+            latency_us=ratio(add(self.w * self.latency_us), w_M),
             latency_hist=add(self.latency_hist),
             pair_rows=add(self.pair_rows).astype(np.int64),
             pair_w=pair_w_M,
@@ -124,13 +124,15 @@ class Evidence(NamedTuple):
         bin_PC = np.minimum((running < target[..., None]).sum(-1), LATENCY_BINS - 1)
         inside = np.take_along_axis(self.latency_hist, bin_PC[..., None], -1)[..., 0]
         below = np.take_along_axis(running, bin_PC[..., None], -1)[..., 0] - inside
-        octaves = (bin_PC + _ratio(target - below, inside)) / BINS_PER_OCTAVE
+        octaves = (bin_PC + ratio(target - below, inside)) / BINS_PER_OCTAVE
         return np.where(total > 0, np.exp2(octaves), np.nan)
 
 
-def _ratio(numerator: Floats, denominator: Floats) -> Floats:
-    out = np.zeros(np.broadcast(numerator, denominator).shape)
-    return np.divide(numerator, denominator, out=out, where=denominator > 0)
+def ratio(numerator: Floats | float, denominator: Floats, otherwise: float = 0.0) -> Floats:
+    """The quotient where the denominator is positive, elsewhere `otherwise`."""
+    quotient = np.full(np.broadcast(numerator, denominator).shape, otherwise)
+    np.divide(numerator, denominator, out=quotient, where=denominator > 0)
+    return quotient
 
 
 def linear_moments(
@@ -140,8 +142,8 @@ def linear_moments(
 
     The variance is NaN in cells with fewer than two effective rows.
     """
-    size = _ratio(w * w, w2)
-    freedom = w - _ratio(w2, w)
+    size = ratio(w * w, w2)
+    freedom = w - ratio(w2, w)
     second = np.einsum("pcij,i,j->pc", comoment, direction_O, direction_O)
     # equal values leave a sum of squares of rounding errors, which is no variance
     rounding = 1e-12 * (np.abs(mean) @ np.abs(direction_O))

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rb_gpu.bank_data import NO_CHANCE
-from rb_gpu.evidence import OUTCOMES, ROUNDING, Evidence, Floats
+from rb_gpu.evidence import OUTCOMES, ROUNDING, Evidence, Floats, ratio
 from rb_gpu.field import Field
 from rb_gpu.homogeneity import FAMILY_ERROR
 from rb_gpu.moderation import alike, degrees_of_freedom, moderated, unseen_falls
@@ -193,8 +193,7 @@ def _sampling_error(variance: Floats) -> Floats:
     where none is known.
     """
     precision = np.where(np.isfinite(variance), 1.0 / variance, 0.0).sum(0)
-    error: Floats = np.sqrt(np.divide(1.0, precision, out=np.zeros(len(precision)), where=precision > 0))
-    return error
+    return np.asarray(np.sqrt(ratio(1.0, precision)))
 
 
 def surely_better(field: Field, objective: Objective, default: int) -> bool:
@@ -206,7 +205,7 @@ def surely_better(field: Field, objective: Objective, default: int) -> bool:
     direction_O = objective.direction
     level_C = (field.base + field.mean[-1]) @ direction_O
     error_C = field.level_variance @ direction_O**2
-    z_C = np.divide(level_C - level_C[default], np.sqrt(error_C), out=np.zeros(len(level_C)), where=error_C > 0)
+    z_C = ratio(level_C - level_C[default], np.sqrt(error_C))
     return bool(normal_cdf(-z_C.max()) * max(len(z_C) - 1, 1) < FAMILY_ERROR)
 
 
@@ -235,9 +234,7 @@ def _fallback_quality(level: Floats, w: Floats) -> Floats:
     """A constant outcome has no variance to pool by: each cell keeps its own mean, or without rows gets that of all
     patterns.
     """
-    total = w.sum(0)
-    mean = np.divide((w * level).sum(0), total, out=np.zeros(total.shape), where=total > 0)
-    return np.where(w > 0, level, mean)
+    return np.where(w > 0, level, ratio((w * level).sum(0), w.sum(0)))
 
 
 def _expense(evidence: Evidence) -> Floats:
