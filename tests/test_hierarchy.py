@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster, linkage
 from sklearn.metrics import adjusted_rand_score
 
-from rb_gpu.learn.hierarchy import build_hierarchy, consolidate, cut, level_counts
+from rb_gpu.learn.hierarchy import build_hierarchy, consolidate, cut, level_counts, prune
 from rb_gpu.learn.linkage import Merges, join_nearest
 from rb_gpu.learn.linkages import Ward, least
 
@@ -172,3 +172,8 @@ def test_few_leaves_have_levels_too(leaves):
     parents = build_hierarchy(x, np.ones(leaves), level_counts(leaves, "auto"), CPU)
     assert len(parents) == 3
     assert level_counts(leaves, [32, 8, 2]) == [leaves, leaves, min(leaves, 2)]
+
+
+def test_pruning_is_by_support_and_confidence():
+    kept = prune(np.array([1, 5, 9]), np.array([0.9, 0.1, 0.9]), 3, 0.5)
+    assert kept.tolist() == [False, False, True]

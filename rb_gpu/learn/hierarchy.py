@@ -77,3 +77,10 @@ def cut(merges: Merges, leaves: int, count: int) -> Rows:
     graph = coo_array((np.ones(joined), (merges.left[:joined], merges.right[:joined])), shape=(leaves, leaves))
     _, label = connected_components(graph, directed=False)
     return np.asarray(label, dtype=np.int64)
+
+
+def prune(
+    support_P: npt.NDArray[np.int64], confidence_P: npt.NDArray[np.float64], min_support: int, min_confidence: float
+) -> npt.NDArray[np.bool_]:
+    """Which leaves to keep (P,). Levels are built from the kept leaves only, so no parent has a pruned child."""
+    return (support_P >= min_support) & (confidence_P >= min_confidence)

@@ -29,6 +29,7 @@ from rb_gpu.learn.default import is_experiment, settle_default
 from rb_gpu.learn.devices import full_precision, reproducible, resolve_device
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.evidence import row_weights
+from rb_gpu.learn.hierarchy import prune
 from rb_gpu.learn.index import build_index, open_faiss, similarity_floor
 from rb_gpu.learn.leaves import LeafMaking, believed
 from rb_gpu.learn.lessons import gather_lessons
@@ -137,8 +138,7 @@ def _learned(
         beliefs = believed(leaves, objective, default, config)
         verdicts = judge(leaves.evidence, trajectories.configs, objective, beliefs, judging)
         confidence_P = confidence_of(verdict_matrices(verdicts, beliefs, judging.method)[1], default)
-        # levels are built anew from the leaves that stay, so no parent has a pruned child
-        kept_P = confidence_P >= config.prune.min_confidence
+        kept_P = prune(leaves.evidence.rows.sum(1), confidence_P, 1, config.prune.min_confidence)
         if not kept_P.all():
             if not kept_P.any():
                 raise ConfigError(
