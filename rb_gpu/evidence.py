@@ -5,7 +5,7 @@ Suffixes: P patterns, C configs, O outcomes, B latency bins, M merged patterns.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -62,7 +62,7 @@ class Evidence(NamedTuple):
 
         def moments(w: Floats, mean: Floats, comoment: Floats) -> tuple[Floats, Floats, Floats]:
             w_M = add(w)
-            mean_M = _ratio(add(w[..., None] * mean), w_M[..., None])
+            mean_M = ratio(add(w[..., None] * mean), w_M[..., None])
             away = np.where(kept[:, None, None], mean - mean_M[np.maximum(group_P, 0)], 0.0)
             spread = w[..., None, None] * away[..., :, None] * away[..., None, :]
             return w_M, mean_M, add(comoment + spread)
@@ -75,9 +75,9 @@ class Evidence(NamedTuple):
             w2=add(self.w2),
             mean=mean_M,
             comoment=comoment_M,
-            precision=_ratio(add(self.w * self.precision), w_M),
-            recall=_ratio(add(self.w * self.recall), w_M),
-            latency_us=_ratio(add(self.w * self.latency_us), w_M),
+            precision=ratio(add(self.w * self.precision), w_M),
+            recall=ratio(add(self.w * self.recall), w_M),
+            latency_us=ratio(add(self.w * self.latency_us), w_M),
             latency_hist=add(self.latency_hist),
             pair_rows=add(self.pair_rows).astype(np.int64),
             pair_w=pair_w_M,
@@ -86,13 +86,13 @@ class Evidence(NamedTuple):
             pair_comoment=pair_comoment_M,
         )
 
-    def select(self, rows_P: npt.NDArray[np.int64]) -> Evidence:
-        """The evidence of the given patterns (rows), in the given order."""
-        return Evidence._make(x[rows_P] for x in self)
+    def pooled(self) -> Evidence:
+        """The evidence of all patterns as one, (1, C)."""
+        return self.regroup(np.zeros(len(self.rows), dtype=np.int64), 1)
 
     def with_unknown(self) -> Evidence:
         """The same evidence with one more pattern at the end, about which nothing is known."""
-        return Evidence._make(_one_more_row(x) for x in self)
+        return Evidence._make(np.concatenate([x, np.zeros_like(x, shape=(1, *x.shape[1:]))]) for x in self)
 
     @property
     def paired(self) -> bool:
@@ -106,6 +106,14 @@ class Evidence(NamedTuple):
         told = (self.pair_rows.sum(0) == self.rows.sum(0)) | (freedom >= LEAST_PAIRS)
         return bool(self.pair_rows.sum() > 0 and (beside & told)[other].all())
 
+    def moments(self, direction_O: Floats) -> tuple[Floats, Floats, Floats]:
+        """`linear_moments` of the outcomes."""
+        return linear_moments(self.w, self.w2, self.mean, self.comoment, direction_O)
+
+    def pair_moments(self, direction_O: Floats) -> tuple[Floats, Floats, Floats]:
+        """`linear_moments` of the differences to the default."""
+        return linear_moments(self.pair_w, self.pair_w2, self.pair_mean, self.pair_comoment, direction_O)
+
     def latency_quantile(self, q: float) -> Floats:
         """(P, C) latency in µs below which a share q of the weight lies, log-linear inside a bin; NaN for an empty
         cell.
@@ -116,17 +124,15 @@ class Evidence(NamedTuple):
         bin_PC = np.minimum((running < target[..., None]).sum(-1), LATENCY_BINS - 1)
         inside = np.take_along_axis(self.latency_hist, bin_PC[..., None], -1)[..., 0]
         below = np.take_along_axis(running, bin_PC[..., None], -1)[..., 0] - inside
-        octaves = (bin_PC + _ratio(target - below, inside)) / BINS_PER_OCTAVE
+        octaves = (bin_PC + ratio(target - below, inside)) / BINS_PER_OCTAVE
         return np.where(total > 0, np.exp2(octaves), np.nan)
 
 
-def _one_more_row(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return np.concatenate([x, np.zeros_like(x, shape=(1, *x.shape[1:]))])
-
-
-def _ratio(numerator: Floats, denominator: Floats) -> Floats:
-    out = np.zeros(np.broadcast(numerator, denominator).shape)
-    return np.divide(numerator, denominator, out=out, where=denominator > 0)
+def ratio(numerator: Floats | float, denominator: Floats, otherwise: float = 0.0) -> Floats:
+    """The quotient where the denominator is positive, elsewhere `otherwise`."""
+    quotient = np.full(np.broadcast(numerator, denominator).shape, otherwise)
+    np.divide(numerator, denominator, out=quotient, where=denominator > 0)
+    return quotient
 
 
 def linear_moments(
@@ -136,8 +142,8 @@ def linear_moments(
 
     The variance is NaN in cells with fewer than two effective rows.
     """
-    size = _ratio(w * w, w2)
-    freedom = w - _ratio(w2, w)
+    size = ratio(w * w, w2)
+    freedom = w - ratio(w2, w)
     second = np.einsum("pcij,i,j->pc", comoment, direction_O, direction_O)
     # equal values leave a sum of squares of rounding errors, which is no variance
     rounding = 1e-12 * (np.abs(mean) @ np.abs(direction_O))

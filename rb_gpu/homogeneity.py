@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from rb_gpu.evidence import Floats
+from rb_gpu.evidence import Floats, ratio
 from rb_gpu.normal import as_normal, normal_cdf
 
 FAMILY_ERROR = 0.05
@@ -41,8 +41,7 @@ def varies(effect: Floats, variance: Floats, freedom_C: Floats) -> npt.NDArray[n
     & Hilferty (1931) and Paulson (1942).
     """
     weight = np.where(np.isfinite(variance), 1.0 / variance, 0.0)
-    total = weight.sum(0)
-    centre = np.divide((weight * effect).sum(0), total, out=np.zeros(total.shape), where=total > 0)
+    centre = ratio((weight * effect).sum(0), weight.sum(0))
     freedom = np.isfinite(variance).sum(0) - 1.0
     root = np.cbrt((weight * (effect - centre) ** 2).sum(0) / np.maximum(freedom, 1.0))
     part, of_variance = 2.0 / (9.0 * np.maximum(freedom, 1.0)), 2.0 / (9.0 * np.maximum(freedom_C, 1e-9))

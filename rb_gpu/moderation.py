@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rb_gpu.evidence import ROUNDING, Floats
+from rb_gpu.evidence import ROUNDING, Floats, ratio
 
 # prior weight, in rows, of the variance pooled over all configs when a config's own is estimated: a config that was
 # tried twice in only a few cells says little about its own variance
@@ -87,7 +87,7 @@ def moderated(variance: Floats, size: Floats, paired: bool, apart: float) -> Flo
     freedom = np.where((of_config > 0) & ~constant_C, freedom, 0.0)
     scale = np.divide(within, of_config, out=np.ones(size.shape), where=freedom > 0)
     rows = freedom.sum(1, keepdims=True)
-    leaf = np.divide((freedom * scale).sum(1, keepdims=True), rows, out=np.ones(rows.shape), where=rows > 0)
+    leaf = ratio((freedom * scale).sum(1, keepdims=True), rows, 1.0)
     cells, leaves, total = np.count_nonzero(freedom), np.count_nonzero(rows), rows.sum()
     between = total - (rows**2).sum() / max(total, 1e-300)
     spread, noise = 0.0, NORMAL_NOISE / (1 + paired)
@@ -105,7 +105,7 @@ def moderated(variance: Floats, size: Floats, paired: bool, apart: float) -> Flo
     known = max(spread, 0.0) * rows
     kept = np.divide(known, known + noise, out=np.zeros(rows.shape), where=known > 0)
     # the inverse of an estimated scale is too large on average; this is the first-order correction
-    correction = 1.0 + np.divide(noise * kept**2, rows, out=np.zeros(rows.shape), where=rows > 0)
+    correction = 1.0 + ratio(noise * kept**2, rows)
     return _of_mean(of_config * (1.0 + kept * (leaf - 1.0)) * correction, size)
 
 

@@ -70,16 +70,6 @@ def decimal(value: np.float32) -> float:
     return float(str(value))
 
 
-def temperature_bucket(temperature: npt.ArrayLike, step: float) -> npt.NDArray[np.int64]:
-    """Index of the multiple of `step` nearest to each temperature (int64, same shape)."""
-    return np.rint(np.asarray(temperature, dtype=np.float64) / step).astype(np.int64)
-
-
-def bucket_temperature(bucket: npt.ArrayLike, step: float) -> npt.NDArray[np.float32]:
-    """The temperature that a bucket stands for (float32); the inverse of `temperature_bucket`."""
-    return np.minimum(np.asarray(bucket, dtype=np.float64) * step, MAX_TEMPERATURE).astype(np.float32)
-
-
 @dataclass(frozen=True)
 class ConfigTable:
     """The C configs that a bank knows, one column per parameter, sorted so that equal tables have equal ids.
@@ -164,7 +154,7 @@ def quantise(
         np.asarray(columns["n_probes"], dtype=np.int64),
         np.asarray(columns["model_tier"], dtype=np.int64),
         context,
-        temperature_bucket(columns["temperature"], temperature_step),
+        np.rint(np.asarray(columns["temperature"], dtype=np.float64) / temperature_step).astype(np.int64),
     ]
     rows, config_id = _unique_rows(keys)
     if len(rows) > MAX_CONFIGS:
@@ -179,7 +169,7 @@ def quantise(
         n_probes=rows[:, 1].astype(np.uint32),
         tier=rows[:, 2].astype(np.uint32),
         context_tokens=rows[:, 3].astype(np.uint32),
-        temperature=bucket_temperature(rows[:, 4], temperature_step),
+        temperature=np.minimum(rows[:, 4] * temperature_step, MAX_TEMPERATURE).astype(np.float32),
         tiers=tuple(tiers),
         default=0,
     )

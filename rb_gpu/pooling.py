@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from rb_gpu.evidence import Floats
+from rb_gpu.evidence import Floats, ratio
 from rb_gpu.homogeneity import differs, varies
 
 Rows = npt.NDArray[np.int64]
@@ -38,7 +38,8 @@ def pool(
     place of the test. freedom: (C,) degrees of freedom of each config's variance; None if variances are known.
     """
     freedom = np.full(effect.shape[1], np.inf) if freedom is None else freedom
-    levels = [*parents, np.zeros(_width(parents, len(effect)), dtype=np.int64)]
+    top = int(parents[-1].max()) + 1 if parents else len(effect)
+    levels = [*parents, np.zeros(top, dtype=np.int64)]
     mean, var = effect, variance
     varied = varies(effect, variance, freedom) if tested else np.ones(effect.shape[1], dtype=bool)
     messages: list[tuple[Floats, Floats, Floats, Floats]] = []
@@ -50,8 +51,7 @@ def pool(
         precision = np.where(np.isfinite(var), 1.0 / (var + tau2), 0.0)
         messages.append((mean, var, precision, tau2))
         total = _add(precision, parent, groups)
-        up = np.divide(_add(precision * mean, parent, groups), total, out=np.zeros(total.shape), where=total > 0)
-        mean, var = up, np.divide(1.0, total, out=np.full(total.shape, np.inf), where=total > 0)
+        mean, var = ratio(_add(precision * mean, parent, groups), total), ratio(1.0, total, np.inf)
     root_var = var[0].copy()
     if tested:
         doubtful = ~differs(mean[0], root_var, freedom)
@@ -68,13 +68,8 @@ def pool(
         own = np.where(np.isfinite(child_var), 1.0 / child_var, 0.0)
         prior = np.where(np.isfinite(prior_var), 1.0 / prior_var, 0.0)
         total = own + prior
-        mean = np.divide(own * child_mean + prior * prior_mean, total, out=np.zeros(total.shape), where=total > 0)
-        var = np.divide(1.0, total, out=np.full(total.shape, np.inf), where=total > 0)
+        mean, var = ratio(own * child_mean + prior * prior_mean, total), ratio(1.0, total, np.inf)
     return mean, var, root_var
-
-
-def _width(parents: Sequence[Rows], leaves: int) -> int:
-    return int(parents[-1].max()) + 1 if parents else leaves
 
 
 def _add(x: Floats, group: Rows, groups: int) -> Floats:
@@ -94,7 +89,7 @@ def paule_mandel(mean: Floats, var: Floats, parent: Rows, groups: int) -> Floats
     def excess(tau2: Floats) -> Floats:
         weight = np.where(informative, 1.0 / (np.where(informative, var, 1.0) + tau2), 0.0)
         total = _add(weight, parent, groups)
-        centre = np.divide(_add(weight * mean, parent, groups), total, out=np.zeros(total.shape), where=total > 0)
+        centre = ratio(_add(weight * mean, parent, groups), total)
         return np.asarray((weight * (mean - centre[parent]) ** 2).sum(0) - freedom)
 
     spread = np.where(informative, mean, 0.0)
@@ -119,8 +114,8 @@ def _drawn_together(mean: Floats, var: Floats, parent: Rows, groups: int, alone:
     """
     weight = np.where(np.isfinite(var), 1.0 / var, 0.0)
     total = _add(weight, parent, groups)
-    centre = np.divide(_add(weight * mean, parent, groups), total, out=np.zeros(total.shape), where=total > 0)
-    lost = np.divide(_add(weight**2, parent, groups), total, out=np.zeros(total.shape), where=total > 0)
+    centre = ratio(_add(weight * mean, parent, groups), total)
+    lost = ratio(_add(weight**2, parent, groups), total)
     freedom = (np.count_nonzero(weight, axis=0) - np.count_nonzero(total, axis=0)).astype(np.float64)
     scale = weight.sum(0) - lost.sum(0)
     known = (freedom > 0) & (scale > 0)

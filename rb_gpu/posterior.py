@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rb_gpu.bank_data import NO_CHANCE
-from rb_gpu.evidence import OUTCOMES, ROUNDING, Evidence, Floats, linear_moments
+from rb_gpu.evidence import OUTCOMES, ROUNDING, Evidence, Floats, ratio
 from rb_gpu.field import Field
 from rb_gpu.homogeneity import FAMILY_ERROR
 from rb_gpu.moderation import alike, degrees_of_freedom, moderated, unseen_falls
@@ -72,8 +72,9 @@ class Beliefs:
         return replace(self, probability=nothing, test=nothing + NO_CHANCE, test_sd=nothing)
 
 
-def effects(evidence: Evidence, direction_O: Floats, default: int, apart: float) -> tuple[Floats, Floats]:
-    """Raw effect over the default (P, C) and its variance, infinite where the cell or the default has no evidence.
+def effects(evidence: Evidence, direction_O: Floats, default: int, apart: float) -> tuple[Floats, Floats, Floats]:
+    """Raw effect over the default (P, C), its variance, infinite where the cell or the default has no evidence, and the
+    degrees of freedom (C,) of the variances.
 
     Differences are paired if every query was also tried under the default. The variance of a cell's mean is based on
     its config's variance over all patterns, moderated by the leaf's scale (rb_gpu/moderation.py); where nothing is
@@ -81,32 +82,22 @@ def effects(evidence: Evidence, direction_O: Floats, default: int, apart: float)
     `evidence` holds residuals: how far a config that never varied may still deviate.
     """
     if evidence.paired:
-        moments = (evidence.pair_w, evidence.pair_w2, evidence.pair_mean, evidence.pair_comoment)
-        effect, variance, size = linear_moments(*moments, direction_O)
+        effect, variance, size = evidence.pair_moments(direction_O)
         # the default's differences to itself are always 0 and must not count as a config without spread
         variance[:, default] = np.nan
         # either side of a difference may deviate
         error = moderated(variance, size, True, math.sqrt(2.0) * apart)
+        freedom_C = degrees_of_freedom(variance, size, None)
     else:
-        mean, variance, size = linear_moments(evidence.w, evidence.w2, evidence.mean, evidence.comoment, direction_O)
+        mean, variance, size = evidence.moments(direction_O)
         error = moderated(variance, size, False, apart)
+        freedom_C = degrees_of_freedom(variance, size, default)
         effect = mean - mean[:, [default]]
         error = error + error[:, [default]]
     known = np.isfinite(error) & (error > 0)
     effect, error = np.where(known, effect, 0.0), np.where(known, error, np.inf)
     effect[:, default], error[:, default] = 0.0, np.inf
-    return effect, error
-
-
-def _freedom(evidence: Evidence, direction_O: Floats, default: int) -> Floats:
-    """(C,) degrees of freedom of the variances of `effects`."""
-    if evidence.paired:
-        moments = (evidence.pair_w, evidence.pair_w2, evidence.pair_mean, evidence.pair_comoment)
-        _, variance, size = linear_moments(*moments, direction_O)
-        variance[:, default] = np.nan
-        return degrees_of_freedom(variance, size, None)
-    _, variance, size = linear_moments(evidence.w, evidence.w2, evidence.mean, evidence.comoment, direction_O)
-    return degrees_of_freedom(variance, size, default)
+    return effect, error, freedom_C
 
 
 def widest(evidence: Evidence, direction_O: Floats) -> float:
@@ -139,9 +130,10 @@ def believe(
     evidence = evidence.with_unknown()
     parents = [np.append(parent, parent.max() + 1) for parent in parents]
     apart = widest(evidence, objective.direction)
-    effect, variance = effects(judged, objective.direction, default, apart)
-    freedom_C, gated = _freedom(judged, objective.direction, default), field is not None
-    gain, gain_variance, root_variance = pool(effect, variance, parents, tested=True, gated=gated, freedom=freedom_C)
+    effect, variance, freedom_C = effects(judged, objective.direction, default, apart)
+    gain, gain_variance, root_variance = pool(
+        effect, variance, parents, tested=True, gated=field is not None, freedom=freedom_C
+    )
     if field is not None:
         predicted, predicted_variance, root_variance = _predicted(field, objective.direction, default)
         gain, gain_variance = gain + predicted, gain_variance + predicted_variance
@@ -165,12 +157,12 @@ def believe(
     probability = np.where(known, normal_cdf(np.where(known, z_PC, 0.0)), 0.0)
 
     direction = objective.quality_direction
-    level, level_var, size = linear_moments(judged.w, judged.w2, judged.mean, judged.comoment, direction)
+    level, level_var, size = judged.moments(direction)
     # with a rare outcome, a leaf in which it never occurred has next to no variance of its own, and would dominate the
     # mean over leaves; so the variance is the config's
     level_error = alike(level_var, size)
     if objective.kind == "floor":
-        raw, raw_var, _ = linear_moments(evidence.w, evidence.w2, evidence.mean, evidence.comoment, direction)
+        raw, raw_var, _ = evidence.moments(direction)
         level_error = np.where(np.isfinite(level_error), level_error, 0.0) + unseen_falls(raw, raw_var, size)
     quality, quality_var, _ = pool(level, level_error, parents, tested=False)
     quality = np.where(np.isfinite(quality_var), quality, _fallback_quality(level, evidence.w))
@@ -201,8 +193,7 @@ def _sampling_error(variance: Floats) -> Floats:
     where none is known.
     """
     precision = np.where(np.isfinite(variance), 1.0 / variance, 0.0).sum(0)
-    error: Floats = np.sqrt(np.divide(1.0, precision, out=np.zeros(len(precision)), where=precision > 0))
-    return error
+    return np.asarray(np.sqrt(ratio(1.0, precision)))
 
 
 def surely_better(field: Field, objective: Objective, default: int) -> bool:
@@ -214,7 +205,7 @@ def surely_better(field: Field, objective: Objective, default: int) -> bool:
     direction_O = objective.direction
     level_C = (field.base + field.mean[-1]) @ direction_O
     error_C = field.level_variance @ direction_O**2
-    z_C = np.divide(level_C - level_C[default], np.sqrt(error_C), out=np.zeros(len(level_C)), where=error_C > 0)
+    z_C = ratio(level_C - level_C[default], np.sqrt(error_C))
     return bool(normal_cdf(-z_C.max()) * max(len(z_C) - 1, 1) < FAMILY_ERROR)
 
 
@@ -243,9 +234,7 @@ def _fallback_quality(level: Floats, w: Floats) -> Floats:
     """A constant outcome has no variance to pool by: each cell keeps its own mean, or without rows gets that of all
     patterns.
     """
-    total = w.sum(0)
-    mean = np.divide((w * level).sum(0), total, out=np.zeros(total.shape), where=total > 0)
-    return np.where(w > 0, level, mean)
+    return np.where(w > 0, level, ratio((w * level).sum(0), w.sum(0)))
 
 
 def _expense(evidence: Evidence) -> Floats:
@@ -261,7 +250,7 @@ def _keeps_bound(evidence: Evidence, objective: Objective) -> npt.NDArray[np.boo
     """(P, C) whether p95 latency and mean cost stay within their bounds; for a cell without rows, over the whole
     table.
     """
-    everything = evidence.regroup(np.zeros(len(evidence.rows), dtype=np.int64), 1)
+    everything = evidence.pooled()
     keeps = np.ones(evidence.rows.shape, dtype=bool)
     for bound, leaf, root in (
         (objective.max_latency_us, evidence.latency_quantile(0.95), everything.latency_quantile(0.95)),

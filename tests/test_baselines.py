@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from rb_gpu.learn.baselines import (  # noqa: E402
-    BASELINES,
+    LEARNERS,
     Training,
     hard_clusters,
     linucb,
@@ -31,18 +31,18 @@ def planted(seed: int, n: int = 600) -> Training:
     return Training(x, np.arange(n), config, np.full(n, 3.0), utility, 3)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", LEARNERS)
 def test_every_baseline_finds_a_planted_boundary(name: str):
-    x = planted(1).x_QD
-    choice = BASELINES[name](planted(0), x, np.random.default_rng(0))
+    training, x = planted(0), planted(1).x_QD
+    choice = LEARNERS[name](training, np.random.default_rng(0))(training, x).argmax(1)
     assert (choice == np.where(x[:, 0] > 0, 1, 2)).mean() > 0.95
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", LEARNERS)
 def test_a_config_that_was_never_tried_is_not_chosen(name: str):
     training = planted(0)
     wider = Training(training.x_QD, training.query_N, training.config_N, training.weight_N, training.utility_N, 4)
-    assert (BASELINES[name](wider, training.x_QD, np.random.default_rng(0)) != 3).all()
+    assert (LEARNERS[name](wider, np.random.default_rng(0))(wider, training.x_QD).argmax(1) != 3).all()
 
 
 def test_neighbours_are_plain_means():

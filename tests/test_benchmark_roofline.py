@@ -52,7 +52,7 @@ def test_every_precision_reads_what_it_needs():
 
 
 def test_seeding_meets_every_seed_once_and_reads_the_points_in_every_pass():
-    product_part = next(part for part in seeding(10**6, 128, 1024, "fp32", "fused") if part.name == "product")
+    product_part = next(part for part in seeding(10**6, 128, 1024, "fp32") if part.name == "product")
     assert product_part.operations == 2 * 10**6 * 128 * 1024
     assert product_part.memory_bytes == pytest.approx(11 * (512e6 + 12e6) + 4 * 128 * 1024)
 
@@ -63,7 +63,7 @@ def test_a_stream_takes_the_longer_of_bus_and_card():
     assert streamed_seconds(10**7, 128, slow_bus, few) == pytest.approx(1.1 * 5.12)
     many = iteration(10**7, 128, 10**6, "fp32", "fused")
     assert streamed_seconds(10**7, 128, slow_bus, many) == seconds(many, slow_bus) > 30
-    seeds = seeding(10**7, 128, 1000, "tf32", "fused")
+    seeds = seeding(10**7, 128, 1000, "tf32")
     assert streamed_seeding_seconds(10**7, 128, 1000, slow_bus, seeds) == pytest.approx(11 * 5.12)
 
 

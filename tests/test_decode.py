@@ -29,7 +29,6 @@ LISTS = {f"list<{name}>": pa.list_(kind) for name, kind in FLOATS.items()} | {
     f"large_list<{name}>": pa.large_list(kind) for name, kind in FLOATS.items()
 }
 BINARY = {"fixed_size_binary": pa.binary(4 * D)}
-EVERY_TYPE = list((FIXED | LISTS | BINARY).items())
 
 
 def column(rows, kind):

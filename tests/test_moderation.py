@@ -41,7 +41,7 @@ def cells(rows_PC: list[list[np.ndarray]], paired: bool = False) -> Evidence:
 
 def z_of_all(evidence: Evidence) -> np.ndarray:
     """The z-score over all leaves of each other config's difference to the first, weighted by inverse variance."""
-    effect, variance = effects(evidence, UTILITY.direction, 0, widest(evidence, UTILITY.direction))
+    effect, variance, _ = effects(evidence, UTILITY.direction, 0, widest(evidence, UTILITY.direction))
     weight = 1.0 / variance[:, 1:]
     return (weight * effect[:, 1:]).sum(0) / np.sqrt(weight.sum(0))
 
@@ -126,7 +126,7 @@ def test_leaves_that_scatter_more_are_trusted_less():
         rng = np.random.default_rng(seed)
         sd = np.where(np.arange(24) % 3, 0.15, 0.45)
         evidence = cells(list(sd[:, None, None] * rng.normal(size=(24, 4, 40))))
-        effect, variance = effects(evidence, UTILITY.direction, 0, widest(evidence, UTILITY.direction))
+        effect, variance, _ = effects(evidence, UTILITY.direction, 0, widest(evidence, UTILITY.direction))
         found.append(varies(effect, variance, np.full(len(effect[0]), np.inf))[1:].any())
         apart.append(np.median(variance[::3, 1:]) / np.median(variance[1::3, 1:]))
     assert np.mean(found) <= 0.08

@@ -17,11 +17,9 @@ from rb_gpu.params import (
     PARAMETERS,
     ConfigTable,
     SearchParams,
-    bucket_temperature,
     quantise,
     round_half_up,
     snap,
-    temperature_bucket,
 )
 
 TIERS = ("small", "large")
@@ -137,12 +135,12 @@ def test_temperatures_that_differ_by_float_noise_are_one_config():
     assert len(table) == 1 and table[0].temperature == np.float32(0.7)
 
 
-def test_temperature_bucket_and_back():
-    temperature = np.array([0, 0.024, 0.026, 0.7, 1.99, 2.0])
-    bucket = temperature_bucket(temperature, 0.05)
-    np.testing.assert_array_equal(bucket_temperature(bucket, 0.05), np.float32([0, 0, 0.05, 0.7, 2.0, 2.0]))
+def test_a_temperature_becomes_the_nearest_multiple_of_the_step_within_bounds():
+    rows = [(64, 8, 0, 2048, t) for t in (0, 0.024, 0.026, 0.7, 1.99, 2.0)]
+    table, config = quantise(columns(rows), TIERS, 0.05, 1)
+    np.testing.assert_array_equal(table.temperature[config], np.float32([0, 0, 0.05, 0.7, 2.0, 2.0]))
     # the multiple of 0.3 nearest to 2 is 2.1, which is out of bounds
-    assert bucket_temperature(temperature_bucket(2.0, 0.3), 0.3) == 2.0
+    assert quantise(columns(rows[-1:]), TIERS, 0.3, 1)[0].temperature.tolist() == [2.0]
 
 
 def test_context_is_never_quantised_to_nothing():

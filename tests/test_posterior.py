@@ -119,7 +119,7 @@ def test_a_margin_of_its_own_is_the_sampling_error_over_the_leaves(differing):
     evidence = world(rng, 12, 3, 50)
     evidence.mean[:, 1, 0] += differing * np.where(np.arange(12) % 2, 1.0, -1.0)
     beliefs = believe(evidence, levels(12, [3]), UTILITY, 0, "auto")
-    _, variance = effects(evidence, UTILITY.direction, 0, widest(evidence, UTILITY.direction))
+    _, variance, _ = effects(evidence, UTILITY.direction, 0, widest(evidence, UTILITY.direction))
     np.testing.assert_allclose(beliefs.margin[1:], (1 / variance[:, 1:]).sum(0) ** -0.5)
     assert beliefs.margin[0] == 0.0
 
@@ -229,7 +229,7 @@ def alike_error(evidence: Evidence) -> np.ndarray:
 def test_an_effects_error_is_its_configs_and_the_defaults():
     # cells of 0 to 6 rows
     evidence = world(np.random.default_rng(10), 7, 4, 3)
-    effect, error = effects(evidence, UTILITY.direction, 1, 0.5)
+    effect, error, _ = effects(evidence, UTILITY.direction, 1, 0.5)
     size = evidence.rows.astype(float)
     variance = np.where(size > 1, evidence.comoment[..., 0, 0] / np.maximum(size - 1, 1), np.nan)
     of_mean = moderated(variance, size, paired=False, apart=0.5)
@@ -417,7 +417,7 @@ def test_with_a_field_leaves_are_drawn_together():
     apart = np.concatenate([field.mean[:1]] * 8 + [field.mean[2:]])
     field = field._replace(mean=apart, gain_variance=0 * apart, quality_variance=0 * apart[..., 0])
     found = believe(evidence, [], UTILITY, 0, "auto", unexplained(field, evidence))
-    effect, variance = effects(evidence.with_unknown(), UTILITY.direction, 0, 0.5)
+    effect, variance, _ = effects(evidence.with_unknown(), UTILITY.direction, 0, 0.5)
     drawn = pool(effect, variance, [], tested=True, gated=True)
     predicted = _predicted(field, UTILITY.direction, 0)
     np.testing.assert_allclose(found.gain[:, 1:], (drawn[0] + predicted[0])[:, 1:])

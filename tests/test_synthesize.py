@@ -145,7 +145,7 @@ def test_reader_refuses_exactly_the_planted_bad_rows(tmp_path):
     required = ("id", "query_embedding", "precision", "recall", "latency_us", "timestamp")
     optional = ("ef_search", "n_probes", "model_tier", "context_tokens", "temperature", "cost", "rating", "propensity")
     read_table(str(tmp_path / "out" / "trajectories.parquet"), required, optional, bad, Reading())
-    refused = sorted(row for _, row, _, _ in bad.rows)
+    refused = sorted(row for _, row, _, _ in bad)
     assert refused == np.flatnonzero(truth["bad"].is_valid().to_numpy()).tolist()
     assert len(bad.by_reason()) == len(BAD_REASONS)
 

@@ -83,7 +83,7 @@ def read(path: str | list[str], bad: BadRows | None = None, **options: Any) -> T
 def refused(path: str | list[str], **options: Any) -> list[tuple[str, int, int, str]]:
     bad = BadRows()
     read(path, bad, **options)
-    return bad.rows
+    return list(bad)
 
 
 def error(path: str | list[str], **options: Any) -> str:
@@ -133,7 +133,7 @@ def test_every_embedding_type_of_every_format_is_the_same_matrix(kind, suffix, t
     columns = read(write(tmp_path / f"x{suffix}", table), bad).columns
     np.testing.assert_array_equal(columns["query_embedding"], np.delete(x, 30, axis=0))
     assert columns["query_embedding"].dtype == np.float32
-    assert bad.rows == [(str(tmp_path / f"x{suffix}"), 30, 1030, "query_embedding has not 4 values")]
+    assert list(bad) == [(str(tmp_path / f"x{suffix}"), 30, 1030, "query_embedding has not 4 values")]
 
 
 def test_directory_glob_list_and_uri_are_read_in_the_order_of_their_names(tmp_path):
@@ -421,7 +421,7 @@ def test_bad_row_is_set_aside_with_file_row_id_and_reason(column, value, reason,
     path = write(tmp_path / "x.parquet", columns)  # row groups of 25 rows: row 40 is in the second one
     bad = BadRows()
     table = read([first, path], bad, tiers=["small", "large"])
-    assert bad.rows == [(path, row, columns["id"][row] or 0, reason)]
+    assert list(bad) == [(path, row, columns["id"][row] or 0, reason)]
     assert bad.by_reason() == {reason: 1}
     assert table.columns["id"].tolist() == good(30, 1)["id"] + [i for i in good()["id"] if i != 1000 + row]
     assert (table.file_id == np.repeat([0, 1], [30, 59])).all()
@@ -483,7 +483,7 @@ def test_first_of_equal_ids_stays_whichever_files_they_are_in(tmp_path):
     paths = [write(tmp_path / "a.parquet", one), write(tmp_path / "b.parquet", two)]
     bad = BadRows()
     table = read(paths, bad)
-    assert [(row, i) for file, row, i, _ in bad.rows if file == paths[1]] == [(1, 12), (3, 12), (4, 10)]
+    assert [(row, i) for file, row, i, _ in bad if file == paths[1]] == [(1, 12), (3, 12), (4, 10)]
     assert bad.by_reason() == {"duplicate id": 3}
     assert table.columns["id"].tolist() == [10, 11, 12, 13, 14, 20, 22]
     # every column lost the same rows
@@ -519,7 +519,7 @@ def test_queries_file_names_its_bad_rows_by_query_id(tmp_path):
     bad = BadRows()
     read_table(path, tuple(columns), (), bad, Reading(unique="query_id"))
     # regression: ids were 0, and a repeated query was not noticed
-    assert bad.rows == [(path, 2, 1002, "query_embedding has norm 0"), (path, 4, 1001, "duplicate query_id")]
+    assert list(bad) == [(path, 2, 1002, "query_embedding has norm 0"), (path, 4, 1001, "duplicate query_id")]
 
 
 def test_signed_id_can_be_quarantined(tmp_path):

@@ -288,7 +288,7 @@ class Bench:
         self.clusterings.append(row)
         product = "tf32" if len(self.engines) > 1 else "fp32"
         one = iteration(n, dim, k, product, "fused")
-        seeds = seeding(n, dim, k, product, "fused")
+        seeds = seeding(n, dim, k, product)
         if streamed:
             least = streamed_seeding_seconds(n, dim, k, self.card, seeds)
             least += UPDATES * streamed_seconds(n, dim, self.card, one)

@@ -25,18 +25,11 @@ Table = npt.NDArray[Any]
 WARM_ROWS, WARM_K = 12_000, 256
 
 
-def ours(x: Matrix, start: Matrix, iterations: int) -> Matrix:
-    """rb_gpu.learn.kmeans from the given start."""
+def ours(x: Matrix, start: Matrix, iterations: int, code_budget: int | None = None) -> Matrix:
+    """rb_gpu.learn.kmeans from the given start; a code_budget of 0 is cluster.memory=lean."""
     from rb_gpu.learn.kmeans import kmeans
 
-    return np.asarray(kmeans(x, len(start), init=start, max_iter=iterations, epsilon=0.0, device="cpu").centroids)
-
-
-def ours_lean(x: Matrix, start: Matrix, iterations: int) -> Matrix:
-    """rb_gpu.learn.kmeans from the given start, as with cluster.memory=lean."""
-    from rb_gpu.learn.kmeans import kmeans
-
-    result = kmeans(x, len(start), init=start, max_iter=iterations, epsilon=0.0, device="cpu", code_budget=0)
+    result = kmeans(x, len(start), init=start, max_iter=iterations, epsilon=0.0, device="cpu", code_budget=code_budget)
     return np.asarray(result.centroids)
 
 
@@ -169,7 +162,7 @@ def faiss_starts(n_init: int, x: Table, k: int, seed: int) -> Table:
 
 CLUSTER: dict[str, Callable[[Matrix, Matrix, int], Matrix]] = {
     "ours": ours,
-    "ours, lean": ours_lean,
+    "ours, lean": partial(ours, code_budget=0),
     "faiss": faiss,
     "scikit-learn": scikit_learn,
     "scikit-learn-intelex": scikit_learn_intelex,
@@ -218,8 +211,7 @@ def _timed(settings: dict[str, Any]) -> dict[str, Any]:
     k, rng = settings["k"], np.random.default_rng([7, settings["seed"]])
     few = x[:WARM_ROWS]
     if settings["suite"] != "cluster":
-        draws = {"seed": SEED, "whole": WHOLE}
-        call = draws[settings["suite"]][settings["name"]]
+        call = CONTESTANTS[settings["suite"]][settings["name"]]
         call(few, WARM_K, 0)
         started = time.perf_counter()
         centroids = call(x, k, settings["seed"])

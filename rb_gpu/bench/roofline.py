@@ -95,12 +95,12 @@ def seeding_passes(k: int) -> int:
     return max(1, math.ceil(math.log2(k))) + 1
 
 
-def seeding(n: int, dim: int, k: int, precision: str, engine: str) -> list[Part]:
-    """k-means++ in blocks of seeds that double in size: every point is compared with every seed once, in about log2(K)
-    passes, each of which draws from the cumulative sum of N weights.
+def seeding(n: int, dim: int, k: int, precision: str) -> list[Part]:
+    """k-means++ by fused kernels, in blocks of seeds that double in size: every point is compared with every seed
+    once, in about log2(K) passes, each of which draws from the cumulative sum of N weights.
     """
     passes = seeding_passes(k)
-    whole, exact = product(n, dim, k, precision, engine), exact_distance(n, dim, precision, engine)
+    whole, exact = product(n, dim, k, precision, "fused"), exact_distance(n, dim, precision, "fused")
     again = (passes - 1) * product(n, dim, 0, precision, "fused").memory_bytes
     return [
         Part("product", whole.operations, precision, whole.memory_bytes + again),
@@ -142,7 +142,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
                 for precision in PRECISIONS:
                     one = iteration(n, dim, k, precision, "fused")
                     row[precision] = {
-                        "seed_ms": 1e3 * seconds(seeding(n, dim, k, precision, "fused"), card),
+                        "seed_ms": 1e3 * seconds(seeding(n, dim, k, precision), card),
                         "fused_ms": 1e3 * seconds(one, card),
                         "torch_ms": 1e3 * seconds(iteration(n, dim, k, precision, "torch"), card),
                         "streamed_ms": 1e3 * streamed_seconds(n, dim, card, one),

@@ -72,8 +72,8 @@ def assemble(
 ) -> BankData:
     """The bank's arrays and settings, without its facts. If top_k or beta is auto, the standard value is set."""
     configs = trajectories.configs
-    score, probability, gain = verdict_matrices(verdicts, beliefs, configs, config.judge.method)
-    confidence_P = confidence_of(verdicts, beliefs, configs, config.judge.method)
+    score, probability, gain = verdict_matrices(verdicts, beliefs, config.judge.method)
+    confidence_P = confidence_of(probability, configs.default)
     arrays = _pattern_arrays(trajectories, config.cluster.metric, leaves, confidence_P)
     for f in fields(ConfigTable):
         if f"config_{f.name}" in ARRAYS:
@@ -127,12 +127,12 @@ def grade(logged_propensity: bool, evidence: Evidence, default: int) -> str:
     return "adjusted" if evidence.paired else "associational"
 
 
-def confidence_of(verdicts: VerdictColumns, beliefs: Beliefs, configs: ConfigTable, method: str) -> Floats:
+def confidence_of(probability_UC: Floats, default: int) -> Floats:
     """(P,) each leaf's confidence: the highest probability, over configs other than the default, of beating it; for the
-    methods that test, 1 where there is a verdict and else 0.
+    methods that test, 1 where there is a verdict and else 0. probability_UC: from `verdict_matrices`.
     """
-    other_PC = verdict_matrices(verdicts, beliefs, configs, method)[1][:-1].copy()
-    other_PC[:, configs.default] = 0.0
+    other_PC = probability_UC[:-1].copy()
+    other_PC[:, default] = 0.0
     return np.asarray(other_PC.max(1))
 
 

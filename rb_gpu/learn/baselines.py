@@ -94,8 +94,6 @@ class Training:
 
 # (B, C) expected utility of queries x (B, D) of norm 1
 Predict = Callable[[Training, Matrix], Floats]
-# (B,) config ids for queries x (B, D) of norm 1
-Baseline = Callable[[Training, Matrix, np.random.Generator], Choice]
 
 
 def unit(x_QD: Matrix) -> Matrix:
@@ -263,10 +261,3 @@ LEARNERS: dict[str, Callable[[Training, np.random.Generator], Predict]] = {
     "logistic per config": tuned_logistic,
     "LinUCB": lambda training, rng: linucb,
 }
-
-
-def _greedy(learn: Callable[[Training, np.random.Generator], Predict]) -> Baseline:
-    return lambda training, x_BD, rng: learn(training, rng)(training, x_BD).argmax(1).astype(np.int64)
-
-
-BASELINES: dict[str, Baseline] = {name: _greedy(learn) for name, learn in LEARNERS.items()}

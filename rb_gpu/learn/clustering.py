@@ -19,7 +19,7 @@ from rb_gpu.learn.checkpoint import Checkpoint
 from rb_gpu.learn.checks import is_auto
 from rb_gpu.learn.config import TrainConfig
 from rb_gpu.learn.devices import resolve_device, tiles
-from rb_gpu.learn.distances import normalise_, normed
+from rb_gpu.learn.distances import normalised
 from rb_gpu.learn.distributed import Ranks
 from rb_gpu.learn.evidence import row_weights
 from rb_gpu.learn.hierarchy import consolidate
@@ -55,43 +55,13 @@ def cluster_queries(
     half-life is chosen given the patterns, which are therefore clustered without decay. parent: a bank whose centroids
     the clustering starts from; only rank 0's is used, so other ranks need none.
     """
+    cluster, queries = config.cluster, len(trajectories.query_id)
     x_QD = torch.from_numpy(trajectories.x_QD)
-    if config.cluster.metric == "cosine" and not normed(x_QD):
-        x_QD = normalise_(x_QD.clone())
+    if cluster.metric == "cosine":
+        x_QD = normalised(x_QD)
     half_life = None if is_auto(config.judge.half_life) else config.judge.half_life
     decay_N = row_weights(replace(trajectories, propensity=None), half_life).numpy()
     weight_Q = torch.from_numpy(np.bincount(trajectories.query_row, weights=decay_N)).float()
-    return x_QD, weight_Q, _cluster(x_QD, weight_Q, trajectories, config, checkpoint, ranks, parent)
-
-
-def clusters_asked(trajectories: Trajectories, config: TrainConfig) -> int:
-    """The number of clusters. Raises ConfigError where there are fewer queries."""
-    queries = len(trajectories.query_id)
-    if is_auto(config.cluster.k):
-        rows, configs = len(trajectories), len(trajectories.configs)
-        k, root = auto_k(queries, rows, configs), round(math.sqrt(queries))
-        thin = f", lowered so that the {rows:,} rows give each config {ROWS_PER_CELL} per cluster on average"
-        log.info("cluster.k=auto: k=%d, the square root of %s queries%s", k, f"{queries:,}", thin if k < root else "")
-        return k
-    if int(config.cluster.k) > queries:
-        raise ConfigError(
-            f"cluster.k={config.cluster.k} exceeds the {queries} queries to learn from in "
-            f"data.path={trajectories.source.path or 'memory'}; lower cluster.k or set cluster.k=auto"
-        )
-    return int(config.cluster.k)
-
-
-def _cluster(
-    x_QD: torch.Tensor,
-    weight_Q: torch.Tensor,
-    trajectories: Trajectories,
-    config: TrainConfig,
-    checkpoint: Checkpoint | None,
-    ranks: Ranks,
-    parent: BankData | None,
-) -> npt.NDArray[np.int64]:
-    """The consolidated leaf of each query (Q,)."""
-    cluster, queries = config.cluster, len(x_QD)
     source = trajectories.source.path or "memory"
     if not any(bool((x_QD[tile] != x_QD[0]).any()) for tile in tiles(queries, x_QD.shape[1], x_QD.device)):
         raise DataError(
@@ -128,7 +98,24 @@ def _cluster(
             f"prune.min_support={config.prune.min_support} removes all patterns (the largest has {int(rows_P.max())} "
             "rows); lower it, or lower cluster.k"
         )
-    return drop_labels(label_Q, kept_P)
+    return x_QD, weight_Q, drop_labels(label_Q, kept_P)
+
+
+def clusters_asked(trajectories: Trajectories, config: TrainConfig) -> int:
+    """The number of clusters. Raises ConfigError where there are fewer queries."""
+    queries = len(trajectories.query_id)
+    if is_auto(config.cluster.k):
+        rows, configs = len(trajectories), len(trajectories.configs)
+        k, root = auto_k(queries, rows, configs), round(math.sqrt(queries))
+        thin = f", lowered so that the {rows:,} rows give each config {ROWS_PER_CELL} per cluster on average"
+        log.info("cluster.k=auto: k=%d, the square root of %s queries%s", k, f"{queries:,}", thin if k < root else "")
+        return k
+    if int(config.cluster.k) > queries:
+        raise ConfigError(
+            f"cluster.k={config.cluster.k} exceeds the {queries} queries to learn from in "
+            f"data.path={trajectories.source.path or 'memory'}; lower cluster.k or set cluster.k=auto"
+        )
+    return int(config.cluster.k)
 
 
 def _warn_of_cone(x_QD: torch.Tensor, found: int, leaves: int, similarity: float) -> None:

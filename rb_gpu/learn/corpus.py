@@ -89,9 +89,9 @@ def read_queries(path: str, dim: int, max_queries: int | None, rng: np.random.Ge
     else:
         bad = BadRows()
         columns = read_table(path, ("query_embedding",), ("query_id", "timestamp"), bad, Reading(key="queries")).columns
-        if bad.rows:
-            file, row, _, reason = bad.rows[0]
-            raise DataError(f"queries={file}: row {row}: {reason}; drop such rows ({len(bad.rows)} in all)")
+        if len(bad):
+            file, row, _, reason = next(iter(bad))
+            raise DataError(f"queries={file}: row {row}: {reason}; drop such rows ({len(bad)} in all)")
     x_QD = columns["query_embedding"]
     if x_QD.shape[1] != dim:
         raise DataError(f"queries={path} has {x_QD.shape[1]} dimensions and base has {dim}; embed both with one model")

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rb_gpu.evidence import Evidence, linear_moments
+from rb_gpu.evidence import Evidence
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.objective import Objective
 
@@ -37,8 +37,7 @@ def settle_default(trajectories: Trajectories, evidence: Evidence, objective: Ob
     a bank: the config of highest utility over all rows, weighted by 1 / propensity, less two standard errors so that a
     few lucky rows do not decide (a lower confidence bound, as in Rashidinejad et al. 2021).
     """
-    root = evidence.regroup(np.zeros(len(evidence.rows), dtype=np.int64), 1)
-    mean, variance, size = linear_moments(root.w, root.w2, root.mean, root.comoment, objective.direction)
+    mean, variance, size = evidence.pooled().moments(objective.direction)
     known_C = np.isfinite(variance[0]) & (size[0] > 1)
     if not known_C.any():
         return trajectories

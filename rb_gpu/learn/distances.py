@@ -62,10 +62,12 @@ def label_sums(x_ND: Tensor, weight_N: Tensor, labels_N: Tensor, k: int) -> tupl
     return sums_KD, weight_K[:k]
 
 
-def normed(x_ND: Tensor) -> bool:
-    """Whether every row has norm 1, up to float32 rounding."""
+def normalised(x_ND: Tensor) -> Tensor:
+    """The rows scaled to norm 1: x itself if every row has it, up to float32 rounding, else a copy."""
     spans = tiles(len(x_ND), x_ND.shape[1], x_ND.device)
-    return all(float((x_ND[tile].norm(dim=1) - 1).abs().max()) <= NORMED for tile in spans)
+    if all(float((x_ND[tile].norm(dim=1) - 1).abs().max()) <= NORMED for tile in spans):
+        return x_ND
+    return normalise_(x_ND.clone())
 
 
 def normalise_(x_ND: Tensor) -> Tensor:

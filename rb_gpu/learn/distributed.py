@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from rb_gpu.errors import RbGpuError
 
 # how long a rank waits for one that reads from a slower disk; torchrun notices at once if that one has died
 PATIENCE = timedelta(hours=2)
+
+Value = TypeVar("Value")
 
 
 class Ranks:
@@ -50,15 +52,15 @@ class Ranks:
 
     def largest(self, value: float) -> float:
         """The largest over all ranks."""
-        return max(self.each(value))
+        return max(self.gathered(value))
 
     def sum_of(self, value: float) -> float:
         """The sum over all ranks, added in rank order."""
-        return sum(self.each(value))
+        return sum(self.gathered(value))
 
     def place(self, count: int) -> tuple[int, int]:
         """How many rows the lower ranks hold together, and how many all ranks hold."""
-        counts = [int(c) for c in self.each(count)]
+        counts = self.gathered(count)
         return sum(counts[: self.rank]), sum(counts)
 
     def joined(self, rows: Tensor) -> Tensor:
@@ -75,7 +77,7 @@ class Ranks:
         dist.broadcast_object_list(values, self._lead, self._group)
         return values[0]
 
-    def gathered(self, value: Any) -> list[Any]:
+    def gathered(self, value: Value) -> list[Value]:
         """The values of all ranks, in rank order."""
         if self.size == 1:
             return [value]
@@ -87,10 +89,6 @@ class Ranks:
         """Blocks until every rank has called it."""
         if self.size > 1:
             dist.barrier(self._group)
-
-    def each(self, value: float) -> list[float]:
-        """The numbers of all ranks, in rank order."""
-        return self.gathered(value)
 
 
 @contextmanager

@@ -70,10 +70,13 @@ class Rows:
         last.scatter_reduce_(0, cell_N, row_N, "amax")
         return last[last >= 0]
 
+    def by_config(self, v_N: Tensor) -> Tensor:
+        """(C,) sums of v_N over each config's rows."""
+        return v_N.new_zeros(self.configs).index_add_(0, self.config_N, v_N)
+
     def levels(self, y_N: Tensor) -> Tensor:
         """(C,) importance-weighted mean of each config's rows; of all rows for a config without any."""
-        weight_C = y_N.new_zeros(self.configs).index_add_(0, self.config_N, self.importance_N)
-        sum_C = y_N.new_zeros(self.configs).index_add_(0, self.config_N, self.importance_N * y_N)
+        weight_C, sum_C = self.by_config(self.importance_N), self.by_config(self.importance_N * y_N)
         return torch.where(weight_C > 0, sum_C / weight_C.clamp(min=TINY), sum_C.sum() / weight_C.sum())
 
 
@@ -188,12 +191,8 @@ def level_errors(rows: Rows, error_N: Tensor) -> tuple[Tensor, Tensor]:
     """(C,) variance of each config's importance-weighted mean, from the residuals error_N, infinite for a config with
     fewer than two rows; and (C,) the number of rows of each config.
     """
-
-    def by_config(v_N: Tensor) -> Tensor:
-        return v_N.new_zeros(rows.configs).index_add_(0, rows.config_N, v_N)
-
     count_C = torch.bincount(rows.config_N, minlength=rows.configs)
-    total_C, squares_C = by_config(rows.importance_N), by_config((rows.importance_N * error_N).square())
+    total_C, squares_C = rows.by_config(rows.importance_N), rows.by_config((rows.importance_N * error_N).square())
     # the mean residual was added to the level, which costs one degree of freedom
     variance_C = squares_C / total_C.square().clamp(min=TINY) * count_C / (count_C - 1).clamp(min=1)
     return torch.where(count_C > 1, variance_C, torch.inf), count_C
@@ -330,9 +329,7 @@ def _mix(own_QC: Tensor, left_N: Tensor, rows: Rows, apart_CC: Tensor) -> Tensor
 def _recentred(fitted: Fit, rows: Rows, y_N: Tensor) -> Fit:
     """Adds each config's importance-weighted mean residual to its level, which makes the level doubly robust."""
     left_N = y_N - fitted.unseen_N
-    weight_C = y_N.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.importance_N)
-    away_C = y_N.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.importance_N * left_N)
-    away_C = away_C / weight_C.clamp(min=TINY)
+    away_C = rows.by_config(rows.importance_N * left_N) / rows.by_config(rows.importance_N).clamp(min=TINY)
     return replace(
         fitted,
         base_C=fitted.base_C + away_C,

@@ -41,12 +41,12 @@ def variances(
     gain_UCO = like.new_zeros(*like.shape, y_NO.shape[1])
     level_CO = y_NO.new_zeros(rows.configs, y_NO.shape[1])
     quality_UC = like
-    weight_C = y_NO.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.weight_N).clamp(min=1e-300)
+    weight_C = rows.by_config(rows.weight_N).clamp(min=1e-300)
     for o, one in fits.items():
         learned_UC, left_UC = inside.share(one)
         leverage_UC = one.leverage(means)
         error_N = y_NO[:, o] - one.unseen_N
-        noise_C = y_NO.new_zeros(rows.configs).index_add_(0, rows.config_N, rows.weight_N * error_N.square()) / weight_C
+        noise_C = rows.by_config(rows.weight_N * error_N.square()) / weight_C
         own_UC = leverage_UC * noise_C
         if rows.full:
             error_QC = y_NO.new_zeros(rows.queries, rows.configs)

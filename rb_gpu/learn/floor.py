@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rb_gpu.bank_data import NO_CHANCE
+from rb_gpu.evidence import ratio
 from rb_gpu.normal import normal_cdf, normal_quantile
 from rb_gpu.objective import choose
 from rb_gpu.posterior import Beliefs
@@ -67,6 +68,6 @@ def spend(beliefs: Beliefs, unseen: Unseen, target: float, min_probability: floa
     spare_U = np.append(np.where(count_P > 0, target - 0.5 * (high_P + most_P), 0.0), 0.0)
     test = np.where(beliefs.test == NO_CHANCE, NO_CHANCE, beliefs.test + spare_U[:, None])
     certain = beliefs.test_sd > 0
-    z = np.divide(test, beliefs.test_sd, out=np.zeros(test.shape), where=certain)
+    z = ratio(test, beliefs.test_sd)
     sure = test - least_z * beliefs.test_sd
     return replace(beliefs, test=test, second=sure, probability=np.where(certain, normal_cdf(z), test >= 0.0))

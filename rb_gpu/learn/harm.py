@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from rb_gpu.evidence import ratio
 from rb_gpu.learn.valuation import Choice, Floats, Valuation
 from rb_gpu.learn.verdicts import holm
 
@@ -62,7 +63,7 @@ def measure_harm(valuation: Valuation, choice_Q: Choice, default_Q: Choice, leaf
     mean, error, freedom = mean_P[judged_P], error_P[judged_P], freedom_P[judged_P]
     if len(mean) == 0:
         return UNKNOWN_HARM
-    p_value = stats.t.cdf(np.divide(mean, error, out=np.zeros_like(mean), where=error > 0), np.maximum(freedom, 1))
+    p_value = stats.t.cdf(ratio(mean, error), np.maximum(freedom, 1))
     return Harm(len(mean), float((mean < 0).mean()), float((holm(p_value) < LEVEL).mean()))
 
 

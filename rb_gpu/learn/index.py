@@ -14,7 +14,7 @@ from rb_gpu.errors import ConfigError
 from rb_gpu.index_file import MAX_BREADTH
 from rb_gpu.learn.checks import is_auto
 from rb_gpu.learn.config import IndexConfig
-from rb_gpu.learn.distances import normalise_, normed
+from rb_gpu.learn.distances import normalise_, normalised
 from rb_gpu.learn.hierarchy import unit_rows
 from rb_gpu.learn.index_device import cagra, check_capable, inverted_file
 from rb_gpu.learn.kmeans import nearest
@@ -33,8 +33,7 @@ FLOOR_QUANTILE = 0.001
 
 def similarity_floor(x_QD: torch.Tensor, leaves_PD: Matrix, device: torch.device, engine: str = "auto") -> float:
     """The cosine to the nearest leaf that all but FLOOR_QUANTILE of the training queries exceed."""
-    unit_QD = x_QD if normed(x_QD) else normalise_(x_QD.clone())
-    _, d2 = nearest(unit_QD, normalise_(torch.from_numpy(leaves_PD.copy())), device, engine)
+    _, d2 = nearest(normalised(x_QD), normalise_(torch.from_numpy(leaves_PD.copy())), device, engine)
     return float(np.quantile(1.0 - d2.numpy() / 2.0, FLOOR_QUANTILE))
 
 

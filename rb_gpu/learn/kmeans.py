@@ -146,12 +146,10 @@ def kmeans(
     return KMeansResult(_as_given(x, centroids_KD), labels, inertia, run.n_iter, share)
 
 
-def kmeans_plus_plus(
-    x: Array, k: int, seed: int = 0, metric: str = "l2", device: str = "auto", weight: Array | None = None
-) -> tuple[Any, Any]:
+def kmeans_plus_plus(x: Array, k: int, seed: int = 0, device: str = "auto") -> tuple[Any, Any]:
     """k-means++ seeds (K, D) and each point's nearest seed (N,) int64; arguments and dtypes as in `kmeans`."""
     [k] = checked_counts(k=k)
-    with _opened(x, weight, metric, device, None, None, None) as opened:
+    with _opened(x, None, "l2", device, None, None, None) as opened:
         assignment, shard = opened.assignment, opened.shard
         choose(assignment, shard.sample(k)[:k])
         seeds_KD = seed_plus_plus(assignment, shard, k, generator_of(seed, shard.device))

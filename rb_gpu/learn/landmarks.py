@@ -111,7 +111,7 @@ def with_residuals(field: Field, evidence: Evidence, left: Evidence) -> Field:
     `evidence`. Such weights are biased, so each config's mean over all leaves is subtracted: the levels, estimated with
     importance weights, are already right.
     """
-    overall = left.regroup(np.zeros(len(left.rows), dtype=np.int64), 1).mean
+    overall = left.pooled().mean
     scale = (evidence.w / np.maximum(left.w, 1e-300))[..., None, None]
     pair_scale = (evidence.pair_w / np.maximum(left.pair_w, 1e-300))[..., None, None]
     return field._replace(

@@ -16,7 +16,7 @@ from rb_gpu.field import Field
 from rb_gpu.learn.assemble import Leaves
 from rb_gpu.learn.config import TrainConfig
 from rb_gpu.learn.devices import one_thread
-from rb_gpu.learn.distances import label_sums, normalise_, normed
+from rb_gpu.learn.distances import label_sums, normalised
 from rb_gpu.learn.evidence import gather_evidence
 from rb_gpu.learn.floor import spend
 from rb_gpu.learn.hierarchy import build_hierarchy, level_counts
@@ -80,7 +80,7 @@ class LeafMaking:
         seed, default = self.config.seed, trajectories.configs.default
         if self.config.judge.method != "eb" or objective.kind == "bound":
             return leaves
-        unit_QD = self.x_QD if normed(self.x_QD) else normalise_(self.x_QD.clone())
+        unit_QD = normalised(self.x_QD)
 
         def fit() -> tuple[FittedField, Field] | None:
             found = fit_field(unit_QD, leaves.label_Q, trajectories, self.weight_N, objective, seed, self.device)
@@ -88,9 +88,7 @@ class LeafMaking:
                 return None
             labels = torch.from_numpy(leaves.label_Q).to(self.device)
             even_N = tempered(self.weight_N, trajectories)
-            left = gather_evidence(
-                trajectories, labels, len(leaves.mass_P), even_N, self.device, found.unseen_NO
-            )  # fmt: skip
+            left = gather_evidence(trajectories, labels, len(leaves.mass_P), even_N, self.device, found.unseen_NO)
             return found, found.field(leaves.evidence, left)
 
         with one_thread():

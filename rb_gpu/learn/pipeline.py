@@ -19,7 +19,7 @@ from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ConfigError
 from rb_gpu.learn.abstention import why_default_stands
 from rb_gpu.learn.assemble import assemble, confidence_of
-from rb_gpu.learn.baselines import BASELINES, Training, unit
+from rb_gpu.learn.baselines import LEARNERS, Training, unit
 from rb_gpu.learn.checkpoint import Checkpoint
 from rb_gpu.learn.checks import is_auto
 from rb_gpu.learn.clustering import cluster_queries, drop_labels
@@ -41,7 +41,7 @@ from rb_gpu.learn.stages import Stages, digest
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.tuning import tune_lookup
 from rb_gpu.learn.valuation import Choice
-from rb_gpu.learn.verdicts import chosen_p, judge, resolve_objective
+from rb_gpu.learn.verdicts import chosen_p, judge, resolve_objective, verdict_matrices
 from rb_gpu.objective import Objective
 from rb_gpu.params import ConfigTable
 from rb_gpu.router import FastGRNNRouter
@@ -137,7 +137,7 @@ def _learned(
         judging = replace(judging, min_probability=leaves.least_probability(judging))
         beliefs = believed(leaves, objective, default, config)
         verdicts = judge(leaves.evidence, trajectories.configs, objective, beliefs, judging)
-        confidence_P = confidence_of(verdicts, beliefs, trajectories.configs, judging.method)
+        confidence_P = confidence_of(verdict_matrices(verdicts, beliefs, judging.method)[1], default)
         kept_P = prune(leaves.evidence.rows.sum(1), confidence_P, 1, config.prune.min_confidence)
         if not kept_P.all():
             if not kept_P.any():
@@ -253,8 +253,9 @@ def choices_beside(
     table, unit_BD = Training.of(training, objective), unit(x_BD)
     for name in names:
         log.info("baseline: %s", name)
-        if name in BASELINES:
-            found[name] = BASELINES[name](table, unit_BD, np.random.default_rng(config.seed))
+        if name in LEARNERS:
+            predict = LEARNERS[name](table, np.random.default_rng(config.seed))
+            found[name] = predict(table, unit_BD).argmax(1).astype(np.int64)
         else:
             judging = replace(config.judge, method="reference")
             own = replace(config, judge=judging, index=IndexConfig(kind="off"), router=RouterConfig())

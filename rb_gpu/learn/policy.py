@@ -113,7 +113,7 @@ def best_single(evidence: Evidence, objective: Objective) -> int:
     are any, since a few lucky rows could decide otherwise. For the objective bound: the highest quality within the
     bounds; for floor: the cheapest that reaches it. If no config does: the highest quality.
     """
-    root = evidence.regroup(np.zeros(len(evidence.rows), dtype=np.int64), 1)
+    root = evidence.pooled()
     tried = root.rows[0] > 0
     enough = tried & (root.w[0] ** 2 >= LEAST_SIZE * root.w2[0])
     eligible = enough if enough.any() else tried

@@ -30,13 +30,9 @@ class BadRows:
         return sum(len(rows) for _, rows, _, _ in self.parts)
 
     def __iter__(self) -> Iterator[tuple[str, int, int, str]]:
+        """(file, row in the file, id, reason) of each bad row."""
         for file, rows, ids, reason in self.parts:
             yield from ((file, int(row), int(i), reason) for row, i in zip(rows, ids, strict=True))
-
-    @property
-    def rows(self) -> list[tuple[str, int, int, str]]:
-        """(file, row in the file, id, reason) of each bad row."""
-        return list(self)
 
     def by_reason(self) -> dict[str, int]:
         """The number of bad rows per reason, most frequent first."""

@@ -12,7 +12,7 @@ Suffixes: N points, M requested rows, D dims, T points of one chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,44 +24,10 @@ CHUNK_BYTES = 64 * 2**20
 BUFFERS = 2
 
 
-class Streams(Protocol):
-    """Allocates buffers and orders copies and computations; an event is what one of the methods returned."""
-
-    def pinned(self, rows: int, dim: int) -> Tensor:
-        """Pinned host memory (rows, dim) float32, which the device can read directly."""
-        ...
-
-    def buffer(self, rows: int, dim: int) -> Tensor:
-        """Device memory (rows, dim) float32."""
-        ...
-
-    def copy(self, into: Tensor, source: Tensor) -> None:
-        """Begins a copy, to run after all copies begun before."""
-        ...
-
-    def copied(self) -> Any:
-        """An event that fires when all copies begun so far are done."""
-        ...
-
-    def computed(self) -> Any:
-        """An event that fires when all computations begun so far are done."""
-        ...
-
-    def copies_wait(self, event: Any) -> None:
-        """Makes copies begun from here on wait for the event."""
-        ...
-
-    def computations_wait(self, event: Any) -> None:
-        """Makes computations begun from here on wait for the event."""
-        ...
-
-    def host_waits(self, event: Any) -> None:
-        """Blocks until the event has fired."""
-        ...
-
-
 class CudaStreams:
-    """A separate stream for copies; computations use the caller's current stream."""
+    """Allocates buffers and orders copies, on a stream of their own, and computations, on the caller's current stream.
+    An event is what one of the methods returned.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -69,36 +35,38 @@ class CudaStreams:
         self.computations: Any = torch.cuda.current_stream(device)
 
     def pinned(self, rows: int, dim: int) -> Tensor:
-        """See Streams.pinned. Torch caches such memory, and does not reuse it while a copy is in progress."""
+        """Pinned host memory (rows, dim) float32, which the device can read directly. Torch caches such memory, and
+        does not reuse it while a copy is in progress.
+        """
         return torch.empty(rows, dim, dtype=torch.float32, pin_memory=True)
 
     def buffer(self, rows: int, dim: int) -> Tensor:
-        """See Streams.buffer."""
+        """Device memory (rows, dim) float32."""
         return torch.empty(rows, dim, dtype=torch.float32, device=self.device)
 
     def copy(self, into: Tensor, source: Tensor) -> None:
-        """See Streams.copy."""
+        """Begins a copy, to run after all copies begun before."""
         with torch.cuda.stream(self.copies):
             into.copy_(source, non_blocking=True)
 
     def copied(self) -> Any:
-        """See Streams.copied."""
+        """An event that fires when all copies begun so far are done."""
         return self.copies.record_event()
 
     def computed(self) -> Any:
-        """See Streams.computed."""
+        """An event that fires when all computations begun so far are done."""
         return self.computations.record_event()
 
     def copies_wait(self, event: Any) -> None:
-        """See Streams.copies_wait."""
+        """Makes copies begun from here on wait for the event."""
         self.copies.wait_event(event)
 
     def computations_wait(self, event: Any) -> None:
-        """See Streams.computations_wait."""
+        """Makes computations begun from here on wait for the event."""
         self.computations.wait_event(event)
 
     def host_waits(self, event: Any) -> None:
-        """See Streams.host_waits."""
+        """Blocks until the event has fired."""
         event.synchronize()
 
 
@@ -108,7 +76,7 @@ def chunks(
     device: torch.device,
     rows_M: Tensor | None = None,
     budget: int | None = None,
-    streams: Callable[[torch.device], Streams] = CudaStreams,
+    streams: Callable[[torch.device], CudaStreams] = CudaStreams,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yields slices of the points x (N, D) float32, or of its rows (M,), each with those points (T, D) on the device.
 
@@ -133,7 +101,7 @@ def _spans(count: int, rows: int) -> list[slice]:
 
 
 def _streamed(
-    x_ND: Tensor, rows_M: Tensor | None, spans: list[slice], streams: Streams
+    x_ND: Tensor, rows_M: Tensor | None, spans: list[slice], streams: CudaStreams
 ) -> Iterator[tuple[slice, Tensor]]:
     if not spans:
         return

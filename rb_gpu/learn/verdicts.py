@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from rb_gpu.evidence import OUTCOMES, Evidence, linear_moments
+from rb_gpu.evidence import OUTCOMES, Evidence
 from rb_gpu.learn.arrays import student_tail
 from rb_gpu.learn.config import JudgeConfig, QualityConfig
 from rb_gpu.learn.sequential import sequential_p
@@ -74,15 +74,14 @@ def compare(evidence: Evidence, direction_O: Floats, default: int, min_samples: 
     the common mean for two samples. The reason: a few rows that all succeed show no variance of their own.
     """
     if evidence.paired:
-        moments = (evidence.pair_w, evidence.pair_w2, evidence.pair_mean, evidence.pair_comoment)
-        effect, variance, size = linear_moments(*moments, direction_O)
+        effect, variance, size = evidence.pair_moments(direction_O)
         squared = variance / np.maximum(size, 1e-300)
         freedom = size - 1.0
         tested = evidence.pair_rows >= min_samples
         unit = variance + effect**2
         null_squared = unit / np.maximum(size, 1e-300)
     else:
-        mean, variance, size = linear_moments(evidence.w, evidence.w2, evidence.mean, evidence.comoment, direction_O)
+        mean, variance, size = evidence.moments(direction_O)
         part = variance / np.maximum(size, 1e-300)
         effect = mean - mean[:, [default]]
         squared = part + part[:, [default]]
@@ -179,10 +178,25 @@ def judge(
     probability = _pick(beliefs.probability[:-1], chosen)
     quality = beliefs.quality[:-1]
     improvement = _relative(_pick(quality, chosen), quality[:, configs.default], evidence.rows[:, configs.default] > 0)
-    return _columns(
-        evidence, objective, configs, chosen, comparison, adjusted, peeked, probability, probability, effect, half,
-        improvement, gone_p,
-    )  # fmt: skip
+    mean, variance, _ = evidence.moments(objective.quality_direction)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        consistency = 1.0 / (1.0 + np.sqrt(_pick(variance, chosen)) / _pick(mean, chosen))
+    stands = chosen == configs.default
+    return VerdictColumns(
+        config_id=chosen,
+        stands=stands,
+        confidence=np.where(stands, 0.0, probability),
+        probability=probability,
+        effect=np.where(stands, 0.0, effect),
+        effect_low=np.where(stands, 0.0, effect - half),
+        effect_high=np.where(stands, 0.0, effect + half),
+        p_value=_pick(comparison.p_value, chosen),
+        p_adjusted=benjamini_hochberg(np.concatenate([_pick(adjusted, chosen), gone_p]))[: len(chosen)],
+        p_sequential=_pick(peeked, chosen),
+        improvement=np.where(stands & np.isfinite(improvement), 0.0, improvement),
+        consistency=consistency,
+        support=_pick(evidence.rows, chosen),
+    )
 
 
 def _welch(comparison: Comparison, adjusted: Floats, default: int, alpha: float) -> Rows:
@@ -255,44 +269,6 @@ def _reference(
     )
 
 
-def _columns(
-    evidence: Evidence,
-    objective: Objective,
-    configs: ConfigTable,
-    chosen: Rows,
-    comparison: Comparison,
-    adjusted: Floats,
-    peeked: Floats,
-    confidence: Floats,
-    probability: Floats,
-    effect: Floats,
-    half: Floats,
-    improvement: Floats,
-    gone_p: Floats | tuple[()],
-) -> VerdictColumns:
-    stands = chosen == configs.default
-    quality, variance, _ = linear_moments(
-        evidence.w, evidence.w2, evidence.mean, evidence.comoment, objective.quality_direction
-    )
-    with np.errstate(divide="ignore", invalid="ignore"):
-        consistency = 1.0 / (1.0 + np.sqrt(_pick(variance, chosen)) / _pick(quality, chosen))
-    return VerdictColumns(
-        config_id=chosen,
-        stands=stands,
-        confidence=np.where(stands, 0.0, confidence),
-        probability=probability,
-        effect=np.where(stands, 0.0, effect),
-        effect_low=np.where(stands, 0.0, effect - half),
-        effect_high=np.where(stands, 0.0, effect + half),
-        p_value=_pick(comparison.p_value, chosen),
-        p_adjusted=benjamini_hochberg(np.concatenate([_pick(adjusted, chosen), gone_p]))[: len(chosen)],
-        p_sequential=_pick(peeked, chosen),
-        improvement=np.where(stands & np.isfinite(improvement), 0.0, improvement),
-        consistency=consistency,
-        support=_pick(evidence.rows, chosen),
-    )
-
-
 def _pick(values_PC: npt.NDArray[Any], chosen_P: Rows) -> npt.NDArray[Any]:
     return np.take_along_axis(values_PC, chosen_P[:, None], axis=1)[:, 0]
 
@@ -303,9 +279,7 @@ def _relative(quality: Floats, base: Floats, known: npt.NDArray[np.bool_]) -> Fl
     return relative
 
 
-def verdict_matrices(
-    verdicts: VerdictColumns, beliefs: Beliefs, configs: ConfigTable, method: str
-) -> tuple[Floats, Floats, Floats]:
+def verdict_matrices(verdicts: VerdictColumns, beliefs: Beliefs, method: str) -> tuple[Floats, Floats, Floats]:
     """What a lookup votes with: score, probability, gain, (P + 1, C) each; the last row is for queries near no pattern.
 
     eb votes with its beliefs. The tests of welch and reference only say yes or no, so a pattern gives its whole vote to
@@ -324,7 +298,7 @@ def resolve_objective(
     judging: JudgeConfig, quality: QualityConfig, trajectories: Trajectories, evidence: Evidence
 ) -> Objective:
     """The objective with its references: the default's geometric mean latency and the dearest config's mean cost."""
-    root = evidence.regroup(np.zeros(len(evidence.rows), dtype=np.int64), 1)
+    root = evidence.pooled()
     octaves = root.mean[0, :, OUTCOMES.index("log2_latency")]
     default = trajectories.configs.default
     tried = root.rows[0] > 0
