@@ -191,6 +191,13 @@ def test_the_gate_promotes_only_what_is_better(effect, gate, refusal, promoted, 
     assert says in decision.reason
 
 
+def test_a_log_of_one_config_per_query_is_advised_to_explore():
+    # regression: nights of a service that explored 5 % were told to log more rows only, which would have taken months
+    unsure = replace(judged({}), bank_gains={"default": Gain(0.001, -0.02, 0.02)})
+    assert "log more rows to narrow" in decide(unsure, GateConfig(), CALM, []).reason
+    assert "with more exploration" in decide(replace(unsure, grade="dr"), GateConfig(), CALM, []).reason
+
+
 def judged(bank: dict, champion: dict | None = None, coverage: float = 1.0) -> Evaluation:
     """An evaluation with a significant gain; the arguments replace values of otherwise faultless policies."""
     base = PolicyValue("", *(0.5,) * 4, 500.0, 1000.0, 2000.0, *(1.0,) * 5, 1000, 1000.0, Harm(20, 0.5, 0.0), {}, None)

@@ -71,7 +71,8 @@ def _against_the_gain(evaluation: Evaluation, served: str, config: GateConfig, g
         yield f"the bank's {evaluation.broken['bank']}; log more queries, or ask for less"
     asked = not unknown and served not in evaluation.broken
     if asked and not evaluation.bank_gains[served].low > config.min_gain:
-        yield f"{gain}not above gate.min_gain={config.min_gain:g}; keep what is served, or log more rows to narrow it"
+        more = "log more rows" if evaluation.grade == "exact" else "log more rows with more exploration"
+        yield f"{gain}not above gate.min_gain={config.min_gain:g}; keep what is served, or {more} to narrow it"
     default = evaluation.bank_gains["default"]
     # gate.min_gain, or a champion as bad, would let it pass. If the champion is surely worse still, replacing it helps
     worse = default.high < 0 and "default" not in evaluation.broken
