@@ -21,7 +21,9 @@ from safetensors.numpy import save as save_tensors
 
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.errors import ArtifactError, ConfigError, DataError
+from rb_gpu.learn import pipeline
 from rb_gpu.learn.config import (
+    SAMPLE_FOLDER,
     ClusterConfig,
     DataConfig,
     GateConfig,
@@ -32,7 +34,7 @@ from rb_gpu.learn.config import (
     TrainConfig,
 )
 from rb_gpu.learn.devices import reproducible
-from rb_gpu.learn.lessons import last_steps
+from rb_gpu.learn.lessons import gather_lessons, last_steps
 from rb_gpu.learn.pipeline import learn
 from rb_gpu.learn.router import Lessons, RouterTraining, platt, train_router
 from rb_gpu.learn.router_net import FACTORS, FastGRNNCell, RouterNet, Thresholding
@@ -704,6 +706,22 @@ def test_the_job_teaches_sessions_and_features_from_the_log(tmp_path):
         if features:  # nothing else tells the turn: the bank cannot know it
             assert worth["router"] > worth["best single config"] + 0.1
             assert router.forward(np.r_[np.ones(8), 1.0]).params.ef_search == 64
+
+
+def test_the_router_imitates_the_lookup_that_is_served(monkeypatch):
+    # regression: it learned from a bank without a floor and with the usual top_k and beta, not with those tuned
+    taught_by = []
+
+    def spy(x_QD, trajectories, bank, *others):
+        taught_by.append(bank.lookup)
+        return gather_lessons(x_QD, trajectories, bank, *others)
+
+    monkeypatch.setattr(pipeline, "gather_lessons", spy)
+    sample = DataConfig(path=str(SAMPLE_FOLDER / "outcomes.parquet"), queries=str(SAMPLE_FOLDER / "queries.parquet"))
+    table = load(sample, ParamsConfig()).select_queries(np.arange(8000) < 400)
+    config = TrainConfig(cluster=ClusterConfig(k=8), router=RouterConfig(kind="fastgrnn", epochs=1))
+    learned = learn(table, config)
+    assert taught_by == [learned.data.lookup] and learned.data.lookup.floor > 0
 
 
 def test_a_table_without_sessions_is_named(tmp_path):

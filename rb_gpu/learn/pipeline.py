@@ -168,6 +168,7 @@ def _learned(
             [rows, digest(leaves_PD), asdict(config.index), config.lookup.floor, tuned.top_k],
             lambda: _searched(x_QD, leaves_PD, trajectories, config, tuned.top_k, device),
         )
+        data = replace(data, lookup=replace(data.lookup, top_k=tuned.top_k, beta=tuned.beta, floor=floor))
     router, routing = None, None
     if config.router.kind == "fastgrnn":
         with watch.stage("router"):
@@ -187,9 +188,7 @@ def _learned(
         "%d patterns, %d verdicts, the default stands on %d (default: %s)",
         data.leaves, issued, data.leaves - issued, trajectories.configs.describe(default),
     )  # fmt: skip
-    lookup = replace(data.lookup, top_k=tuned.top_k, beta=tuned.beta, floor=floor)
-    data = replace(data, lookup=lookup, facts=data.facts | facts)
-    return LearnedBank(data, index, router, leaves.label_Q, watch.seconds)
+    return LearnedBank(replace(data, facts=data.facts | facts), index, router, leaves.label_Q, watch.seconds)
 
 
 def _routed(
