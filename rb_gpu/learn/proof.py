@@ -88,10 +88,10 @@ def pays(
     weighed_O = torch.zeros_like(direction_O)
     weighed_O[list(fits)] = direction_O[list(fits)]
     own_N = torch.stack([direction_O[o] * one.unseen_N for o, one in fits.items()]).sum(0)
-    total_C = by_config(rows, rows.importance_N).clamp(min=TINY)
+    total_C = rows.by_config(rows.importance_N).clamp(min=TINY)
     share_N = rows.importance_N / total_C[rows.config_N]
     left_N = y_NO @ weighed_O - own_N
-    left_C = by_config(rows, share_N * left_N)
+    left_C = rows.by_config(share_N * left_N)
     # leave-one-out residuals: a config's level is a mean that contains the row itself (MacKinnon & White 1985)
     left_N = (left_N - left_C[rows.config_N]) / (1.0 - share_N).clamp(min=LEAST_KEPT) + left_C[rows.config_N]
     away_QC = torch.stack([direction_O[o] * one.unseen_QC for o, one in fits.items()]).sum(0)
@@ -142,10 +142,10 @@ def _shares(pseudo: Pseudo, rows: Rows, default: int, generator: torch.Generator
     for fold in range(FOLDS):
         mine_Q, weight_N = fold_Q == fold, rows.importance_N * (fold_N != fold)
         mean_C = pseudo.away_QC[~mine_Q].mean(0)
-        total_C = by_config(rows, weight_N)
-        left_C = by_config(rows, weight_N * pseudo.left_N) / total_C.clamp(min=TINY)
+        total_C = rows.by_config(weight_N)
+        left_C = rows.by_config(weight_N * pseudo.left_N) / total_C.clamp(min=TINY)
         error_N = weight_N * (pseudo.left_N - left_C[rows.config_N])
-        error_C = by_config(rows, error_N.square()) / total_C.square().clamp(min=TINY)
+        error_C = rows.by_config(error_N.square()) / total_C.square().clamp(min=TINY)
         known_C = (total_C > 0) & (error_C > 0)
         seen_C = torch.bincount(rows.config_N[weight_N > 0], minlength=rows.configs)
         unsure_C = torch.where(known_C, error_C, torch.inf)
@@ -210,7 +210,7 @@ def _leaves(pseudo: Pseudo, rows: Rows, weight_N: Tensor, left_C: Tensor) -> tup
     total_PC = by_cell(weight_N)
     mean_PC = by_cell(weight_N * away_N) / total_PC.clamp(min=TINY)
     # pooled over each config's rows, as a single cell has too few
-    variance_C = by_config(rows, weight_N * away_N.square()) / by_config(rows, weight_N).clamp(min=TINY)
+    variance_C = rows.by_config(weight_N * away_N.square()) / rows.by_config(weight_N).clamp(min=TINY)
     error_PC = variance_C * by_cell(weight_N.square()) / total_PC.square().clamp(min=TINY)
     known_PC = (total_PC > 0) & (error_PC > 0)
     kept_PC = torch.zeros_like(mean_PC)
@@ -246,11 +246,11 @@ def _p_value(moved_QC: Tensor, pseudo: Pseudo, rows: Rows) -> float:
     weight_N = moved_QC[rows.query_N, rows.config_N] * pseudo.share_N
     moved_N = weight_N * pseudo.left_N
     gain_Q = (moved_QC * pseudo.away_QC).sum(1).index_add(0, rows.query_N, moved_N)
-    variance_C = by_config(rows, moved_N.square())
+    variance_C = rows.by_config(moved_N.square())
     freedom_C = (torch.bincount(rows.config_N, minlength=rows.configs) - 1).clamp(min=1)
     freedom = float(variance_C.sum().square() / (variance_C.square() / freedom_C).sum().clamp(min=TINY))
     # a config whose few rows all succeeded shows no variance, so that of rare failures is added
-    heaviest_C = by_config(rows, weight_N.square().square()) / by_config(rows, weight_N.square()).clamp(min=TINY)
+    heaviest_C = rows.by_config(weight_N.square().square()) / rows.by_config(weight_N.square()).clamp(min=TINY)
     rare = RARE_ROWS * float(heaviest_C.sum()) * pseudo.size**2 / rows.queries
     gain, error = float(gain_Q.mean()), math.sqrt((float(gain_Q.var()) + rare) / rows.queries)
     if gain <= pseudo.rounding or freedom == 0.0:
@@ -258,11 +258,6 @@ def _p_value(moved_QC: Tensor, pseudo: Pseudo, rows: Rows) -> float:
     if error == 0.0:
         return 0.0
     return float(students_t.sf(gain / error, freedom))
-
-
-def by_config(rows: Rows, v_N: Tensor) -> Tensor:
-    """(C,) sums of v_N over each config's rows."""
-    return v_N.new_zeros(rows.configs).index_add_(0, rows.config_N, v_N)
 
 
 def shrinkage(effect_C: Tensor, error_C: Tensor) -> Tensor:
