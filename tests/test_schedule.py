@@ -187,6 +187,8 @@ def test_the_job_on_several_nodes_agrees_with_itself():
 def test_the_unit_says_what_it_must():
     service = (SCHEDULE / "rb-train.service").read_text()
     assert "SuccessExitStatus=3" in service and "Type=oneshot" in service
+    # regression: a broken table was read again every five minutes until somebody came
+    assert "RestartPreventExitStatus=1 2" in service
 
 
 @pytest.mark.parametrize("script", ["train.sbatch", "train-nodes.sbatch"])
