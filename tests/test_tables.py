@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from hypothesis import strategies as st
 
 from rb_gpu.errors import DataError
 from rb_gpu.learn import room, tables
+from rb_gpu.learn.config import DataConfig, ParamsConfig
 from rb_gpu.learn.quarantine import BadRows
 from rb_gpu.learn.sources import Source, of_batches
 from rb_gpu.learn.tables import Reading, Table, check_sources, read_table
+from rb_gpu.learn.trajectories import load
 
 D = 4
 REQUIRED = ("id", "precision", "recall", "latency_us", "query_embedding", "timestamp")
@@ -582,10 +585,17 @@ def test_too_many_bad_rows_is_an_error_that_counts_reasons_and_shows_the_first_o
         bad.check(8, 0.05, "logs")
 
 
-def test_a_column_that_was_logged_for_part_of_the_time_is_told_what_to_do():
+@pytest.mark.parametrize("column", ["propensity", "cost"])
+def test_a_column_that_was_logged_for_part_of_the_time_is_told_what_to_do(column, tmp_path):
     # regression: the only advice was to raise the bound, which silently trains on the rows that have it
-    with pytest.raises(DataError, match=r"logged in some rows only, leave out the others \(data.capacity keeps the"):
-        bad_rows(60, "propensity is null or not a number").check(100, 0.01, "x")
+    path = write(tmp_path / "x.parquet", good(60) | {column: [None] * 40 + [0.5] * 20})
+    settings = DataConfig(path=path)
+    with pytest.raises(
+        DataError, match=rf"; if {column} was logged in some rows only, leave out the others \(data.cap"
+    ):
+        load(settings, ParamsConfig())
+    # what it advises works
+    assert len(load(replace(settings, capacity=20), ParamsConfig())) == 20
 
 
 def test_all_rows_bad_is_an_error_whatever_is_allowed():

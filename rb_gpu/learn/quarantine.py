@@ -16,8 +16,10 @@ import pyarrow.parquet as pq
 from rb_gpu.errors import DataError
 
 OFFENDERS_SHOWN = 5
+# the reason of a row without a value in a column
+NO_NUMBER = "is null or not a number"
 # columns that a log may lack in all rows, but not in some, and what the job does without them
-WHOLE = {"propensity": "values are then associational", "cost": "utility then has no cost"}
+ALL_OR_NONE = {"propensity": "values are then associational", "cost": "utility then has no cost"}
 
 
 @dataclass
@@ -67,8 +69,8 @@ class BadRows:
         reasons = self.by_reason()
         counts = ", ".join(f"{reason}: {n}" for reason, n in reasons.items())
         remedy = "correct the log" + " or raise data.max_bad_fraction" * some
-        for column, without in WHOLE.items():
-            if f"{column} is null or not a number" in reasons:
+        for column, without in ALL_OR_NONE.items():
+            if f"{column} {NO_NUMBER}" in reasons:
                 remedy += (
                     f"; if {column} was logged in some rows only, leave out the others (data.capacity keeps the "
                     f"newest), or the column ({without})"

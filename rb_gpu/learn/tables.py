@@ -34,7 +34,7 @@ from rb_gpu.learn.decode import (
 from rb_gpu.learn.partitions import warn_of_near, with_absent, with_folders
 from rb_gpu.learn.places import open_table
 from rb_gpu.learn.progress import step
-from rb_gpu.learn.quarantine import BadRows
+from rb_gpu.learn.quarantine import NO_NUMBER, BadRows
 from rb_gpu.learn.room import Room, to_front
 from rb_gpu.learn.sources import BATCH_ROWS, Source, Span, ahead, guarded, share_out
 
@@ -322,7 +322,7 @@ def _check_batch(
                 out[:] = array
                 continue
             if not rule.nullable:
-                refuse(missing, f"{name} is null or not a number")
+                refuse(missing, f"{name} {NO_NUMBER}")
             if rule.dtype is not np.float32 and array.dtype.kind == "f":
                 refuse(array != np.rint(array), f"{name} is not an integer")
             outside = rule.outside(array) & ~missing
