@@ -47,7 +47,7 @@ def render_report(
         "verdicts": patterns.verdict_table(bank),
         "tree": patterns.tree(bank),
         "left_out": patterns.left_out(bank),
-        "graded": patterns.GRADES.get(bank.data.grade, bank.data.grade),
+        "graded": patterns.VERDICT_GRADES.get(bank.data.grade, bank.data.grade),
         "latency": latency.latency_figures(bank),
         "drift": drift,
         "newest_queries": count(drift["newest_queries"]),

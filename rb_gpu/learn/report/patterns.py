@@ -24,7 +24,7 @@ MAP_PATTERNS = 600
 LISTED_PATTERNS = 5000
 DEFAULT_STANDS = "default stands"
 # how far verdicts may be read causally (rb_gpu.learn.assemble.grade)
-GRADES = {
+VERDICT_GRADES = {
     "randomized": "randomized: propensities were logged, or every query ran every config",
     "adjusted": "adjusted: each row is compared with the default's on its own query, but which queries a config ran on "
     "may depend on what it is worth there",
