@@ -194,8 +194,15 @@ def test_the_gate_promotes_only_what_is_better(effect, gate, refusal, promoted, 
 def test_a_log_of_one_config_per_query_is_advised_to_explore():
     # regression: nights of a service that explored 5 % were told to log more rows only, which would have taken months
     unsure = replace(judged({}), bank_gains={"default": Gain(0.001, -0.02, 0.02)})
-    assert "log more rows to narrow" in decide(unsure, GateConfig(), CALM, []).reason
-    assert "with more exploration" in decide(replace(unsure, grade="dr"), GateConfig(), CALM, []).reason
+    assert "about 13 times the queries would narrow it enough" in decide(unsure, GateConfig(), CALM, []).reason
+    logged = decide(replace(unsure, grade="dr"), GateConfig(), CALM, []).reason
+    assert "about 13 times the queries, or about 13 times the exploration, would narrow it enough" in logged
+    # an interval 13 times as narrow by its square has its lower bound above gate.min_gain, one of 12 times has not
+    assert 0.001 - 0.021 / 13**0.5 > -0.005 > 0.001 - 0.021 / 12**0.5
+    hopeless = replace(unsure, bank_gains={"default": Gain(-0.0049, -0.02, 0.01)})
+    assert "more than 100 times the queries" in decide(hopeless, GateConfig(), CALM, []).reason
+    worse = replace(unsure, grade="dr", bank_gains={"default": Gain(-0.01, -0.02, 0.0)})
+    assert "keep what is served, or log more rows with more exploration" in decide(worse, GateConfig(), CALM, []).reason
 
 
 def judged(bank: dict, champion: dict | None = None, coverage: float = 1.0) -> Evaluation:

@@ -11,9 +11,12 @@ from rb_gpu.bank import ReasoningBank
 from rb_gpu.errors import ArtifactError
 from rb_gpu.learn.drift import LEVEL, EmbeddingDrift
 from rb_gpu.learn.lineage import differences
-from rb_gpu.learn.policy import Evaluation
+from rb_gpu.learn.policy import Evaluation, Gain
 from rb_gpu.learn.version_config import GateConfig
 from rb_gpu.registry import CHAMPION, Registry
+
+# more than this multiple of the queries is nobody's plan
+MANY_TIMES = 100
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,9 @@ def _against_the_gain(evaluation: Evaluation, served: str, config: GateConfig, g
             yield f"the propensities of what the {value.name} picks do not fit the log; see the warning for the remedy"
     if "bank" in evaluation.broken:
         yield f"the bank's {evaluation.broken['bank']}; log more queries, or ask for less"
-    asked = not unknown and served not in evaluation.broken
-    if asked and not evaluation.bank_gains[served].low > config.min_gain:
-        more = "log more rows" if evaluation.grade == "exact" else "log more rows with more exploration"
-        yield f"{gain}not above gate.min_gain={config.min_gain:g}; keep what is served, or {more} to narrow it"
+    asked, over = not unknown and served not in evaluation.broken, evaluation.bank_gains[served]
+    if asked and not over.low > config.min_gain:
+        yield f"{gain}not above gate.min_gain={config.min_gain:g}; {_narrower(evaluation, over, config.min_gain)}"
     default = evaluation.bank_gains["default"]
     # gate.min_gain, or a champion as bad, would let it pass. If the champion is surely worse still, replacing it helps
     worse = default.high < 0 and "default" not in evaluation.broken
@@ -83,6 +85,19 @@ def _against_the_gain(evaluation: Evaluation, served: str, config: GateConfig, g
             f"held-out gain over the default {default.gain:+.4f}, 95 % upper bound {default.high:+.4f}: surely worse"
             f"{beside}; serve the default, and learn from newer rows"
         )
+
+
+def _narrower(evaluation: Evaluation, over: Gain, least: float) -> str:
+    """The remedy for a lower bound that is too low. An interval narrows with the root of the number of queries, and
+    where it comes mostly from the few rows that explored, of the exploration.
+    """
+    explored = evaluation.grade != "exact"
+    if not over.gain > least:
+        return "keep what is served, or log more rows" + (" with more exploration" if explored else "")
+    times = math.ceil(((over.gain - over.low) / (over.gain - least)) ** 2)
+    much = f"about {times} times" if times <= MANY_TIMES else f"more than {MANY_TIMES} times"
+    what = f"the queries, or {much} the exploration," if explored else "the queries"
+    return f"keep what is served; if the gain stays as it is, {much} {what} would narrow it enough"
 
 
 def _broken_bounds(evaluation: Evaluation, served: str, config: GateConfig, drift: EmbeddingDrift) -> Iterator[str]:
