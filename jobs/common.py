@@ -62,8 +62,7 @@ def job(
             log.error("%s", error)
             code = EXIT_ERROR
         except BrokenPipeError:
-            # the reader closed the pipe, as `head` does; what is still buffered goes to /dev/null
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            drop_output()
             code = EXIT_ERROR
         if code:
             sys.exit(code)
@@ -78,7 +77,10 @@ def job(
         given = [argument for argument in sys.argv[1:] if argument not in (QUIET, *MULTIRUN)]
         sys.argv = [sys.argv[0], *["-m"] * bool(set(sys.argv) & MULTIRUN), *given]
         if HELP & set(sys.argv[1:]):
-            print(page(name, doc or ""))
+            try:
+                print(page(name, doc or ""), flush=True)
+            except BrokenPipeError:
+                drop_output()
             return
         try:
             check_keys(name, sys.argv[1:])
@@ -104,6 +106,11 @@ def job(
             sys.exit(code)
 
     return main
+
+
+def drop_output() -> None:
+    """Sends what is still buffered to /dev/null, because the reader closed the pipe, as `head` does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -136,8 +136,13 @@ def check_keys(name: str, arguments: Sequence[str]) -> None:
         # keys inside a mapping such as params.default are checked by the setting itself
         if not plain or any(key == one or (key.startswith(f"{one}.") and one not in _sections(known)) for one in known):
             continue
-        near = _nearest(key, known)
-        meant = f"did you mean {near}?" if near else f"python -m jobs.{name} --help lists all"
+        others = [f"jobs.{job}" for job, schema in JOBS.items() if key in known_keys(schema)]
+        if others:
+            meant = f"it is one of {', '.join(others)}; python -m jobs.{name} --help lists those of jobs.{name}"
+        elif near := _nearest(key, known):
+            meant = f"did you mean {near}?"
+        else:
+            meant = f"python -m jobs.{name} --help lists all"
         raise ConfigError(f"{argument}: {key} is not a setting of jobs.{name}; {meant}")
 
 

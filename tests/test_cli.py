@@ -71,6 +71,22 @@ def test_the_nearest_setting_is_named(given, meant):
         check_keys("train", [given])
 
 
+def test_a_setting_of_another_job_is_said_to_be_one():
+    # regression: it asked "did you mean data.path?", which is another table
+    with pytest.raises(ConfigError, match=r"it is one of jobs\.train, jobs\.registry; python -m jobs\.evaluate --help"):
+        check_keys("evaluate", ["registry.path=elsewhere"])
+
+
+def test_a_closed_pipe_ends_a_help_page_in_silence():
+    # regression: `--help | head -1` ended in a traceback of BrokenPipeError
+    shown = subprocess.Popen(
+        [sys.executable, "-m", "jobs.registry", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    shown.stdout.close()
+    assert shown.stderr.read() == b""
+    assert shown.wait() == 0
+
+
 def test_what_hydra_understands_is_left_to_it():
     check_keys("train", ["-m", "+x=1", "~judge", "hydra.run.dir=a", "params.default=auto", "data=files", "judge=eb"])
     check_keys("train", ["cluster.k=1,2", "params.default={ef_search: 64}", "data.path=[a=b,c]", "--config-dir=x"])
