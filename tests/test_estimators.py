@@ -17,7 +17,6 @@ from rb_gpu.learn.estimators import (
     effective_size,
     floored,
     ips,
-    kept_choices,
     mean_of,
     odd_propensities,
     rare_error,
@@ -377,24 +376,3 @@ def test_a_config_may_be_missing_for_it_was_chosen_too_seldom():
     assert too_seldom(0.05, np.array([0.0015, *[0.5] * 1999]))
     assert not too_seldom(0.05, np.array([0.0017, *[0.5] * 1999]))
     assert not too_seldom(5.0, np.array([1e-6, *[0.5] * 1999]))  # too many rows are not a lack of rows
-
-
-@pytest.mark.parametrize("main", [1 / 6, 0.7])
-def test_configs_that_a_session_keeps_are_noticed_and_no_others(main):
-    rng = np.random.default_rng(0)
-    session, rounds = rng.integers(200, size=1200).astype(np.uint64), np.arange(1200)
-    # which config runs mostly depends on the session, and each session mostly asks for one kind of query
-    p_NC = np.full((1200, 6), (1.0 - main) / 5)
-    p_NC[rounds, (session % 6).astype(int)] = main
-    called = []
-    for _ in range(300):
-        chosen = (p_NC.cumsum(1) < rng.random((1200, 1))).sum(1)
-        called.append(kept_choices(session, chosen, p_NC[rounds, chosen]) is not None)
-    assert sum(called) <= 1
-    kept = rng.choice(6, size=200)[session.astype(int)]
-    share = kept_choices(session, kept, np.full(1200, 1 / 6))
-    # session 0 is no session
-    assert share == pytest.approx(6.0)
-    assert kept_choices(np.zeros(1200, np.uint64), kept, np.full(1200, 1 / 6)) is None
-    # alternating is no repeating, however unlikely
-    assert kept_choices(session, rounds % 6, np.full(1200, 1 / 6)) is None

@@ -405,18 +405,3 @@ def test_a_value_that_rests_on_propensities_that_contradict_the_log_is_not_promo
         assert result.misled == misled
         refusals = decide(result, GateConfig(min_gain=-10.0, min_rows=1), EmbeddingDrift(0.5, 1.0), []).refusals
         assert [("the bank picks do not fit the log" in one) for one in refusals] == [True] * len(misled)
-
-
-def test_a_value_of_sessions_that_keep_their_config_is_not_promoted():
-    # regression: rows of a session counted as independent. In 20 of 20 logs without a better config, of sessions of ten
-    # rows that share an effect on quality, the bank acted with a mean confidence of .86
-    rows = rows_of(queries=2000)
-    session_Q = 1 + np.arange(2000, dtype=np.uint64) // 4
-    drawn = replace(rows, session_Q=session_Q)
-    kept = replace(drawn, config_id=rows.config_id[4 * (np.arange(2000) // 4)])
-    for one, misled in ((drawn, False), (kept, True), (replace(kept, session_Q=None), False)):
-        result = replace(evaluate(one, choices(rows.x_QD), 100, 0), coverage=1.0)
-        assert [f"comes to {CONFIGS:.2f} of" in said for said in result.warnings] == [True] * misled
-        assert ("bank" in result.misled) == misled
-        refusals = decide(result, GateConfig(min_gain=-10.0, min_rows=1), EmbeddingDrift(0.5, 1.0), []).refusals
-        assert any("the bank picks do not fit the log" in one for one in refusals) == misled

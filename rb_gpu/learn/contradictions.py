@@ -106,3 +106,13 @@ def warn_of_few_costs(
                     "ones; the largest, %.6g, has id %d), so its mean is unreliable; check the unit, or leave cost out "
                     "with judge.cost_weight=0", len(few), table.describe(worst), rows_C[worst], size_C[worst],
                     cost_N[most], id_N[most])  # fmt: skip
+
+
+def warn_of_one_config(config_N: npt.NDArray[np.int64], configs: ConfigTable, path: str) -> None:
+    """Warns if every row ran the same config."""
+    if (config_N == config_N[0]).all():
+        log.warning(
+            "data.path=%s: every row ran %s, so there is nothing to choose from; check that every setting that varied "
+            "has a column, or let the service try other settings on a random share of its queries and log the "
+            "propensity", path, configs[config_N[0]],
+        )  # fmt: skip

@@ -3,7 +3,7 @@
 A round is one logged row. The policy is deterministic: it picks one config per round. Each estimator returns a value
 and every round's influence on it, so the difference of two policies on one log has the differences of their influences,
 and its interval is a paired one. w are matched weights, r rewards, p propensities.
-Suffixes: N rounds, C configs, Q queries, M pairs of rounds.
+Suffixes: N rounds, C configs, Q queries.
 """
 
 from __future__ import annotations
@@ -216,26 +216,6 @@ def too_seldom(share: float, pscore_N: Floats) -> bool:
     there was at most UNSEEN_ROUNDS / n; that is taken to be possible if the least propensity of the log is so low.
     """
     return bool(share < 1.0 and float(pscore_N.min()) * len(pscore_N) * (1.0 - share) <= UNSEEN_ROUNDS)
-
-
-def kept_choices(group_N: npt.NDArray[np.uint64], chosen_N: Ints, pscore_N: Floats) -> float | None:
-    """Detects choices that are kept within a group of rounds, a session say: the mean of 1/p over the rounds that
-    follow another of their group, with 0 for those that choose another config than it. None where that is above 1 by no
-    more than chance explains.
-
-    If every round's config is chosen anew with its p, 1/p makes up for the rarity of a repeat, and the expectation is 1
-    whatever p depends on. The variance is estimated as in `odd_propensities`. Rounds are in the order of time; group 0
-    means none.
-    """
-    order = np.argsort(group_N, kind="stable")
-    follows = (np.diff(group_N[order]) == 0) & (group_N[order[1:]] > 0)
-    before_M, after_M = order[:-1][follows], order[1:][follows]
-    weight_M = matched_weights(chosen_N[after_M], chosen_N[before_M], pscore_N[after_M])
-    if len(weight_M) == 0:
-        return None
-    share = float(weight_M.mean())
-    error = math.sqrt(float(weight_M @ np.maximum(weight_M - 1.0, 0.0))) / len(weight_M)
-    return share if share - 1.0 > max(ODD_SHARE, ODD_SIGMAS * error) else None
 
 
 def floored(pscore_N: Floats, configs: int) -> tuple[int, float, float] | None:

@@ -26,12 +26,17 @@ PRIOR_ROWS = 5.0
 TILE_QUERIES = 4096
 
 
-def folds(query_id_Q: npt.NDArray[np.uint64]) -> Ints:
-    """(Q,) in [0, FOLDS), from the id alone (the finaliser of SplitMix64): the order of a table does not matter."""
-    z = query_id_Q.astype(np.uint64)
+def mixed(id_Q: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Ids as though drawn at random (the finaliser of SplitMix64), whatever order they were given out in."""
+    z = id_Q.astype(np.uint64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
-    return ((z ^ (z >> np.uint64(31))) % np.uint64(FOLDS)).astype(np.int64)
+    return z ^ (z >> np.uint64(31))
+
+
+def folds(query_id_Q: npt.NDArray[np.uint64]) -> Ints:
+    """(Q,) in [0, FOLDS), from the id alone: the order of a table does not matter."""
+    return (mixed(query_id_Q) % np.uint64(FOLDS)).astype(np.int64)
 
 
 def cross_fitted(

@@ -18,11 +18,12 @@ import numpy.typing as npt
 from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn.blocks import block_threads, row_hashes
 from rb_gpu.learn.config import DataConfig, ParamsConfig
-from rb_gpu.learn.contradictions import check_merged, refuse_other_embeddings, warn_of_few_costs
+from rb_gpu.learn.contradictions import check_merged, refuse_other_embeddings, warn_of_few_costs, warn_of_one_config
 from rb_gpu.learn.decode import CONTRACT
 from rb_gpu.learn.order import first_rows, put_in_order
 from rb_gpu.learn.quarantine import BadRows
 from rb_gpu.learn.room import Room
+from rb_gpu.learn.sessions import one_of_each
 from rb_gpu.learn.tables import HASH, Columns, Reading, Table, distinct, read_table
 from rb_gpu.params import PARAMETERS, ConfigTable, SearchParams, quantise
 
@@ -170,12 +171,19 @@ def load(
     put_in_order(columns, room, (*QUERY_OPTIONAL, *features))
     trajectories = assemble(columns, outcomes.tier_names, params, source, features)
     warn_of_few_costs(trajectories.cost, trajectories.config_id, trajectories.id, trajectories.configs)
-    if len(np.unique(trajectories.config_id)) == 1:
-        one = trajectories.configs[trajectories.config_id[0]]
-        log.warning("data.path=%s: every row ran %s, so there is nothing to choose from; check that every setting that "
-                    "varied has a column, or let the service try other settings on a random share of its queries and "
-                    "log the propensity", outcomes.source, one)  # fmt: skip
-    return trajectories
+    warn_of_one_config(trajectories.config_id, trajectories.configs, outcomes.source)
+    return _independent(trajectories, room)
+
+
+def _independent(table: Trajectories, room: Room) -> Trajectories:
+    """One query of each session if sessions keep their config; without propensities this cannot be told."""
+    if table.session is None or table.propensity is None:
+        return table
+    keep_Q = one_of_each(table.session, table.query_id, table.query_row, table.config_id, table.propensity)
+    if keep_Q is None:
+        return table
+    few = replace(table, x_QD=np.empty((len(keep_Q), 0), np.float32)).select_queries(keep_Q)
+    return replace(few, x_QD=room.keep(table.x_QD, np.flatnonzero(keep_Q)))
 
 
 def join(

@@ -49,7 +49,7 @@ NAMED = 3
 class Outcomes:
     """Rows of Q queries as plain columns, (N,) each; utility and quality under the bank's objective.
 
-    x_QD: embeddings. query_id, session_Q: (Q,). propensity, session_Q: None where not logged.
+    x_QD: embeddings. query_id: (Q,). propensity: None where not logged.
     """
 
     x_QD: npt.NDArray[np.float32]
@@ -62,7 +62,6 @@ class Outcomes:
     latency_us: Floats
     cost: Floats
     configs: ConfigTable
-    session_Q: npt.NDArray[np.uint64] | None = None
 
     @property
     def queries(self) -> int:
@@ -111,7 +110,6 @@ def held_out_outcomes(trajectories: Trajectories, objective: Objective) -> Outco
         latency_us=latency_us,
         cost=cost,
         configs=trajectories.configs,
-        session_Q=trajectories.session,
     )
 
 
@@ -278,19 +276,9 @@ class Valuation:
         """Rows whose propensities are too low to be true (`estimators.floored`); None unless the grade is dr."""
         return estimators.floored(self._pscore, len(self.rows.configs)) if self.grade == "dr" else None
 
-    @cached_property
-    def kept(self) -> float | None:
-        """Whether sessions keep their config (`estimators.kept_choices`); None unless the grade is dr."""
-        if self.grade != "dr" or self.rows.session_Q is None:
-            return None
-        # a query's further rows may have been tried on purpose
-        first_Q = np.unique(self.rows.query_row, return_index=True)[1]
-        session_Q = self.rows.session_Q[self.rows.query_row[first_Q]]
-        return estimators.kept_choices(session_Q, self.rows.config_id[first_Q], self._pscore[first_Q])
-
     def misled(self, choice_Q: Choice) -> bool:
         """Whether the value of a choice rests on propensities that contradict the rows."""
-        return self.kept is not None or bool(np.isin(choice_Q, list(self.odd)).any())
+        return bool(np.isin(choice_Q, list(self.odd)).any())
 
     def warnings(self) -> list[str]:
         """What is wrong with the logged propensities, as far as they show it themselves."""
@@ -299,12 +287,6 @@ class Valuation:
         seldom = {c: share for c, share in self.odd.items() if estimators.too_seldom(share, self._pscore)}
         wrong = {c: share for c, share in self.odd.items() if c not in seldom}
         said = []
-        if self.kept is not None:
-            said.append(
-                "propensity: sessions keep their config, so that all values and confidences are too certain "
-                f"(1/propensity of a session's repeats comes to {self.kept:.2f} of its later rows, 1 is expected); "
-                "draw the config anew for every query, or log one query of each session"
-            )
         if wrong:
             said.append(
                 f"{self._added_up(wrong)}; it is not the probability with which they were chosen, or some queries "
