@@ -201,6 +201,8 @@ def test_a_log_of_one_config_per_query_is_advised_to_explore():
     assert 0.001 - 0.021 / 13**0.5 > -0.005 > 0.001 - 0.021 / 12**0.5
     hopeless = replace(unsure, bank_gains={"default": Gain(-0.0049, -0.02, 0.01)})
     assert "more than 100 times the queries" in decide(hopeless, GateConfig(), CALM, []).reason
+    unknown = replace(unsure, bank_gains={"default": Gain(0.1, math.nan, math.nan)})
+    assert "keep what is served, or log more rows" in decide(unknown, GateConfig(), CALM, []).reason
     worse = replace(unsure, grade="dr", bank_gains={"default": Gain(-0.01, -0.02, 0.0)})
     assert "keep what is served, or log more rows with more exploration" in decide(worse, GateConfig(), CALM, []).reason
 

@@ -92,7 +92,7 @@ def _narrower(evaluation: Evaluation, over: Gain, least: float) -> str:
     where it comes mostly from the few rows that explored, of the exploration.
     """
     explored = evaluation.grade != "exact"
-    if not over.gain > least:
+    if not over.gain > least or math.isnan(over.low):
         return "keep what is served, or log more rows" + (" with more exploration" if explored else "")
     times = math.ceil(((over.gain - over.low) / (over.gain - least)) ** 2)
     much = f"about {times} times" if times <= MANY_TIMES else f"more than {MANY_TIMES} times"

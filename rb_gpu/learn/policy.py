@@ -2,7 +2,8 @@
 
 A policy picks one config per query. valuation.py values its picks, or says why they have no value. This module compares
 the values: gains with paired intervals, the regret to the oracle, and how many patterns are harmed.
-Suffixes: Q queries, N rows, C configs, P leaf patterns, D dims, R resamples, M policies.
+Suffixes: Q queries, N rows, C configs, P leaf patterns, D dims, R resamples, M policies,
+G clusters of queries (Outcomes.cluster).
 """
 
 from __future__ import annotations
@@ -81,11 +82,12 @@ class Evaluation:
     """The policy table; grade is exact, dr or associational (valuation.py).
 
     bank_gains: utility of the policy "bank" less that of each other one, with a paired 95 % interval: by the jackknife
-    if the grade is dr, else by a bootstrap over queries. warnings: what is wrong with the propensities, or doubtful
-    without them. misled: policies whose values rest on wrong propensities. tradeoffs: quality over cost, None without
-    logged costs and for a bank that cannot answer for another trade-off. calibration: of the bank's confidence, None
-    where too few patterns act. coverage: share of the queries at or above the bank's similarity floor, NaN without a
-    bank. broken: by policy, how it violates the objective's floor or bound.
+    if the grade is dr, else by a bootstrap, both over queries, or over whole sessions where these were logged.
+    warnings: what is wrong with the propensities, or doubtful without them. misled: policies whose values rest on wrong
+    propensities. tradeoffs: quality over cost, None without logged costs and for a bank that cannot answer for another
+    trade-off. calibration: of the bank's confidence, None where too few patterns act. coverage: share of the queries at
+    or above the bank's similarity floor, NaN without a bank. broken: by policy, how it violates the objective's floor
+    or bound.
     """
 
     grade: str
@@ -222,12 +224,17 @@ def _bank_gains(
 
 
 def _bootstrap(valuation: Valuation, policies: dict[str, Choice], resamples: int, seed: int) -> Floats:
-    """(resamples, M) utilities on queries drawn with replacement, the same queries for every policy."""
+    """(resamples, M) utilities on clusters of queries drawn with replacement, the same ones for every policy."""
     rows = valuation.rows
+    cluster_N = rows.cluster[rows.query_row]
     weights = [valuation.weights(choice) for choice in policies.values()]
-    weight_QM = np.stack([rows.by_query(weight_N) for weight_N in weights], axis=1)
-    utility_QM = np.stack([rows.by_query(weight_N * rows.utility) for weight_N in weights], axis=1)
-    return resampled_means(utility_QM, weight_QM, resamples, seed)
+
+    def by_cluster(values_N: Floats) -> Floats:
+        return np.bincount(cluster_N, values_N).astype(np.float64)
+
+    weight_GM = np.stack([by_cluster(weight_N) for weight_N in weights], axis=1)
+    utility_GM = np.stack([by_cluster(weight_N * rows.utility) for weight_N in weights], axis=1)
+    return resampled_means(utility_GM, weight_GM, resamples, seed)
 
 
 def _interval(drawn: Floats) -> tuple[float, float]:

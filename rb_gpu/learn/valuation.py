@@ -28,6 +28,7 @@ from rb_gpu.learn.estimators import (
 )
 from rb_gpu.learn.evidence import outcomes
 from rb_gpu.learn.outcome_model import cross_fitted, folds
+from rb_gpu.learn.propensities import Propensities
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.objective import Objective
 from rb_gpu.params import ConfigTable
@@ -41,15 +42,13 @@ COLUMNS = ("utility", "quality", "cost")
 LEAST_SIZE = 10.0
 # outcomes whose relative difference is smaller count as equal
 ROUNDING = 1e-6
-# how many configs with odd propensities a warning names
-NAMED = 3
 
 
 @dataclass(frozen=True)
 class Outcomes:
     """Rows of Q queries as plain columns, (N,) each; utility and quality under the bank's objective.
 
-    x_QD: embeddings. query_id: (Q,). propensity: None where not logged.
+    x_QD: embeddings. query_id, session_Q: (Q,). propensity, session_Q: None where not logged.
     """
 
     x_QD: npt.NDArray[np.float32]
@@ -62,6 +61,7 @@ class Outcomes:
     latency_us: Floats
     cost: Floats
     configs: ConfigTable
+    session_Q: npt.NDArray[np.uint64] | None = None
 
     @property
     def queries(self) -> int:
@@ -77,6 +77,18 @@ class Outcomes:
     def weight(self) -> Floats:
         """(N,) 1 / propensity, 1 where not logged."""
         return np.ones(len(self.query_row)) if self.propensity is None else 1.0 / self.propensity
+
+    @cached_property
+    def cluster(self) -> Choice:
+        """(Q,) the cluster of each query, from 0: its session if known, as what one user asks in a row is alike, else
+        the query alone.
+        """
+        if self.session_Q is None:
+            return np.arange(self.queries)
+        alone = self.session_Q == 0
+        names = np.where(alone, np.arange(self.queries, dtype=np.uint64), self.session_Q)
+        found: Choice = np.unique(np.stack([alone, names]), axis=1, return_inverse=True)[1].ravel()
+        return found
 
     def by_query(self, values_N: Floats) -> Floats:
         """(Q,) sums of values_N over the rows of each query."""
@@ -110,6 +122,7 @@ def held_out_outcomes(trajectories: Trajectories, objective: Objective) -> Outco
         latency_us=latency_us,
         cost=cost,
         configs=trajectories.configs,
+        session_Q=trajectories.session,
     )
 
 
@@ -164,7 +177,7 @@ class Valuation:
         weight_N = self.weights(choice_Q)
         size = effective_size(weight_N)
         if size < LEAST_SIZE:
-            floored = self.floored is not None and bool((self._pscore[weight_N > 0] <= self.floored[1]).any())
+            floored = self.doubts is not None and self.doubts.too_low(weight_N)
             remedy = "correct the propensities that a warning names" if floored else "explore more evenly"
             return (
                 f"the held-out rows that tried what it picks count as much as {size:.1f} equally weighted ones, under "
@@ -193,7 +206,8 @@ class Valuation:
         """95 % interval of a choice's utility, or of its difference to another choice's, for the grade dr.
 
         If too few rows tried what they differ in, no estimate is trusted: the interval then is all that is possible
-        within the range of logged utilities.
+        within the range of logged utilities. Sessions of unequal length count as fewer (Carter, Schnepel & Steigerwald
+        2017).
         """
         utility, row = self.estimate("utility", choice_Q), self.rows.query_row
         differs_N = np.ones(len(row), dtype=np.bool_)
@@ -212,7 +226,10 @@ class Valuation:
             share * unseen_error(weight_N[differs_N], left_N[differs_N], self._most(weight_N)[differs_N])
             for weight_N in compared
         ]
-        return utility.interval(self.round_query, size, math.hypot(*unseen, self.rare(choice_Q, other_Q)))
+        cluster_R = self.rows.cluster[self.round_query]
+        if self.rows.session_Q is not None:
+            size = min(size, effective_size(np.bincount(cluster_R).astype(np.float64)))
+        return utility.interval(cluster_R, size, math.hypot(*unseen, self.rare(choice_Q, other_Q)))
 
     def rare(self, choice_Q: Choice, other_Q: Choice | None = None) -> float:
         """Standard error of a choice's utility, or of its difference to another choice's, due to outcomes that were too
@@ -265,54 +282,19 @@ class Valuation:
         }
 
     @cached_property
-    def odd(self) -> dict[int, float]:
-        """Configs whose propensities contradict the rows (`odd_propensities`); empty unless the grade is dr."""
+    def doubts(self) -> Propensities | None:
+        """The logged propensities beside the rows; None unless the grade is dr."""
         if self.grade != "dr":
-            return {}
-        return estimators.odd_propensities(self.rows.config_id, self._pscore, len(self.rows.configs))
-
-    @cached_property
-    def floored(self) -> tuple[int, float, float] | None:
-        """Rows whose propensities are too low to be true (`estimators.floored`); None unless the grade is dr."""
-        return estimators.floored(self._pscore, len(self.rows.configs)) if self.grade == "dr" else None
+            return None
+        return Propensities(self.rows.config_id, self._pscore, self.rows.configs)
 
     def misled(self, choice_Q: Choice) -> bool:
         """Whether the value of a choice rests on propensities that contradict the rows."""
-        return bool(np.isin(choice_Q, list(self.odd)).any())
+        return self.doubts is not None and self.doubts.mislead(choice_Q)
 
     def warnings(self) -> list[str]:
         """What is wrong with the logged propensities, as far as they show it themselves."""
-        if self.grade != "dr":
-            return []
-        seldom = {c: share for c, share in self.odd.items() if estimators.too_seldom(share, self._pscore)}
-        wrong = {c: share for c, share in self.odd.items() if c not in seldom}
-        said = []
-        if wrong:
-            said.append(
-                f"{self._added_up(wrong)}; it is not the probability with which they were chosen, or some queries "
-                "never get them: log the true one, or leave the column out; values that rest on it are wrong"
-            )
-        if seldom:
-            said.append(
-                f"{self._added_up(seldom)}; with propensities down to {self._pscore.min():.2g} they may have been "
-                "tried too seldom to be judged: log more queries, or raise the least propensity; where none should be "
-                "so low, log the true one; values that rest on it are wrong"
-            )
-        if self.floored is not None:
-            rows, least, most = self.floored
-            said.append(
-                f"propensity: {rows} held-out rows have {least:.2g} or less, at most {most:.2g} are expected; log the "
-                f"probability with which these were chosen, or leave them out: each counts as {1 / least:,.0f} rows"
-            )
-        return said
-
-    def _added_up(self, odd: dict[int, float]) -> str:
-        worst = sorted(odd, key=lambda c: -abs(math.log(odd[c])))[:NAMED]
-        told = ", ".join(f"{self.rows.configs.describe(c)}: {odd[c]:.2f}" for c in worst)
-        return (
-            f"propensity: 1/propensity of {len(odd)} config{'s' * (len(odd) > 1)} does not add up to the number of "
-            f"held-out rows (as a share of it, 1 is expected: {told})"
-        )
+        return [] if self.doubts is None else self.doubts.warnings()
 
     @property
     def _pscore(self) -> Floats:
