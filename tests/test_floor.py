@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from rb_gpu.learn import learn  # noqa: E402
+from rb_gpu.learn.abstention import out_of_reach  # noqa: E402
 from rb_gpu.learn.config import ClusterConfig, IndexConfig, JudgeConfig, ParamsConfig, TrainConfig  # noqa: E402
 from rb_gpu.learn.floor import Unseen, spend  # noqa: E402
 from rb_gpu.learn.trajectories import Source, assemble  # noqa: E402
-from rb_gpu.objective import choose  # noqa: E402
+from rb_gpu.objective import Objective, choose  # noqa: E402
 from rb_gpu.posterior import Beliefs  # noqa: E402
 
 COST = np.array([1.0, 2.0, 4.0, 8.0])
@@ -68,6 +71,17 @@ def test_a_leaf_out_of_reach_and_one_without_queries_keep_the_target():
     assert np.array_equal(spend(poor, unseen, 0.95, 0.5, 0).test[0], beliefs.test[0])
     alone = Unseen(unseen.quality_QC, np.where(unseen.label_Q == 0, -1, 1))
     assert np.array_equal(spend(beliefs, alone, 0.95, 0.5, 0).test[[0, 2]], beliefs.test[[0, 2]])
+
+
+def test_where_a_floor_is_out_of_reach_the_job_says_so():
+    # regression: such patterns ran the dearest config, and nothing told why the bank cost more than a single config
+    beliefs, judging = world(0)[0], JudgeConfig(objective="floor", min_probability=0.8)
+    floor = Objective("floor", "f1", 0.0, 0.0, 1.0, 1.0, 0.99, None, None)
+    reached = np.array([[0.1, 0.9, 0.9, 0.9], [0.1, 0.2, 0.3, 0.79], [0.0, 0.0, 0.0, 0.0]])
+    said = out_of_reach(replace(beliefs, probability=reached), floor, judging)
+    assert said is not None and said.startswith("judge.target=0.99: in 1 of 2 patterns no config reaches it")
+    assert out_of_reach(replace(beliefs, probability=reached), replace(floor, kind="utility"), judging) is None
+    assert out_of_reach(replace(beliefs, probability=np.maximum(reached, 0.8)), floor, judging) is None
 
 
 def test_the_probability_is_that_of_the_test():
