@@ -123,7 +123,8 @@ def best_single(evidence: Evidence, objective: Objective) -> int:
     worth_C = root.mean[0] @ objective.direction
     if objective.kind == "floor" and kept.any():
         cost_C = root.mean[0, :, OUTCOMES.index("cost")]
-        worth_C = objective.utility(worth_C, root.latency_us[0], cost_C)
+        latency_us = np.exp2(root.mean[0, :, OUTCOMES.index("log2_latency")])
+        worth_C = objective.utility(worth_C, latency_us, cost_C)
     return int(np.where(kept if kept.any() else eligible, worth_C, -np.inf).argmax())
 
 
