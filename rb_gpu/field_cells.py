@@ -41,7 +41,8 @@ class FieldCells:
             raise ValueError("this bank has no field")
         floor = objective.kind == "floor"
         expense = np.zeros(len(OUTCOMES))
-        expense[OUTCOMES.index("cost")] = -1.0
+        by_cost = (data.arrays["evidence_mean"][..., OUTCOMES.index("cost")] > 0).any()
+        expense[OUTCOMES.index("cost" if by_cost else "log2_latency")] = -1.0
         quality_O, gain_O = objective.quality_direction, objective.direction
         said = [(gain_O, True), (quality_O, False), (expense, False)][: 3 if floor else 2]
         said_of_block = (2, 1, 0, 1) if floor else (0, 0, 0, 1)

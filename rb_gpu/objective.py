@@ -18,7 +18,7 @@ class Objective:
 
     kind utility: quality − latency_weight·log2(latency / latency_ref) − cost_weight·cost / cost_ref.
     kind bound: quality, with p95 latency under max_latency_us and mean cost under max_cost where these are given.
-    kind floor: the least cost (or latency) with which quality reaches `target`.
+    kind floor: the least cost (or latency, if no cost was logged) with which quality reaches `target`.
     """
 
     kind: str
@@ -47,13 +47,14 @@ class Objective:
 
     def utility(self, quality: Floats, latency_us: Floats, cost: Floats) -> Floats:
         """Utility of single outcomes, including its constant, elementwise. For kind bound it is quality alone; for kind
-        floor, minus cost as a share of cost_ref, or minus latency as a share of latency_ref if there is no cost.
+        floor, minus cost as a share of cost_ref, or minus log2(latency / latency_ref) if there is no cost, because a
+        few answers that the machine delays would dominate a mean latency.
         """
         if self.kind == "bound":
             return quality
-        if self.kind == "floor":
-            return -(cost / self.cost_ref) if cost.any() else -(latency_us / self.latency_ref_us)
         octaves = np.log2(np.maximum(latency_us, 1.0) / self.latency_ref_us)
+        if self.kind == "floor":
+            return -(cost / self.cost_ref) if cost.any() else -octaves
         return quality - self.latency_weight * octaves - self.cost_weight * cost / self.cost_ref
 
 

@@ -182,7 +182,7 @@ def believe(
         z_PC = np.divide(quality - objective.target, np.sqrt(quality_var), out=np.zeros(quality.shape), where=certain)
         probability = np.where(certain, normal_cdf(z_PC), quality >= objective.target)
         probability[:, never_C] = 0.0
-        score = -_expense(evidence)
+        score = -_expense(evidence, judged, parents, field)
         test, test_sd = quality - objective.target, np.sqrt(np.where(certain, quality_var, 0.0))
         test[:, never_C] = NO_CHANCE
     return Beliefs(gain, gain_variance, probability, score, quality, margin_C, quality, test, test_sd)
@@ -237,13 +237,19 @@ def _fallback_quality(level: Floats, w: Floats) -> Floats:
     return np.where(w > 0, level, ratio((w * level).sum(0), w.sum(0)))
 
 
-def _expense(evidence: Evidence) -> Floats:
-    """(P, C) mean cost, or mean latency if no cost was logged; for a config never tried here, its mean over all
-    patterns.
+def _expense(evidence: Evidence, judged: Evidence, parents: Sequence[Rows], field: Field | None) -> Floats:
+    """(P, C) mean cost; for a config never tried here, its mean over all patterns. If no cost was logged, mean log2
+    latency, pooled like the quality: a few answers that the machine delays would make the fastest config of a leaf look
+    like the slowest.
     """
     cost = evidence.mean[..., OUTCOMES.index("cost")]
-    price = cost if (cost > 0).any() else evidence.latency_us
-    return _fallback_quality(price, evidence.w)
+    if (cost > 0).any():
+        return _fallback_quality(cost, evidence.w)
+    direction = np.array([float(name == "log2_latency") for name in OUTCOMES])
+    level, variance, size = judged.moments(direction)
+    octaves, octaves_var, _ = pool(level, alike(variance, size), parents, tested=False)
+    octaves = np.where(np.isfinite(octaves_var), octaves, _fallback_quality(level, evidence.w))
+    return octaves if field is None else octaves + (field.base + field.mean) @ direction
 
 
 def _keeps_bound(evidence: Evidence, objective: Objective) -> npt.NDArray[np.bool_]:

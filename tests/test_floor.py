@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from rb_gpu.learn import learn  # noqa: E402
+from rb_gpu.learn.abstention import out_of_reach  # noqa: E402
 from rb_gpu.learn.config import ClusterConfig, IndexConfig, JudgeConfig, ParamsConfig, TrainConfig  # noqa: E402
 from rb_gpu.learn.floor import Unseen, spend  # noqa: E402
 from rb_gpu.learn.trajectories import Source, assemble  # noqa: E402
-from rb_gpu.objective import choose  # noqa: E402
+from rb_gpu.learn.valuation import held_out_outcomes  # noqa: E402
+from rb_gpu.objective import Objective, choose  # noqa: E402
 from rb_gpu.posterior import Beliefs  # noqa: E402
 
 COST = np.array([1.0, 2.0, 4.0, 8.0])
@@ -70,6 +74,17 @@ def test_a_leaf_out_of_reach_and_one_without_queries_keep_the_target():
     assert np.array_equal(spend(beliefs, alone, 0.95, 0.5, 0).test[[0, 2]], beliefs.test[[0, 2]])
 
 
+def test_where_a_floor_is_out_of_reach_the_job_says_so():
+    # regression: such patterns ran the dearest config, and nothing told why the bank cost more than a single config
+    beliefs, judging = world(0)[0], JudgeConfig(objective="floor", min_probability=0.8)
+    floor = Objective("floor", "f1", 0.0, 0.0, 1.0, 1.0, 0.99, None, None)
+    reached = np.array([[0.1, 0.9, 0.9, 0.9], [0.1, 0.2, 0.3, 0.79], [0.0, 0.0, 0.0, 0.0]])
+    said = out_of_reach(replace(beliefs, probability=reached), floor, judging)
+    assert said is not None and said.startswith("judge.target=0.99: in 1 of 2 patterns no config reaches it")
+    assert out_of_reach(replace(beliefs, probability=reached), replace(floor, kind="utility"), judging) is None
+    assert out_of_reach(replace(beliefs, probability=np.maximum(reached, 0.8)), floor, judging) is None
+
+
 def test_the_probability_is_that_of_the_test():
     beliefs, unseen = world(3, sd=0.02)
     spent = spend(beliefs, unseen, 0.95, 0.8, 0)
@@ -110,3 +125,28 @@ def test_a_cheap_config_needs_enough_perfect_rows(rows, chosen, failures):
     bank = learn(trajectories, given).bank()
     assert (bank.optimized_params_batch(trajectories.x_QD)["config_id"] == chosen).all()
     assert all(bank.optimized_params(x).config_id == chosen for x in trajectories.x_QD[:5])
+
+
+def test_delayed_answers_do_not_make_the_fastest_config_dear():
+    # regression: without logged costs a floor took the config of least mean latency in each leaf, i.e. the one that the
+    # machine happened not to delay, and the value of every policy was that of the delays
+    rng = np.random.default_rng(0)
+    n, configs = 4000, 5
+    config = rng.integers(configs, size=n)
+    latency_us = 100 * 2.0**config * np.where(rng.random(n) < 0.02, 500, rng.uniform(0.8, 1.2, n))
+    quality = np.where(rng.random(n) < np.where(config == 0, 0.3, 0.02), 0.0, 1.0).astype(np.float32)
+    kind, each = rng.integers(8, size=n), np.arange(n)
+    columns = {
+        "id": each.astype(np.uint64), "query_id": each.astype(np.uint64), "query_row": each, "query_time": each,
+        "x_QD": (4 * np.eye(8)[kind] + 0.5 * rng.normal(size=(n, 8))).astype(np.float32), "timestamp": each,
+        "ef_search": 16 * (config + 1).astype(np.uint32), "precision": quality, "recall": quality,
+        "latency_us": latency_us.astype(np.int64), "propensity": np.full(n, 1 / configs, np.float32),
+    }  # fmt: skip
+    trajectories = assemble(columns, [], ParamsConfig(default={"ef_search": 80}), Source())
+    judging = JudgeConfig(objective="floor", target=0.9)
+    given = TrainConfig(cluster=ClusterConfig(k=32), judge=judging, index=IndexConfig(kind="off"))
+    bank = learn(trajectories, given).bank()
+    picks = np.bincount(bank.optimized_params_batch(trajectories.x_QD)["config_id"], minlength=configs) / n
+    assert picks[1] > 0.9 and picks[0] < 0.02, picks
+    told = held_out_outcomes(trajectories, bank.data.objective).utility
+    assert abs(told[config == 4].mean() - told[config == 3].mean() + 1.0) < 0.3  # an octave, less chance

@@ -51,3 +51,25 @@ def test_queries_come_by_time_and_id_and_rows_by_their_queries_and_id(seed):
     assert columns["query_row"].tolist() == [0, 0, 0, 1, 1, 2, 3, 3, 4, 5, 5]
     assert columns["id"].tolist() == [23, 24, 25, 27, 28, 22, 20, 21, 26, 29, 30]
     assert columns["value"].tolist() == [i - 20 for i in columns["id"].tolist()]
+
+
+@pytest.mark.parametrize("session", [False, True])
+def test_without_times_the_last_queries_are_no_single_kind(session):
+    # a .npy of queries, kind after kind, was given one time by jobs.collect, and only its last kind was held out
+    n = 1000
+    given = {
+        "x_QD": np.arange(n, dtype=np.float32)[:, None], "query_id": np.arange(n, dtype=np.uint64),
+        "query_time": np.full(n, 1_700_000_000), "query_row": np.arange(n), "id": np.arange(n, dtype=np.uint64),
+    }  # fmt: skip
+    if session:
+        given["session"] = np.repeat(np.arange(1, 101, dtype=np.uint64), 10)
+    backwards = {name: values if name == "query_row" else values[::-1].copy() for name, values in given.items()}
+    for columns in (given, backwards):
+        put_in_order(columns, Room(), ("session",))
+        assert np.array_equal(columns["id"], columns["query_id"])
+        assert np.array_equal(columns["x_QD"][:, 0], columns["query_id"])
+    assert np.array_equal(given["query_id"], backwards["query_id"])
+    if session:
+        assert np.array_equal(given["query_id"], np.arange(n))  # a session's queries came in the order of their ids
+    else:
+        assert abs(given["query_id"][-200:].mean() - n / 2) < 80  # four standard errors

@@ -328,6 +328,8 @@ def test_the_best_single_config_keeps_what_the_objective_asks():
         (FLOOR, 1, 3, False, "gain over the default -0.8"),
         (FLOOR, 3, 0, False, "the bank's held-out quality 0.5"),
         (FLOOR, 0, 1, True, "no gain over the default is required, as its held-out quality 0.5"),
+        # regression: it said only "surely worse; serve the default" of a default whose quality was under the target
+        (replace(FLOOR, target=0.88), 1, 3, False, "surely worse; yet the default's held-out quality 0.8"),
         (BOUND, 0, 1, True, "gain over the default +0.3"),
         (BOUND, 1, 3, False, "the bank's held-out cost 10 is over judge.max_cost=4.5"),
         (BOUND, 1, 2, False, "the bank's held-out p95 latency 3000 us is over judge.max_latency_us=2500"),
@@ -340,8 +342,8 @@ def test_the_gate_asks_for_what_the_objective_asks(objective, default, bank, pro
     rows = held_out_outcomes(table_, objective)
     chosen = {"default": np.full(300, default), SINGLE: np.full(300, 1), "bank": np.full(300, bank)}
     evaluation = evaluate(rows, chosen, 200, 0)
-    breaks = broken(objective, evaluation, rows, lambda other: evaluate(other, chosen, 200, 0))
-    decision = decide(replace(evaluation, broken=breaks), GateConfig(), CALM, [])
+    breaks, doubts = broken(objective, evaluation, rows, lambda other: evaluate(other, chosen, 200, 0))
+    decision = decide(replace(evaluation, broken=breaks, doubtful=doubts), GateConfig(), CALM, [])
     assert decision.promote is promoted and says in decision.reason
 
 

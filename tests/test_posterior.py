@@ -501,9 +501,9 @@ def test_a_config_surely_beats_the_default_where_its_lead_counts_all_of_them(lea
     assert surely_better(field, UTILITY, 0) == surely
 
 
-@pytest.mark.parametrize(("cost", "expected"), [([3.0, 2.0], [-3.0, -2.0]), ([0.0, 0.0], [-900.0, -800.0])])
+@pytest.mark.parametrize(("cost", "expected"), [([3.0, 2.0], [-3.0, -2.0]), ([0.0, 0.0], [-9.0, -8.0])])
 def test_a_floor_spares_cost_where_any_was_logged_else_latency(cost, expected):
-    evidence = constant(f1=[0.8, 0.9], cost=cost)._replace(latency_us=np.array([[900.0, 800.0]]))
+    evidence = constant(f1=[0.8, 0.9], cost=cost, log2_latency=[9.0, 8.0])
     beliefs = believe(evidence, [], replace(UTILITY, kind="floor", target=0.9), 0, "auto")
     assert beliefs.score[0].tolist() == expected
 

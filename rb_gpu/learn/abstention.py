@@ -1,4 +1,5 @@
-"""The reason why the default stands everywhere, as one clause for the log, the manifest and the report.
+"""What a bank cannot do, as a clause for the log: why the default stands everywhere (also for the manifest and the
+report), and where a floor is out of reach.
 
 Suffixes: P patterns, C configs.
 """
@@ -76,3 +77,18 @@ def why_default_stands(
     if not np.isfinite(beliefs.gain_variance[:, others]).any():
         return "no pattern ran a config twice, so the scatter of outcomes is unknown"
     return f"in no pattern is a config better by judge.margin with a probability of {least:g}"
+
+
+def out_of_reach(beliefs: Beliefs, objective: Objective, judging: JudgeConfig) -> str | None:
+    """In how many patterns no config reaches a floor, and what to do; None if there are none, or without a floor.
+    judge.min_probability must have been resolved to a number.
+    """
+    least = float(judging.min_probability)
+    short = int((beliefs.probability[:-1] < least).all(axis=1).sum())
+    if judging.method != "eb" or objective.kind != "floor" or short == 0:
+        return None
+    return (
+        f"judge.target={objective.target:g}: in {short} of {len(beliefs.probability) - 1} patterns no config reaches "
+        f"it with a probability of {least:g}; there the one of highest quality is used, whatever it costs; log more "
+        "queries or better configs, or lower judge.target"
+    )

@@ -81,9 +81,15 @@ def _against_the_gain(evaluation: Evaluation, served: str, config: GateConfig, g
     better = served == CHAMPION and evaluation.bank_gains[CHAMPION].low > 0
     if worse and not better:
         beside = ", and not surely better than the champion" if served == CHAMPION else ""
+        remedy = "serve the default, and learn from newer rows"
+        if "default" in evaluation.doubtful:
+            remedy = (
+                f"yet the default's {evaluation.doubtful['default']}, though not surely: log more queries to decide "
+                "whether it keeps the floor, or promote by hand"
+            )
         yield (
             f"held-out gain over the default {default.gain:+.4f}, 95 % upper bound {default.high:+.4f}: surely worse"
-            f"{beside}; serve the default, and learn from newer rows"
+            f"{beside}; {remedy}"
         )
 
 

@@ -19,10 +19,17 @@ def put_in_order(columns: Columns, room: Room, told: Sequence[str]) -> None:
     """Sorts in place: queries by their newest timestamp and then query_id, so that those of any time span are
     consecutive; rows by their query and then id, so that sums over rows are the same to the bit. told: further columns
     of queries (Q,), used if present, besides x_QD, hash_Q, query_id and query_time.
+
+    If all queries have one time, none is the newest. They are then shuffled, because the last ones are held out and row
+    numbers of a file may go by kind of query. Those of sessions are not, as they came in the order of their ids.
     """
     of_queries = [name for name in ("hash_Q", "query_id", "query_time", *told) if name in columns]
-    if not _ascend(columns["query_time"], columns["query_id"]):
-        order = np.lexsort((columns["query_id"], columns["query_time"]))
+    tie_Q, queries = columns["query_id"], len(columns["query_id"])
+    if queries > 1 and "session" not in columns and (columns["query_time"] == columns["query_time"][0]).all():
+        # NumPy guarantees the raw output of its bit generators to be stable across versions
+        tie_Q = np.random.PCG64(0).random_raw(queries)[np.argsort(np.argsort(tie_Q))]
+    if not _ascend(columns["query_time"], tie_Q):
+        order = np.lexsort((tie_Q, columns["query_time"]))
         room.sort(columns["x_QD"], order)
         columns["query_row"] = np.argsort(order)[columns["query_row"]]
         for name in of_queries:
@@ -48,6 +55,6 @@ def first_rows(
 
 
 def _ascend(major: npt.NDArray[Any], minor: npt.NDArray[Any]) -> bool:
-    """Whether the pairs (major, minor), all distinct, are in ascending order."""
+    """Whether the pairs (major, minor) are distinct and in ascending order."""
     later = major[1:] > major[:-1]
     return bool((later | ((major[1:] == major[:-1]) & (minor[1:] > minor[:-1]))).all())

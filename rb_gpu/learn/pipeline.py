@@ -17,7 +17,7 @@ import torch
 from rb_gpu.bank import ReasoningBank
 from rb_gpu.bank_data import BankData
 from rb_gpu.errors import ConfigError
-from rb_gpu.learn.abstention import why_default_stands
+from rb_gpu.learn.abstention import out_of_reach, why_default_stands
 from rb_gpu.learn.assemble import assemble, confidence_of
 from rb_gpu.learn.baselines import LEARNERS, Training, unit
 from rb_gpu.learn.checkpoint import Checkpoint
@@ -157,6 +157,7 @@ def _learned(
             )
         abstains = bool(verdicts.stands.all())
         why = why_default_stands(leaves, beliefs, objective, default, judging) if abstains else None
+        unmet = out_of_reach(beliefs, objective, judging)
         tuned = tune_lookup(making, leaves, trajectories, objective, judging)
     with watch.stage("index"):
         data = assemble(trajectories, config, leaves, objective, beliefs, verdicts, 0.0)
@@ -184,6 +185,8 @@ def _learned(
     }
     if why is not None:
         log.warning("%s stands everywhere: %s", trajectories.configs.describe(default), why)
+    if unmet is not None:
+        log.warning(unmet)
     log.info(
         "%d patterns, %d verdicts, the default stands on %d (default: %s)",
         data.leaves, issued, data.leaves - issued, trajectories.configs.describe(default),

@@ -87,7 +87,7 @@ class Evaluation:
     propensities. tradeoffs: quality over cost, None without logged costs and for a bank that cannot answer for another
     trade-off. calibration: of the bank's confidence, None where too few patterns act. coverage: share of the queries at
     or above the bank's similarity floor, NaN without a bank. broken: by policy, how it violates the objective's floor
-    or bound.
+    or bound. doubtful: how it may violate a floor, by an estimate that is not significantly below it.
     """
 
     grade: str
@@ -101,6 +101,7 @@ class Evaluation:
     coverage: float = NAN
     misled: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
+    doubtful: dict[str, str] = field(default_factory=dict)
 
     def value(self, name: str) -> PolicyValue:
         """The row of one policy. Raises KeyError."""
@@ -123,7 +124,8 @@ def best_single(evidence: Evidence, objective: Objective) -> int:
     worth_C = root.mean[0] @ objective.direction
     if objective.kind == "floor" and kept.any():
         cost_C = root.mean[0, :, OUTCOMES.index("cost")]
-        worth_C = objective.utility(worth_C, root.latency_us[0], cost_C)
+        latency_us = np.exp2(root.mean[0, :, OUTCOMES.index("log2_latency")])
+        worth_C = objective.utility(worth_C, latency_us, cost_C)
     return int(np.where(kept if kept.any() else eligible, worth_C, -np.inf).argmax())
 
 
@@ -279,9 +281,11 @@ def value_bank(
         policies["oracle"] = hindsight
     leaf_Q, cosine_Q = nearest_leaves(bank, held_out.x_QD)
     evaluation = evaluate(rows, policies, config.bootstrap, seed, leaf_Q if alone else None)
-    breaks = broken(objective, evaluation, rows, lambda other: evaluate(other, policies, config.bootstrap, seed))
+    breaks, doubts = broken(
+        objective, evaluation, rows, lambda other: evaluate(other, policies, config.bootstrap, seed)
+    )
     coverage = float((cosine_Q >= bank.data.lookup.floor).mean())
-    evaluation = replace(evaluation, coverage=coverage, broken=breaks)
+    evaluation = replace(evaluation, coverage=coverage, broken=breaks, doubtful=doubts)
     if held_out.cost is None:
         evaluation = replace(evaluation, values=[replace(value, cost=NAN) for value in evaluation.values])
     if brief:

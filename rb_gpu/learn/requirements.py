@@ -36,25 +36,29 @@ def keeping(root: Evidence, objective: Objective) -> npt.NDArray[np.bool_]:
 
 def broken(
     objective: Objective, evaluation: Evaluation, rows: Outcomes, value: Callable[[Outcomes], Evaluation]
-) -> dict[str, str]:
-    """By name, how each policy violates the constraint; policies that satisfy it, or without a value, are omitted.
+) -> tuple[dict[str, str], dict[str, str]]:
+    """By name, how each policy violates the constraint, and how it may do so; policies that satisfy it, or without a
+    value, are omitted.
 
-    A floor is violated if the quality is significantly below it, a bound if the cost or latency is above it. value:
-    evaluates the same policies on other outcomes.
+    A floor is violated if the quality is significantly below it, and may be violated if the quality is below it, but
+    not significantly; a bound is violated if the cost or latency is above it. value: evaluates the same policies on
+    other outcomes.
     """
     known = {one.name: one for one in evaluation.values if one.unknown is None}
     if objective.kind == "floor":
         by_quality = value(replace(rows, utility=rows.quality))
-        surely = {name: by_quality.value(name) for name in known if by_quality.value(name).high < objective.target}
-        return {
+        short = {name: by_quality.value(name) for name in known if by_quality.value(name).utility < objective.target}
+        told = {
             name: f"held-out quality {one.utility:.4f}, 95 % upper bound {one.high:.4f}, is under "
             f"judge.target={objective.target:g}"
-            for name, one in surely.items()
+            for name, one in short.items()
         }
+        doubtful = {name: told.pop(name) for name, one in short.items() if one.high >= objective.target}
+        return told, doubtful
     if objective.kind == "bound":
-        told = {name: _over(objective, one) for name, one in known.items()}
-        return {name: what for name, what in told.items() if what}
-    return {}
+        over = {name: _over(objective, one) for name, one in known.items()}
+        return {name: what for name, what in over.items() if what}, {}
+    return {}, {}
 
 
 def _over(objective: Objective, one: PolicyValue) -> str:

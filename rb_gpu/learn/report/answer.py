@@ -51,7 +51,7 @@ def formula(objective: Objective, has_cost: bool) -> str:
         ]
         return f"Utility is {quality}; configs must satisfy {' and '.join(bounds)}."
     if objective.kind == "floor":
-        by_latency = f"latency / {short(objective.latency_ref_us)} µs"
+        by_latency = f"log2(latency / {short(objective.latency_ref_us)} µs)"
         spent = f"cost / {short(objective.cost_ref, 4)}" if has_cost else by_latency
         target = f"{quality} reaches {objective.target:g}"
         return f"Utility is − {spent}: the bank looks for the cheapest config whose {target}."
