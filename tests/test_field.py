@@ -443,6 +443,23 @@ def test_a_floor_needs_no_default():
     assert (found != 16).all()
 
 
+def test_a_floor_takes_what_is_cheapest_for_the_query_itself():
+    # one leaf, so that only the field tells the halves apart. Config 1 costs 1.6 in one and 2.4 in the other, less in
+    # both than what else reaches the target; at its mean of 2 it would lose the first, at twice its deviation the other
+    trajectories = table(3, n=900, effect=0.0)
+    config, right = trajectories.config_id, trajectories.x_QD[:, 0] > 0
+    cost = np.select([config == 0, config == 1], [1.8, np.where(right, 1.6, 2.4)], 2.6)
+    quality = np.where((config == 0) & ~right, 0.0, 0.8) + np.random.default_rng(3).normal(scale=0.01, size=900)
+    given = TrainConfig(device=DeviceConfig("cpu"), cluster=ClusterConfig(k=1, checkpoint_every=0))
+    given.judge = JudgeConfig(objective="floor", target=0.77)
+    told = {"precision": quality.astype(np.float32), "recall": quality.astype(np.float32)}
+    bank = learn(replace(trajectories, cost=cost.astype(np.float32), **told), given).bank()
+    x = table(4, n=200).x_QD
+    assert bank.data.field is not None
+    assert (bank.optimized_params_batch(x)["ef_search"] == 32).mean() > 0.97
+    assert np.mean([bank.optimized_params(one).params.ef_search == 32 for one in x[:50]]) > 0.95
+
+
 def test_one_and_many_answers_agree(bank):
     assert bank.data.field is not None
     x = np.concatenate([table(7, n=200).x_QD, np.random.default_rng(0).normal(size=(50, 12)).astype(np.float32)])
