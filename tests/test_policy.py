@@ -260,6 +260,11 @@ def test_a_cost_that_was_not_logged_is_not_known(learned):
     values = value_bank(bank, table, single, EvalConfig(bootstrap=100), 0, brief=True).values
     assert all(np.isnan(value.cost) for value in values), "0 would be an amount"
     assert np.isfinite([value.quality for value in values]).all()
+    logged = value_bank(bank, learned.trajectories, single, EvalConfig(bootstrap=100), 0, champion=bank, brief=True)
+    assert np.isfinite([value.cost for value in logged.values]).all()
+    served = logged.value("champion")
+    assert (served.utility, served.acted) == (logged.value("bank").utility, logged.value("bank").acted)
+    assert logged.bank_gains["champion"].gain == 0.0
 
 
 def test_a_table_without_the_cost_that_a_utility_counts_is_refused(learned):
