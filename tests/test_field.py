@@ -346,6 +346,18 @@ def test_configs_that_differ_by_place_are_told_from_those_that_do_not():
     assert (same.base_C[1] - same.base_C[0]).item() == pytest.approx(0.2, abs=0.06)
 
 
+@pytest.mark.parametrize("apart", [0.0, 1.0])
+def test_a_full_table_is_predicted_with_and_without_deviations(apart):
+    rng, n = np.random.default_rng(4), 300
+    x = 1.0 + rng.normal(size=(n, 3))
+    true_QC = np.array([0.2, 0.4]) + x[:, [1]] + apart * x[:, [0]] * np.array([-1.0, 1.0])
+    rows = rows_of(np.repeat(np.arange(n), 2), np.tile([0, 1], n), n, 2)
+    found = fit([Kernel(tensor(x), rows)], tensor((true_QC + 0.1 * rng.normal(size=(n, 2))).ravel()))
+    assert found.deviates == (apart > 0)
+    for predicted_QC in (found.base_C + tensor(x) @ found.coefs[0], found.unseen_QC):
+        np.testing.assert_allclose(predicted_QC, true_QC, atol=0.1)
+
+
 def test_a_constant_outcome_is_its_level():
     rows = rows_of(np.repeat(np.arange(20), 2), np.tile([0, 1], 20), 20, 2)
     constant = fit([Kernel(torch.randn(20, 3, dtype=torch.float64), rows)], tensor(np.tile([1.5, 4.0], 20)))
