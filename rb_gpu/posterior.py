@@ -153,8 +153,8 @@ def believe(
     # the margin
     lead[-1] = gain[-1] - unknown_C
     known = np.isfinite(gain_variance) & (gain_variance > 0)
-    z_PC = np.divide(lead, np.sqrt(gain_variance), out=np.full(gain.shape, -np.inf), where=known)
-    probability = np.where(known, normal_cdf(np.where(known, z_PC, 0.0)), 0.0)
+    z_PC = np.divide(lead, np.sqrt(gain_variance), out=np.zeros(gain.shape), where=known)
+    probability = np.where(known, normal_cdf(z_PC), 0.0)
 
     direction = objective.quality_direction
     level, level_var, size = judged.moments(direction)

@@ -346,6 +346,18 @@ def test_configs_that_differ_by_place_are_told_from_those_that_do_not():
     assert (same.base_C[1] - same.base_C[0]).item() == pytest.approx(0.2, abs=0.06)
 
 
+@pytest.mark.parametrize("apart", [0.0, 1.0])
+def test_a_full_table_is_predicted_with_and_without_deviations(apart):
+    rng, n = np.random.default_rng(4), 300
+    x = 1.0 + rng.normal(size=(n, 3))
+    true_QC = np.array([0.2, 0.4]) + x[:, [1]] + apart * x[:, [0]] * np.array([-1.0, 1.0])
+    rows = rows_of(np.repeat(np.arange(n), 2), np.tile([0, 1], n), n, 2)
+    found = fit([Kernel(tensor(x), rows)], tensor((true_QC + 0.1 * rng.normal(size=(n, 2))).ravel()))
+    assert found.deviates == (apart > 0)
+    for predicted_QC in (found.base_C + tensor(x) @ found.coefs[0], found.unseen_QC):
+        np.testing.assert_allclose(predicted_QC, true_QC, atol=0.1)
+
+
 def test_a_constant_outcome_is_its_level():
     rows = rows_of(np.repeat(np.arange(20), 2), np.tile([0, 1], 20), 20, 2)
     constant = fit([Kernel(torch.randn(20, 3, dtype=torch.float64), rows)], tensor(np.tile([1.5, 4.0], 20)))
@@ -441,6 +453,23 @@ def test_a_floor_needs_no_default():
     bank = trained(trajectories.select_queries(trajectories.config_id != 0), objective="floor", target=0.45).bank()
     found = bank.optimized_params_batch(trajectories.x_QD)["ef_search"]
     assert (found != 16).all()
+
+
+def test_a_floor_takes_what_is_cheapest_for_the_query_itself():
+    # one leaf, so that only the field tells the halves apart. Config 1 costs 1.6 in one and 2.4 in the other, less in
+    # both than what else reaches the target; at its mean of 2 it would lose the first, at twice its deviation the other
+    trajectories = table(3, n=900, effect=0.0)
+    config, right = trajectories.config_id, trajectories.x_QD[:, 0] > 0
+    cost = np.select([config == 0, config == 1], [1.8, np.where(right, 1.6, 2.4)], 2.6)
+    quality = np.where((config == 0) & ~right, 0.0, 0.8) + np.random.default_rng(3).normal(scale=0.01, size=900)
+    given = TrainConfig(device=DeviceConfig("cpu"), cluster=ClusterConfig(k=1, checkpoint_every=0))
+    given.judge = JudgeConfig(objective="floor", target=0.77)
+    told = {"precision": quality.astype(np.float32), "recall": quality.astype(np.float32)}
+    bank = learn(replace(trajectories, cost=cost.astype(np.float32), **told), given).bank()
+    x = table(4, n=200).x_QD
+    assert bank.data.field is not None
+    assert (bank.optimized_params_batch(x)["ef_search"] == 32).mean() > 0.97
+    assert np.mean([bank.optimized_params(one).params.ef_search == 32 for one in x[:50]]) > 0.95
 
 
 def test_one_and_many_answers_agree(bank):

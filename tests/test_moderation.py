@@ -9,7 +9,7 @@ from test_posterior import UTILITY, levels, world
 
 from rb_gpu.evidence import Evidence
 from rb_gpu.homogeneity import varies
-from rb_gpu.moderation import degrees_of_freedom, moderated
+from rb_gpu.moderation import PRIOR_CONFIG_ROWS, alike, degrees_of_freedom, moderated
 from rb_gpu.normal import as_normal
 from rb_gpu.posterior import believe, effects, widest
 
@@ -117,6 +117,14 @@ def test_what_seldom_fails_is_no_better_for_being_seldom_tried(rows, share, pair
         z.append(z_of_all(cells(clicks(rng, share, n_PC), paired)))
     assert abs(np.mean(z)) < 0.35
     assert 0.7 < np.std(z) < 1.3
+
+
+def test_a_config_that_never_varied_or_was_never_tried_twice_has_no_error_of_its_own():
+    variance, size = np.array([[0.1, 0.0, np.nan], [0.3, 0.0, np.nan]]), np.array([[5.0, 9.0, 1.0], [5.0, 9.0, 1.0]])
+    error, prior = alike(variance, size), PRIOR_CONFIG_ROWS
+    assert np.isinf(error[:, 1:]).all()
+    # squares of 1.6 with 8 degrees of freedom, shrunk towards the variance of both configs that ran twice
+    assert error[:, 0] == pytest.approx((prior * 1.6 / 24 + 1.6) / (prior + 8) / 5)
 
 
 def test_leaves_that_scatter_more_are_trusted_less():

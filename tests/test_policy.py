@@ -161,10 +161,20 @@ def test_a_default_that_breaks_the_objective_is_nothing_to_be_worse_than():
     assert decide(evaluation, GateConfig(), CALM, []).promote
 
 
-def test_utility_counts_latency_and_cost():
-    objective = Objective("utility", "f1", 0.1, 0.2, 1000.0, 4.0, 0.95, None, None)
-    value = objective.utility(np.array([0.8]), np.array([4000.0]), np.array([2.0]))
-    assert value[0] == pytest.approx(0.8 - 0.1 * 2 - 0.2 * 0.5)
+@pytest.mark.parametrize(
+    ("kind", "value", "without_cost", "direction"),
+    [
+        ("utility", [0.8 - 0.1 * 2 - 0.2 * 0.5, 0.8 - 0.1 * 2], 0.8 - 0.1 * 2, [1.0, 0.0, -0.1, -0.05]),
+        ("bound", [0.8, 0.8], 0.8, [1.0, 0.0, 0.0, 0.0]),
+        ("floor", [-0.5, 0.0], -4.0, [1.0, 0.0, 0.0, 0.0]),  # a free config does not hide what the others cost
+    ],
+)
+def test_what_an_objective_counts(kind, value, without_cost, direction):
+    objective = Objective(kind, "f1", 0.1, 0.2, 1000.0, 4.0, 0.95, None, None)
+    quality, latency_us = np.array([0.8, 0.8]), np.array([4000.0, 4000.0])
+    assert objective.utility(quality, latency_us, np.array([2.0, 0.0])) == pytest.approx(value)
+    assert objective.utility(quality, latency_us, np.zeros(2)) == pytest.approx([without_cost] * 2)
+    assert objective.direction == pytest.approx(direction)  # of f1, product, log2_latency and cost
 
 
 @pytest.mark.parametrize(
@@ -269,6 +279,11 @@ def test_a_cost_that_was_not_logged_is_not_known(learned):
     values = value_bank(bank, table, single, EvalConfig(bootstrap=100), 0, brief=True).values
     assert all(np.isnan(value.cost) for value in values), "0 would be an amount"
     assert np.isfinite([value.quality for value in values]).all()
+    logged = value_bank(bank, learned.trajectories, single, EvalConfig(bootstrap=100), 0, champion=bank, brief=True)
+    assert np.isfinite([value.cost for value in logged.values]).all()
+    served = logged.value("champion")
+    assert (served.utility, served.acted) == (logged.value("bank").utility, logged.value("bank").acted)
+    assert logged.bank_gains["champion"].gain == 0.0
 
 
 def test_a_table_without_the_cost_that_a_utility_counts_is_refused(learned):

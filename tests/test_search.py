@@ -313,7 +313,9 @@ def test_a_wanted_index_that_is_not_there_is_an_error(data: BankData, tmp_path: 
     assert ReasoningBank.load(tmp_path / "v", search="exact").search_name == "exact"
 
 
-def test_without_faiss_auto_is_exact_and_index_says_what_to_install(data: BankData, monkeypatch: Any) -> None:
+def test_without_faiss_auto_is_exact_and_both_say_what_to_install(
+    data: BankData, monkeypatch: Any, caplog: Any
+) -> None:
     import_ = builtins.__import__
 
     def refuse(name: str, *args: Any) -> Any:
@@ -324,6 +326,7 @@ def test_without_faiss_auto_is_exact_and_index_says_what_to_install(data: BankDa
     monkeypatch.setattr(builtins, "__import__", refuse)
     monkeypatch.setattr(module, "EXACT_CELLS", 0)
     assert ReasoningBank(data, b"an index").search_name == "exact"
+    assert "pip install 'rb_gpu[index]'" in caplog.text
     with pytest.raises(ArtifactError, match=r"pip install 'rb_gpu\[index\]'"):
         ReasoningBank(data, b"an index", search="index")
 

@@ -256,6 +256,7 @@ def test_a_process_that_changes_its_folder_goes_on_following(registry: Registry,
 def test_a_watcher_serves_what_is_promoted(registry: Registry) -> None:
     bank = ReasoningBank.load(registry.path / "champion")
     bank.watch(0.02)
+    bank.watch(0.01)  # takes the place of the first, which `close` would not stop
     registry.promote(B, "")
     assert wait_for(lambda: bank.version == B)
     bank.close()

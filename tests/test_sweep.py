@@ -232,7 +232,7 @@ def test_a_narrow_terminal_does_not_fold_what_is_kept_of_a_sweep(tmp_path, monke
 
     members = [member(str(i), 0.1 * i) for i in range(2)]
     monkeypatch.setattr(columns.sys, "stdout", type("Narrow", (io.StringIO,), {"isatty": lambda self: True})())
-    monkeypatch.setattr(columns.shutil, "get_terminal_size", lambda: os.terminal_size((60, 24)))
+    monkeypatch.setattr(columns.shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((60, 24)))
     printed = show(tmp_path, members)
     assert max(map(len, printed.split("best:")[0].splitlines())) <= 60
     kept = (tmp_path / "sweep.txt").read_text().splitlines()

@@ -76,4 +76,6 @@ def test_a_banks_curve_of_the_sample():
     assert by_weight[10.0] < by_weight[0.2] < by_weight[0.0]
     assert found.bank_area.apgr > found.configs_area.apgr > 0.5
     assert found.bank_area.aiq > found.configs_area.aiq
+    cheapest, *_, dearest = sorted(found.configs, key=lambda one: one.cost)
+    assert found.configs_area == area(found.configs, cheapest, dearest)
     assert measure_tradeoffs(bank, replace(held_out, cost=None), valuation) is None

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 from simulate_logs import CONFIGS, QUALITY, choices, world
 
 from jobs.tables import evaluation_tables
@@ -18,6 +19,7 @@ from rb_gpu.learn.gate import decide
 from rb_gpu.learn.harm import measure_harm, telling_rows
 from rb_gpu.learn.policy import evaluate, oracle
 from rb_gpu.learn.valuation import Outcomes, Valuation, held_out_outcomes
+from rb_gpu.learn.verdicts import holm
 from rb_gpu.learn.version_config import GateConfig
 
 PER_ROW = ("query_row", "config_id", "propensity", "utility", "quality", "latency_us", "cost")
@@ -241,6 +243,21 @@ def test_harm_tells_sure_losses_from_noise():
     assert math.isnan(measure_harm(Valuation(unlogged, [bank, default]), bank, default, leaf).negative)
 
 
+def test_sure_harm_is_holms_of_one_sided_t_tests():
+    # losses rise from pattern to pattern, and patterns differ in size, so that some tests are near the level
+    rows, rng = full(2000, seed=4), np.random.default_rng(4)
+    leaf = np.repeat(np.arange(40), 11 + np.arange(40) * 2)[:2000]
+    by_config = rows.utility.reshape(-1, CONFIGS).copy()
+    by_config[:, 1] = by_config[:, 0] + 0.1 * rng.normal(size=2000) - 0.0015 * leaf
+    rows = replace(rows, utility=by_config.ravel())
+    bank, default = np.ones(2000, int), np.zeros(2000, int)
+    gain = by_config[:, 1] - by_config[:, 0]
+    p = np.array([stats.ttest_1samp(gain[leaf == one], 0.0, alternative="less").pvalue for one in np.unique(leaf)])
+    sure, tenth = ((holm(p) < level).mean() for level in (0.05, 0.1))
+    assert 0.1 < sure < tenth
+    assert measure_harm(Valuation(rows, [bank, default]), bank, default, leaf).sure == pytest.approx(sure)
+
+
 def test_sure_harm_is_rare_where_nothing_differs():
     sure = 0
     for seed in range(20):
@@ -278,6 +295,10 @@ def test_rows_of_the_default_alone_tell_nothing_about_what_is_picked():
     bank, default, leaf = np.full(12, 1), np.zeros(12, int), np.repeat([0, 1, 2], 4)
     bank[10:] = 0  # rows that match both picks
     assert telling_rows(Valuation(rows, [bank, default]), bank, default, leaf).tolist() == [0, 2, 0]
+    one = np.where(np.arange(12) == 4, 0, config)  # of the pick that the second pattern tried twice, one row is left
+    for ran, judged in ((config, 1), (one, 0)):
+        tried = replace(rows, config_id=ran)
+        assert measure_harm(Valuation(tried, [bank, default]), bank, default, leaf).patterns == judged
     table = full(12)
     assert telling_rows(Valuation(table, [bank, default]), bank, default, leaf).tolist() == [8, 8, 4]
 

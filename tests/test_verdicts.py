@@ -163,13 +163,17 @@ def test_each_pattern_gets_its_best_config(method):
     best = np.arange(12) % 4
     quality = np.clip(rows.precision + 0.1 * (rows.config_id == best[label_Q[rows.query_row]]), 0, 1)
     rows = Trajectories(**{**rows.__dict__, "precision": quality, "recall": quality})
-    verdicts, *_ = judged(rows, label_Q, 12, method=method)
+    verdicts, evidence, objective = judged(rows, label_Q, 12, method=method)
     assert np.array_equal(verdicts.config_id, best)
     assert np.array_equal(verdicts.stands, best == 0)
     acted = ~verdicts.stands
     assert (verdicts.p_adjusted[acted] >= verdicts.p_value[acted]).all()
     assert (verdicts.p_sequential[acted] < 0.001).all() and np.isnan(verdicts.p_sequential[~acted]).all()
     assert ((verdicts.effect_low[acted] < 0.1) & (verdicts.effect_high[acted] > 0.1)).mean() > 0.8
+    beliefs, each = believe(evidence, [], objective, 0, JudgeConfig().margin), np.arange(12)
+    np.testing.assert_array_equal(verdicts.probability, beliefs.probability[each, best])
+    base = beliefs.quality[:-1, 0]
+    np.testing.assert_allclose(verdicts.improvement, (beliefs.quality[each, best] - base) / base)
     assert verdicts.support[0] == ((label_Q[rows.query_row] == 0) & (rows.config_id == 0)).sum()
 
 
@@ -376,7 +380,7 @@ def test_the_reference_needs_three_rows_of_the_best_and_takes_an_unknown_default
         for i, (c, p, r) in enumerate(zip(rows.config_id, rows.precision, rows.recall, strict=True))
     ]
     expected = oracles.judge_reference(trajectories, 3, 0.05, 16)
-    assert (expected is None) == (best_rows == 2) == bool(verdicts.stands[0])
+    assert (expected is None) == (best_rows == 2) == bool(verdicts.stands[0]) == (verdicts.config_id[0] == 0)
     if expected is not None:
         assert verdicts.improvement[0] == pytest.approx(expected["avg_improvement"], rel=1e-4)
 

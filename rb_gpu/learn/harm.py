@@ -63,7 +63,7 @@ def measure_harm(valuation: Valuation, choice_Q: Choice, default_Q: Choice, leaf
     mean, error, freedom = mean_P[judged_P], error_P[judged_P], freedom_P[judged_P]
     if len(mean) == 0:
         return UNKNOWN_HARM
-    p_value = stats.t.cdf(ratio(mean, error), np.maximum(freedom, 1))
+    p_value = stats.t.cdf(ratio(mean, error), freedom)
     return Harm(len(mean), float((mean < 0).mean()), float((holm(p_value) < LEVEL).mean()))
 
 

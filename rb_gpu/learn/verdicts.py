@@ -100,7 +100,7 @@ def compare(evidence: Evidence, direction_O: Floats, default: int, min_samples: 
     tested[:, default] = False
     error = np.sqrt(np.where(tested, squared, np.nan))
     freedom = np.where(tested, freedom, np.nan)
-    p_value = student_tail(np.where(tested, effect, np.nan) / error, freedom)
+    p_value = student_tail(effect / error, freedom)
     null_squared = np.where(tested, null_squared, np.nan)
     return Comparison(
         effect=np.where(tested, effect, np.nan),
