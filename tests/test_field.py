@@ -364,6 +364,8 @@ def test_a_constant_outcome_is_its_level():
     assert not constant.deviates
     assert constant.base_C.tolist() == [1.5, 4.0]
     assert not constant.coefs[0].any()
+    # as if one of all 40 rows deviated by the 2.5 between the levels
+    np.testing.assert_allclose(constant.level_CC, np.diag([2.5**2 / 40 / 20] * 2))
 
 
 def table(seed, n=1500, configs=3, effect=0.3, full=False, propensity=True):

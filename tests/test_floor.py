@@ -9,6 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from rb_gpu.bank_data import NO_CHANCE  # noqa: E402
 from rb_gpu.learn import learn  # noqa: E402
 from rb_gpu.learn.abstention import out_of_reach  # noqa: E402
 from rb_gpu.learn.config import ClusterConfig, IndexConfig, JudgeConfig, ParamsConfig, TrainConfig  # noqa: E402
@@ -90,6 +91,11 @@ def test_the_probability_is_that_of_the_test():
     spent = spend(beliefs, unseen, 0.95, 0.8, 0)
     assert ((spent.probability > 0.5) == (spent.test > 0)).all()
     assert (spent.test - beliefs.test).max() > 0.005 and (spent.test[-1] == beliefs.test[-1]).all()
+    exact, unseen = world(3, sd=0.0)
+    exact.test[:, 3] = NO_CHANCE  # never ran
+    spent = spend(exact, unseen, 0.95, 0.8, 0)
+    assert np.array_equal(spent.probability, spent.test >= 0.0)
+    assert not spent.probability[:, 3].any() and spent.probability[:, :3].any()
 
 
 def test_the_bar_does_not_settle_just_above_a_config_that_breaks_the_floor():

@@ -158,6 +158,7 @@ def test_points_far_from_the_origin_keep_their_distances():
 
 def test_every_node_has_a_parent_one_level_above_and_levels_nest():
     x = np.random.default_rng(1).normal(size=(50, 6)).astype(np.float32)
+    assert level_counts(256, "auto") == [64, 16, 4]
     counts = level_counts(50, "auto")
     assert counts == sorted(counts, reverse=True)
     parents = build_hierarchy(x, np.ones(50), counts, CPU)

@@ -210,6 +210,8 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "cells lack one": lambda d: d["cells"].pop("score"),
     "cells are ragged": lambda d: d["cells"]["score"][0].pop(),
     "a cell is infinite": lambda d: d["cells"]["score"][0].__setitem__(0, "inf"),
+    "a cell is true": lambda d: d["cells"]["score"][0].__setitem__(0, True),
+    "a cell is a number in a text": lambda d: d["cells"]["score"][0].__setitem__(0, "0.5"),
     "tiers are text": lambda d: d.update(tiers="ab"),
     "tiers are numbers": lambda d: d.update(tiers=[1, 2]),
     "default is infinite": lambda d: d.update(default_config=float("inf")),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_verdicts import table as full_table
 
 from rb_gpu.bank_data import check_bank
 from rb_gpu.evidence import Evidence
@@ -119,6 +120,19 @@ def test_configs_are_matched_by_what_they_are_and_unlike_logs_are_not_mixed(lear
     now = gather_evidence(logged, torch.zeros(len(new.query_id), dtype=torch.int64), 1, row_weights(logged, None), CPU)
     past = gather_past(first, before_Q, logged, now, None)
     assert past.evidence is None and "propensities" in past.said
+
+
+def test_differences_are_added_to_those_from_the_same_default_alone():
+    old = full_table(seed=1, n=900, configs=3, full=True)
+    later = int(old.timestamp.max()) + 1
+    new = replace(old, timestamp=old.timestamp + later, query_time=old.query_time + later)
+    config = replace(WELCH, cluster=ClusterConfig(k=2))
+    first = learn(old, config).data
+    for default, rows, said in ((0, 2 * len(new), "added, decayed to 1"), (1, len(new), "from another default")):
+        child = learn(replace(new, configs=replace(new.configs, default=default)), config, parent=first).data
+        assert first.evidence.paired and child.evidence.paired
+        assert child.evidence.rows.sum() == child.evidence.pair_rows.sum() == rows
+        assert said in child.facts["lineage"]["evidence"]
 
 
 def test_leaves_of_the_parent_that_nobody_asks_any_more_have_no_heir(learned):

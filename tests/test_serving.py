@@ -301,6 +301,23 @@ def test_a_watcher_outlives_a_failed_look_but_not_its_bank(registry: Registry, m
     assert not watcher.is_alive()
 
 
+def test_close_waits_for_a_look_in_progress(registry: Registry, monkeypatch: Any) -> None:
+    bank = ReasoningBank.load(registry.path / "champion")
+    begun, ended = threading.Event(), threading.Event()
+
+    def slow() -> bool:
+        begun.set()
+        time.sleep(0.1)
+        ended.set()
+        return False
+
+    monkeypatch.setattr(bank._source, "changed", slow)
+    bank.watch(0.01)
+    assert begun.wait(10)
+    bank.close()
+    assert ended.is_set()
+
+
 def test_a_file_system_that_hangs_does_not_keep_a_bank_open(
     registry: Registry, tmp_path: Path, monkeypatch: Any
 ) -> None:
