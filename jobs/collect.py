@@ -1,4 +1,4 @@
-"""Makes real trajectories by searching a corpus under a grid of configs.
+"""Makes real trajectories by searching a corpus, by cosine similarity, under a grid of configs.
 
 python -m jobs.collect base=base.npy queries=queries.npy out=collected
 python -m jobs.collect base=base.npy queries=queries.parquet hnsw_ef_search=[16,32,64] ivf_n_probes=[]

@@ -130,13 +130,17 @@ class TrajectoryLog:
         if is_masked(trajectory.query_embedding):
             raise DataError(f"query_embedding of {trajectory.id} is partly masked; log the vector that was searched")
         params = trajectory.search_params
-        ids = _signed(trajectory.id), None if trajectory.query_id is None else _signed(trajectory.query_id)
+        group = trajectory.query_id
+        ids = _signed("id", trajectory.id), None if group is None else _signed("query_id", group)
         counts = int(params.ef_search), int(params.n_probes), int(params.context_tokens)
         choice = _text(params.model_tier), float(params.temperature)
         quality = float(trajectory.precision), float(trajectory.recall)
-        price = _signed(trajectory.latency_us), None if trajectory.cost is None else float(trajectory.cost)
+        price = (
+            _signed("latency_us", trajectory.latency_us),
+            None if trajectory.cost is None else float(trajectory.cost),
+        )
         odds = None if trajectory.propensity is None else float(trajectory.propensity)
-        origin = _signed(trajectory.timestamp, -(2**63)), odds, _text(trajectory.policy)
+        origin = _signed("timestamp", trajectory.timestamp, -(2**63)), odds, _text(trajectory.policy)
         if not (0 <= quality[0] <= 1 and 0 <= quality[1] <= 1 and (odds is None or 0 < odds <= 1)):  # true for NaN too
             self._warn(_UNUSABLE)
         retrieved = json.dumps(trajectory.retrieved_ids)
@@ -296,11 +300,14 @@ class TrajectoryLog:
             self._connection = None
 
 
-def _signed(value: int, low: int = 0) -> int:
+def _signed(name: str, value: int, low: int = 0) -> int:
     """A 64-bit integer (unsigned if `low` is 0) as the int64 with the same bits, because SQLite has only int64."""
-    number = operator.index(value)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}={value!r} is not an integer; give a whole number") from None
     if not low <= number < low + 2**64:
-        raise DataError(f"{number} is outside [{low}, {low + 2**64 - 1}]; log ids, times and latencies in 64 bits")
+        raise DataError(f"{name}={number} is outside [{low}, {low + 2**64 - 1}]; give an integer of 64 bits")
     return number - 2**64 if number >= 2**63 else number
 
 
@@ -311,7 +318,7 @@ def _text(value: str | None) -> str | None:
 
 
 def _vote(trajectory_id: int, feedback: UserFeedback) -> _Record:
-    return {"vote": (None, _signed(trajectory_id), int(feedback.rating), _text(feedback.comment))}
+    return {"vote": (None, _signed("trajectory_id", trajectory_id), int(feedback.rating), _text(feedback.comment))}
 
 
 def _before_fork() -> None:

@@ -225,6 +225,21 @@ def test_a_row_that_cannot_be_kept_fails_in_the_caller(
     assert ids(path) == [2]
 
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        # regression: a latency from perf_counter and a time from time.time() said only that a float is no integer
+        ({"latency_us": 480.5}, "latency_us=480.5 is not an integer; give a whole number"),
+        ({"timestamp": 1e9}, "timestamp=1000000000.0 is not an integer"),
+        ({"id": "q7"}, "id='q7' is not an integer"),
+        ({"query_id": -1}, r"query_id=-1 is outside \[0, 18446744073709551615\]; give an integer of 64 bits"),
+    ],
+)
+def test_a_wrong_number_is_told_with_its_field(tmp_path: Path, fields: dict[str, Any], says: str) -> None:
+    with TrajectoryLog(tmp_path / "log.db") as log, pytest.raises((TypeError, DataError), match=f"^{says}"):
+        log.record(trajectory(1)._replace(**fields))
+
+
 @pytest.mark.parametrize("bad_id", [-1, 2**64])
 def test_id_outside_uint64(tmp_path: Path, bad_id: int) -> None:
     with TrajectoryLog(tmp_path / "log.db") as log:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from rb_gpu.errors import ConfigError
 from rb_gpu.learn.checks import is_auto
-from rb_gpu.learn.corpus import Matrix, Queries, open_vectors, read_queries, unit_chunks, unit_rows
+from rb_gpu.learn.corpus import Matrix, Queries, open_vectors, read_queries, unit_chunks, unit_rows, warn_of_norms
 from rb_gpu.learn.folders import new_folder
 from rb_gpu.learn.job_config import CollectConfig
 
@@ -135,6 +135,7 @@ def collect(config: CollectConfig) -> CollectSummary:
     if config.top_k > m:
         raise ConfigError(f"top_k={config.top_k} exceeds the {m} rows of {name}; lower it")
     config, nlist = _with_cells(config, m)
+    warn_of_norms(vectors_MD, name)
     queries = read_queries(config.queries, dim, config.max_queries, rng)
     with new_folder(config.out) as folder:
         log.info("exact search of %d queries in %d vectors of %d dims", len(queries), m, dim)
