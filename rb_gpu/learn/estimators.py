@@ -199,11 +199,13 @@ def odd_propensities(chosen_N: Ints, pscore_N: Floats, configs: int) -> dict[int
     chance.
 
     Its expectation is 1 if every round could have chosen the config. Its variance is estimated by Σ (1/p)(1/p − 1) over
-    the config's own rounds. Configs without a round are left out.
+    the config's own rounds, divided by the share where that is below 1: rounds that did not come up are missing in both
+    sums. Configs without a round are left out.
     """
     rounds, weight_N = len(chosen_N), 1.0 / pscore_N
     share_C = np.bincount(chosen_N, weight_N, configs) / rounds
-    error_C = np.sqrt(np.bincount(chosen_N, weight_N * (weight_N - 1.0), configs)) / rounds
+    squares_C = np.bincount(chosen_N, weight_N * (weight_N - 1.0), configs) / np.clip(share_C, 1e-300, 1.0)
+    error_C = np.sqrt(squares_C) / rounds
     away_C = np.abs(share_C - 1.0)
     odd_C = (share_C > 0) & (away_C > ODD_SHARE) & (away_C > ODD_SIGMAS * error_C)
     return {int(c): float(share_C[c]) for c in np.flatnonzero(odd_C)}
