@@ -183,6 +183,30 @@ def test_an_echo_is_what_rows_heard_of_one_another_summed_pair_by_pair(dims):
                 assert float(found[slope][a, i]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize(("configs", "most"), [(2, 0.5), (2, 0.8), (3, 1 / 3)])
+def test_what_other_configs_would_have_done_is_predicted_without_the_query_too(configs, most):
+    # regression: other configs' deviations were learned from residuals of a shared fit that held the row's own noise, and
+    # what did well by luck seemed the better choice there. Of logs of two equal configs 17 % passed the gate
+    told = []
+    for seed in range(30):
+        rng, queries = np.random.default_rng(seed), 400
+        propensity = np.full(configs, (1.0 - most) / (configs - 1))
+        propensity[0] = most
+        x, config = rng.normal(size=(queries, 30)), rng.choice(configs, size=queries, p=propensity)
+        noise = rng.normal(size=queries)
+        y = torch.as_tensor(noise + (config == 1) * (x @ (0.25 * rng.normal(size=30))))
+        weight = torch.as_tensor(1.0 / propensity[config])
+        every = torch.arange(queries)
+        rows = Rows(every, torch.as_tensor(config), weight.sqrt(), weight / weight.mean(), queries, configs)
+        found = fit([Kernel(torch.as_tensor(x), rows)], y)
+        assert found.deviates
+        ran_Q = found.unseen_QC[every, rows.config_N]
+        others_Q = (found.unseen_QC.sum(1) - ran_Q) / (configs - 1)
+        told.append(float(((ran_Q - others_Q) * torch.as_tensor(noise)).mean()))
+    # 0.05, 0.04 and 0.03 before
+    assert abs(np.mean(told)) <= max(0.01, 2 * np.std(told) / len(told) ** 0.5)
+
+
 def test_deviations_of_a_log_are_found_beside_a_strong_signal_that_all_configs_share():
     # regression: each row's own outcome echoed in its neighbours' residuals; in 5 of 8 worlds no deviations were found,
     # and in the others they were twice as large as predicted

@@ -255,10 +255,16 @@ def _fit_full(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
     return plain, deviating
 
 
-def _backfitted(kernels: Sequence[Kernel], y_N: Tensor, sweeps: int) -> tuple[Tensor, Average, list[Average], Tensor]:
+def _backfitted(
+    kernels: Sequence[Kernel], y_N: Tensor, sweeps: int
+) -> tuple[Tensor, Average, list[Average], Tensor, Tensor]:
     """Alternates between the regression that configs share and their deviations from it (backfitting, Breiman &
     Friedman 1985). Returns the weights (S, L) of the deviations' models, the shared regression, each config's
-    deviation, and the leave-one-query-out deviation of every row (N,).
+    deviation, the leave-one-query-out deviation of every row (N,), and by how much the deviations of other configs at
+    each query are too low (Q, C).
+
+    The latter also learned from residuals that hold an echo of the query's rows (`echoes`). How loud it is at queries
+    that ran other configs is taken from the config's own rows, as if they were a random sample of all queries.
     """
     rows, shared, own = kernels[0].rows, [kernel.shared for kernel in kernels], _own(kernels)
     level_N, deviation_N = rows.levels(y_N)[rows.config_N], torch.zeros_like(y_N)
@@ -276,7 +282,13 @@ def _backfitted(kernels: Sequence[Kernel], y_N: Tensor, sweeps: int) -> tuple[Te
         share_SL, deviations = average(tasks, rows.effective)
         for index, deviation in zip(rows.members.values(), deviations, strict=True):
             deviation_N[index] = deviation.unseen_NC[:, 0]
-    return share_SL, common, deviations, deviation_N
+    total_Q = y_N.new_zeros(rows.queries).index_add_(0, rows.query_N, rows.weight_N * left_N)
+    heard_QC = y_N.new_zeros(rows.queries, rows.configs)
+    for c, index in rows.members.items():
+        loud_N = torch.stack([part_NL @ share_L for part_NL, share_L in zip(echo[c], share_SL, strict=True)]).sum(0)
+        even_N = rows.importance_N[index]
+        heard_QC[:, c] = total_Q * (even_N @ (loud_N / shared[0].whole_N[index]) / even_N.sum())
+    return share_SL, common, deviations, deviation_N, heard_QC
 
 
 def _fit_rows(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
@@ -284,7 +296,7 @@ def _fit_rows(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
     rows, own = kernels[0].rows, _own(kernels)
     level_C = rows.levels(y_N)
     level_N = level_C[rows.config_N]
-    share_SL, common, deviations, deviation_N = _backfitted(kernels, y_N, SWEEPS)
+    share_SL, common, deviations, deviation_N, heard_QC = _backfitted(kernels, y_N, SWEEPS)
     common_coefs = [w.expand(-1, rows.configs) for w in common.coefs]
     plain_N = level_N + common.unseen_NC[:, 0]
     plain = Fit(common_coefs, level_C + common.base_C, plain_N, level_C.expand(rows.queries, -1), False, share_SL, own)
@@ -293,7 +305,7 @@ def _fit_rows(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
         own_base_C[c] = deviation.base_C[0]
         for w, own_w in zip(own_coefs, deviation.coefs, strict=True):
             w[:, c] = own_w[:, 0]
-    own_QC = own_base_C + sum(kernel.features @ w for kernel, w in zip(kernels, own_coefs, strict=True))
+    own_QC = own_base_C + heard_QC + sum(kernel.features @ w for kernel, w in zip(kernels, own_coefs, strict=True))
     # only the last row of each cell: which of several writes to one cell wins depends on the threads
     own_QC[rows.query_N[rows.last], rows.config_N[rows.last]] = deviation_N[rows.last]
     mix_CC = None if rows.apart_CC is None else _mix(own_QC, y_N - plain_N, rows, rows.apart_CC)
