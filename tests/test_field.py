@@ -185,8 +185,8 @@ def test_an_echo_is_what_rows_heard_of_one_another_summed_pair_by_pair(dims):
 
 @pytest.mark.parametrize(("configs", "most"), [(2, 0.5), (2, 0.8), (3, 1 / 3)])
 def test_what_other_configs_would_have_done_is_predicted_without_the_query_too(configs, most):
-    # regression: other configs' deviations were learned from residuals of a shared fit that held the row's own noise, and
-    # what did well by luck seemed the better choice there. Of logs of two equal configs 17 % passed the gate
+    # regression: other configs' deviations were learned from residuals of a shared fit that held the row's own noise
+    # and what did well by luck seemed the better choice there. Of logs of two equal configs 17 % passed the gate
     told = []
     for seed in range(30):
         rng, queries = np.random.default_rng(seed), 400
