@@ -25,6 +25,7 @@ KINDS = (
     "the default is best everywhere, in places by more",
     "queries run 5 times each and differ",
     "queries run 20 times each and differ",
+    "two configs, 14 kinds of query",
 )
 
 
@@ -39,7 +40,12 @@ def world(kind: str, rows: int, rng: np.random.Generator) -> Trajectories:
     if times > 1:
         quality += 0.2 * rng.normal(size=len(x))[query]
     propensity = np.full((rows, CONFIGS), 1.0 / CONFIGS)
-    if kind == "95 % of traffic on the default":
+    if kind == "two configs, 14 kinds of query":
+        kind_N = rng.integers(14, size=rows)
+        x = (rng.normal(size=(14, DIM))[kind_N] + 0.5 * x).astype(np.float32)
+        quality = 0.5 + 0.1 * rng.normal(size=14)[kind_N]
+        propensity[:] = 0.5 * np.isin(np.arange(CONFIGS), [DEFAULT, DEFAULT + 1])
+    elif kind == "95 % of traffic on the default":
         propensity[:] = 0.05 / (CONFIGS - 1)
         propensity[:, DEFAULT] = 0.95
     elif kind == "hard queries go to dear configs":
