@@ -58,6 +58,7 @@ def one_of_each(
     log.warning(
         "sessions keep their config (1/propensity of those that a session repeats comes to %.2f of its later queries, "
         "1 is expected), so that a session is one choice: one query of each is used, %d of %d queries in all; draw the "
-        "config anew for every query to use all", share, keep_Q.sum(), len(keep_Q),
+        "config anew for every query to use all, and for a router to see a session's earlier ones",
+        share, keep_Q.sum(), len(keep_Q),
     )  # fmt: skip
     return keep_Q

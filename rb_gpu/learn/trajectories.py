@@ -129,7 +129,8 @@ def load(
     data: DataConfig, params: ParamsConfig, quarantine: Path | None = None, room: Room | None = None
 ) -> Trajectories:
     """Reads, validates and joins the tables of `data`, with queries ordered by their newest timestamp, whatever the
-    order of the rows; bad rows go to the quarantine file. room: where the embeddings lie, and the processes that share
+    order of the rows; bad rows go to the quarantine file. Of sessions that keep their config only one query each is
+    returned, with a warning (sessions.py). room: where the embeddings lie, and the processes that share
     the reading.
 
     Raises DataError naming file, column and remedy; ConfigError where the settings contradict the table.
