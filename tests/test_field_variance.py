@@ -11,9 +11,10 @@ torch = pytest.importorskip("torch")
 
 from rb_gpu.learn import learn  # noqa: E402
 from rb_gpu.learn.config import JudgeConfig, ParamsConfig, TrainConfig  # noqa: E402
-from rb_gpu.learn.field import Kernel, Rows, fit  # noqa: E402
+from rb_gpu.learn.field import Kernel, fit  # noqa: E402
 from rb_gpu.learn.field_variance import Inside, not_negative, of_repeats, variances  # noqa: E402
 from rb_gpu.learn.ridge import RIDGES, Ridge  # noqa: E402
+from rb_gpu.learn.rows import Rows  # noqa: E402
 from rb_gpu.learn.trajectories import Source, assemble  # noqa: E402
 
 

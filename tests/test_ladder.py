@@ -13,9 +13,10 @@ from scipy.stats import multivariate_normal
 torch = pytest.importorskip("torch")
 
 from rb_gpu.learn import ladder  # noqa: E402
-from rb_gpu.learn.field import Kernel, Rows, fit  # noqa: E402
+from rb_gpu.learn.field import Kernel, fit  # noqa: E402
 from rb_gpu.learn.field_variance import Inside, variances  # noqa: E402
 from rb_gpu.learn.proof import _root, pays  # noqa: E402
+from rb_gpu.learn.rows import Rows  # noqa: E402
 from rb_gpu.objective import Objective  # noqa: E402
 from rb_gpu.params import ConfigTable, SearchParams  # noqa: E402
 from rb_gpu.posterior import _predicted  # noqa: E402

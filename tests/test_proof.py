@@ -11,9 +11,10 @@ torch = pytest.importorskip("torch")
 from rb_gpu.evidence import OUTCOMES  # noqa: E402
 from rb_gpu.learn import proof  # noqa: E402
 from rb_gpu.learn.estimators import RARE_ROWS  # noqa: E402
-from rb_gpu.learn.field import Fit, Kernel, Rows, fit  # noqa: E402
+from rb_gpu.learn.field import Fit, Kernel, fit  # noqa: E402
 from rb_gpu.learn.proof import Pseudo, _from_place_to_place, _leaves, _p_value, _shares, pays, shrinkage  # noqa: E402
 from rb_gpu.learn.ridge import FOLDS  # noqa: E402
+from rb_gpu.learn.rows import Rows  # noqa: E402
 from rb_gpu.objective import Objective  # noqa: E402
 from tests.null_worlds import KINDS, acts  # noqa: E402
 

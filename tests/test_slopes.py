@@ -8,7 +8,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from rb_gpu.field import SLOPE_BOUNDS  # noqa: E402
-from rb_gpu.learn.field import Kernel, Rows  # noqa: E402
+from rb_gpu.learn.field import Kernel  # noqa: E402
+from rb_gpu.learn.rows import Rows  # noqa: E402
 from rb_gpu.learn.slopes import USUAL, two_slopes  # noqa: E402
 
 QUERIES = 400

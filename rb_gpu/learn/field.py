@@ -20,64 +20,9 @@ from rb_gpu.learn import ladder
 from rb_gpu.learn.canonical import average_coordinates
 from rb_gpu.learn.echo import echoes
 from rb_gpu.learn.ridge import RIDGES, TINY, Average, Ridge, Task, average, losses, repeated, shares
+from rb_gpu.learn.rows import Rows, constant_levels, level_errors
 
 SWEEPS = 3
-# fewest rows with which a config may deviate from the others
-LEAST_ROWS = 3
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows that an outcome is learned from, (N,) each: the row of its query, its config, and float64 weights.
-
-    weight_N: regression weights, mean 1. importance_N: w / propensity, mean 1, with which a config's rows represent all
-    queries. apart_CC: distances between configs (`ladder.distances`), None where no configs are comparable.
-    """
-
-    query_N: Tensor
-    config_N: Tensor
-    weight_N: Tensor
-    importance_N: Tensor
-    queries: int
-    configs: int
-    apart_CC: Tensor | None = None
-
-    @cached_property
-    def full(self) -> bool:
-        """Whether every query ran exactly once under every config, all rows with the same weight."""
-        if len(self.query_N) != self.queries * self.configs:
-            return False
-        cell = self.query_N * self.configs + self.config_N
-        return bool((self.weight_N == self.weight_N[0]).all()) and len(torch.unique(cell)) == len(cell)
-
-    @cached_property
-    def effective(self) -> float:
-        """Effective number of independent rows: the queries of a full table, else Kish's (Σw)²/Σw²."""
-        return float(self.queries if self.full else self.weight_N.sum() ** 2 / self.weight_N.square().sum())
-
-    @cached_property
-    def members(self) -> dict[int, Tensor]:
-        """Row indices of each config that has at least LEAST_ROWS rows."""
-        found = {c: torch.nonzero(self.config_N == c).squeeze(1) for c in range(self.configs)}
-        return {c: index for c, index in found.items() if len(index) >= LEAST_ROWS}
-
-    @cached_property
-    def last(self) -> Tensor:
-        """Index of the last row of each (query, config) cell; a query may have run under one config several times."""
-        cell_N = self.query_N * self.configs + self.config_N
-        row_N = torch.arange(len(cell_N), device=cell_N.device)
-        last = torch.full((self.queries * self.configs,), -1, device=cell_N.device)
-        last.scatter_reduce_(0, cell_N, row_N, "amax")
-        return last[last >= 0]
-
-    def by_config(self, v_N: Tensor) -> Tensor:
-        """(C,) sums of v_N over each config's rows."""
-        return v_N.new_zeros(self.configs).index_add_(0, self.config_N, v_N)
-
-    def levels(self, y_N: Tensor) -> Tensor:
-        """(C,) importance-weighted mean of each config's rows; of all rows for a config without any."""
-        weight_C, sum_C = self.by_config(self.importance_N), self.by_config(self.importance_N * y_N)
-        return torch.where(weight_C > 0, sum_C / weight_C.clamp(min=TINY), sum_C.sum() / weight_C.sum())
 
 
 @dataclass(frozen=True)
@@ -161,7 +106,8 @@ def fit(kernels: Sequence[Kernel], y_N: Tensor) -> Fit:
     """Fits one outcome y (N,); all kernels must hold the same rows.
 
     Returns the fit without deviations between configs unless deviations lower the weighted squared error of the
-    leave-one-query-out predictions. Unless the table is full, the levels are then smoothed (`ladder.settled`).
+    leave-one-query-out predictions by more than what they have in common does. Unless the table is full, the levels are
+    then smoothed (`ladder.settled`).
     """
     rows = kernels[0].rows
     level_C = rows.levels(y_N)
@@ -169,7 +115,7 @@ def fit(kernels: Sequence[Kernel], y_N: Tensor) -> Fit:
     if float((y_N - level_N).square().mean()) <= ROUNDING**2 * float(y_N.square().mean()):
         nothing = [y_N.new_zeros(kernel.features.shape[1], rows.configs) for kernel in kernels]
         level_QC, alike_SL = level_C.expand(rows.queries, -1), y_N.new_ones(len(kernels), len(RIDGES))
-        return Fit(nothing, level_C, level_N, level_QC, False, alike_SL, {}, level_CC=_constant_levels(rows, level_C))
+        return Fit(nothing, level_C, level_N, level_QC, False, alike_SL, {}, level_CC=constant_levels(rows, level_C))
     plain, deviating = (_fit_full if rows.full else _fit_rows)(kernels, y_N)
     better_N = rows.weight_N * ((y_N - plain.unseen_N).square() - (y_N - deviating.unseen_N).square())
     found = deviating if float(better_N.sum()) > 0 else plain
@@ -185,28 +131,6 @@ def fit(kernels: Sequence[Kernel], y_N: Tensor) -> Fit:
         unseen_QC=found.unseen_QC + moved_C,
         level_CC=level_CC,
     )
-
-
-def level_errors(rows: Rows, error_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(C,) variance of each config's importance-weighted mean, from the residuals error_N, infinite for a config with
-    fewer than two rows; and (C,) the number of rows of each config.
-    """
-    count_C = torch.bincount(rows.config_N, minlength=rows.configs)
-    total_C, squares_C = rows.by_config(rows.importance_N), rows.by_config((rows.importance_N * error_N).square())
-    # the mean residual was added to the level, which costs one degree of freedom
-    variance_C = squares_C / total_C.square().clamp(min=TINY) * count_C / (count_C - 1).clamp(min=1)
-    return torch.where(count_C > 1, variance_C, torch.inf), count_C
-
-
-def _constant_levels(rows: Rows, level_C: Tensor) -> Tensor:
-    """Covariance (C, C) of the levels if all rows of each config are equal, as in rb_gpu.moderation: that of one row
-    among them deviating by as much as the levels differ; infinite for a config with a single row.
-    """
-    count_C = torch.bincount(rows.config_N, minlength=rows.configs)
-    apart = level_C.max() - level_C.min()
-    apart = torch.where(apart > ROUNDING * level_C.abs().max(), apart, 0.0)
-    variance_C = apart.square() / (len(rows.config_N) * count_C.clamp(min=1))
-    return torch.diag(torch.where(count_C > 1, variance_C, torch.inf))
 
 
 def likelihoods(kernels: Sequence[Kernel], y_N: Tensor) -> Tensor:
@@ -297,10 +221,8 @@ def _fit_rows(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
     level_C = rows.levels(y_N)
     level_N = level_C[rows.config_N]
     share_SL, common, deviations, deviation_N, heard_QC = _backfitted(kernels, y_N, SWEEPS)
-    common_coefs = [w.expand(-1, rows.configs) for w in common.coefs]
-    plain_N = level_N + common.unseen_NC[:, 0]
-    plain = Fit(common_coefs, level_C + common.base_C, plain_N, level_C.expand(rows.queries, -1), False, share_SL, own)
-    own_coefs, own_base_C = [torch.zeros_like(w) for w in common_coefs], torch.zeros_like(level_C)
+    common_N = level_N + common.unseen_NC[:, 0]
+    own_base_C, own_coefs = torch.zeros_like(level_C), [w.new_zeros(len(w), rows.configs) for w in common.coefs]
     for c, deviation in zip(rows.members, deviations, strict=True):
         own_base_C[c] = deviation.base_C[0]
         for w, own_w in zip(own_coefs, deviation.coefs, strict=True):
@@ -308,19 +230,30 @@ def _fit_rows(kernels: Sequence[Kernel], y_N: Tensor) -> tuple[Fit, Fit]:
     own_QC = own_base_C + heard_QC + sum(kernel.features @ w for kernel, w in zip(kernels, own_coefs, strict=True))
     # only the last row of each cell: which of several writes to one cell wins depends on the threads
     own_QC[rows.query_N[rows.last], rows.config_N[rows.last]] = deviation_N[rows.last]
-    mix_CC = None if rows.apart_CC is None else _mix(own_QC, y_N - plain_N, rows, rows.apart_CC)
+    mix_CC = None if rows.apart_CC is None else _mix(own_QC, y_N - common_N, rows, rows.apart_CC)
     if mix_CC is not None:
         own_QC, own_base_C = own_QC @ mix_CC.T, mix_CC @ own_base_C
         own_coefs = [w @ mix_CC.T for w in own_coefs]
     deviating = Fit(
-        [v + w for v, w in zip(common_coefs, own_coefs, strict=True)],
-        plain.base_C + own_base_C,
-        plain_N + own_QC[rows.query_N, rows.config_N],
+        [v + w for v, w in zip(common.coefs, own_coefs, strict=True)],
+        level_C + common.base_C + own_base_C,
+        common_N + own_QC[rows.query_N, rows.config_N],
         level_C + own_QC,
         True,
         share_SL,
         own,
         mix_CC,
+    )
+    # a ridge leaves some of what all configs share to the deviations; the average of these is none
+    mean_C = rows.by_config(rows.weight_N) / rows.weight_N.sum()
+    plain = replace(
+        deviating,
+        coefs=[v + (w @ mean_C)[:, None].expand_as(w) for v, w in zip(common.coefs, own_coefs, strict=True)],
+        base_C=level_C + common.base_C + own_base_C @ mean_C,
+        unseen_N=common_N + (own_QC @ mean_C)[rows.query_N],
+        unseen_QC=level_C.expand(rows.queries, -1),
+        deviates=False,
+        mix_CC=None,
     )
     return _recentred(plain, rows, y_N), _recentred(deviating, rows, y_N)
 

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rb_gpu.learn.field import Fit, Rows
+from rb_gpu.learn.field import Fit
 from rb_gpu.learn.ladder import to_default
 from rb_gpu.learn.ridge import TINY
+from rb_gpu.learn.rows import Rows
 from rb_gpu.normal import normal_cdf
 
 # floor of a moment estimate's z score: an estimate further below 0 is no stronger evidence of a small variance

@@ -20,13 +20,14 @@ from rb_gpu.evidence import OUTCOMES, Evidence
 from rb_gpu.field import Field
 from rb_gpu.learn.devices import tiles
 from rb_gpu.learn.evidence import outcomes
-from rb_gpu.learn.field import Fit, Kernel, Rows, fit
+from rb_gpu.learn.field import Fit, Kernel, fit
 from rb_gpu.learn.field_variance import Inside, variances
 from rb_gpu.learn.floor import Unseen
 from rb_gpu.learn.kmeans import kmeans
 from rb_gpu.learn.ladder import MOST_CONFIGS, distances
 from rb_gpu.learn.progress import step
 from rb_gpu.learn.proof import pays as pays_unseen
+from rb_gpu.learn.rows import Rows
 from rb_gpu.learn.slopes import two_slopes
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.objective import Objective

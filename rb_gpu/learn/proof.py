@@ -17,9 +17,10 @@ from torch import Tensor
 
 from rb_gpu.evidence import ROUNDING
 from rb_gpu.learn.estimators import RARE_ROWS, rare_size
-from rb_gpu.learn.field import Fit, Rows
+from rb_gpu.learn.field import Fit
 from rb_gpu.learn.ladder import settled, to_default
 from rb_gpu.learn.ridge import FOLDS, TINY, folds_in_turn
+from rb_gpu.learn.rows import Rows
 from rb_gpu.objective import Objective
 
 DRAWS = 64
@@ -28,9 +29,9 @@ SCORE_DRAWS = 4000
 # 5 % less an allowance for folds that share rows: without it 5 to 6 % of simulated logs without a better config passed
 FAMILY_ERROR = 0.04
 # level of the test whether choices by place beat the same choices made regardless of place. The field of a log deviates
-# from place to place only if that improves the predictions of unseen rows; in simulations of six configs it wrongly
-# does so in 3 logs of 100, of two configs in half. The field of a full table does in 1 of 10; leaves, which are all
-# that is left if the field of a log does not deviate, appear to in every one. These two need a stricter level
+# from place to place only if that improves the predictions of unseen rows; in simulations it wrongly does so in 0 to 6
+# logs of 100. The field of a full table does in 1 of 10; leaves, which are all that is left if the field of a log does
+# not deviate, appear to in every one. These two need a stricter level
 LOG_PLACE_ERROR, FULL_PLACE_ERROR = 0.05, 0.01
 # level of the test whether they also beat the default. If the default is the best config everywhere, but by more in
 # some places, choices by place do beat the same ones regardless of it: at LIKELIER, one such log in five passed
@@ -68,7 +69,7 @@ def pays(
     in_use: bool = True,
 ) -> bool:  # fmt: skip
     """Whether choices by the field and the leaves leaf_Q (Q,), or one choice for all queries, beat the default. If
-    nothing does, it is true in 0 to 8 % of simulated logs (`tests.null_worlds`). All queries with a negative leaf count
+    nothing does, it is true in 0 to 5 % of simulated logs (`tests.null_worlds`). All queries with a negative leaf count
     as one more leaf.
 
     Folds of a small log disagree about the single best config. So what is valued is not that but a random choice, of
