@@ -2,7 +2,8 @@
 
 A mean gain may hide patterns that lose. Noise alone makes about half of the patterns without a true effect look worse,
 so two shares are reported: the patterns whose estimated gain is below 0, and those where that is significant.
-Suffixes: Q queries, R rounds (queries where the grade is exact, else rows), N rows, P leaf patterns.
+Suffixes: Q queries, R rounds (queries where the grade is exact, else rows), N rows, P leaf patterns, C cells (the
+queries of one cluster in one leaf).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Harm:
     """patterns: number in which the policy acts on a held-out query and that have enough rows to judge.
 
     negative: share of them whose estimated gain over the default is below 0 (the harm rate). sure: share of them where
-    it is below 0 by a one-sided t test at 5 %, Holm-adjusted over the patterns. NaN if there is no such pattern.
+    it is below 0 by a one-sided t test at 5 % that counts a session's queries together, Holm-adjusted over the
+    patterns. NaN if there is no such pattern.
     """
 
     patterns: int
@@ -49,11 +51,12 @@ def measure_harm(valuation: Valuation, choice_Q: Choice, default_Q: Choice, leaf
     gain_Q, rounds_Q = np.bincount(query_R, gain_R, queries), np.bincount(query_R, minlength=queries)
 
     leaves = int(leaf_Q.max()) + 1
-    members_P, rounds_P = np.bincount(leaf_Q, minlength=leaves), np.bincount(leaf_Q, rounds_Q, leaves)
+    rounds_P, of_cell_Q, leaf_C = np.bincount(leaf_Q, rounds_Q, leaves), *_cells(leaf_Q, valuation.rows.cluster)
+    members_P = np.bincount(leaf_C, minlength=leaves)
     told_P, acted_P = telling_rows(valuation, choice_Q, default_Q, leaf_Q), np.bincount(leaf_Q, choice_Q != default_Q)
     mean_P = np.bincount(leaf_Q, gain_Q, leaves) / np.maximum(rounds_P, 1)
-    away_Q = gain_Q - rounds_Q * mean_P[leaf_Q]
-    spread_P = np.bincount(leaf_Q, away_Q**2, leaves) * members_P / np.maximum(members_P - 1, 1)
+    away_C = np.bincount(of_cell_Q, gain_Q - rounds_Q * mean_P[leaf_Q])
+    spread_P = np.bincount(leaf_C, away_C**2, leaves) * members_P / np.maximum(members_P - 1, 1)
     error_P = np.sqrt(spread_P) / np.maximum(rounds_P, 1)
     # for a doubly robust gain, queries whose picks no row tried contribute next to no information. 2 (n - 1) are the
     # degrees of freedom of a difference of two means of n rows each
@@ -65,6 +68,13 @@ def measure_harm(valuation: Valuation, choice_Q: Choice, default_Q: Choice, leaf
         return UNKNOWN_HARM
     p_value = stats.t.cdf(ratio(mean, error), freedom)
     return Harm(len(mean), float((mean < 0).mean()), float((holm(p_value) < LEVEL).mean()))
+
+
+def _cells(leaf_Q: Choice, cluster_Q: Choice) -> tuple[Choice, Choice]:
+    """The cell of each query (Q,), and the leaf of each cell (C,)."""
+    clusters = int(cluster_Q.max()) + 1
+    name_C, of_cell_Q = np.unique(leaf_Q * clusters + cluster_Q, return_inverse=True)
+    return of_cell_Q, name_C // clusters
 
 
 def telling_rows(valuation: Valuation, choice_Q: Choice, other_Q: Choice, leaf_Q: Choice) -> Floats:
