@@ -29,7 +29,7 @@ def alike(rows: Rows) -> torch.Tensor:
 
 def world(seed, effect_C, propensity_C, n=800, local=0.0, full=False, noise=0.2, in_use=True, succeeds=None):
     """Whether a simulated log passes the gate (`pays`). It has one feature, whose sign the last config's effect of size
-    `local` follows.
+    `local` follows. noise: of one row, or that of each config.
 
     succeeds: if given, outcomes are 1 with this probability, else 0, whatever the config.
     """
@@ -39,7 +39,7 @@ def world(seed, effect_C, propensity_C, n=800, local=0.0, full=False, noise=0.2,
     query = np.repeat(np.arange(n), configs) if full else np.arange(n)
     config = np.tile(np.arange(configs), n) if full else rng.choice(configs, size=n, p=propensity_C)
     y = 0.5 + 0.1 * x[query] + np.asarray(effect_C)[config] + local * x[query] * (config == configs - 1)
-    y = y + noise * rng.normal(size=len(y))
+    y = y + np.broadcast_to(noise, configs)[config] * rng.normal(size=len(y))
     y = y if succeeds is None else (rng.random(len(y)) < succeeds).astype(float)
     weight = torch.ones(len(y)) if full else torch.as_tensor(1.0 / np.asarray(propensity_C)[config])
     weight = (weight / weight.mean()).double()
@@ -79,6 +79,15 @@ def test_many_configs_of_few_rows_show_together_that_one_is_better():
     better = np.array([0.0, *np.random.default_rng(3).normal(0.12, 0.12, 27)])
     assert share(40, better, propensity, n=1000, noise=0.45) >= 0.9
     assert share(100, np.zeros(28), propensity, n=1000, noise=0.45) <= 0.09
+
+
+def test_few_configs_of_few_rows_that_are_far_better_than_many_others_pass():
+    # regression: each config's error allowed for failures too rare for its 3 rows, and 12 of 40 such logs passed
+    better, noise = np.zeros(58), np.full(58, 0.05)
+    better[-4:], noise[-4:] = 0.6, 0.4
+    propensity = np.array([0.7, *[0.3 / 57] * 57])
+    assert share(40, better, propensity, n=640, noise=noise) >= 0.5
+    assert share(40, np.zeros(58), propensity, n=640, noise=noise) <= 5 / 40
 
 
 @pytest.mark.parametrize(("succeeds", "rare"), [(0.97, 0.006), (0.99, 0.02)])

@@ -243,34 +243,34 @@ def _any_single(pseudo: Pseudo, rows: Rows, default: int, seed: int) -> float:
     scores (Kudô 1963). Its distribution if none does is drawn, as all scores share the noise of the default.
 
     Where configs are many and each has few rows, no single one is surely better, but together they may show that some
-    are. A config's few rows may agree by chance, so its variance is at least the one of all but the default together,
-    and that one's error makes the scores Student's.
+    are. A config's few rows may agree by chance, so its variance is at least the one of all but the default together.
+    That one's error makes the scores Student's, and so does that of the default's own.
     """
-    moved_N = pseudo.share_N * pseudo.left_N
-    gain_QC = pseudo.away_QC.clone(memory_format=torch.contiguous_format)
-    gain_QC.view(-1).index_add_(0, rows.query_N * rows.configs + rows.config_N, moved_N)
     count_C = torch.bincount(rows.config_N, minlength=rows.configs)
     other_C = torch.arange(rows.configs, device=count_C.device) != default
     tried_C = other_C & (count_C >= LEAST_DEFAULT)
     freedom = int((count_C - 1)[tried_C].sum())
     if freedom == 0:
         return 1.0
-    gain_QC = gain_QC[:, tried_C] - gain_QC[:, [default]]
-    weight_C, square_C = rows.by_config(pseudo.share_N), rows.by_config(pseudo.share_N.square())
-    scatter = rows.by_config(pseudo.share_N * pseudo.left_N.square())[tried_C].sum() / weight_C[tried_C].sum()
-    lacking_C = (scatter * square_C - rows.by_config(moved_N.square())).clamp(min=0.0)
-    heaviest_C = rows.by_config(pseudo.share_N.square().square()) / square_C.clamp(min=TINY)
-    unseen_C = (lacking_C + RARE_ROWS * heaviest_C * pseudo.size**2) / rows.queries
-    variance_C = gain_QC.var(0) + unseen_C[tried_C] + unseen_C[default]
-    score_C = gain_QC.mean(0) / (variance_C / rows.queries).sqrt().clamp(min=TINY)
-    together_CC = gain_QC.T.cov() + unseen_C[default]
-    together_CC = together_CC.view(len(score_C), -1) + torch.diag(unseen_C[tried_C])
-    root_CC = _root(together_CC / (variance_C * variance_C[:, None]).sqrt())
+    share_N = pseudo.share_N / rows.queries
+    away_QC = pseudo.away_QC[:, tried_C] - pseudo.away_QC[:, [default]]
+    left_C = rows.by_config(share_N * pseudo.left_N)
+    gain_C = away_QC.mean(0) + left_C[tried_C] - left_C[default]
+    square_C = rows.by_config(share_N.square())
+    # without the factor, the variances of leave-one-out residuals would be too large (MacKinnon & White 1985, HC2)
+    noise_C = rows.by_config((share_N * pseudo.left_N).square() * (1.0 - share_N).clamp(min=LEAST_KEPT))
+    heaviest = rows.by_config(share_N.square().square())[tried_C].sum() / square_C[tried_C].sum()
+    scatter = (noise_C[tried_C].sum() + RARE_ROWS * heaviest * pseudo.size**2) / square_C[tried_C].sum()
+    noise_C = torch.maximum(noise_C, scatter * square_C)
+    own_CC = away_QC.T.cov().view(len(gain_C), -1) / rows.queries + torch.diag(noise_C[tried_C])
+    error_C = (own_CC.diagonal() + noise_C[default]).sqrt().clamp(min=TINY)
     rng = np.random.default_rng(seed)
-    noise_GC = torch.from_numpy(rng.normal(size=(SCORE_DRAWS, len(score_C)))).to(score_C) @ root_CC.T
-    spread_G = torch.from_numpy(rng.chisquare(freedom, SCORE_DRAWS) / freedom).to(score_C)
-    drawn_G = noise_GC.clamp(min=0.0).square().sum(1) / spread_G
-    return 1.0 - float((drawn_G < score_C.clamp(min=0.0).square().sum()).sum()) / (1 + SCORE_DRAWS)
+    drawn_GC = torch.from_numpy(rng.normal(size=(SCORE_DRAWS, len(gain_C)))).to(gain_C) @ _root(own_CC).T
+    spread_G = torch.from_numpy(rng.chisquare(freedom, SCORE_DRAWS) / freedom).to(gain_C)
+    shared_G = torch.from_numpy(rng.standard_t(int(count_C[default]) - 1, SCORE_DRAWS)).to(gain_C)
+    drawn_GC = drawn_GC / spread_G.sqrt()[:, None] - shared_G[:, None] * noise_C[default].sqrt()
+    sum_G, found = (((v / error_C).clamp(min=0.0).square()).sum(-1) for v in (drawn_GC, gain_C))
+    return 1.0 - float((sum_G < found).sum()) / (1 + SCORE_DRAWS)
 
 
 def _from_place_to_place(shares_QC: Tensor) -> Tensor:
