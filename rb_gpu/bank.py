@@ -19,6 +19,7 @@ from rb_gpu.batch import as_columns, vote
 from rb_gpu.errors import ArtifactError
 from rb_gpu.params import ConfigTable, SearchParams
 from rb_gpu.source import ArtifactSource
+from rb_gpu.trajectory_row import check_trajectory, check_vote
 from rb_gpu.types import OptimizedParams, PatternMatch, QueryTrajectory, ReasoningBankStats, Tradeoff, UserFeedback
 from rb_gpu.usage import Counts, open_log
 from rb_gpu.views import PatternView, VerdictView
@@ -263,13 +264,14 @@ class ReasoningBank:
         return columns
 
     def record_trajectory(self, trajectory: QueryTrajectory) -> bool:
-        """Remembers the pattern nearest to the query, for later feedback, and appends the trajectory to the log if
-        there is one.
+        """Remembers the pattern nearest to the query, for later feedback, and writes to the log, if there is one.
 
         With a log, True means queued: it is written within .2 s, or once the file can be written again, or at `close`.
         Returns False, and counts nothing, if the log refused it because its last write failed, its queue is full or it
-        is closed. Raises ValueError on a bad embedding, DataError or TypeError if another field does not fit the log.
+        is closed. Raises ValueError on a bad embedding, TypeError on search_params, an id or feedback of a wrong type,
+        and DataError or TypeError if another field does not fit the log.
         """
+        check_trajectory(trajectory)
         state = self._state
         rows, _ = nearest(state, trajectory.query_embedding, 1)
         if self._log is not None and not self._log.record(trajectory):
@@ -290,8 +292,7 @@ class ReasoningBank:
         reasons given in record_trajectory: it is then counted nowhere and may be given again. Raises TypeError for a
         bare rating.
         """
-        if not isinstance(feedback, UserFeedback):
-            raise TypeError(f"feedback={feedback!r} is not a UserFeedback; give UserFeedback(rating)")
+        check_vote(trajectory_id, feedback)
         if self._log is not None and not self._log.record_feedback(trajectory_id, feedback):
             return None
         return self._rate(self._state, trajectory_id, feedback)

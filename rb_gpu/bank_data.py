@@ -188,8 +188,10 @@ def squared_norms(x_PD: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
 
 def check_bank(data: BankData) -> None:
     """Checks a bank so that nothing that passes can fail in a lookup. Raises ArtifactError if a setting or an array is
-    missing, or has a wrong type, shape, range or cross-reference.
+    missing, or has a wrong type, shape, range or cross-reference; TypeError if `data` is no BankData.
     """
+    if not isinstance(data, BankData):
+        raise TypeError(f"data is of type {type(data).__name__}, not BankData; ReasoningBank.load opens an artifact")
     _check_settings(data)
     sizes = _check_shapes(data.arrays)
     _require(sizes["U"] == sizes["P"] + 1, "score does not have one row more than there are leaves")

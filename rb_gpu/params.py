@@ -102,7 +102,11 @@ class ConfigTable:
         return (self[i] for i in range(len(self)))
 
     def id_of(self, params: SearchParams) -> int | None:
-        """Row of the config equal to `params` (temperatures within SAME_TEMPERATURE), or None if it was never tried."""
+        """Row of the config equal to `params` (temperatures within SAME_TEMPERATURE), or None if it was never tried.
+        Raises TypeError where `params` is of another type.
+        """
+        if not isinstance(params, SearchParams):
+            raise TypeError(f"params={params!r} is not a SearchParams; give SearchParams(ef_search=64, ...)")
         if params.model_tier not in self.tiers:
             return None
         same = (

@@ -32,7 +32,7 @@ def file_digest(content: bytes) -> dict[str, Any]:
 
 
 def write_artifact(
-    folder: Path, data: BankData, extra_files: dict[str, bytes], hmac_key: bytes | None = None
+    folder: str | Path, data: BankData, extra_files: dict[str, bytes], hmac_key: bytes | None = None
 ) -> dict[str, Any]:
     """Writes a complete artifact at `folder`, which must not exist: into a temporary sibling, fsynced, then renamed.
 
@@ -40,6 +40,7 @@ def write_artifact(
     the manifest. Raises ArtifactError if the bank is inconsistent or the folder exists, OSError if the disk refuses;
     nothing is left behind in either case.
     """
+    folder = Path(folder)
     check_bank(data)
     for name in extra_files:
         if not FILE_NAME.fullmatch(name) or name in (MANIFEST, SIGNATURE_FILE, BANK_FILE):

@@ -45,6 +45,8 @@ class Registry:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))  # a string is accepted too, as everywhere else
+        if isinstance(self.keep, bool) or not isinstance(self.keep, int) or self.keep < 1:
+            raise RegistryError(f"keep={self.keep!r} is not an integer >= 1; keep one version or more")
 
     @classmethod
     def open(cls, path: str, keep: int, hmac_key_file: str | None) -> Registry:
@@ -109,6 +111,8 @@ class Registry:
         unknown.
         """
         name = self.champion() if version == CHAMPION else version
+        if not isinstance(version, str):
+            raise RegistryError(f"version={version!r} is not the name of a version; action=list shows all")
         if name is None:
             raise RegistryError(f"version={version}: nothing is served yet in {self.path}; promote a version first")
         if not VERSION.fullmatch(name) or not (self.path / name / MANIFEST).is_file():

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import json
 import logging
-import operator
 import os
 import sqlite3
 import threading
@@ -18,15 +16,17 @@ from typing import Self
 
 import numpy as np
 
-from rb_gpu.errors import ConfigError, DataError
+from rb_gpu.errors import ConfigError
 from rb_gpu.trajectory_file import empty_wal, gate, inode_of, open_writer
-from rb_gpu.types import QueryTrajectory, UserFeedback, is_masked
+from rb_gpu.trajectory_row import Row, trajectory_row, vote_row
+from rb_gpu.types import QueryTrajectory, UserFeedback, is_real
 
 _logger = logging.getLogger(__name__)
 
 _ROWS_PER_TRANSACTION = 1000  # short enough for other processes to get their turn
 _ROWS_PER_STATEMENT = 50  # inserted in one hold of the GIL; 50 * 16 values are below the 999 of SQLite's oldest builds
 _WARNING_INTERVAL_S = 60.0
+_MAX_INT64 = 2**63 - 1
 
 _UNUSABLE = (
     "recorded a precision, recall or propensity out of bounds; training sets such rows aside, and stops if they are "
@@ -37,7 +37,7 @@ _INSERT = "INSERT INTO {} VALUES {} ON CONFLICT (id) DO NOTHING"
 _EVICT = "DELETE FROM {0} WHERE seq <= (SELECT max(seq) FROM {0}) - ?"
 _open_logs: set[TrajectoryLog] = set()
 
-_Record = dict[str, tuple[int | float | str | bytes | None, ...]]  # rows by table: a trajectory, its vote, or both
+_Record = dict[str, Row]  # rows by table: a trajectory, its vote, or both
 
 
 class TrajectoryLog:
@@ -65,12 +65,14 @@ class TrajectoryLog:
         queue_size: int = 65_536,
     ) -> None:
         for name, value in (("capacity", capacity), ("dim", 1 if dim is None else dim), ("queue_size", queue_size)):
-            if value < 1:
-                raise ConfigError(f"{name}={value!r} is below 1; give a positive integer")
-        if not 0 < flush_interval <= threading.TIMEOUT_MAX:  # false for NaN too
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= _MAX_INT64:
+                raise ConfigError(f"{name}={value!r} is not an integer in [1, {_MAX_INT64}]; give a positive integer")
+        if not (is_real(flush_interval) and 0 < flush_interval <= threading.TIMEOUT_MAX):  # false for NaN too
             raise ConfigError(f"flush_interval={flush_interval!r} is not a positive number of seconds; try 0.2")
         self.path = Path(path).absolute()  # the process may change its working directory before the file is reopened
-        self._capacity, self._dim, self._queue_size, self._flush_interval = capacity, dim, queue_size, flush_interval
+        # as Python numbers, since neither SQLite nor a wait takes NumPy's
+        self._capacity, self._dim, self._queue_size = int(capacity), dim, int(queue_size)
+        self._flush_interval = float(flush_interval)
         self._connection: sqlite3.Connection | None = None
         self._inode = 0
         self._deadline: float | None = None  # set by close
@@ -119,42 +121,25 @@ class TrajectoryLog:
     def record(self, trajectory: QueryTrajectory) -> bool:
         """Queues a copy of a trajectory, with its feedback as a vote. Returns False if it was dropped.
 
-        Raises DataError if the embedding is not one vector of length `dim` or has masked entries, or if an integer does
-        not fit its 64 bits; TypeError or ValueError if another field has a wrong type. A precision, recall or
-        propensity that training cannot use is stored, with a warning.
+        Raises DataError or TypeError, naming the field, as `trajectory_row` does. A precision, recall or propensity
+        that training cannot use is stored, with a warning.
         """
-        shape = np.shape(trajectory.query_embedding)
-        if len(shape) != 1 or self._dim not in (None, shape[0]):
-            shapes = f"{shape}, not ({self._dim or 'D'},)"
-            raise DataError(f"query_embedding of {trajectory.id} has shape {shapes}; log the vector that was searched")
-        if is_masked(trajectory.query_embedding):
-            raise DataError(f"query_embedding of {trajectory.id} is partly masked; log the vector that was searched")
-        params = trajectory.search_params
-        group = trajectory.query_id
-        ids = _signed("id", trajectory.id), None if group is None else _signed("query_id", group)
-        counts = int(params.ef_search), int(params.n_probes), int(params.context_tokens)
-        choice = _text(params.model_tier), float(params.temperature)
-        quality = float(trajectory.precision), float(trajectory.recall)
-        price = (
-            _signed("latency_us", trajectory.latency_us),
-            None if trajectory.cost is None else float(trajectory.cost),
-        )
-        odds = None if trajectory.propensity is None else float(trajectory.propensity)
-        origin = _signed("timestamp", trajectory.timestamp, -(2**63)), odds, _text(trajectory.policy)
-        if not (0 <= quality[0] <= 1 and 0 <= quality[1] <= 1 and (odds is None or 0 < odds <= 1)):  # true for NaN too
+        row = trajectory_row(trajectory, self._dim)
+        odds = 1.0 if trajectory.propensity is None else trajectory.propensity
+        shares = [float(share) for share in (trajectory.precision, trajectory.recall, odds)]
+        if not (all(0 <= share <= 1 for share in shares) and shares[2] > 0):  # true for NaN too
             self._warn(_UNUSABLE)
-        retrieved = json.dumps(trajectory.retrieved_ids)
-        embedding = np.asarray(trajectory.query_embedding, dtype="<f4").tobytes()
-        record: _Record = {
-            "trajectory": (None, *ids, *counts, *choice, *quality, *price, *origin, retrieved, embedding)
-        }
-        return self._put(record if trajectory.feedback is None else record | _vote(trajectory.id, trajectory.feedback))
+        record: _Record = {"trajectory": row}
+        if trajectory.feedback is not None:
+            record["vote"] = vote_row(trajectory.id, trajectory.feedback)
+        return self._put(record)
 
     def record_feedback(self, trajectory_id: int, feedback: UserFeedback) -> bool:
         """Queues a vote. Returns False if it was dropped. The first vote for an id to reach the file counts, later ones
-        change nothing. A vote may come before its trajectory. Raises DataError if the id is not a uint64.
+        change nothing. A vote may come before its trajectory. Raises TypeError for a bare rating, or for an id that is
+        not an integer, and DataError if the id is not a uint64.
         """
-        return self._put(_vote(trajectory_id, feedback))
+        return self._put({"vote": vote_row(trajectory_id, feedback)})
 
     def flush(self, timeout: float | None = None) -> bool:
         """Waits until everything queued so far is in the file. Returns False after `timeout` seconds, or if close lost
@@ -298,27 +283,6 @@ class TrajectoryLog:
                     self._warn("the file was renamed, and its last rows may not be in it, as another process reads it")
             self._connection.close()
             self._connection = None
-
-
-def _signed(name: str, value: int, low: int = 0) -> int:
-    """A 64-bit integer (unsigned if `low` is 0) as the int64 with the same bits, because SQLite has only int64."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}={value!r} is not an integer; give a whole number") from None
-    if not low <= number < low + 2**64:
-        raise DataError(f"{name}={number} is outside [{low}, {low + 2**64 - 1}]; give an integer of 64 bits")
-    return number - 2**64 if number >= 2**63 else number
-
-
-def _text(value: str | None) -> str | None:
-    if value is not None:
-        value.encode()  # a lone surrogate must fail here in the caller, not again and again in the writer
-    return value
-
-
-def _vote(trajectory_id: int, feedback: UserFeedback) -> _Record:
-    return {"vote": (None, _signed("trajectory_id", trajectory_id), int(feedback.rating), _text(feedback.comment))}
 
 
 def _before_fork() -> None:

@@ -28,9 +28,16 @@ def is_masked(values: npt.ArrayLike) -> bool:
     return "numpy.ma" in sys.modules and bool(np.ma.is_masked(values))  # none can exist before that import
 
 
+def is_real(value: object) -> bool:
+    """Whether `value` is one real number of Python or NumPy; a bool is none."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class UserFeedback:
-    """A user's rating of one answer, an integer from 1 (bad) to 5 (good). Raises ValueError for anything else."""
+    """A user's rating of one answer, an integer from 1 (bad) to 5 (good), and a comment in words. Raises ValueError for
+    anything else.
+    """
 
     rating: int
     comment: str | None = None
@@ -39,6 +46,8 @@ class UserFeedback:
         integer = isinstance(self.rating, (int, np.integer)) and not isinstance(self.rating, bool)
         if not (integer and 1 <= self.rating <= 5):
             raise ValueError(f"rating={self.rating!r} is not an integer in [1, 5]; map your scale to 1..5")
+        if not isinstance(self.comment, str | None):
+            raise ValueError(f"comment={self.comment!r} is not a string; give text, or leave it out")
 
     @property
     def score(self) -> float:
@@ -155,7 +164,7 @@ class Tradeoff:
     def __post_init__(self) -> None:
         for name in ("latency_weight", "cost_weight"):
             value = getattr(self, name)
-            if not 0 <= value <= MAX_WEIGHT:  # false for NaN too
+            if not (is_real(value) and 0 <= value <= MAX_WEIGHT):  # false for NaN too
                 raise ValueError(f"{name}={value!r} is not a number in [0, {MAX_WEIGHT:g}]; give one within")
 
 

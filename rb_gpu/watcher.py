@@ -8,6 +8,8 @@ import threading
 import weakref
 from collections.abc import Callable
 
+from rb_gpu.types import is_real
+
 log = logging.getLogger(__name__)
 
 # a hanging file system must not keep a service from ending
@@ -22,10 +24,11 @@ class Watcher:
     """
 
     def __init__(self, method: Callable[[], object], interval_s: float) -> None:
-        if not 0 < interval_s <= threading.TIMEOUT_MAX:  # false for NaN too
+        if not (is_real(interval_s) and 0 < interval_s <= threading.TIMEOUT_MAX):  # false for NaN too
             raise ValueError(f"interval_s={interval_s!r} is not a positive number of seconds; try 1.0")
         # weak, so that the watcher does not keep an unused object alive
-        self._method, self._interval_s = weakref.WeakMethod(method), interval_s
+        self._method = weakref.WeakMethod(method)
+        self._interval_s = float(interval_s)  # a wait takes none of NumPy's numbers
         self._start()
         _watchers.add(self)
 

@@ -55,6 +55,12 @@ def refused(folder: Path, reason: str) -> None:
 # Writing
 
 
+def test_a_folder_may_be_a_string(data: BankData, tmp_path: Path) -> None:
+    # regression: AttributeError: 'str' object has no attribute 'name'
+    assert write_artifact(f"{tmp_path}/v1", data, {})["version"] == "v1"
+    assert ReasoningBank.load(f"{tmp_path}/v1").version == "v1"
+
+
 def test_round_trip_is_exact(data: BankData, artifact: Path) -> None:
     loaded, manifest = load_artifact(artifact)
     assert loaded.arrays.keys() == data.arrays.keys()

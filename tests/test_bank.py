@@ -547,6 +547,51 @@ def test_a_rating_is_an_integer(rating: Any) -> None:
     assert UserFeedback(np.int64(5)).score == 1
 
 
+@pytest.mark.parametrize("comment", [5, b"fine", ["fine"]])
+def test_a_comment_is_text(comment: Any) -> None:
+    # regression: anything was accepted, and the log then said that an int has no attribute encode
+    with pytest.raises(ValueError, match=r"comment=.* is not a string; give text, or leave it out"):
+        UserFeedback(3, comment)
+
+
+@pytest.mark.parametrize("weight", ["0.1", None, [0.1], True, float("nan")])
+def test_a_weight_of_a_tradeoff_is_a_number(weight: Any) -> None:
+    # regression: TypeError: '<=' not supported between instances of 'int' and 'str'
+    with pytest.raises(ValueError, match=r"cost_weight=.* is not a number in \[0, 1e\+06\]; give one within"):
+        Tradeoff(0.0, weight)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "says"),
+    [
+        ({"search_params": {"ef_search": 64}}, TypeError, "search_params=.* is not a SearchParams; give"),
+        ({"feedback": 5}, TypeError, r"feedback=5 is not a UserFeedback; give UserFeedback\(rating\)"),
+        ({"id": "q7"}, TypeError, "id='q7' is not an integer"),
+        ({"id": [7]}, TypeError, r"id=\[7\] is not an integer"),
+        ({"id": -1}, ValueError, "id=-1 is outside"),
+    ],
+)
+def test_a_wrong_field_is_told_before_anything_is_counted(
+    bank: ReasoningBank, fields: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    # regression: a dict of parameters went unnoticed without a log and was an AttributeError with one, and a bare
+    # rating was an AttributeError after the trajectory had been counted
+    before = bank.stats().total_trajectories
+    with pytest.raises(error, match=f"^{says}"):
+        bank.record_trajectory(trajectory(1, bank.data.arrays["centroids"][0])._replace(**fields))
+    with pytest.raises(TypeError, match=r"^trajectory is of type dict, not QueryTrajectory; give"):
+        bank.record_trajectory({"id": 1})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^trajectory_id=None is not an integer"):
+        bank.record_feedback(None, UserFeedback(5))  # type: ignore[arg-type]
+    assert bank.stats().total_trajectories == before
+
+
+def test_a_bank_is_made_of_bank_data(artifact: Path) -> None:
+    # regression: AttributeError: 'PosixPath' object has no attribute 'objective'
+    with pytest.raises(TypeError, match=r"not BankData; ReasoningBank\.load opens an artifact"):
+        ReasoningBank(artifact)  # type: ignore[arg-type]
+
+
 def test_one_vote_per_trajectory(bank: ReasoningBank) -> None:
     with pytest.raises(TypeError, match=r"feedback=5 is not a UserFeedback; give UserFeedback\(rating\)"):
         bank.record_feedback(1, 5)  # type: ignore[arg-type]

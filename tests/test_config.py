@@ -64,6 +64,23 @@ def test_a_slope_may_be_typed_as_an_integer():
         composed("train", "judge.min_probability=1")
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SECTIONS["cluster"](max_iter="10"),
+        lambda: SECTIONS["cluster"](epsilon="small"),
+        lambda: SECTIONS["cluster"](merge_similarity=None),
+        lambda: SECTIONS["judge"](cost_weight="1"),
+        lambda: SECTIONS["judge"](min_samples=2.5),
+        lambda: JOBS["train"](seed="0"),
+    ],
+)
+def test_a_wrong_type_in_python_names_its_setting(make):
+    # regression: TypeError: '>=' not supported between instances of 'str' and 'int'
+    with pytest.raises(ConfigError, match=r"^(cluster|judge)\.\w+=|^seed=0 is"):
+        make()
+
+
 def test_a_bound_may_be_lifted_as_its_yaml_says():
     assert composed("train", "gate.max_p95_latency_ratio=inf").gate.max_p95_latency_ratio == math.inf
     assert "; inf: any" in (CONF / "gate" / "default.yaml").read_text()

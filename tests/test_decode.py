@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -192,6 +194,24 @@ def test_numbers_of_every_width(kind, dtype):
 def test_half_floats_are_numbers_too():
     array, missing = decode_numbers(pa.array([np.float16(0.5), None], pa.float16()), np.float32, "x")
     assert array.dtype == np.float32 and array.tolist() == [0.5, 0] and missing.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("kind", [pa.decimal128(9, 3), pa.decimal256(40, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [np.int64, np.float32])
+def test_decimals_are_numbers_too(kind, dtype):
+    # regression: DuckDB writes the literal 0.25 of a query as DECIMAL(3, 2), which was refused as no number
+    values = pa.array([Decimal("9"), Decimal("0.25"), None, Decimal("1")], kind).slice(1)
+    array, missing = decode_numbers(values, dtype, "x")
+    assert array.tolist() == [0.25, 0, 1] and missing.tolist() == [False, True, False]
+
+
+def test_a_category_of_numbers_is_read_as_its_numbers():
+    # regression: a pandas category in an Arrow file was refused as no number
+    values = pa.array([50, 100, None, 50]).dictionary_encode().slice(1)
+    array, missing = decode_numbers(values, np.int64, "x")
+    assert array.tolist() == [100, 0, 50] and missing.tolist() == [False, True, False]
+    with pytest.raises(DataError, match=r"is decimal128.*; store ids as uint64"):
+        decode_numbers(pa.array([Decimal("7")]), np.uint64, "x")
 
 
 def test_nan_and_infinity_are_missing_numbers():

@@ -870,6 +870,32 @@ def test_queries_that_repeat_need_no_more_landmarks_than_are_distinct():
     assert np.isfinite(bank.optimized_params_batch(x_QD[:200])["expected_quality"]).all()
 
 
+@pytest.mark.parametrize("judging", OBJECTIVES, ids=str)
+def test_a_log_in_which_no_config_ran_three_times_is_learned_from(judging):
+    # regression: no config had rows enough for a deviation of its own, and training ended in a traceback of torch.stack
+    trajectories = table(0, n=2000, configs=60)
+    order = np.argsort(trajectories.config_id, kind="stable")
+    first = np.searchsorted(trajectories.config_id[order], np.arange(60))
+    twice = np.zeros(2000, bool)
+    twice[order[np.concatenate([first, first + 1])]] = True
+    trajectories = trajectories.select_queries(twice)
+    assert (np.bincount(trajectories.config_id) == 2).all()
+    bank = trained(trajectories, **judging).bank()
+    assert np.isfinite(bank.optimized_params_batch(trajectories.x_QD)["confidence"]).all()
+
+
+@pytest.mark.parametrize("judging", OBJECTIVES, ids=str)
+def test_queries_in_one_direction_have_no_field(judging):
+    # regression: with cluster.metric=l2, embeddings that differ in length only ended in a traceback of the landmarks
+    trajectories = table(0, n=400)
+    x_QD = np.linspace(1, 4, 400, dtype=np.float32)[:, None] * trajectories.x_QD[:1].round(1)
+    for metric, k in (("l2", 4), ("cosine", 1)):
+        config = TrainConfig(device=DeviceConfig("cpu"), cluster=ClusterConfig(k=k, metric=metric))
+        config.judge = JudgeConfig(**judging)
+        bank = learn(replace(trajectories, x_QD=x_QD), config).bank()
+        assert bank.data.field is None and np.isfinite(bank.optimized_params(x_QD[0]).confidence)
+
+
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.8, 0.975, 0.9999])
 def test_normal_quantile(share):
     from scipy.stats import norm

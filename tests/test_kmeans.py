@@ -624,6 +624,13 @@ def test_bounds_rule_distances_out_and_the_share_that_is_left_is_told():
     assert 0 < kmeans(x, 50).computed_share < 0.9
 
 
+@pytest.mark.parametrize("epsilon", ["small", None, [1e-4]])
+def test_epsilon_is_a_number(epsilon):
+    # regression: a bare TypeError of float()
+    with pytest.raises(ValueError, match=r"epsilon=.* is not a number; give 0 or more"):
+        kmeans(np.eye(4, dtype=np.float32), 2, epsilon=epsilon)
+
+
 def test_epsilon_is_of_the_centroids_shift_over_the_points_in_median_distances():
     # Lloyd's iterations in float64, and the first of them after which the root mean square shift is at most epsilon
     rng = np.random.default_rng(2)

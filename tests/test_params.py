@@ -169,6 +169,13 @@ def config_table(*params, tiers=TIERS):
     return ConfigTable.from_params(params, tiers, 0)
 
 
+def test_id_of_takes_parameters_only():
+    # regression: AttributeError: 'dict' object has no attribute 'model_tier'
+    table = ConfigTable.from_params([SearchParams()], ["auto"], 0)
+    with pytest.raises(TypeError, match=r"params=\{'ef_search': 100\} is not a SearchParams; give"):
+        table.id_of({"ef_search": 100})
+
+
 def test_id_of_finds_a_config_by_all_its_parameters():
     one, two = SearchParams(64, 8, "small", 2048, 0.7), SearchParams(64, 8, "large", 2048, 0.7)
     table = config_table(one, two)

@@ -104,6 +104,14 @@ def test_small_clusters_are_left_out_and_k_over_n_still_clusters():
     assert sorted(p.support_count for p in PatternExtractor(k=500).extract(repeated)) == [4] * 5
 
 
+def test_queries_that_are_all_alike_are_one_pattern():
+    # regression: DataError, although one cluster of one embedding is what the document makes of them
+    alike = [t._replace(query_embedding=np.ones(6, np.float32)) for t in cluster_of(8, 30)]
+    [pattern] = PatternExtractor(k=3).extract(alike)
+    mean = np.mean([t.precision * t.recall for t in alike])
+    assert pattern.support_count == 30 and pattern.quality == pytest.approx(mean)
+
+
 def test_quality_is_one_function():
     for p, r in ((0.0, 0.0), (1.0, 1.0), (0.3, 0.9)):
         ours = float(f1_score(torch.tensor([p]).double(), torch.tensor([r]).double())[0])

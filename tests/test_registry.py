@@ -55,6 +55,15 @@ def test_new_versions_sort_after_all_before_them(tmp_path: Path) -> None:
     assert sorted(made) == made == registry.versions()
 
 
+def test_what_is_no_version_or_count_is_told(registry: Registry) -> None:
+    # regression: TypeErrors of a pattern and of a slice; keep=-1 removed all versions but the newest
+    with pytest.raises(RegistryError, match="version=7 is not the name of a version; action=list shows all"):
+        registry.promote(7, "")  # type: ignore[arg-type]
+    for keep in (0, -1, "2"):
+        with pytest.raises(RegistryError, match=f"keep={keep!r} is not an integer >= 1; keep one version or more"):
+            Registry(registry.path, keep)  # type: ignore[arg-type]
+
+
 def test_promote_serves_a_version(registry: Registry) -> None:
     registry.promote(A, "first")
     assert registry.champion() == A and registry.folder("champion").name == A

@@ -267,6 +267,17 @@ def test_a_watcher_serves_what_is_promoted(registry: Registry) -> None:
         bank.watch(0)
 
 
+def test_an_interval_is_a_number(registry: Registry) -> None:
+    # regression: the thread died of a wait for np.float32 seconds, and a string was a bare TypeError
+    bank = ReasoningBank.load(registry.path / "champion")
+    with pytest.raises(ValueError, match="interval_s='1' is not a positive number of seconds; try"):
+        bank.watch("1")  # type: ignore[arg-type]
+    bank.watch(np.float32(0.02))
+    registry.promote(B, "")
+    assert wait_for(lambda: bank.version == B)
+    bank.close()
+
+
 def test_a_bad_interval_leaves_the_watcher_at_work(registry: Registry) -> None:
     # regression: the old watcher was stopped before the new interval was checked
     bank = ReasoningBank.load(registry.path / "champion")

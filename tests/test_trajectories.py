@@ -500,6 +500,33 @@ def test_trajectory_that_breaks_the_rules_is_an_error_that_names_it(wrong, messa
         from_trajectories(log, ParamsConfig(tiers=["small"]))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"search_params": {"ef_search": 64}}, r"trajectories\[1\]: search_params=.* is not a SearchParams; give"),
+        ({"feedback": 5}, r"trajectories\[1\]: feedback=5 is not a UserFeedback; give"),
+        ({"id": -1}, r"trajectories\[1\]: id=-1 is outside \["),
+        ({"query_id": -1}, "trajectories: a query_id is of a wrong type .*; correct it"),
+        ({"precision": "high"}, "trajectories: a precision is of a wrong type .*'high'.*; correct it"),
+        ({"latency_us": [5]}, "trajectories: a latency_us is of a wrong type .*; correct it"),
+        ({"query_embedding": ["a"] * 3}, "trajectories: a query_embedding is of a wrong type .*; correct it"),
+    ],
+)
+def test_trajectory_of_a_wrong_type_is_an_error_that_names_the_field(wrong, message):
+    # regression: AttributeError, OverflowError and ArrowInvalid without the field
+    log = [make(i)._replace(query_embedding=[1.0, 0.0, 0.0]) for i in range(3)]
+    log[1] = log[1]._replace(**wrong)
+    with pytest.raises(DataError, match=f"^{message}"):
+        from_trajectories(log)
+
+
+def test_what_are_no_trajectories_is_told():
+    with pytest.raises(DataError, match=r"^trajectories\[0\]: trajectory is of type int, not QueryTrajectory; give"):
+        from_trajectories([7])
+    with pytest.raises(DataError, match=r"^trajectories=7 are no sequence; give a list"):
+        from_trajectories(7)
+
+
 def test_repeated_id_in_memory_is_an_error():
     with pytest.raises(DataError, match=r"^trajectories\[1\] \(id 7\): duplicate id; "):
         from_trajectories([make(7), make(7)])

@@ -233,11 +233,32 @@ def test_a_row_that_cannot_be_kept_fails_in_the_caller(
         ({"timestamp": 1e9}, "timestamp=1000000000.0 is not an integer"),
         ({"id": "q7"}, "id='q7' is not an integer"),
         ({"query_id": -1}, r"query_id=-1 is outside \[0, 18446744073709551615\]; give an integer of 64 bits"),
+        # regression: these ended in an AttributeError, or in a TypeError that named no field
+        ({"search_params": {"ef_search": 64}}, r"search_params=\{'ef_search': 64\} is not a SearchParams; give"),
+        ({"feedback": 5}, r"feedback=5 is not a UserFeedback; give UserFeedback\(rating\)"),
+        ({"precision": "high"}, "precision='high' is not a number that a float can hold; give a float"),
+        ({"recall": [0.5]}, r"recall=\[0.5\] is not a number"),
+        ({"cost": 10**400}, "cost=10+ is not a number"),
+        ({"propensity": {}}, r"propensity=\{\} is not a number"),
+        ({"policy": 7}, "policy=7 is not a string"),
+        ({"policy": "\ud800"}, "policy='.*' is not valid Unicode"),
+        ({"retrieved_ids": np.array(["a"])}, r"retrieved_ids=array.* is not a tuple; give a tuple of strings"),
+        ({"retrieved_ids": (np.int64(1),)}, "retrieved_ids cannot be stored .*; give a tuple of strings"),
+        ({"query_embedding": ["a"]}, "query_embedding of 1 is no vector of numbers .*; log the vector"),
     ],
 )
-def test_a_wrong_number_is_told_with_its_field(tmp_path: Path, fields: dict[str, Any], says: str) -> None:
+def test_a_wrong_value_is_told_with_its_field(tmp_path: Path, fields: dict[str, Any], says: str) -> None:
     with TrajectoryLog(tmp_path / "log.db") as log, pytest.raises((TypeError, DataError), match=f"^{says}"):
         log.record(trajectory(1)._replace(**fields))
+
+
+def test_what_is_no_trajectory_or_vote_is_told(tmp_path: Path) -> None:
+    # regression: AttributeError: 'dict' object has no attribute 'query_embedding'
+    with TrajectoryLog(tmp_path / "log.db") as log:
+        with pytest.raises(TypeError, match=r"^trajectory is of type dict, not QueryTrajectory; give"):
+            log.record(trajectory(1)._asdict())  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"^feedback=5 is not a UserFeedback; give"):
+            log.record_feedback(1, 5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bad_id", [-1, 2**64])
@@ -251,12 +272,24 @@ def test_id_outside_uint64(tmp_path: Path, bad_id: int) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    [{"capacity": 0}, {"dim": 0}, {"queue_size": 0}, {"flush_interval": 0}, {"flush_interval": float("nan")}],
-)
+    [
+        {"capacity": 0}, {"dim": 0}, {"queue_size": 0}, {"flush_interval": 0}, {"flush_interval": float("nan")},
+        # regression: a capacity that SQLite cannot bind was accepted, and then no write ever succeeded
+        {"capacity": 2**63}, {"capacity": float("nan")}, {"capacity": "10"}, {"dim": 3.5}, {"flush_interval": "1"},
+    ],
+)  # fmt: skip
 def test_setting_out_of_bounds(tmp_path: Path, setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(setting))):
         TrajectoryLog(tmp_path / "log.db", **setting)
     assert not (tmp_path / "log.db").exists()
+
+
+def test_settings_may_be_numpys(tmp_path: Path) -> None:
+    # regression: the writer's thread died of a wait for np.float32 seconds, and nothing was ever written
+    path = tmp_path / "log.db"
+    with TrajectoryLog(path, np.int64(5), np.int64(4), np.float32(0.01), np.int64(9)) as log:
+        assert log.record(trajectory(1)) and log.flush(PATIENCE_S)
+    assert ids(path) == [1]
 
 
 def test_capacity_keeps_the_newest(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+from rb_gpu.errors import ConfigError, DataError
 from rb_gpu.learn import learn
 from rb_gpu.learn.assemble import grade
 from rb_gpu.learn.config import ClusterConfig, IndexConfig, JudgeConfig, PruneConfig, QualityConfig, TrainConfig
@@ -123,6 +124,19 @@ def as_oracle(t: QueryTrajectory) -> oracles.Trajectory:
 
 
 PATTERN = LearnedPattern(7, np.ones(3, np.float32), SearchParams(), 0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def test_the_judge_tells_what_it_was_given():
+    # regression: AttributeErrors of the pattern, the default and the trajectories
+    some = random_trajectories(np.random.default_rng(0), 12, 0.1)
+    with pytest.raises(TypeError, match="pattern=7 is not a LearnedPattern; give one"):
+        VerdictJudge().judge(7, some)
+    with pytest.raises(TypeError, match=r"default=.* is not a SearchParams; give one"):
+        VerdictJudge(default={"ef_search": 64}).judge(PATTERN, some)
+    with pytest.raises(DataError, match="trajectory is of type str"):
+        VerdictJudge().judge(PATTERN, ["x"])
+    with pytest.raises(ConfigError, match=r"^judge\.alpha=0\.05 is not a number in \(0, 1\)"):
+        VerdictJudge(alpha="0.05").judge(PATTERN, some)
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from rb_gpu.errors import ConfigError
-from rb_gpu.types import MAX_WEIGHT
+from rb_gpu.types import MAX_WEIGHT, is_real
 
 MAX_SEED = 2**63 - 1
 
@@ -24,27 +26,35 @@ def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 def check_count(key: str, value: int, least: int = 1) -> None:
     """Raises ConfigError unless value >= least."""
-    check(key, value, value >= least, f"an integer >= {least}", f"raise it to {least} or more")
+    ok = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
+    check(key, value, ok, f"an integer >= {least}", f"raise it to {least} or more")
 
 
 def check_seed(seed: int) -> None:
     """Raises ConfigError unless `seed` is valid for both torch and NumPy."""
-    check("seed", seed, 0 <= seed <= MAX_SEED, f"an integer in [0, {MAX_SEED}]", "use 0")
+    ok = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool) and 0 <= seed <= MAX_SEED
+    check("seed", seed, ok, f"an integer in [0, {MAX_SEED}]", "use 0")
 
 
 def check_share(key: str, value: float) -> None:
     """Raises ConfigError unless 0 <= value <= 1."""
-    check(key, value, 0.0 <= value <= 1.0, "a share in [0, 1]", "give a number from 0 to 1")
+    check(key, value, is_real(value) and 0.0 <= value <= 1.0, "a share in [0, 1]", "give a number from 0 to 1")
 
 
 def check_nonnegative(key: str, value: float) -> None:
     """Raises ConfigError unless value is finite and >= 0."""
-    check(key, value, math.isfinite(value) and value >= 0, "a finite number >= 0", "give 0 or more")
+    check(key, value, is_real(value) and math.isfinite(value) and value >= 0, "a finite number >= 0", "give 0 or more")
 
 
 def check_weight(key: str, value: float) -> None:
     """Raises ConfigError unless a lookup can use value as a weight in float32: 0 <= value <= MAX_WEIGHT."""
-    check(key, value, 0 <= value <= MAX_WEIGHT, f"a number in [0, {MAX_WEIGHT:g}]", "lower it; 1 is already large")
+    check(
+        key,
+        value,
+        is_real(value) and 0 <= value <= MAX_WEIGHT,
+        f"a number in [0, {MAX_WEIGHT:g}]",
+        "lower it; 1 is already large",
+    )
 
 
 def is_auto(value: int | float | str | None) -> bool:

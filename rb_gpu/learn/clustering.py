@@ -63,7 +63,8 @@ def cluster_queries(
     decay_N = row_weights(replace(trajectories, propensity=None), half_life).numpy()
     weight_Q = torch.from_numpy(np.bincount(trajectories.query_row, weights=decay_N)).float()
     source = trajectories.source.path or "memory"
-    if not any(bool((x_QD[tile] != x_QD[0]).any()) for tile in tiles(queries, x_QD.shape[1], x_QD.device)):
+    alike = not any(bool((x_QD[tile] != x_QD[0]).any()) for tile in tiles(queries, x_QD.shape[1], x_QD.device))
+    if alike and cluster.k != 1:  # one cluster is then all that was asked for
         raise DataError(
             f"data.path={source}: all {queries} query embeddings are identical; check the embedder's output"
         )

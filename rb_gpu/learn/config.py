@@ -28,7 +28,7 @@ from rb_gpu.learn.router_config import RouterConfig as RouterConfig
 from rb_gpu.learn.track import TrackConfig
 from rb_gpu.learn.version_config import GateConfig, RegistryConfig, RetrainConfig
 from rb_gpu.params import MAX_COUNT, MAX_TEMPERATURE, PARAMETERS, SAME_TEMPERATURE, SearchParams
-from rb_gpu.types import MAX_WEIGHT
+from rb_gpu.types import MAX_WEIGHT, is_real
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent.parent / "sample"
 
@@ -160,7 +160,7 @@ class JudgeConfig:
             "auto or a probability in [0.5, 1)",
             "set judge.min_probability=auto",
         )
-        check("judge.alpha", self.alpha, 0 < self.alpha < 1, "in (0, 1)", "use 0.05")
+        check("judge.alpha", self.alpha, is_real(self.alpha) and 0 < self.alpha < 1, "a number in (0, 1)", "use 0.05")
         check_count("judge.min_samples", self.min_samples, 2)
         days_ok = (
             isinstance(self.half_life, (int, float)) and not isinstance(self.half_life, bool) and self.half_life > 0

@@ -132,8 +132,13 @@ def decode_numbers(column: pa.Array, dtype: type, where: str) -> tuple[npt.NDArr
     """(N,) numbers, and which of them are null or not finite (set to 0). They are not yet cast to an integer `dtype`,
     which could hide a fraction or wrap around.
 
-    Signed ids are reinterpreted as unsigned 64 bits. Raises DataError on a type that is not numeric.
+    Signed ids are reinterpreted as unsigned 64 bits; decimals are read as doubles, but not as ids. Raises DataError on
+    a type that is not numeric.
     """
+    if pa.types.is_dictionary(column.type):  # a pandas category
+        column = column.dictionary_decode()
+    if pa.types.is_decimal(column.type) and dtype is not np.uint64:  # what SQL engines make of a literal such as 0.25
+        column = pc.cast(column, pa.float64())
     kind = column.type
     is_float = pa.types.is_floating(kind)
     if dtype is np.uint64 and not pa.types.is_integer(kind):

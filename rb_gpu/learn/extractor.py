@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from rb_gpu.learn.assemble import UNPROVEN, Leaves, assemble
 from rb_gpu.learn.config import ClusterConfig, JudgeConfig, ParamsConfig, PruneConfig, QualityConfig, TrainConfig
 from rb_gpu.learn.evidence import gather_evidence, row_weights
 from rb_gpu.learn.pipeline import learn
-from rb_gpu.learn.recorded import from_trajectories
+from rb_gpu.learn.recorded import checked, from_trajectories
 from rb_gpu.learn.trajectories import Trajectories
 from rb_gpu.learn.verdicts import judge, resolve_objective
 from rb_gpu.params import SearchParams
@@ -42,12 +42,13 @@ class PatternExtractor:
         table = from_trajectories(trajectories)
         distinct = len(np.unique(table.x_QD, axis=0))
         cluster = ClusterConfig(
-            k=min(self.k, distinct),
+            k=self.k,
             metric=self.metric,
             max_iter=self.max_iter,
             epsilon=self.epsilon,
             merge_similarity=self.merge_similarity,
         )
+        cluster = replace(cluster, k=min(self.k, distinct))
         learned = learn(table, TrainConfig(cluster=cluster, prune=PruneConfig(min_support=3), seed=self.seed))
         bank = learned.bank()
         return [pattern for pattern in bank.patterns.values() if pattern.abstraction_level == 0]
@@ -64,7 +65,14 @@ class VerdictJudge:
     quality: str = "f1"
 
     def judge(self, pattern: LearnedPattern, trajectories: Sequence[QueryTrajectory]) -> Verdict | None:
-        """The verdict, or None where the evidence is insufficient and the default stands."""
+        """The verdict, or None where the evidence is insufficient and the default stands.
+
+        Raises TypeError where the pattern or the default is of another type, DataError, ConfigError.
+        """
+        for name, value, kind in (("pattern", pattern, LearnedPattern), ("default", self.default, SearchParams)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name}={value!r} is not a {kind.__name__}; give one")
+        trajectories = checked(trajectories)
         tiers = sorted({t.search_params.model_tier for t in trajectories} | {self.default.model_tier})
         table = from_trajectories(trajectories, ParamsConfig(tiers=tiers, default=self.default.as_dict()))
         config = TrainConfig(

@@ -183,9 +183,9 @@ def _backfitted(
     kernels: Sequence[Kernel], y_N: Tensor, sweeps: int
 ) -> tuple[Tensor, Average, list[Average], Tensor, Tensor]:
     """Alternates between the regression that configs share and their deviations from it (backfitting, Breiman &
-    Friedman 1985). Returns the weights (S, L) of the deviations' models, the shared regression, each config's
-    deviation, the leave-one-query-out deviation of every row (N,), and by how much the deviations of other configs at
-    each query are too low (Q, C).
+    Friedman 1985). Returns the weights (S, L) of the deviations' models (of the shared one's where no config has rows
+    enough for one), the shared regression, each config's deviation, the leave-one-query-out deviation of every row
+    (N,), and by how much the deviations of other configs at each query are too low (Q, C).
 
     The latter also learned from residuals that hold an echo of the query's rows (`echoes`). How loud it is at queries
     that ran other configs is taken from the config's own rows, as if they were a random sample of all queries.
@@ -203,7 +203,7 @@ def _backfitted(
             Task(own[c], left_N[index, None], [of_query_N[index, None] * part_NL for part_NL in echo[c]])
             for c, index in rows.members.items()
         ]
-        share_SL, deviations = average(tasks, rows.effective)
+        share_SL, deviations = average(tasks, rows.effective) if tasks else (common_SL, [])
         for index, deviation in zip(rows.members.values(), deviations, strict=True):
             deviation_N[index] = deviation.unseen_NC[:, 0]
     total_Q = y_N.new_zeros(rows.queries).index_add_(0, rows.query_N, rows.weight_N * left_N)

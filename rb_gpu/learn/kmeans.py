@@ -110,7 +110,10 @@ def kmeans(
     on a bad argument, ConfigError where the device is missing.
     """
     k, max_iter, n_init = checked_counts(k=k, max_iter=max_iter, n_init=n_init)
-    epsilon = float(epsilon)
+    try:
+        epsilon = float(epsilon)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"epsilon={epsilon!r} is not a number; give 0 or more") from None
     if not epsilon >= 0:
         raise ValueError(f"epsilon={epsilon!r} is not >= 0; give 0 or more")
     if isinstance(init, str) and init != "k-means++":

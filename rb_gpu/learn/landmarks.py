@@ -132,7 +132,8 @@ def fit_field(
     seed: int,
     device: torch.device,
 ) -> FittedField | None:
-    """Fits the outcomes that the objective weighs. None with fewer than two configs, or too few queries for landmarks.
+    """Fits the outcomes that the objective weighs. None with fewer than two configs, too few queries for landmarks,
+    or queries that all lie in one direction.
 
     unit_QD: embeddings of norm 1. weight_N: (N,) weights of the evidence, decay over propensity. label_Q: (Q,) leaf of
     each query; queries with a negative one count for no leaf. Of the objective only kind and quality are read.
@@ -148,6 +149,8 @@ def fit_field(
         return None
     axes_RD, centre_R = _lifted(unit_CD, *_axes(unit_CD, generator, device), device)
     place_CR = _places(unit_CD, axes_RD, centre_R, device)
+    if not bool(place_CR.any()):  # all queries lie in one direction
+        return None
     found = kmeans(place_CR, landmarks, seed=seed, metric="cosine", device=device.type, engine="torch").centroids
     landmarks_MR = torch.nn.functional.normalize(torch.as_tensor(found), dim=1).to(device)
     landmarks = len(landmarks_MR)  # fewer where there are not as many distinct queries
