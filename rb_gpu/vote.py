@@ -264,7 +264,8 @@ def interpolate(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
     quality = float(share @ arrays["quality"][rows]) if config_id is None else _quality(state, config_id, quality)
     return OptimizedParams(
         params=params,
-        confidence=probability if tried and config_id != configs.default else 0.0,
+        # the shares may add up to just over 1
+        confidence=min(probability, 1.0) if tried and config_id != configs.default else 0.0,
         source=ParamSource(int(arrays["pattern_id"][rows[0]])),
         expected_quality=quality,
         expected_gain=gain if tried else float("nan"),
