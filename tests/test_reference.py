@@ -112,6 +112,14 @@ def test_queries_that_are_all_alike_are_one_pattern():
     assert pattern.support_count == 30 and pattern.quality == pytest.approx(mean)
 
 
+def test_opposite_queries_of_one_pattern_have_a_centroid():
+    # regression: one-dimensional embeddings of both signs cancel out, and training ended in "a centroid has norm 0; the
+    # artifact is damaged"
+    signs = [t._replace(query_embedding=np.float32([(-1) ** i])) for i, t in enumerate(cluster_of(9, 30))]
+    [pattern] = PatternExtractor(k=1).extract(signs)
+    assert pattern.support_count == 30 and np.linalg.norm(pattern.centroid) == pytest.approx(1)
+
+
 def test_quality_is_one_function():
     for p, r in ((0.0, 0.0), (1.0, 1.0), (0.3, 0.9)):
         ours = float(f1_score(torch.tensor([p]).double(), torch.tensor([r]).double())[0])

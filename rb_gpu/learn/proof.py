@@ -261,6 +261,8 @@ def _any_single(pseudo: Pseudo, rows: Rows, default: int, seed: int) -> float:
     heaviest_C = rows.by_config(pseudo.share_N.square().square()) / square_C.clamp(min=TINY)
     unseen_C = (lacking_C + RARE_ROWS * heaviest_C * pseudo.size**2) / rows.queries
     variance_C = gain_QC.var(0) + unseen_C[tried_C] + unseen_C[default]
+    # without scatter, chance is unknown, and the gain proves nothing
+    variance_C = torch.where(variance_C > 0, variance_C, torch.inf)
     score_C = gain_QC.mean(0) / (variance_C / rows.queries).sqrt().clamp(min=TINY)
     together_CC = gain_QC.T.cov() + unseen_C[default]
     together_CC = together_CC.view(len(score_C), -1) + torch.diag(unseen_C[tried_C])
