@@ -100,7 +100,7 @@ def moderated(variance: Floats, size: Floats, paired: bool, apart: float) -> Flo
         leaf, rows = scale, freedom
     # the scale of a leaf without spread: as if one of its rows had deviated by `apart`
     expected = np.where(freedom > 0, freedom * of_config, 0.0)
-    one_deviation = apart**2 / np.maximum(expected if paired else expected.sum(1, keepdims=True), 1e-300)
+    one_deviation = ratio(apart**2, expected if paired else expected.sum(1, keepdims=True), 1.0)
     leaf = np.where(leaf > 0, leaf, one_deviation)
     known = max(spread, 0.0) * rows
     kept = np.divide(known, known + noise, out=np.zeros(rows.shape), where=known > 0)

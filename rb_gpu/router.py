@@ -17,7 +17,7 @@ import numpy.typing as npt
 from rb_gpu.artifact import map_file
 from rb_gpu.params import MAX_TEMPERATURE, ConfigTable, SearchParams, snap
 from rb_gpu.router_file import HEADS, MAX_ROUTER_BYTES, check_router, read_router, write_router
-from rb_gpu.types import OptimizedParams
+from rb_gpu.types import OptimizedParams, numbers_of
 
 Vector = npt.NDArray[np.float32]
 
@@ -155,12 +155,12 @@ class FastGRNNRouter:
         """The state h (H,) after one step of features (D + F,) or T steps (T, D + F), oldest first, starting from
         zeros.
 
-        Raises ValueError on a wrong shape, and on values that are not finite or too large.
+        Raises ValueError on a wrong shape, and on values that are no real numbers, not finite or too large.
         """
-        steps = np.asarray(features, dtype=np.float32)
+        expected = f"({self.inputs},) or (T, {self.inputs})"
+        steps = numbers_of("features", features, f"{expected} floats")
         steps = steps[None] if steps.ndim == 1 else steps
         if steps.ndim != 2 or steps.shape[1] != self.inputs or len(steps) == 0:
-            expected = f"({self.inputs},) or (T, {self.inputs})"
             raise ValueError(f"features have shape {np.shape(features)}, expected {expected}")
         a, embedding_TD, fits = self.arrays, steps[:, : self.dim], True
         with np.errstate(over="ignore", invalid="ignore"):  # bad values are refused below

@@ -28,6 +28,22 @@ def is_masked(values: npt.ArrayLike) -> bool:
     return "numpy.ma" in sys.modules and bool(np.ma.is_masked(values))  # none can exist before that import
 
 
+def numbers_of(name: str, values: npt.ArrayLike, expected: str) -> Vector:
+    """The values as a float32 array of their shape. Raises ValueError that says what was passed as `name` and what is
+    expected, unless they are an array of real numbers.
+    """
+    try:
+        if is_masked(values):
+            raise TypeError("some are masked")
+        given = np.asarray(values)
+        if given.dtype.kind not in "fiu":
+            raise TypeError(f"dtype {given.dtype}")
+        with np.errstate(over="ignore"):  # the caller refuses values that overflow float32
+            return given.astype(np.float32, copy=False)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} is not an array of numbers ({error}); give {expected}") from None
+
+
 def is_real(value: object) -> bool:
     """Whether `value` is one real number of Python or NumPy; a bool is none."""
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)

@@ -18,7 +18,7 @@ from rb_gpu.evidence import OUTCOMES
 from rb_gpu.field_cells import FieldCells
 from rb_gpu.params import ConfigTable, SearchParams, round_half_up, snap
 from rb_gpu.search import EXACT_BATCH_LEAVES, ExactSearch, Search, in_lines, open_search
-from rb_gpu.types import OptimizedParams, ParamSource, Tradeoff, is_masked
+from rb_gpu.types import OptimizedParams, ParamSource, Tradeoff, numbers_of
 from rb_gpu.usage import Ratings
 from rb_gpu.views import PatternView, VerdictView
 
@@ -142,16 +142,7 @@ def nearest(state: BankState, query: npt.ArrayLike, k: int) -> tuple[list[int], 
 
 def queries_of(query: npt.ArrayLike, dim: int, ndim: int) -> Matrix:
     """Queries as float32 (B, D); ndim=1 takes a single query (D,). Raises ValueError saying what was passed."""
-    try:
-        if is_masked(query):
-            raise TypeError("some are masked")
-        given = np.asarray(query)
-        if given.dtype.kind not in "fiu":
-            raise TypeError(f"dtype {given.dtype}")
-        with np.errstate(over="ignore"):  # values that overflow float32 are refused later
-            values = given.astype(np.float32, copy=False)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"query is not an array of numbers ({error}); give {dim} floats") from None
+    values = numbers_of("query", query, f"{dim} floats")
     if values.ndim != ndim or values.shape[-1] != dim:
         expected = f"({dim},)" if ndim == 1 else f"(B, {dim})"
         raise ValueError(f"query has shape {values.shape}, expected {expected}; embed it with the bank's embedder")
@@ -264,7 +255,8 @@ def interpolate(state: BankState, query: npt.ArrayLike) -> OptimizedParams:
     quality = float(share @ arrays["quality"][rows]) if config_id is None else _quality(state, config_id, quality)
     return OptimizedParams(
         params=params,
-        confidence=probability if tried and config_id != configs.default else 0.0,
+        # the shares may add up to just over 1
+        confidence=min(probability, 1.0) if tried and config_id != configs.default else 0.0,
         source=ParamSource(int(arrays["pattern_id"][rows[0]])),
         expected_quality=quality,
         expected_gain=gain if tried else float("nan"),

@@ -290,6 +290,13 @@ def test_interpolation_that_meets_a_tried_config_knows_what_it_is_worth(data: Ba
         assert answer.config_id == config
         # regression: its confidence was the default's own probability
         assert answer.confidence == (0 if config == data.default else 0.875)
+    arrays["probability"][:] = 1.0
+    for name in columns:
+        arrays[f"optimal_{name}"][:] = arrays[f"config_{name}"][4]
+    wide = ReasoningBank(replace(data, arrays=arrays, lookup=replace(data.lookup, floor=-1.0, top_k=12)))
+    queries = np.random.default_rng(0).normal(size=(200, data.dim))
+    # regression: shares that add up to just over 1 gave a confidence of 1.0000000000000002
+    assert max(wide.optimized_params(query, mode="interpolate").confidence for query in queries) == 1.0
 
 
 # Trade-off

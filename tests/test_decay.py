@@ -46,6 +46,18 @@ def test_a_stationary_world_gets_no_decay(rows, patterns, configs, full):
     assert np.mean([days is None for days in found]) >= 0.95
 
 
+@pytest.mark.parametrize("half_life", [1.0, 1e-9])
+def test_rows_that_have_lost_all_weight_do_no_harm(learned, half_life):
+    # regression: squares of the weights vanished where a config ran only thousands of half-lives ago, and training
+    # ended in "score is not finite; the artifact is damaged" or a traceback of the field
+    table = learned.trajectories
+    time = np.where(table.config_id == 1, 0, 4000 * DAY) + np.arange(len(table))
+    judging = replace(learned.config.judge, half_life=half_life)
+    config = replace(learned.config, judge=judging, cluster=replace(learned.config.cluster, k="auto"))
+    bank = learn(replace(table, timestamp=time), config).bank()
+    assert np.isfinite(bank.optimized_params_batch(table.x_QD[:50])["confidence"]).all()
+
+
 @pytest.mark.parametrize("change", ["flip", "shift"])
 @pytest.mark.parametrize("full", [False, True])
 def test_planted_drift_is_followed(change, full):

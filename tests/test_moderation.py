@@ -94,6 +94,15 @@ def test_a_cells_variance_is_its_configs_times_its_leafs_scale(paired):
 
 
 @pytest.mark.parametrize("paired", [False, True])
+def test_leaves_of_single_rows_tell_nothing_whatever_the_unit(paired):
+    # regression: a warning of an overflow, with the weight of latency at its bound
+    size, variance = np.array([[5.0, 4.0], [1.0, 1.0]]), np.array([[0.1, 0.2], [np.nan, np.nan]])
+    with np.errstate(all="raise"):
+        small, large = (moderated(variance * unit**2, size, paired, unit) for unit in (1.0, 1e5))
+    np.testing.assert_allclose(large, small * 1e10)
+
+
+@pytest.mark.parametrize("paired", [False, True])
 def test_the_gains_of_rare_outcomes_are_told(paired):
     # regression: leaves without a single click by chance had no variance and dominated: a gain of .02 was estimated as
     # .0006

@@ -156,6 +156,18 @@ def test_configs_that_ran_once_are_not_chosen_by_the_fold_that_holds_their_row()
     assert not any(passes(seed) for seed in range(30))
 
 
+@pytest.mark.parametrize("gain", [-0.3, 0.3])
+def test_gains_that_do_not_scatter_prove_nothing(gain):
+    # regression: a division by a variance of 0, and a traceback of Cholesky's factorisation
+    query, config = torch.arange(40).repeat_interleave(3), torch.tensor([0, 0, 1]).repeat(40)
+    one = torch.ones(120, dtype=torch.float64)
+    rows = Rows(query, config, one, one, 40, 2)
+    left_N = torch.tensor([0.5, -0.5, 0.0]).double().repeat(40)
+    away_QC = torch.tensor([[0.0, gain]]).double().expand(40, 2)
+    pseudo = Pseudo(away_QC, alike(rows), left_N, torch.where(config == 0, 0.5, 1.0).double(), 0.0, 0.0)
+    assert proof._any_single(pseudo, rows, 0, 0) == 1.0
+
+
 def test_near_equals_that_all_beat_the_default_pass():
     # regression: folds picked different configs, each known by a few rows only, and a gain of half a row's noise did
     # not pass

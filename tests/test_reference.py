@@ -10,8 +10,11 @@ import pytest
 import torch
 
 import rb_gpu
-from rb_gpu.learn import PatternExtractor, VerdictJudge, hierarchy
+from rb_gpu.errors import DataError
+from rb_gpu.learn import PatternExtractor, VerdictJudge, hierarchy, learn
+from rb_gpu.learn.config import JudgeConfig, ParamsConfig, TrainConfig
 from rb_gpu.learn.evidence import f1_score
+from rb_gpu.learn.recorded import from_trajectories
 from rb_gpu.types import LearnedPattern, QueryTrajectory
 
 FIELDS = {
@@ -110,6 +113,25 @@ def test_queries_that_are_all_alike_are_one_pattern():
     [pattern] = PatternExtractor(k=3).extract(alike)
     mean = np.mean([t.precision * t.recall for t in alike])
     assert pattern.support_count == 30 and pattern.quality == pytest.approx(mean)
+
+
+def test_opposite_queries_of_one_pattern_have_a_centroid():
+    # regression: one-dimensional embeddings of both signs cancel out, and training ended in "a centroid has norm 0; the
+    # artifact is damaged"
+    signs = [t._replace(query_embedding=np.float32([(-1) ** i])) for i, t in enumerate(cluster_of(9, 30))]
+    [pattern] = PatternExtractor(k=1).extract(signs)
+    assert pattern.support_count == 30 and np.linalg.norm(pattern.centroid) == pytest.approx(1)
+
+
+def test_trajectories_are_learned_from_as_a_table_of_them():
+    # regression: AttributeError: 'list' object has no attribute 'x_QD'
+    config = TrainConfig(judge=JudgeConfig(latency_weight=0.0), params=ParamsConfig(temperature_step=0.01))
+    trajectories = cluster_of(3, 60)
+    ours, of_table = learn(trajectories, config), learn(from_trajectories(trajectories, config.params), config)
+    for name, array in of_table.data.arrays.items():
+        np.testing.assert_array_equal(ours.data.arrays[name], array)
+    with pytest.raises(DataError, match=r"^trajectories\[0\]: trajectory is of type int, not QueryTrajectory"):
+        learn([7], config)
 
 
 def test_quality_is_one_function():

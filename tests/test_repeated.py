@@ -40,3 +40,16 @@ def test_an_embedding_of_the_training_is_near_its_own_pattern(seed):
         assert (nearest_leaves(bank, asked)[1] >= bank.data.lookup.floor).all()
         assert (bank.optimized_params_batch(asked)["ef_search"] == 2).all()
         assert [bank.optimized_params(query).params.ef_search for query in asked] == [2] * EMBEDDINGS
+
+
+def test_an_embedding_that_shares_a_pattern_is_near_it():
+    # regression: where two popular embeddings share a pattern, the automatic floor was their rounded cosine to it, and
+    # half of the lookups, which round otherwise, took both for unknown
+    table = popular(0)
+    table.x_QD[TIMES : 2 * TIMES] = table.x_QD[0] + 0.1 * table.x_QD[TIMES]
+    bank = learn(table, TrainConfig(judge=JudgeConfig(latency_weight=0.0), index=IndexConfig(kind="off"))).bank()
+    assert bank.data.leaves < EMBEDDINGS
+    rng = np.random.default_rng(0)
+    for asked in np.float32(rng.uniform(0.1, 10, 50))[:, None, None] * table.x_QD[::TIMES]:
+        assert (bank.optimized_params_batch(asked)["pattern_id"] >= 0).all()
+        assert all(bank.optimized_params(query).source.has_pattern for query in asked)

@@ -53,6 +53,28 @@ def test_the_axes_are_the_principal_components_of_the_weighted_centroids():
     assert np.abs(found.queries_S2 - found.centroids_P2[found.leaf_S]).mean() < 0.15
 
 
+@pytest.mark.parametrize("size", [1e-24, 1e19])
+def test_queries_of_any_size_are_drawn(size):
+    # regression: squares of such coordinates are no float32 numbers, and training with cluster.metric=l2 ended in a
+    # traceback of the eigenvalues
+    rng = np.random.default_rng(2)
+    x, label = rng.normal(size=(300, 6)).astype(np.float32), np.arange(300) % 3
+    centroids = np.stack([x[label == leaf].mean(0) for leaf in range(3)])
+    usual, other = (
+        project(x * np.float32(s), label, centroids * np.float32(s), np.full(3, 100), 0, torch.device("cpu"))
+        for s in (1.0, size)
+    )
+    assert np.allclose(other.queries_S2 / size, usual.queries_S2, atol=1e-4)
+    assert np.allclose(other.centroids_P2 / size, usual.centroids_P2, atol=1e-4)
+
+
+def test_a_centroid_at_the_origin_is_drawn():
+    # regression: a quotient of 0 and 0
+    x = np.array([[1.0, 0.0], [-1.0, 0.0]], np.float32)
+    found = project(x, np.zeros(2, np.int64), np.zeros((1, 2), np.float32), np.array([2]), 0, torch.device("cpu"))
+    assert np.isfinite(found.queries_S2).all() and np.isfinite(found.centroids_P2).all()
+
+
 def test_centroids_that_are_directions_lie_among_their_queries():
     """Regression: unit centroids were drawn outside the cloud of their queries, whose mean is shorter."""
     rng = np.random.default_rng(1)

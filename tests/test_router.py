@@ -173,6 +173,24 @@ def test_wrong_features_are_named(features, message):
         net().export().forward(features)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: x + 1j, "dtype complex"),
+        (lambda x: x.astype(str), "dtype <U"),
+        (lambda x: np.ma.masked_greater(x, 0), "some are masked"),
+        (lambda _x: {}, "dtype object"),
+    ],
+)
+def test_features_that_are_no_numbers_are_refused(spoil, message):
+    # regression: imaginary parts were dropped, strings parsed and masked values read, unlike a bank's queries
+    router = net().export()
+    features = np.linspace(-1, 1, DIM)
+    router.forward(features)
+    with pytest.raises(ValueError, match=rf"^features is not an array of numbers \(.*{message}.*\); give \("):
+        router.forward(spoil(features))
+
+
 # the file
 
 

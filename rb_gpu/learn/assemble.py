@@ -187,7 +187,12 @@ def _pattern_arrays(
 
 
 def _centroids(sums_GD: Floats, mass_G: Floats, metric: str) -> Floats:
-    """Means of the members, projected on the unit sphere if the metric is cosine."""
+    """Means of the members, projected on the unit sphere if the metric is cosine; where opposite members cancel out, no
+    direction is nearer to them than another, and the first axis stands for all.
+    """
+    if metric == "cosine":
+        sums_GD = sums_GD.copy()
+        sums_GD[~sums_GD.any(1), 0] = 1.0
     scale = np.linalg.norm(sums_GD, axis=1) if metric == "cosine" else mass_G
     return np.asarray(sums_GD / np.maximum(scale, 1e-300)[:, None])
 

@@ -14,14 +14,19 @@ from rb_gpu.learn.trajectories import Trajectories
 
 TILE_ROWS = 2**20
 SECONDS_PER_DAY = 86_400.0
+# 2^-200, at which fourth powers are still float64 numbers
+MOST_HALF_LIVES = 200.0
 
 
 def row_weights(trajectories: Trajectories, half_life_days: float | None) -> torch.Tensor:
-    """(N,) float64 w = 2^(−age / half_life), 1 without decay, over the propensity where logged (Hájek's weights)."""
+    """(N,) float64 w = 2^(−age / half_life), 1 without decay, over the propensity where logged (Hájek's weights).
+
+    Ages over MOST_HALF_LIVES half-lives count as that many, since products of still smaller weights vanish.
+    """
     weight = np.ones(len(trajectories))
     if half_life_days is not None:
         age_days = (trajectories.timestamp.max() - trajectories.timestamp) / SECONDS_PER_DAY
-        weight = np.exp2(-age_days / half_life_days)
+        weight = np.exp2(-np.minimum(age_days / half_life_days, MOST_HALF_LIVES))
     if trajectories.propensity is not None:
         weight = weight / trajectories.propensity
     return torch.from_numpy(weight)

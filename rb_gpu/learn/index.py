@@ -32,14 +32,12 @@ FLOOR_QUANTILE = 0.001
 
 
 def similarity_floor(x_QD: torch.Tensor, leaves_PD: Matrix, device: torch.device, engine: str = "auto") -> float:
-    """The cosine to the nearest leaf that all but FLOOR_QUANTILE of the training queries exceed, and at most what the
-    leaf's own embedding reaches for certain.
-    """
+    """The cosine to the nearest leaf that all but FLOOR_QUANTILE of the training queries reach in every lookup."""
     _, d2 = nearest(normalised(x_QD), normalise_(torch.from_numpy(leaves_PD.copy())), device, engine)
-    # where few embeddings repeat, all cosines are 1 but for the rounding of norms and of a float32 product (Higham
-    # 2002, section 3.1), which is not the same in every lookup
-    own: float = 1.0 - (leaves_PD.shape[1] + 4) * float(np.finfo(np.float32).eps)
-    return min(own, float(np.quantile(1.0 - d2.numpy() / 2.0, FLOOR_QUANTILE)))
+    # where few embeddings repeat, many queries lie at the quantile itself, but for the rounding of norms and of a
+    # float32 product (Higham 2002, section 3.1), which is not the same in every lookup
+    rounding: float = (leaves_PD.shape[1] + 4) * float(np.finfo(np.float32).eps)
+    return float(np.quantile(np.minimum(1.0 - d2.numpy() / 2.0, 1.0), FLOOR_QUANTILE)) - rounding
 
 
 def open_faiss(config: IndexConfig, device: torch.device) -> Any:

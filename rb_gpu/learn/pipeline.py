@@ -36,6 +36,7 @@ from rb_gpu.learn.lessons import gather_lessons
 from rb_gpu.learn.lineage import differences, inherit, parent_leaves
 from rb_gpu.learn.past import gather_past, tell, with_past, with_ratings
 from rb_gpu.learn.progress import Watch
+from rb_gpu.learn.recorded import from_trajectories
 from rb_gpu.learn.router import Lessons, train_router
 from rb_gpu.learn.stages import Stages, digest
 from rb_gpu.learn.trajectories import Trajectories
@@ -45,6 +46,7 @@ from rb_gpu.learn.verdicts import chosen_p, judge, resolve_objective, verdict_ma
 from rb_gpu.objective import Objective
 from rb_gpu.params import ConfigTable
 from rb_gpu.router import FastGRNNRouter
+from rb_gpu.types import QueryTrajectory
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ class LearnedBank:
 
 
 def learn(
-    trajectories: Trajectories,
+    trajectories: Trajectories | Sequence[QueryTrajectory],
     config: TrainConfig,
     checkpoint: Checkpoint | None = None,
     ranks: Ranks | None = None,
@@ -79,12 +81,15 @@ def learn(
 ) -> LearnedBank:
     """Runs the whole job without input or output: cluster, consolidate, sum, judge, build hierarchy and index.
 
-    It is a pure function: the same trajectories, config and device give the same bits. ranks: processes that call
-    `cluster_queries` on the same trajectories and share its work. parent: a bank of the same metric, dim and embedder
+    It is a pure function: the same trajectories, config and device give the same bits. trajectories: a table, as
+    `trajectories.load` reads it, or a list of QueryTrajectory. ranks: processes that call `cluster_queries` on the same
+    trajectories and share its work. parent: a bank of the same metric, dim and embedder
     to continue from: its centroids seed the clustering, its patterns keep their ids, and its evidence from older rows
     is added (lineage.py, past.py). first_id: the least id for a new pattern. stages: a cache of stage results that the
     members of a sweep share. watch: records seconds and memory per stage. Raises DataError, ConfigError.
     """
+    if not isinstance(trajectories, Trajectories):
+        trajectories = from_trajectories(trajectories, config.params)
     if parent is not None:
         unlike = differences(parent, config.cluster.metric, trajectories.x_QD.shape[1], config.data.embedder)
         if unlike:

@@ -52,16 +52,19 @@ def project(
     # a copy: the bank's own arrays may be read-only
     centroids = torch.tensor(centroids_PD, device=device, dtype=torch.float32)
     queries = torch.tensor(x_QD[sample], device=device, dtype=torch.float32)
+    size = queries.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    # squares of very large or small coordinates are no float32 numbers
+    queries, centroids = queries / size, centroids / size
     own_SD = centroids[torch.from_numpy(label_Q[sample]).to(device)]
-    centroids *= (queries * own_SD).sum() / own_SD.square().sum()
+    centroids *= (queries * own_SD).sum() / own_SD.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
     middle_D = weight_P @ centroids
     axes_D2 = principal_axes(weight_P.sqrt()[:, None] * (centroids - middle_D), drawn)
     placed = (queries - middle_D) @ axes_D2
     total = float((queries - queries.mean(0)).square().sum())
     along = float((placed - placed.mean(0)).square().sum())
     return Projection(
-        centroids_P2=((centroids - middle_D) @ axes_D2).cpu().numpy(),
-        queries_S2=placed.cpu().numpy(),
+        centroids_P2=(size * ((centroids - middle_D) @ axes_D2)).cpu().numpy(),
+        queries_S2=(size * placed).cpu().numpy(),
         leaf_S=label_Q[sample],
         share=along / total if total > 0 else float("nan"),
     )

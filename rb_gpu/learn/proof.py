@@ -252,18 +252,27 @@ def _any_single(pseudo: Pseudo, rows: Rows, default: int, seed: int) -> float:
     freedom = int((count_C - 1)[tried_C].sum())
     if freedom == 0:
         return 1.0
-    share_N = pseudo.share_N / rows.queries
+    # by query, as rows of one query share what sets it apart
+    cell_N, share_N = rows.query_N * rows.configs + rows.config_N, pseudo.share_N / rows.queries
+    # without the root, the variances of leave-one-out residuals would be too large (MacKinnon & White 1985, HC2)
+    moved_N = share_N * pseudo.left_N * (1.0 - share_N).clamp(min=LEAST_KEPT).sqrt()
+    moved_QC, share_QC = (
+        pseudo.away_QC.new_zeros(rows.queries * rows.configs).index_add_(0, cell_N, v_N).view(-1, rows.configs)
+        for v_N in (moved_N, share_N)
+    )
+    noise_C, square_C = moved_QC.square().sum(0), share_QC.square().sum(0)
+    heaviest = share_QC[:, tried_C].square().square().sum() / square_C[tried_C].sum()
+    scatter = (noise_C[tried_C].sum() + RARE_ROWS * heaviest * pseudo.size**2) / square_C[tried_C].sum()
+    lacking_C = (scatter * square_C - noise_C).clamp(min=0.0)
+    noise_C = noise_C + lacking_C
     away_QC = pseudo.away_QC[:, tried_C] - pseudo.away_QC[:, [default]]
     left_C = rows.by_config(share_N * pseudo.left_N)
     gain_C = away_QC.mean(0) + left_C[tried_C] - left_C[default]
-    square_C = rows.by_config(share_N.square())
-    # without the factor, the variances of leave-one-out residuals would be too large (MacKinnon & White 1985, HC2)
-    noise_C = rows.by_config((share_N * pseudo.left_N).square() * (1.0 - share_N).clamp(min=LEAST_KEPT))
-    heaviest = rows.by_config(share_N.square().square())[tried_C].sum() / square_C[tried_C].sum()
-    scatter = (noise_C[tried_C].sum() + RARE_ROWS * heaviest * pseudo.size**2) / square_C[tried_C].sum()
-    noise_C = torch.maximum(noise_C, scatter * square_C)
-    own_CC = away_QC.T.cov().view(len(gain_C), -1) / rows.queries + torch.diag(noise_C[tried_C])
-    error_C = (own_CC.diagonal() + noise_C[default]).sqrt().clamp(min=TINY)
+    own_CC = (away_QC / rows.queries + moved_QC[:, tried_C]).T.cov().view(len(gain_C), -1) * rows.queries
+    own_CC = own_CC + torch.diag(lacking_C[tried_C])
+    variance_C = own_CC.diagonal() + noise_C[default]
+    # without scatter, chance is unknown, and the gain proves nothing
+    error_C = torch.where(variance_C > 0, variance_C, torch.inf).sqrt()
     rng = np.random.default_rng(seed)
     drawn_GC = torch.from_numpy(rng.normal(size=(SCORE_DRAWS, len(gain_C)))).to(gain_C) @ _root(own_CC).T
     spread_G = torch.from_numpy(rng.chisquare(freedom, SCORE_DRAWS) / freedom).to(gain_C)
