@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +44,7 @@ def numbers_of(name: str, values: npt.ArrayLike, expected: str) -> Vector:
         raise ValueError(f"{name} is not an array of numbers ({error}); give {expected}") from None
 
 
-def is_real(value: object) -> bool:
+def is_real(value: object) -> TypeGuard[float]:
     """Whether `value` is one real number of Python or NumPy; a bool is none."""
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 

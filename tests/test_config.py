@@ -72,12 +72,16 @@ def test_a_slope_may_be_typed_as_an_integer():
         lambda: SECTIONS["cluster"](merge_similarity=None),
         lambda: SECTIONS["judge"](cost_weight="1"),
         lambda: SECTIONS["judge"](min_samples=2.5),
+        lambda: SECTIONS["judge"](margin=None),
+        lambda: SECTIONS["judge"](min_probability=None),
+        lambda: SECTIONS["lookup"](beta=None),
+        lambda: SECTIONS["lookup"](floor=None),
         lambda: JOBS["train"](seed="0"),
     ],
 )
 def test_a_wrong_type_in_python_names_its_setting(make):
     # regression: TypeError: '>=' not supported between instances of 'str' and 'int'
-    with pytest.raises(ConfigError, match=r"^(cluster|judge)\.\w+=|^seed=0 is"):
+    with pytest.raises(ConfigError, match=r"^(cluster|judge|lookup)\.\w+=|^seed=0 is"):
         make()
 
 

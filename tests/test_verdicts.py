@@ -135,7 +135,7 @@ def test_the_judge_tells_what_it_was_given():
         VerdictJudge(default={"ef_search": 64}).judge(PATTERN, some)
     with pytest.raises(DataError, match="trajectory is of type str"):
         VerdictJudge().judge(PATTERN, ["x"])
-    with pytest.raises(ConfigError, match=r"^judge\.alpha=0\.05 is not a number in \(0, 1\)"):
+    with pytest.raises(ConfigError, match=r"^judge\.alpha=0\.05 is not in \(0, 1\)"):
         VerdictJudge(alpha="0.05").judge(PATTERN, some)
 
 

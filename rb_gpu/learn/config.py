@@ -148,11 +148,11 @@ class JudgeConfig:
         bounded = self.objective != "bound" or self.max_latency_us is not None or self.max_cost is not None
         check("judge.objective", self.objective, bounded, "complete", "give judge.max_latency_us or judge.max_cost")
         check_share("judge.target", self.target)
-        margin_ok = is_auto(self.margin) or (not isinstance(self.margin, str) and abs(self.margin) <= MAX_WEIGHT)
+        margin_ok = is_auto(self.margin) or (is_real(self.margin) and abs(self.margin) <= MAX_WEIGHT)
         within = f"auto or a number in [-{MAX_WEIGHT:g}, {MAX_WEIGHT:g}]"
         check("judge.margin", self.margin, margin_ok, within, "set judge.margin=auto")
         least = self.min_probability
-        sure_ok = is_auto(least) or (not isinstance(least, str) and 0.5 <= least < 1)
+        sure_ok = is_auto(least) or (is_real(least) and 0.5 <= least < 1)
         check(
             "judge.min_probability",
             least,
@@ -160,7 +160,7 @@ class JudgeConfig:
             "auto or a probability in [0.5, 1)",
             "set judge.min_probability=auto",
         )
-        check("judge.alpha", self.alpha, is_real(self.alpha) and 0 < self.alpha < 1, "a number in (0, 1)", "use 0.05")
+        check("judge.alpha", self.alpha, is_real(self.alpha) and 0 < self.alpha < 1, "in (0, 1)", "use 0.05")
         check_count("judge.min_samples", self.min_samples, 2)
         days_ok = (
             isinstance(self.half_life, (int, float)) and not isinstance(self.half_life, bool) and self.half_life > 0
@@ -238,9 +238,9 @@ class LookupConfig:
     def __post_init__(self) -> None:
         k_ok = is_auto(self.top_k) or (isinstance(self.top_k, int) and self.top_k >= 1)
         check("lookup.top_k", self.top_k, k_ok, "auto or an integer >= 1", "set lookup.top_k=auto")
-        beta_ok = is_auto(self.beta) or (not isinstance(self.beta, str) and 0 <= self.beta <= MAX_BETA)
+        beta_ok = is_auto(self.beta) or (is_real(self.beta) and 0 <= self.beta <= MAX_BETA)
         check("lookup.beta", self.beta, beta_ok, f"auto or a number in [0, {MAX_BETA:g}]", "set lookup.beta=auto")
-        ok = is_auto(self.floor) or (not isinstance(self.floor, str) and -1 <= self.floor <= 1)
+        ok = is_auto(self.floor) or (is_real(self.floor) and -1 <= self.floor <= 1)
         check("lookup.floor", self.floor, ok, "auto or a cosine in [-1, 1]", "set lookup.floor=auto")
 
 
